@@ -1,0 +1,289 @@
+"""`RunConfig`: every choice of a run in one frozen, typed, validated, keyword-only value, and the named presets."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+EMBEDDED = "embedded:"  # prefix of a path inside the project's own data folder
+
+
+class ConfigError(ValueError):
+    """A parameter that is unknown or has a value that is not allowed; the message names field, value and what is."""
+
+
+class RunConfig(BaseModel):
+    """All parameters of a run. Built by `RunConfig.from_preset` or from a `config.json`.
+
+    Raises:
+        ConfigError: from the constructors below, naming the field, the value given and what is allowed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    # The run
+    preset: str = Field("pocket", description="the preset that the other values come from")
+    run_name: str = Field("demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run directory")
+    output_dir: str = Field("outputs", min_length=1, description="folder of run directories")
+    seed: int = Field(0, ge=0, lt=2**32, description="of data order, held-out choice, adapter initialisation, dropout")
+
+    # Data
+    model: str = Field(min_length=1, description="hub id or local folder of the base model and its tokenizer")
+    dataset: str = Field(min_length=1, description="hub id, or local file, folder or saved dataset")
+    train_rows: int | None = Field(None, ge=1, description="rows; train on this many only (None: all)")
+    held_out_rows: int = Field(100, ge=1, description="rows held out where the dataset brings no test split")
+    max_seq_len: int = Field(1024, ge=16, description="tokens; longer conversations are cut at the end")
+    packing: bool = Field(True, description="lay a micro-batch end to end instead of padding it")
+    response_only: bool = Field(True, description="loss on answers and their closing </s> alone, not on questions")
+
+    # Quantization
+    quantize: bool = Field(True, description="load the base model in 4-bit NF4")
+    double_quantization: bool = Field(True, description="quantize the quantization constants too")
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="dtype of matrix products; auto follows the hardware"
+    )
+
+    # LoRA
+    lora_r: int = Field(16, ge=1, le=1024, description="rank of the update matrices")
+    lora_alpha: float = Field(16, gt=0, description="scale of the update: alpha / r (rsLoRA: alpha / sqrt(r))")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of adapter inputs dropped in training")
+    rslora: bool = Field(False, description="rank-stabilised scaling, alpha / sqrt(r)")
+    dora: bool = Field(False, description="weight-decomposed adapters (DoRA)")
+    train_head: bool = Field(True, description="train lm_head in full beside the adapter")
+    gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass to save memory")
+
+    # Training
+    steps: int = Field(250, ge=1, description="optimizer steps, unless epochs is set")
+    epochs: float | None = Field(None, gt=0, description="passes over the training rows; replaces steps when set")
+    batch_size: int = Field(16, ge=1, description="conversations per optimizer step")
+    micro_batch_size: int = Field(16, ge=1, description="conversations per forward pass; divides batch_size")
+    learning_rate: float = Field(2e-4, gt=0, lt=1, description="peak learning rate of the LoRA matrices")
+    head_learning_rate: float | None = Field(None, gt=0, lt=1, description="peak of the head (None: learning_rate)")
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate climbs")
+    weight_decay: float = Field(0.0, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    optimizer: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
+    logging_steps: int = Field(5, ge=1, description="steps between lines of history.jsonl")
+    eval_steps: int = Field(50, ge=1, description="steps between measurements of the held-out loss")
+    save_steps: int = Field(100, ge=1, description="steps between checkpoints")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    resume: bool = Field(False, description="continue from the last checkpoint of the run directory")
+
+    # Answers
+    score_rows: int = Field(200, ge=1, description="held-out questions answered by base and tuned model")
+    max_new_tokens: int = Field(256, ge=1, description="tokens; the longest answer")
+    answer_batch_size: int = Field(16, ge=1, description="questions answered at a time")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_for_switch(cls, value: Any, info: Any) -> Any:
+        """pydantic takes True for 1 and 1 for True; here that is a slip of the pen."""
+        annotation = cls.model_fields[info.field_name].annotation
+        if (annotation is bool) != isinstance(value, bool) and not isinstance(value, str):
+            if annotation is bool:
+                raise ValueError("expected true or false")
+            if isinstance(value, bool):
+                raise ValueError("expected a number or text, not true or false")
+        return value
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_batch(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}; "
+                "take a divisor, so that every step sees whole micro-batches"
+            )
+        return self
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.batch_size // self.micro_batch_size
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory `output_dir/run_name`."""
+        return Path(self.output_dir) / self.run_name
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> Self:
+        """The same as the constructor, with errors that a person can act on.
+
+        Raises:
+            ConfigError: unknown field (names the nearest known one) or a value that is not allowed.
+        """
+        check_names(values)
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> Self:
+        """The preset's values with some replaced; `None` keeps the preset's.
+
+        Raises:
+            ConfigError: unknown preset or field, or a value that is not allowed.
+        """
+        if preset not in PRESETS:
+            raise ConfigError(f"preset: {preset!r} is not known; expected one of {', '.join(PRESETS)}.{_near(preset, PRESETS)}")
+        given = {name: value for name, value in overrides.items() if value is not None}
+        values = {**PRESETS[preset], "preset": preset, **given}
+        if "micro_batch_size" not in given and values["batch_size"] % values["micro_batch_size"]:
+            values["micro_batch_size"] = values["batch_size"]  # a smaller batch alone is no contradiction
+        return cls.build(values)
+
+    @classmethod
+    def from_parameters(cls, namespace: Mapping[str, Any]) -> Self:
+        """The config of a notebook, from the variables of its parameters cell.
+
+        Every variable named like a field counts, whether the cell declares it or papermill injected it. `None` means
+        "not given". Without a `preset` the run directory's own `config.json` is continued, or else `pocket` is meant.
+
+        Args:
+            namespace: the notebook's `globals()`, straight after its parameters cell.
+
+        Raises:
+            ConfigError: as `from_preset`.
+        """
+        given = {name: namespace[name] for name in cls.model_fields if namespace.get(name) is not None}
+        preset = given.pop("preset", None)
+        if preset is not None:
+            return cls.from_preset(preset, **given)
+        run_dir = Path(given.get("output_dir", "outputs")) / given.get("run_name", "demo")
+        if (run_dir / "config.json").is_file():
+            return cls.continue_run(run_dir, **given)
+        return cls.from_preset("pocket", **given)
+
+    @classmethod
+    def continue_run(cls, run_dir: Path | str, **overrides: Any) -> Self:
+        """The config that a run directory holds, with some values replaced.
+
+        Raises:
+            FileNotFoundError: `run_dir` holds no config.json.
+            ConfigError: as `build`.
+        """
+        import json
+
+        path = Path(run_dir) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such run. `qlora run --run-name {Path(run_dir).name}` makes it.")
+        stored = json.loads(path.read_text(encoding="utf-8"))["config"]
+        given = {name: value for name, value in overrides.items() if value is not None}
+        here = {"output_dir": str(Path(run_dir).parent), "run_name": Path(run_dir).name}
+        return cls.build({**stored, **here, **given})
+
+    def differences(self) -> dict[str, tuple[Any, Any]]:
+        """Fields that differ from the preset: `{field: (preset's value, this run's value)}`."""
+        plain = type(self).from_preset(self.preset)
+        skip = {"preset", "run_name", "output_dir"}
+        return {
+            name: (getattr(plain, name), getattr(self, name))
+            for name in type(self).model_fields
+            if name not in skip and getattr(plain, name) != getattr(self, name)
+        }
+
+    def summary(self) -> str:
+        """A readable listing, the fields that differ from the preset marked with `*`."""
+        changed = self.differences()
+        width = max(len(name) for name in type(self).model_fields)
+        lines = [
+            f"{'*' if name in changed else ' '} {name:<{width}}  {value}"
+            for name, value in self.model_dump().items()
+        ]
+        return "\n".join(lines)
+
+
+def check_names(names: Mapping[str, Any]) -> None:
+    """Refuse parameter names that `RunConfig` does not have.
+
+    Raises:
+        ConfigError: names the unknown parameter and the nearest known one.
+    """
+    for name in names:
+        if name not in RunConfig.model_fields:
+            raise ConfigError(f"{name}: no such parameter.{_near(name, RunConfig.model_fields)}")
+
+
+def _near(name: str, known: Mapping[str, Any]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f" Did you mean {nearest[0]}?" if nearest else " `qlora presets --fields` lists them all."
+
+
+def _explain(detail: Any) -> str:
+    """One validation error as `field: value is not allowed: what is`."""
+    message = detail["msg"].removeprefix("Value error, ")
+    if not detail["loc"]:
+        return message
+    name = detail["loc"][0]
+    if detail["type"] == "missing":
+        return f"{name}: missing; expected {RunConfig.model_fields[name].description}"
+    about = RunConfig.model_fields[name].description
+    return f"{name}: {detail['input']!r} is not allowed. {message}" + (f" ({about})." if about else ".")
+
+
+def project_folder(name: str) -> Path:
+    """`data` or `notebooks` of this project: in the checkout, or inside the installed package.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / name, package / "_project" / name):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"{package.parent / name}: missing. Install from a clone of the repository: pip install -e .")
+
+
+def locate(source: str) -> str:
+    """A model or dataset as loaders take it: `embedded:…` becomes a path in `data/`, all else stays as it is."""
+    if source.startswith(EMBEDDED):
+        return str(project_folder("data") / source.removeprefix(EMBEDDED))
+    return source
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Minutes on two CPU cores; everything it needs lies in data/.
+    "pocket": {
+        "model": "embedded:pocket/model",
+        "dataset": "embedded:pocket",
+        "max_seq_len": 512,
+        "lora_r": 16,
+        "lora_alpha": 16,
+        "learning_rate": 1e-3,
+        "steps": 250,
+        "batch_size": 16,
+        "micro_batch_size": 16,
+        "gradient_checkpointing": False,
+        "eval_steps": 25,
+        "max_new_tokens": 48,
+        "answer_batch_size": 64,
+    },
+    # The well-known tutorial recipe: 1,000 rows, one epoch, 250 steps of 4.
+    "llama2-7b": {
+        "model": "meta-llama/Llama-2-7b-hf",
+        "dataset": "mlabonne/guanaco-llama2-1k",
+        "held_out_rows": 50,
+        "max_seq_len": 2048,
+        "lora_r": 64,
+        "lora_alpha": 16,
+        "lora_dropout": 0.1,
+        "learning_rate": 2e-4,
+        "head_learning_rate": 2e-5,
+        "lr_scheduler": "cosine",
+        "warmup_ratio": 0.03,
+        "weight_decay": 0.001,
+        "max_grad_norm": 0.3,
+        "steps": 250,
+        "batch_size": 4,
+        "micro_batch_size": 1,
+        "optimizer": "paged_adamw_8bit",
+        "gradient_checkpointing": True,
+        "score_rows": 50,
+    },
+}

@@ -1,0 +1,232 @@
+"""The run directory: the contract between notebooks. Where each thing lies, and how it is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_utils.config import RunConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "papermill")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run. Folders are made when something is written into them."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved RunConfig, versions, git commit and hardware."""
+        return self.path / "config.json"
+
+    @property
+    def data(self) -> Path:
+        """Prepared train and held-out conversations and the data report."""
+        return self.path / "data"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter: LoRA weights and head, safetensors."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The Trainer's checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def history(self) -> Path:
+        """One JSON line per logged step."""
+        return self.path / "history.jsonl"
+
+    @property
+    def answers(self) -> Path:
+        """One JSON line per held-out question: expected, base and tuned answer, scores."""
+        return self.path / "answers.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """`train`, `held_out`, `base` and `tuned`."""
+        return self.path / "metrics.json"
+
+    @property
+    def figures(self) -> Path:
+        """PNG figures."""
+        return self.path / "figures"
+
+    @property
+    def notebooks(self) -> Path:
+        """Executed copies of the notebooks."""
+        return self.path / "notebooks"
+
+    def begin(self, config: RunConfig) -> None:
+        """Write `config.json`: the config with what it ran on. The same config and environment keep the file."""
+        write_json(self.config, {"config": config.model_dump(), **provenance()})
+
+    def add_metrics(self, **sections: Mapping[str, Any]) -> dict[str, Any]:
+        """Replace sections of `metrics.json` and return the whole."""
+        known = read_json(self.metrics) if self.metrics.is_file() else {}
+        write_json(self.metrics, {**known, **sections})
+        return {**known, **sections}
+
+    def save_figure(self, figure: Figure, name: str) -> Path:
+        """Save a figure as `figures/NAME.png` at 150 dots per inch and return its path."""
+        target = self.figures / f"{name}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{name}.png")
+        figure.savefig(temporary, dpi=150, bbox_inches="tight", format="png")
+        temporary.replace(target)
+        return target
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: into a temporary file beside it, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as readable JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        FileNotFoundError: says which notebook writes the file.
+    """
+    _must_exist(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """One JSON value per line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The values of a JSON-lines file; a last line cut off by a crash is passed over.
+
+    Raises:
+        FileNotFoundError: says which notebook writes the file.
+    """
+    _must_exist(path)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+
+
+WRITTEN_BY = {
+    "config.json": "01_data",
+    "train.jsonl": "01_data",
+    "held_out.jsonl": "01_data",
+    "history.jsonl": "04_training",
+    "adapter": "04_training",
+    "answers.jsonl": "06_answers",
+    "metrics.json": "04_training",
+}
+
+
+def _must_exist(path: Path) -> None:
+    if not path.exists():
+        maker = WRITTEN_BY.get(path.name)
+        advice = f" Notebook {maker} writes it: run that first." if maker else ""
+        raise FileNotFoundError(f"{path}: missing.{advice}")
+
+
+def require_adapter(run: RunDirectory) -> Path:
+    """The run's adapter folder.
+
+    Raises:
+        FileNotFoundError: nothing was trained in this run directory yet.
+    """
+    _must_exist(run.adapter)
+    return run.adapter
+
+
+def provenance() -> dict[str, Any]:
+    """What a run ran on: package versions, git commit of the project, hardware."""
+    return {"versions": versions(), "git_commit": git_commit(), "hardware": hardware()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of the packages that matter; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for name in ("qlora-utils", *PACKAGES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, `+` appended when it has changes; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = lambda *args: subprocess.run(  # noqa: E731
+            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory (bytes), and GPU (name, memory in bytes) if there is one."""
+    import psutil
+    import torch
+
+    found: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(logical=True),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": None,
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = {"name": properties.name, "memory_bytes": properties.total_memory}
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment_line() -> str:
+    """Versions and hardware in one line, as each notebook prints it."""
+    machine = hardware()
+    gpu = machine["gpu"]
+    where = gpu["name"] if gpu else f"{machine['cores']} CPU cores"
+    memory = gpu["memory_bytes"] if gpu else machine["memory_bytes"]
+    packages = "  ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{packages}\n{where}, {memory / 2**30:.0f} GiB"
