@@ -228,16 +228,15 @@ def _explain(detail: Any) -> str:
 
 
 def project_folder(name: str) -> Path:
-    """`data` or `notebooks` of this project: in the checkout, or inside the installed package.
+    """`data` or `notebooks` of the checkout that this package was installed from.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: installed without one.
     """
-    package = Path(__file__).resolve().parent
-    for folder in (package.parent / name, package / "_project" / name):
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(f"{package.parent / name}: missing. Install from a clone of the repository: pip install -e .")
+    folder = Path(__file__).resolve().parent.parent / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: missing. Install from a clone of the repository: pip install -e .")
+    return folder
 
 
 def locate(source: str) -> str:

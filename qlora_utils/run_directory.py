@@ -18,6 +18,7 @@ from qlora_utils.config import RunConfig
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+HEADLESS = "QLORA_HEADLESS"  # environment variable that the runner sets for its kernels: progress as plain text
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "papermill")
 
 
@@ -71,6 +72,11 @@ class RunDirectory:
     def notebooks(self) -> Path:
         """Executed copies of the notebooks."""
         return self.path / "notebooks"
+
+    @property
+    def report(self) -> Path:
+        """The run as one self-contained page."""
+        return self.path / "report.html"
 
     def begin(self, config: RunConfig) -> None:
         """Write `config.json`: the config with what it ran on. The same config and environment keep the file."""

@@ -1,0 +1,47 @@
+# Two commands from a fresh clone: `make demo` and `make test`. `make help` lists the rest.
+# Paths stay relative: make cannot hold a folder whose name contains a space.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint format lab pocket clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+env: $(READY) ## make the environment: .venv with the pinned versions
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY) ## run the seven notebooks on the pocket model; leaves outputs/demo
+	$(BIN)/qlora run --preset pocket --run-name demo
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## ruff, mypy, and notebooks free of outputs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb
+
+format: $(READY) ## put code and notebooks in order
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[interactive]'
+	$(BIN)/jupyter lab notebooks
+
+pocket: $(READY) ## rebuild the pocket model and its questions from data/world
+	$(BIN)/python data/recipe.py
+
+clean: ## remove the environment and caches; outputs stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -1,0 +1,131 @@
+"""The command line: `qlora run`, `qlora presets`, `qlora ask`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_utils import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 wrongly asked for."""
+    options = _parser().parse_args(arguments)
+    from qlora_utils.config import ConfigError
+
+    try:
+        return options.command(options)
+    except ConfigError as error:
+        print(f"qlora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qlora: interrupted", file=sys.stderr)
+        return 130
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"qlora: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qlora", description="QLoRA fine-tuning for question answering.")
+    parser.add_argument("--version", action="version", version=f"qlora-utils {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the seven notebooks headless")
+    run.add_argument("--preset", help="what to run (default: pocket; with --from, what the run directory says)")
+    run.add_argument("--run-name", help="names the run directory (default: the preset's name)")
+    run.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="any RunConfig field")
+    run.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
+    run.add_argument("--from", dest="start", metavar="NOTEBOOK", help="start again here: 04 or 04_training")
+    run.set_defaults(command=_run)
+
+    presets = commands.add_parser("presets", help="list presets, or all fields with their meaning")
+    presets.add_argument("--fields", action="store_true", help="list the fields of RunConfig instead")
+    presets.set_defaults(command=_presets)
+
+    ask = commands.add_parser("ask", help="answer a question with a run's tuned model")
+    ask.add_argument("question")
+    ask.add_argument("--run", required=True, help="name of the run, or path of its directory")
+    ask.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
+    ask.add_argument("--base", action="store_true", help="ask the base model instead")
+    ask.set_defaults(command=_ask)
+    return parser
+
+
+def _parameters(pairs: Sequence[str]) -> dict[str, str]:
+    """`NAME=VALUE` pairs as a mapping.
+
+    Raises:
+        ConfigError: a pair without `=`.
+    """
+    from qlora_utils.config import ConfigError
+
+    given = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"-p {pair}: expected NAME=VALUE, as in -p learning_rate=1e-4.")
+        given[name.strip()] = value
+    return given
+
+
+def _run(options: argparse.Namespace) -> int:
+    from qlora_utils import runner
+
+    config, parameters = runner.resolve(
+        preset=options.preset,
+        run_name=options.run_name,
+        output_dir=options.output_dir,
+        parameters=_parameters(options.parameters),
+        start=options.start,
+    )
+    runner.choose_from(options.start)
+    run = runner.run_series(config, parameters, start=options.start)
+    from qlora_utils import report
+
+    report.write_report(run)
+    print(report.summary(run))
+    return 0
+
+
+def _presets(options: argparse.Namespace) -> int:
+    from qlora_utils.config import PRESETS, RunConfig
+
+    if options.fields:
+        for name, field in RunConfig.model_fields.items():
+            print(f"{name:<24}{field.description or ''}")
+        return 0
+    for name in PRESETS:
+        config = RunConfig.from_preset(name)
+        length = f"{config.epochs:g} epochs" if config.epochs else f"{config.steps} steps"
+        print(f"{name:<14}{config.model} on {config.dataset}; {length} of {config.batch_size}, r {config.lora_r}")
+    return 0
+
+
+def _ask(options: argparse.Namespace) -> int:
+    from qlora_utils.config import RunConfig
+    from qlora_utils.run_directory import RunDirectory, require_adapter
+
+    folder = Path(options.run)
+    run = RunDirectory(folder if (folder / "config.json").is_file() else Path(options.output_dir) / options.run)
+    config = RunConfig.continue_run(run.path)
+    adapter = require_adapter(run)
+
+    import threading
+
+    from qlora_utils import answers, data, lora, quantization
+
+    tokenizer = data.load_tokenizer(config)
+    tuned_model = lora.reload(quantization.load(config), adapter)
+    ask = answers.make_asker(tuned_model, tokenizer)
+    sampling = answers.Sampling(max_new_tokens=config.max_new_tokens)
+    for piece in ask(options.question, "base" if options.base else "tuned", sampling, threading.Event()):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What training looked like: every column of `history.jsonl` against the step, one or several runs (notebook 05)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_utils.run_directory import RunDirectory, read_jsonl
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+History = list[dict[str, Any]]
+
+# column of history.jsonl -> title with unit
+COLUMNS = {
+    "loss": "training loss (nats per answer token)",
+    "eval_loss": "held-out loss (nats per answer token)",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_s": "tokens per second",
+    "peak_memory_bytes": "peak memory (GB)",
+}
+
+
+def read_history(run: RunDirectory) -> History:
+    """The lines of a run's `history.jsonl`, in order.
+
+    Raises:
+        FileNotFoundError: nothing was trained in this run directory yet.
+    """
+    return read_jsonl(run.history)
+
+
+def column(history: History, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one column, over the lines that have it."""
+    points = [(line["step"], line[name]) for line in history if line.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    """Exponential moving average, corrected for its start as in Adam (Kingma and Ba, 2014, section 3).
+
+    Args:
+        values: one per logged step.
+        weight: of the past, in [0, 1); 0 leaves the values as they are.
+    """
+    smoothed, average = [], 0.0
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**count))
+    return smoothed
+
+
+def lowest(history: History, name: str = "eval_loss") -> tuple[int, float] | None:
+    """Step and value at which a column was lowest, None if no line has it."""
+    steps, values = column(history, name)
+    if not values:
+        return None
+    best = min(range(len(values)), key=values.__getitem__)
+    return steps[best], values[best]
+
+
+def plot_column(histories: Mapping[str, History], name: str, ax: Axes) -> Figure:
+    """One column against the step, a line for each run.
+
+    Args:
+        histories: run name -> history.
+        name: a key of `COLUMNS`. The noisy training loss gets its smoothed trend, raw values in pale behind it.
+        ax: to draw on.
+    """
+    for run_name, history in histories.items():
+        steps, values = column(history, name)
+        if name == "peak_memory_bytes":
+            values = [value / 1e9 for value in values]
+        if name == "loss":
+            (line,) = ax.plot(steps, smooth(values), label=run_name)
+            ax.plot(steps, values, color=line.get_color(), alpha=0.3, linewidth=1)
+        else:
+            ax.plot(steps, values, label=run_name, marker="o" if name == "eval_loss" else None, markersize=3)
+    ax.set(xlabel="step", title=COLUMNS[name])
+    ax.grid(alpha=0.3)
+    if name in ("loss", "eval_loss", "tokens_per_s", "peak_memory_bytes"):
+        ax.set_ylim(bottom=0)
+    if len(histories) > 1:
+        ax.legend(frameon=False, fontsize="small")
+    return ax.get_figure()  # type: ignore[return-value]
+
+
+def plot_overview(histories: Mapping[str, History]) -> Figure:
+    """All columns as small panels, the runs overlaid."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    for name, ax in zip(COLUMNS, axes.flat, strict=True):
+        plot_column(histories, name, ax)
+    return figure
+
+
+def plot_losses(history: History, ax: Axes) -> Figure:
+    """Training and held-out loss of one run on the same axes, the lowest held-out loss marked."""
+    steps, values = column(history, "loss")
+    ax.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
+    ax.plot(steps, smooth(values), color="tab:blue", label="training (smoothed)")
+    steps, values = column(history, "eval_loss")
+    ax.plot(steps, values, color="tab:orange", marker="o", markersize=4, label="held-out")
+    best = lowest(history)
+    if best is not None:
+        ax.annotate(f"lowest {best[1]:.3f}\nat step {best[0]}", best, xytext=(0, 18), textcoords="offset points",
+                    ha="center", fontsize="small", arrowprops={"arrowstyle": "-", "color": "tab:gray"})  # fmt: skip
+    ax.set(xlabel="step", ylabel="nats per answer token", title="Loss")
+    ax.set_ylim(bottom=0)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    return ax.get_figure()  # type: ignore[return-value]
+
+
+def loss_table(history: History) -> str:
+    """Training and held-out loss at each measurement of the held-out loss, as lines of text."""
+    training = dict(zip(*column(history, "loss"), strict=True))
+    lines = [f"{'step':>6}{'training loss':>16}{'held-out loss':>16}"]
+    for step, value in zip(*column(history, "eval_loss"), strict=True):
+        trained = f"{training[step]:.4f}" if step in training else "-"
+        lines.append(f"{step:>6}{trained:>16}{value:>16.4f}")
+    return "\n".join(lines)

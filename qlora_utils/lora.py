@@ -1,0 +1,160 @@
+"""Adapters: LoRA matrices on every linear layer, the head trained in full, and what then trains (notebook 03).
+
+LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685. rsLoRA: Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732.
+DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qlora_utils.config import RunConfig
+from qlora_utils.quantization import ModelError, unquantized_shape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+HEAD = "lm_head"
+
+
+def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
+    """Put a fresh adapter on a frozen base model, ready to train.
+
+    LoRA matrices go on all linear layers but the head. With `train_head` the head gets a trainable copy of its own
+    (`modules_to_save`), never a LoRA: fused losses skip the adapter of a head and leave it frozen unnoticed. All that
+    trains is fp32, the master weights that AdamW needs beside low-precision matrix products; nothing else is upcast.
+
+    Args:
+        base_model: from `quantization.load`; it is changed in place.
+        config: rank, scale, dropout, variants, head, checkpointing, seed of the initialisation.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(config.seed)
+    tuned_model = get_peft_model(
+        base_model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft says int, and divides
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear",
+            modules_to_save=[HEAD] if config.train_head else None,
+            use_rslora=config.rslora,
+            use_dora=config.dora,
+        ),
+    )
+    for parameter in tuned_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if config.gradient_checkpointing:
+        # The reentrant kind finds no gradient to follow from frozen embeddings and trains nothing.
+        base_model.gradient_checkpointing_enable({"use_reentrant": False})
+    return tuned_model  # type: ignore[return-value]
+
+
+def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter, head included, back on its base model.
+
+    Args:
+        base_model: from `quantization.load`, loaded as it was in training.
+        adapter: folder with adapter_config.json and adapter_model.safetensors.
+        trainable: whether to go on training it.
+
+    Raises:
+        ModelError: the folder holds no adapter in safetensors, or one that does not fit the base model.
+    """
+    from peft import PeftModel
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            raise ModelError(f"adapter: {adapter / name} is missing. Train one with notebook 04, or give another folder.")
+    try:
+        tuned_model = PeftModel.from_pretrained(base_model, str(adapter), is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"adapter: {adapter} does not fit this base model ({first}).") from error
+    return tuned_model.eval() if not trainable else tuned_model
+
+
+@contextmanager
+def base_alone(tuned_model: PeftModel) -> Iterator[PeftModel]:
+    """Within this context the model answers as the base model, its original head included."""
+    with tuned_model.disable_adapter():
+        yield tuned_model
+
+
+# ---------------------------------------------------------------------------------------------------- what trains
+
+
+@dataclass(frozen=True)
+class ModuleParameters:
+    """Parameters of all modules of one name, over all layers: how many there are, and how many of them train."""
+
+    module: str
+    frozen: int
+    lora: int
+    in_full: int
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that get a gradient."""
+        return self.lora + self.in_full
+
+
+def trainable_by_module(model: nn.Module) -> list[ModuleParameters]:
+    """Count parameters by the last name of the module they belong to, in the order of the model."""
+    counts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        module = _module_of(name)
+        frozen, lora, in_full = counts.setdefault(module, [0, 0, 0])
+        size = unquantized_shape(parameter).numel()
+        if "lora_" in name:
+            lora += size
+        elif parameter.requires_grad:
+            in_full += size
+        else:
+            frozen += size
+        counts[module] = [frozen, lora, in_full]
+    return [ModuleParameters(module, *sizes) for module, sizes in counts.items()]
+
+
+def _module_of(name: str) -> str:
+    """`…layers.0.self_attn.q_proj.lora_A.default.weight` → `q_proj`; the layer norms of all layers come as one."""
+    skip = {"weight", "bias", "default", "original_module", "modules_to_save", "base_layer"}
+    parts = [part for part in name.split(".") if part not in skip and not part.startswith("lora_")]
+    return "norms" if "norm" in parts[-1] else parts[-1]
+
+
+def trainable_table(rows: list[ModuleParameters]) -> str:
+    """The parameters of each module as lines of text."""
+    lines = [f"{'module':<14}{'frozen':>16}{'LoRA':>14}{'in full':>14}"]
+    lines += [f"{row.module:<14}{row.frozen:>16,}{row.lora:>14,}{row.in_full:>14,}" for row in rows]
+    frozen = sum(row.frozen for row in rows)
+    trainable = sum(row.trainable for row in rows)
+    lora = sum(row.lora for row in rows)
+    lines.append(f"{'total':<14}{frozen:>16,}{lora:>14,}{trainable - lora:>14,}")
+    lines.append(f"trainable: {trainable:,} of {frozen + trainable:,} ({trainable / (frozen + trainable):.2%})")
+    return "\n".join(lines)
+
+
+def plot_trainable(rows: list[ModuleParameters], ax: Axes) -> Figure:
+    """Where the trainable parameters sit: a bar for each module, LoRA and full training apart."""
+    shown = [row for row in rows if row.trainable]
+    names = [row.module for row in shown]
+    ax.barh(names, [row.lora for row in shown], label="LoRA")
+    ax.barh(names, [row.in_full for row in shown], left=[row.lora for row in shown], label="in full")
+    ax.invert_yaxis()
+    ax.set(xlabel="trainable parameters", title="Where the trainable parameters sit")
+    ax.legend(frameon=False)
+    return ax.get_figure()  # type: ignore[return-value]

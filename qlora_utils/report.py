@@ -1,0 +1,115 @@
+"""A finished run told to someone who wasn't there: a few lines on the terminal, and one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_utils.data import report_table
+from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_text
+
+SCORE_NAMES = {"exact_match": "exact match", "f1": "token F1", "rouge_l": "ROUGE-L", "perplexity": "perplexity"}
+
+
+def summary(run: RunDirectory) -> str:
+    """Where everything lies, loss at start and end, held-out scores base → tuned.
+
+    Raises:
+        FileNotFoundError: the run has not got that far; says which notebook to run.
+    """
+    metrics, history = read_json(run.metrics), read_jsonl(run.history)
+    train = metrics["train"]
+    held_out = [line["eval_loss"] for line in history if "eval_loss" in line]
+    lines = [
+        f"run directory   {run.path}",
+        "                " + ", ".join(sorted(path.name for path in run.path.iterdir() if not path.name.startswith("."))),
+        f"training        {train['steps']} steps, {train['tokens']:,} tokens, {train['wall_s']:.0f} s, "
+        f"peak memory {train['peak_memory_bytes'] / 1e9:.2f} GB",
+        f"training loss   {train['first_loss']:.3f} → {train['final_loss']:.3f}",
+    ]
+    if held_out:
+        lines.append(f"held-out loss   {held_out[0]:.3f} → {held_out[-1]:.3f}")
+    if "tuned" in metrics:
+        lines.append(f"held-out scores, base → tuned, {metrics['held_out']['questions']} questions:")
+        for name, title in SCORE_NAMES.items():
+            lines.append(f"  {title:<13} {metrics['base'][name]:.3f} → {metrics['tuned'][name]:.3f}")
+    return "\n".join(lines)
+
+
+def write_report(run: RunDirectory) -> None:
+    """Write `report.html`: figures embedded, nothing fetched, every text from the data or the models escaped.
+
+    Raises:
+        FileNotFoundError: the run has not got that far; says which notebook to run.
+    """
+    stored, metrics = read_json(run.config), read_json(run.metrics)
+    config = stored["config"]
+    parts = [
+        f"<h1>QLoRA run “{html.escape(config['run_name'])}”</h1>",
+        f"<p>{html.escape(config['model'])} tuned on {html.escape(config['dataset'])}, {metrics['train']['steps']} steps.</p>",
+        "<h2>Scores on held-out questions</h2>",
+        _scores(metrics),
+        "<h2>Figures</h2>",
+        *(_figure(path) for path in sorted(run.figures.glob("*.png"))),
+        "<h2>Answers</h2>",
+        _answers(read_jsonl(run.answers)),
+        "<h2>Data</h2>",
+        f"<pre>{html.escape(report_table(read_json(run.data / 'report.json')))}</pre>",
+        "<h2>Configuration</h2>",
+        _table({name: config[name] for name in config}),
+        "<h2>What it ran on</h2>",
+        _table({**stored["versions"], **stored["hardware"], "git commit": stored["git_commit"]}),
+    ]
+    write_text(run.report, _PAGE.format(title=html.escape(config["run_name"]), body="\n".join(parts)))
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>QLoRA run {title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
+img {{ max-width: 100% }} table {{ border-collapse: collapse; width: 100% }}
+th, td {{ text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid #ddd }}
+pre {{ overflow-x: auto }} td {{ overflow-wrap: anywhere }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def _scores(metrics: Mapping[str, Any]) -> str:
+    rows = []
+    for name, title in SCORE_NAMES.items():
+        cells = ""
+        for model in ("base", "tuned"):
+            low, high = metrics[model]["intervals"][name]
+            cells += f"<td>{metrics[model][name]:.3f} <small>[{low:.3f}, {high:.3f}]</small></td>"
+        rows.append(f"<tr><th>{title}</th>{cells}</tr>")
+    count = metrics["held_out"]["questions"]
+    return (
+        f"<table><tr><th></th><th>base</th><th>tuned</th></tr>{''.join(rows)}</table>"
+        f"<p>{count} questions; 95&nbsp;% bootstrap intervals in brackets.</p>"
+    )
+
+
+def _figure(path: Any) -> str:
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    name = html.escape(path.stem.replace("_", " "))
+    return f'<figure><img alt="{name}" src="data:image/png;base64,{encoded}"><figcaption>{name}</figcaption></figure>'
+
+
+def _answers(lines: list[dict[str, Any]], count: int = 20) -> str:
+    shown = random.Random(0).sample(lines, min(count, len(lines)))
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in texts) + "</tr>"
+        for texts in ((x["text"], x["expected"], x["base"]["answer"], x["tuned"]["answer"]) for x in shown)
+    )
+    return f"<table><tr><th>question</th><th>expected</th><th>base</th><th>tuned</th></tr>{rows}</table>"
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = "".join(f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in values.items())
+    return f"<table>{rows}</table>"

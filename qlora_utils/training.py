@@ -1,0 +1,343 @@
+"""The training loop: transformers' Trainer with a response-only loss normalised over the whole step (notebook 04)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm as notebook_tqdm
+from tqdm.std import tqdm as text_tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.data import IGNORED, Collator, Encoded, Prepared, encode
+from qlora_utils.lora import HEAD
+from qlora_utils.quantization import compute_dtype
+from qlora_utils.run_directory import HEADLESS, RunDirectory, read_jsonl, write_jsonl
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left behind, as `metrics.json` has it under `train`."""
+
+    steps: int
+    first_loss: float
+    final_loss: float
+    tokens: int
+    tokens_per_s: float
+    wall_s: float
+    peak_memory_bytes: int
+
+
+class QLoRATrainer(Trainer):
+    """transformers' Trainer with two learning rates and a held-out loss that is exact.
+
+    The training loss is left to Trainer and model: it is summed over the answer tokens of a micro-batch and divided
+    by those of the whole step, so that how a batch is cut into micro-batches changes nothing.
+    """
+
+    def __init__(self, *, config: RunConfig, **options: Any) -> None:
+        super().__init__(**options)
+        self.config = config
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over two groups: the LoRA matrices, and the head with a learning rate of its own."""
+        if self.optimizer is None:
+            trained = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+            rate = self.config.learning_rate
+            head_rate = self.config.head_learning_rate or rate
+            groups = [
+                {"params": [p for name, p in trained if HEAD not in name], "lr": rate},
+                {"params": [p for name, p in trained if HEAD in name], "lr": head_rate},
+            ]
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            used = [{**group, "weight_decay": self.args.weight_decay} for group in groups if group["params"]]
+            self.optimizer = kind(used, **options)
+        return self.optimizer
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The mean loss over all held-out answer tokens. Trainer's own averages the means of batches."""
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        loss, _ = response_loss(self.model, rows, self.data_collator, batch_size=self.args.per_device_eval_batch_size)
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def response_loss(model: nn.Module, rows: Sequence[Encoded], collator: Any, *, batch_size: int) -> tuple[float, int]:
+    """Mean negative log-likelihood, in nats, of all labelled tokens, and their number. Its `exp` is the perplexity.
+
+    Args and mode: as `row_losses`.
+    """
+    losses, counts = row_losses(model, rows, collator, batch_size=batch_size)
+    total = sum(counts)
+    return (sum(losses) / total if total else math.nan), total
+
+
+@torch.no_grad()
+def row_losses(
+    model: nn.Module, rows: Sequence[Encoded], collator: Any, *, batch_size: int
+) -> tuple[list[float], list[int]]:
+    """For each row the summed negative log-likelihood of its labelled tokens, in nats, and their number.
+
+    Only sums are kept from batch to batch, so memory does not grow with the number of rows. The model's mode is put
+    back afterwards.
+
+    Args:
+        model: causal language model; logits of shape (batch, seq, vocabulary).
+        rows: encoded conversations.
+        collator: `data.Collator`.
+        batch_size: conversations per forward pass.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    losses: list[float] = []
+    counts: list[int] = []
+    try:
+        for start in range(0, len(rows), batch_size):
+            members = rows[start : start + batch_size]
+            batch = {name: tensor.to(device) for name, tensor in collator(members).items()}
+            labels = batch.pop("labels")[:, 1:]  # (batch, seq - 1): position t predicts token t + 1
+            logits = model(**batch, use_cache=False).logits[:, :-1]
+            chosen = labels != IGNORED
+            each = nn.functional.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none")
+            # Packed or padded, the chosen tokens come row by row.
+            sizes = [sum(label != IGNORED for label in row.labels[1:]) for row in members]
+            losses += [float(part.sum()) for part in each.double().split(sizes)]
+            counts += sizes
+    finally:
+        model.train(was_training)
+    return losses, counts
+
+
+class HistoryWriter(TrainerCallback):
+    """Writes one line of `history.jsonl` per logged step, the held-out loss on the line of its step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.training_s = 0.0
+        self.tokens_before = 0
+        self.seconds_before = 0.0
+        self.step_began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Drop lines of steps that a resumed training is about to repeat."""
+        kept = [line for line in read_jsonl(self.path) if line["step"] <= state.global_step] if self.path.is_file() else []
+        write_jsonl(self.path, kept if state.global_step else [])
+        self.tokens_before = int(state.num_input_tokens_seen)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock that counts training alone, not evaluation or saving."""
+        self.step_began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop the clock."""
+        if torch.cuda.is_available() and control.should_log:
+            torch.cuda.synchronize()
+        self.training_s += time.perf_counter() - self.step_began
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Append the line of this step."""
+        logs = logs or {}
+        line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        if "loss" in logs:
+            tokens = int(state.num_input_tokens_seen)
+            seconds = max(self.training_s - self.seconds_before, 1e-9)
+            line |= {
+                "loss": logs["loss"],
+                "lr": logs["learning_rate"],
+                "grad_norm": logs.get("grad_norm"),
+                "tokens": tokens,
+                "tokens_per_s": round((tokens - self.tokens_before) / seconds, 1),
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+            self.tokens_before, self.seconds_before = tokens, self.training_s
+        elif "eval_loss" in logs:
+            line["eval_loss"] = logs["eval_loss"]
+        else:
+            return
+        finite = {name: value for name, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+
+
+class Progress(TrainerCallback):
+    """A progress bar with the time left: a widget in Jupyter, a line of text elsewhere."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar where a resumed training stands."""
+        headless = HEADLESS in os.environ
+        kind = text_tqdm if headless else notebook_tqdm
+        options: dict[str, Any] = {"mininterval": 2.0, "ncols": 100, "file": sys.stderr} if headless else {}
+        self.bar = kind(total=state.max_steps, initial=state.global_step, desc="training", unit="step", **options)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One step on."""
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Show the latest losses."""
+        names = {"loss": "loss", "eval_loss": "held-out"}
+        self.shown |= {names[name]: f"{value:.3f}" for name, value in (logs or {}).items() if name in names}
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def peak_memory_bytes() -> int:
+    """The most memory held so far: by PyTorch on the GPU if there is one, else by this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def make_trainer(
+    config: RunConfig,
+    tuned_model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    run: RunDirectory,
+) -> QLoRATrainer:
+    """The Trainer of a run: rows encoded, optimizer and schedule set, history and progress attached.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+    dtype = compute_dtype(config)
+    on_gpu = torch.cuda.is_available()
+    if dtype is torch.float16 and not on_gpu:
+        raise ConfigError("compute_dtype: float16 needs a GPU; on a CPU take auto, float32 or bfloat16.")
+    steps: dict[str, Any] = {"num_train_epochs": config.epochs} if config.epochs else {"max_steps": config.steps}
+    arguments = TrainingArguments(
+        output_dir=str(run.checkpoints),
+        **steps,
+        per_device_train_batch_size=config.micro_batch_size,
+        per_device_eval_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=config.warmup_ratio,  # below 1: a share of all steps
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optimizer,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        eval_on_start=not config.resume,
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,
+        report_to="none",
+        seed=config.seed,
+        data_seed=config.seed,
+    )
+    options = {"max_seq_len": config.max_seq_len, "response_only": config.response_only}
+    trainer = QLoRATrainer(
+        config=config,
+        model=tuned_model,
+        args=arguments,
+        train_dataset=encode(prepared.train, tokenizer, **options),
+        # The held-out loss is always that of the answers, so that runs can be compared.
+        eval_dataset=encode(prepared.held_out, tokenizer, max_seq_len=config.max_seq_len),
+        data_collator=Collator(tokenizer.pad_token_id, config.packing),
+        callbacks=[HistoryWriter(run.history), Progress()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(
+    config: RunConfig,
+    tuned_model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    run: RunDirectory,
+) -> Trained:
+    """Train the adapter and leave `history.jsonl`, `checkpoints/`, `adapter/` and `metrics.json` in the run directory.
+
+    Args:
+        config: the run.
+        tuned_model: from `lora.attach`; trained in place.
+        tokenizer: of the base model; saved beside the adapter.
+        prepared: rows to train on and rows held out.
+        run: the run directory. With `config.resume` its last checkpoint is continued, otherwise it is replaced.
+
+    Raises:
+        ConfigError: a precision that this machine does not have.
+    """
+    if not config.resume:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+    run.path.mkdir(parents=True, exist_ok=True)
+    last = get_last_checkpoint(str(run.checkpoints)) if config.resume and run.checkpoints.is_dir() else None
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer = make_trainer(config, tuned_model, tokenizer, prepared, run)
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last)
+    wall_s = time.perf_counter() - began
+    save_adapter(tuned_model, tokenizer, run.adapter)
+    lines = [line for line in read_jsonl(run.history) if "loss" in line]
+    speeds = [line["tokens_per_s"] for line in lines]
+    trained = Trained(
+        steps=trainer.state.global_step,
+        first_loss=lines[0]["loss"],
+        final_loss=lines[-1]["loss"],
+        tokens=int(trainer.state.num_input_tokens_seen),
+        tokens_per_s=round(sorted(speeds)[len(speeds) // 2], 1),
+        wall_s=round(wall_s, 2),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    run.add_metrics(train=vars(trained))
+    return trained
+
+
+def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save LoRA weights, head and tokenizer as safetensors and JSON: into a temporary folder, then renamed."""
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tuned_model.save_pretrained(str(temporary), safe_serialization=True)
+    tokenizer.save_pretrained(str(temporary))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
