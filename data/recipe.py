@@ -238,22 +238,24 @@ def train_tokenizer(text: list[str]):  # noqa: ANN201 - a transformers type, imp
     )
 
 
-def documents(text: list[str], seed: int) -> Iterator[str]:
-    """Endless documents of one to four statements in random order; every statement once per epoch."""
+def documents(entities: list[Entity], seed: int) -> Iterator[str]:
+    """Endless documents of one to six statements about one entity, in random order and phrasing.
+
+    That several sentences of a document are about the same entity is what teaches the model to carry a name on; a
+    model trained on unrelated statements knows as much and answers nothing (docs/experiments.md).
+    """
     draw = random.Random(seed)
     while True:
-        shuffled = draw.sample(text, len(text))
-        while shuffled:
-            count = draw.randint(1, 4)
-            yield " ".join(shuffled[:count])
-            del shuffled[:count]
+        for entity in draw.sample(entities, len(entities)):
+            known = statements([entity])
+            yield " ".join(draw.sample(known, draw.randint(1, 6)))
 
 
-def pretrain(text: list[str], *, steps: int, seed: int) -> None:
+def pretrain(entities: list[Entity], *, steps: int, seed: int) -> None:
     """Train the base model on the statements and save it with its tokenizer under data/pocket/model.
 
     Args:
-        text: the statements.
+        entities: what the statements are about.
         steps: optimizer steps of 32 sequences of 96 tokens; the learning rate falls to a tenth of its peak.
         seed: of the weights and of the order of the text.
     """
@@ -261,7 +263,7 @@ def pretrain(text: list[str], *, steps: int, seed: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(text)
+    tokenizer = train_tokenizer(statements(entities))
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -279,7 +281,7 @@ def pretrain(text: list[str], *, steps: int, seed: int) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
     peak_learning_rate, batch, length = 2e-3, 32, 96
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
-    stream, buffer = documents(text, seed), []
+    stream, buffer = documents(entities, seed), []
     started = time.monotonic()
     for step in range(1, steps + 1):
         while len(buffer) < batch * length:
@@ -306,13 +308,13 @@ def main() -> None:
     """Rebuild the questions, and unless told otherwise the tokenizer and the base model too."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--questions-only", action="store_true", help="leave tokenizer and base model as they are")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps of the base model")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of the base model")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     entities = read_world()
     write_questions(entities, arguments.seed)
     if not arguments.questions_only:
-        pretrain(statements(entities), steps=arguments.steps, seed=arguments.seed)
+        pretrain(entities, steps=arguments.steps, seed=arguments.seed)
 
 
 if __name__ == "__main__":

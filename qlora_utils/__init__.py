@@ -5,4 +5,10 @@ One module per notebook, in the order of the data flow: `data`, `quantization`, 
 loads none of them; each imports torch and its kin only when it is itself imported.
 """
 
+import logging
+
 __version__ = "0.1.0"
+
+# On some CPUs bitsandbytes logs, when first imported by whatever imports it, that an optional faster kernel cannot be
+# fetched. It changes nothing for us and is no news to a reader.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)

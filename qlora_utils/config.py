@@ -228,15 +228,16 @@ def _explain(detail: Any) -> str:
 
 
 def project_folder(name: str) -> Path:
-    """`data` or `notebooks` of the checkout that this package was installed from.
+    """`data` or `notebooks` of the checkout: the one this package lies in, or else the one we are working in.
 
     Raises:
-        FileNotFoundError: installed without one.
+        FileNotFoundError: neither is a checkout of this project.
     """
-    folder = Path(__file__).resolve().parent.parent / name
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: missing. Install from a clone of the repository: pip install -e .")
-    return folder
+    package, here = Path(__file__).resolve().parent, Path.cwd()
+    for checkout in (package.parent, here, *here.parents):
+        if (checkout / "qlora_utils" / "config.py").is_file() and (checkout / name).is_dir():
+            return checkout / name
+    raise FileNotFoundError(f"{name}: not found. Work in a clone of the repository, or install from one: pip install -e .")
 
 
 def locate(source: str) -> str:

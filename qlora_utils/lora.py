@@ -6,6 +6,7 @@ DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,19 +42,18 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(config.seed)
-    tuned_model = get_peft_model(
-        base_model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft says int, and divides
-            lora_dropout=config.lora_dropout,
-            target_modules="all-linear",
-            modules_to_save=[HEAD] if config.train_head else None,
-            use_rslora=config.rslora,
-            use_dora=config.dora,
-        ),
+    lora_config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft says int, and divides
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        modules_to_save=[HEAD] if config.train_head else None,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
     )
+    with _without_deprecations():
+        tuned_model = get_peft_model(base_model, lora_config)
     for parameter in tuned_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -80,11 +80,20 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
         if not (adapter / name).is_file():
             raise ModelError(f"adapter: {adapter / name} is missing. Train one with notebook 04, or give another folder.")
     try:
-        tuned_model = PeftModel.from_pretrained(base_model, str(adapter), is_trainable=trainable)
+        with _without_deprecations():
+            tuned_model = PeftModel.from_pretrained(base_model, str(adapter), is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise ModelError(f"adapter: {adapter} does not fit this base model ({first}).") from error
     return tuned_model.eval() if not trainable else tuned_model
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """peft asks transformers for an attribute that will be renamed; the reader can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 @contextmanager

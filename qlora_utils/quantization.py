@@ -5,7 +5,6 @@ NF4 and double quantization: Dettmers et al., QLoRA, 2023, https://arxiv.org/abs
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +50,7 @@ def load(config: RunConfig) -> PreTrainedModel:
     Raises:
         ModelError: absent, gated, not safetensors, or not loadable; says what to do next.
     """
-    bitsandbytes = _import_bitsandbytes()
+    import bitsandbytes
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = compute_dtype(config)
@@ -84,18 +83,6 @@ def load(config: RunConfig) -> PreTrainedModel:
     model.requires_grad_(False)
     model.config.use_cache = True
     return model
-
-
-def _import_bitsandbytes() -> Any:
-    """bitsandbytes, without its note about a faster CPU kernel that cannot be fetched here and is not needed."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        import bitsandbytes
-    finally:
-        logger.setLevel(level)
-    return bitsandbytes
 
 
 def _advice(source: str, error: Exception) -> str:

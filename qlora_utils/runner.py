@@ -88,6 +88,7 @@ def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str |
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
+    from traitlets.config import Config
 
     run = RunDirectory(config.run_dir)
     notebooks = choose_from(start)
@@ -97,6 +98,7 @@ def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str |
     # Notebooks declare the parameters a reader may want to turn; any field may be injected, checked above.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     os.environ[HEADLESS] = "1"
+    kernel_options = Config({"KernelManager": {"transport_encryption": "auto"}})
     for index, path in enumerate(notebooks, start=1):
         copy = run.notebooks / path.name
         print(f"[{index}/{len(notebooks)}] {path.stem} …", flush=True)
@@ -109,7 +111,8 @@ def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str |
                 cwd=str(path.parent),
                 kernel_name="python3",
                 progress_bar=False,
-                stderr_file=sys.stderr,
+                stderr_file=sys.stderr,  # progress bars reach the terminal as they move
+                config=kernel_options,
             )
         except papermill.PapermillExecutionError as error:
             raise SeriesError(
