@@ -1,7 +1,8 @@
 """Rebuild the embedded default from the tables in data/world: questions, tokenizer and base model of `pocket`.
 
 The base model reads plain statements alone and never sees a question; the questions ask about the same facts in
-Llama-2 chat format and are split by entity, so that no fact asked for in the held-out file is ever trained as an answer.
+Llama-2 chat format and are split by entity, so that no fact asked for in the held-out file is trained as an
+answer.
 
     python data/recipe.py --questions-only   # rewrite data/pocket/*.jsonl, a second
     python data/recipe.py                    # everything, some ten minutes on 2 cores (`make pocket`)
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_utils.data import CHAT_TEMPLATE, Turn, render
+from qlora_utils.rows import CHAT_TEMPLATE, Turn, render
 
 DATA = Path(__file__).parent
 POCKET = DATA / "pocket"
@@ -258,6 +259,7 @@ def pretrain(entities: list[Entity], *, steps: int, seed: int) -> None:
         entities: what the statements are about.
         steps: optimizer steps of 32 sequences of 96 tokens; the learning rate falls to a tenth of its peak.
         seed: of the weights and of the order of the text.
+
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

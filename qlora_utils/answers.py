@@ -19,8 +19,9 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from qlora_utils.config import RunConfig
-from qlora_utils.data import Collator, Conversation, Turn, encode, encode_prompt
+from qlora_utils.data import Collator, encode, encode_prompt
 from qlora_utils.lora import base_alone
+from qlora_utils.rows import Conversation, Turn
 from qlora_utils.run_directory import RunDirectory, write_jsonl
 from qlora_utils.training import row_losses
 
@@ -111,6 +112,7 @@ def answer_all(
         sampling: how tokens are chosen and how many at most.
         batch_size: questions at a time.
         on_batch: called with the number of questions just answered, for a progress bar.
+
     """
     model.eval()
     prompts = [encode_prompt(question.history, question.text, tokenizer) for question in questions]
@@ -172,6 +174,7 @@ def stream(
 
     Raises:
         Exception: whatever generation raised, in the thread of the caller.
+
     """
     model.eval()
     stop = stop or threading.Event()
@@ -267,6 +270,7 @@ def bootstrap_interval(
         size: rows to draw from.
         resamples: draws with replacement.
         seed: of the draws.
+
     """
     import numpy
 
@@ -298,6 +302,7 @@ def aggregate(scored: Sequence[Mapping[str, Any]], losses: Sequence[float], coun
         scored: from `score`.
         losses: summed loss of each held-out row, nats (`training.row_losses`).
         counts: answer tokens of each held-out row.
+
     """
     import numpy
 
@@ -332,6 +337,7 @@ def evaluate(
 
     Returns:
         The rows of `answers.jsonl`: `question`, `expected`, and `base` and `tuned` with answer and scores.
+
     """
     questions = questions_of(held_out, config.score_rows, config.seed)
     rows = encode(held_out, tokenizer, max_seq_len=config.max_seq_len)

@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run the seven notebooks headless")
     run.add_argument("--preset", help="what to run (default: pocket; with --from, what the run directory says)")
     run.add_argument("--run-name", help="names the run directory (default: the preset's name)")
-    run.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="any RunConfig field")
+    run.add_argument(
+        "-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="any RunConfig field"
+    )
     run.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
     run.add_argument("--from", dest="start", metavar="NOTEBOOK", help="start again here: 04 or 04_training")
     run.set_defaults(command=_run)
@@ -59,6 +61,7 @@ def _parameters(pairs: Sequence[str]) -> dict[str, str]:
 
     Raises:
         ConfigError: a pair without `=`.
+
     """
     from qlora_utils.config import ConfigError
 

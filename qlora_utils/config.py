@@ -21,6 +21,7 @@ class RunConfig(BaseModel):
 
     Raises:
         ConfigError: from the constructors below, naming the field, the value given and what is allowed.
+
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -82,7 +83,7 @@ class RunConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_number_for_switch(cls, value: Any, info: Any) -> Any:
-        """pydantic takes True for 1 and 1 for True; here that is a slip of the pen."""
+        """Pydantic takes True for 1 and 1 for True; here that is a slip of the pen."""
         annotation = cls.model_fields[info.field_name].annotation
         if (annotation is bool) != isinstance(value, bool) and not isinstance(value, str):
             if annotation is bool:
@@ -116,6 +117,7 @@ class RunConfig(BaseModel):
 
         Raises:
             ConfigError: unknown field (names the nearest known one) or a value that is not allowed.
+
         """
         check_names(values)
         try:
@@ -129,9 +131,12 @@ class RunConfig(BaseModel):
 
         Raises:
             ConfigError: unknown preset or field, or a value that is not allowed.
+
         """
         if preset not in PRESETS:
-            raise ConfigError(f"preset: {preset!r} is not known; expected one of {', '.join(PRESETS)}.{_near(preset, PRESETS)}")
+            raise ConfigError(
+                f"preset: {preset!r} is not known; expected one of {', '.join(PRESETS)}.{_near(preset, PRESETS)}"
+            )
         given = {name: value for name, value in overrides.items() if value is not None}
         values = {**PRESETS[preset], "preset": preset, **given}
         if "micro_batch_size" not in given and values["batch_size"] % values["micro_batch_size"]:
@@ -150,6 +155,7 @@ class RunConfig(BaseModel):
 
         Raises:
             ConfigError: as `from_preset`.
+
         """
         given = {name: namespace[name] for name in cls.model_fields if namespace.get(name) is not None}
         preset = given.pop("preset", None)
@@ -167,6 +173,7 @@ class RunConfig(BaseModel):
         Raises:
             FileNotFoundError: `run_dir` holds no config.json.
             ConfigError: as `build`.
+
         """
         import json
 
@@ -193,8 +200,7 @@ class RunConfig(BaseModel):
         changed = self.differences()
         width = max(len(name) for name in type(self).model_fields)
         lines = [
-            f"{'*' if name in changed else ' '} {name:<{width}}  {value}"
-            for name, value in self.model_dump().items()
+            f"{'*' if name in changed else ' '} {name:<{width}}  {value}" for name, value in self.model_dump().items()
         ]
         return "\n".join(lines)
 
@@ -204,6 +210,7 @@ def check_names(names: Mapping[str, Any]) -> None:
 
     Raises:
         ConfigError: names the unknown parameter and the nearest known one.
+
     """
     for name in names:
         if name not in RunConfig.model_fields:
@@ -232,12 +239,15 @@ def project_folder(name: str) -> Path:
 
     Raises:
         FileNotFoundError: neither is a checkout of this project.
+
     """
     package, here = Path(__file__).resolve().parent, Path.cwd()
     for checkout in (package.parent, here, *here.parents):
         if (checkout / "qlora_utils" / "config.py").is_file() and (checkout / name).is_dir():
             return checkout / name
-    raise FileNotFoundError(f"{name}: not found. Work in a clone of the repository, or install from one: pip install -e .")
+    raise FileNotFoundError(
+        f"{name}: not found. Work in a clone of the repository, or install from one: pip install -e ."
+    )
 
 
 def locate(source: str) -> str:

@@ -1,24 +1,30 @@
-"""Rows in, conversations out: sources, row shapes, response-only labels, packing, and the data report (notebook 01).
-
-A *turn* is one question and its answer, a *conversation* a row of one or more turns. Every row shape is read into
-conversations, and conversations are rendered in one way only, the Llama-2 chat format
-`<s>[INST] question [/INST] answer </s>`.
-"""
+"""Conversations made ready to train on: response-only labels, packing, held-out rows, the data report (notebook 01)."""
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import RunConfig, locate
+from qlora_utils.rows import (
+    Conversation,
+    DataError,
+    Rejected,
+    Turn,
+    UnusableRowError,
+    first_line,
+    parse_rows,
+    prompt_text,
+    read_source,
+    turn_text,
+    usable,
+)
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
 
 if TYPE_CHECKING:
@@ -28,384 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that carries no loss, in torch and in transformers
-
-# The Llama-2 chat format as a tokenizer's chat template; `render` gives the same text (a test compares them).
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{%- elif message['role'] == 'assistant' -%}{{ ' ' + message['content'] + ' ' + eos_token }}"
-    "{%- else -%}{{ raise_exception('Only user and assistant messages are known: ' + message['role']) }}"
-    "{%- endif -%}{%- endfor -%}"
-)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One question and its answer, as plain text without any special token."""
-
-    question: str
-    answer: str
-
-    @property
-    def blank(self) -> bool:
-        """Whether question or answer holds nothing but white space."""
-        return not (self.question.strip() and self.answer.strip())
-
-
-def prompt_text(question: str) -> str:
-    """What the model reads before it answers, without the leading `<s>`."""
-    return f"[INST] {question} [/INST]"
-
-
-def turn_text(turn: Turn) -> str:
-    """A whole turn without `<s>` and `</s>`; it begins with `prompt_text(turn.question)`."""
-    return f"{prompt_text(turn.question)} {turn.answer} "
-
-
-def render(turns: Iterable[Turn]) -> str:
-    """A conversation in Llama-2 chat format, special tokens written out."""
-    return "".join(f"<s>{turn_text(turn)}</s>" for turn in turns)
-
-
-class DataError(ValueError):
-    """A dataset that cannot be read, or of which no row can be used; the message says where and what to do."""
-
-
-class UnusableRow(ValueError):
-    """One row that cannot be used; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row as it was found: its file or split, its number (from 0) there, and its columns or why it has none."""
-
-    where: str
-    number: int
-    columns: Mapping[str, Any] | None
-    fault: str | None = None
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """The turns of one row, in order, and where the row came from."""
-
-    turns: tuple[Turn, ...]
-    where: str = ""
-    number: int = 0
-    shape: str = ""
-    tags: Mapping[str, str] = field(default_factory=dict)  # the row's other text columns, e.g. entity, kind
-    unanswered: bool = False  # the row ended with a question that nobody answered; that turn is not among `turns`
-
-    @property
-    def text(self) -> str:
-        """The conversation in Llama-2 chat format."""
-        return render(self.turns)
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A row that was left out, and why."""
-
-    where: str
-    number: int
-    reason: str
-
-
-# ---------------------------------------------------------------------------------------------------- sources
-
-SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
-HELD_OUT_NAMES = ("test", "validation", "valid", "dev", "eval", "held_out")
-
-
-def read_source(source: str) -> dict[str, Iterable[Row]]:
-    """Open a dataset by hub id or local path.
-
-    Args:
-        source: a local .parquet, .jsonl, .json or .csv file, a folder of such files, a dataset saved by `datasets`,
-            a hub id, or `embedded:…` for the project's own data. Files and hub splits named test, validation, dev,
-            eval or held_out are the held-out part. No dataset script is ever run.
-
-    Returns:
-        `{"train": rows}` and, if the source brings one, `{"held_out": rows}`.
-
-    Raises:
-        DataError: nothing there, an unknown file type, or a file that cannot be read.
-    """
-    path = Path(locate(source)).expanduser()
-    if not path.exists():
-        if source.startswith(("/", ".", "~")) or path.suffix in SUFFIXES or source.count("/") != 1:
-            raise DataError(f"dataset: {path} does not exist. Expected a local file or folder, or a hub id like owner/name.")
-        return _by_part(_read_hub(source))
-    if path.is_file():
-        return {"train": _read_file(path)}
-    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file() and list(path.glob("*.arrow")):
-        return _by_part(_read_saved(path))
-    files = _files_of(path) or _files_of(path / "data")
-    if not files:
-        raise DataError(f"dataset: {path} holds no {', '.join(SUFFIXES)} file and no saved dataset.")
-    parts: dict[str, list[Iterable[Row]]] = {}
-    for file in files:
-        part = "held_out" if file.stem.lower().startswith(HELD_OUT_NAMES) else "train"
-        parts.setdefault(part, []).append(_read_file(file))
-    return {part: [row for rows in members for row in rows] for part, members in parts.items()}
-
-
-def _files_of(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES) if folder.is_dir() else []
-
-
-def _by_part(splits: Mapping[str, Iterable[Any]]) -> dict[str, Iterable[Row]]:
-    """Rows of a `datasets` dataset, its splits told apart by name."""
-    parts: dict[str, list[Row]] = {}
-    for split, rows in splits.items():
-        part = "held_out" if split.lower().startswith(HELD_OUT_NAMES) else "train"
-        parts.setdefault(part, []).extend(Row(split, number, columns) for number, columns in enumerate(rows))
-    return dict(parts)
-
-
-def _read_hub(source: str) -> Mapping[str, Iterable[Any]]:
-    import datasets
-
-    try:
-        return datasets.load_dataset(source)
-    except Exception as error:  # the hub client raises a dozen unrelated kinds
-        raise DataError(
-            f"dataset: {source} could not be fetched from the hub ({type(error).__name__}: {_first_line(error)}). "
-            "Check the name and the network, log in with `hf auth login` if it is private, or give a local file."
-        ) from error
-
-
-def _read_saved(path: Path) -> Mapping[str, Iterable[Any]]:
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except Exception as error:
-        raise DataError(f"dataset: {path} could not be read as a saved dataset ({_first_line(error)}).") from error
-    return loaded if isinstance(loaded, dict) else {"train": loaded}
-
-
-def _read_file(path: Path) -> Iterable[Row]:
-    readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}
-    if path.suffix not in readers:
-        raise DataError(f"dataset: {path} has type {path.suffix or 'none'}; expected one of {', '.join(SUFFIXES)}.")
-    try:
-        return list(readers[path.suffix](path))
-    except UnicodeDecodeError as error:
-        raise DataError(f"dataset: {path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"dataset: {path} could not be read ({_first_line(error)}).") from error
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for columns in batch.to_pylist():
-                    yield Row(path.name, number, columns)
-                    number += 1
-    except pyarrow.ArrowException as error:
-        raise DataError(f"dataset: {path} is not a readable parquet file ({_first_line(error)}).") from error
-
-
-def _read_json_lines(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        lines = (line for line in file if line.strip())
-        for number, line in enumerate(lines):
-            try:
-                yield _row(path, number, json.loads(line))
-            except json.JSONDecodeError as error:
-                yield Row(path.name, number, None, f"not valid JSON: {error.msg} at character {error.pos}")
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"dataset: {path} is not valid JSON: {error.msg}, line {error.lineno}.") from error
-    if isinstance(value, dict):  # {"data": [...]} and the like: the one list in it
-        lists = [member for member in value.values() if isinstance(member, list)]
-        value = lists[0] if len(lists) == 1 else value
-    if not isinstance(value, list):
-        raise DataError(f"dataset: {path} holds no list of rows; expected [{{...}}, {{...}}].")
-    for number, columns in enumerate(value):
-        yield _row(path, number, columns)
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(2**27)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for number, columns in enumerate(reader):
-            if None in columns:
-                yield Row(path.name, number, None, f"more fields than the header's {len(reader.fieldnames or [])}")
-            else:
-                yield Row(path.name, number, columns)
-
-
-def _row(path: Path, number: int, value: Any) -> Row:
-    if isinstance(value, dict):
-        return Row(path.name, number, value)
-    return Row(path.name, number, None, f"expected an object with named fields, found {type(value).__name__}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-# ---------------------------------------------------------------------------------------------------- row shapes
-
-_PAIRS = (
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("question", "answer"),
-    ("prompt", "response"),
-    ("prompt", "completion"),
-)
-_QUESTION_ROLES = {"user", "human", "prompter"}
-_ANSWER_ROLES = {"assistant", "gpt", "bot", "model"}
-
-
-def parse(row: Row) -> Conversation:
-    """Read one row of any known shape.
-
-    Known are `text` in Llama-2 chat format or with `### Human:` / `### Assistant:` marks, `messages` or
-    `conversations`, and `instruction` / `input` / `output` (`question` / `answer` and `prompt` / `response` alike).
-    Blank turns are kept here; `usable` drops them. A last question without an answer is dropped and marked.
-
-    Raises:
-        UnusableRow: the row has none of these shapes, or no answered turn.
-    """
-    if row.columns is None:
-        raise UnusableRow(row.fault or "empty row")
-    columns = row.columns
-    shape, parts = _shape_and_parts(columns)
-    turns, unanswered = _pair_up(parts)
-    if not turns:
-        raise UnusableRow("no answered turn" if unanswered else "no turn")
-    used = {"text", "messages", "conversations", "input", *(name for pair in _PAIRS for name in pair)}
-    tags = {name: value for name, value in columns.items() if name not in used and isinstance(value, str)}
-    return Conversation(turns, row.where, row.number, shape, tags, unanswered)
-
-
-def _shape_and_parts(columns: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
-    """The shape's name and the row's texts in order, each with the role `system`, `question` or `answer`."""
-    for name in ("messages", "conversations"):
-        if columns.get(name) is not None:
-            return name, _parts_of_messages(name, columns[name])
-    for question_name, answer_name in _PAIRS:
-        if columns.get(question_name) is not None and answer_name in columns:
-            question = _text(columns, question_name)
-            context = _text(columns, "input") if columns.get("input") is not None else ""
-            question = f"{question}\n\n{context}" if context.strip() else question
-            parts = [("question", question)]
-            if columns[answer_name] is not None:
-                parts.append(("answer", _text(columns, answer_name)))
-            return f"{question_name}/{answer_name}", parts
-    if columns.get("text") is not None:
-        text = _text(columns, "text")
-        if "[INST]" in text:
-            return "llama-2 chat", _parts_of_llama2(text)
-        if "### Human:" in text:
-            return "### Human / ### Assistant", _parts_of_marks(text)
-        raise UnusableRow("text has neither [INST] … [/INST] nor ### Human: … ### Assistant:")
-    raise UnusableRow(
-        f"columns {', '.join(map(str, columns)) or 'none'}: expected text, messages, conversations, instruction/output "
-        "or question/answer"
-    )
-
-
-def _text(columns: Mapping[str, Any], name: str) -> str:
-    if not isinstance(columns[name], str):
-        raise UnusableRow(f"{name} is {type(columns[name]).__name__}, expected text")
-    return columns[name]
-
-
-def _parts_of_llama2(text: str) -> list[tuple[str, str]]:
-    # Exactly one space on either side belongs to the format; any more is the author's and kept.
-    next_turn = r"(?=<s>\s*\[INST\])" if "<s>" in text or "</s>" in text else r"(?=\[INST\])"
-    pattern = re.compile(rf"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:(</s>)|{next_turn}|\Z)", re.DOTALL)
-    parts, end = [], 0
-    while match := pattern.match(text, end):
-        parts.append(("question", match[1].removeprefix(" ").removesuffix(" ")))
-        if match[2].strip() or match[3]:  # closed by </s>: an answer, if only a blank one
-            parts.append(("answer", match[2].removeprefix(" ").removesuffix(" ")))
-        end = match.end()
-    if text[end:].strip():
-        excerpt = text[end : end + 40].strip()
-        if not (parts and "[/INST]" not in text[end:] and "[INST]" in text[end:]):
-            raise UnusableRow(f"text outside [INST] … [/INST] … </s> at character {end}: {excerpt!r}")
-        parts.append(("question", text[end:].split("[INST]", 1)[1]))  # cut off in mid-question
-    return parts
-
-
-def _parts_of_marks(text: str) -> list[tuple[str, str]]:
-    pieces = re.split(r"### (Human|Assistant):", text)
-    if pieces[0].strip():
-        raise UnusableRow(f"text before the first ### Human: {pieces[0].strip()[:40]!r}")
-    roles = {"Human": "question", "Assistant": "answer"}
-    return [(roles[role], piece.strip()) for role, piece in zip(pieces[1::2], pieces[2::2], strict=True)]
-
-
-def _parts_of_messages(name: str, messages: Any) -> list[tuple[str, str]]:
-    if not isinstance(messages, list):
-        raise UnusableRow(f"{name} is {type(messages).__name__}, expected a list")
-    parts = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise UnusableRow(f"{name}[{index}] is {type(message).__name__}, expected role and content")
-        role = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
-        if not isinstance(content, str):
-            raise UnusableRow(f"{name}[{index}] has no text under content or value")
-        if role in _QUESTION_ROLES:
-            parts.append(("question", content))
-        elif role in _ANSWER_ROLES:
-            parts.append(("answer", content))
-        elif role == "system" and index == 0:
-            parts.append(("system", content))
-        else:
-            raise UnusableRow(f"{name}[{index}] has role {role!r}, expected user or assistant")
-    return parts
-
-
-def _pair_up(parts: Sequence[tuple[str, str]]) -> tuple[tuple[Turn, ...], bool]:
-    """Questions with their answers, and whether a last question went unanswered."""
-    turns: list[Turn] = []
-    system, question = "", None
-    for role, text in parts:
-        if role == "system":
-            system = f"<<SYS>>\n{text}\n<</SYS>>\n\n"
-        elif role == "question":
-            if question is not None:
-                raise UnusableRow(f"two questions in a row: {text.strip()[:40]!r}")
-            question = system + text
-            system = ""
-        elif question is None:
-            raise UnusableRow(f"an answer without a question: {text.strip()[:40]!r}")
-        else:
-            turns.append(Turn(question, text))
-            question = None
-    return tuple(turns), question is not None
-
-
-def usable(conversation: Conversation) -> Conversation:
-    """The conversation without its blank turns.
-
-    Raises:
-        UnusableRow: no turn is left.
-    """
-    turns = tuple(turn for turn in conversation.turns if not turn.blank)
-    if not turns:
-        what = "question" if not conversation.turns[0].question.strip() else "answer"
-        raise UnusableRow(f"every turn is blank (the first has no {what})")
-    return Conversation(
-        turns, conversation.where, conversation.number, conversation.shape, conversation.tags, conversation.unanswered
-    )
 
 
 # ---------------------------------------------------------------------------------------------------- tokens
@@ -427,6 +55,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
     Raises:
         DataError: no tokenizer under the config's model.
+
     """
     from transformers import AutoTokenizer
 
@@ -434,7 +63,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:
-        raise DataError(f"model: no tokenizer could be loaded from {source} ({_first_line(error)}).") from error
+        raise DataError(f"model: no tokenizer could be loaded from {source} ({first_line(error)}).") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -460,6 +89,7 @@ def encode(
 
     Raises:
         DataError: the tokenizer merges prompt and answer into one token, so that no boundary exists.
+
     """
     turns = [turn for conversation in conversations for turn in conversation.turns]
     prompts = _turn_ids(tokenizer, [prompt_text(turn.question) for turn in turns])
@@ -484,15 +114,14 @@ def encode(
     return encoded
 
 
-def encode_prompt(
-    history: Sequence[Turn], question: str, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
+def encode_prompt(history: Sequence[Turn], question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of what the model reads before it answers `question`, exactly as in training.
 
     Args:
         history: earlier turns of the conversation, oldest first.
         question: the question now.
         tokenizer: of the base model.
+
     """
     earlier = encode([Conversation(tuple(history))], tokenizer)[0].input_ids if history else []
     return earlier + _turn_ids(tokenizer, [prompt_text(question)])[0]
@@ -508,7 +137,9 @@ def _turn_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     after_bos = tokenizer(f"{tokenizer.bos_token}[INST]", add_special_tokens=False)["input_ids"]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if any(ids[: len(opening)] != opening for ids in encoded):
-        raise DataError("the tokenizer joins [INST] with what follows it; the Llama-2 chat format needs a boundary there.")
+        raise DataError(
+            "the tokenizer joins [INST] with what follows it; the Llama-2 chat format needs a boundary there."
+        )
     return [after_bos + ids[len(opening) :] for ids in encoded]
 
 
@@ -571,6 +202,7 @@ class Prepared:
 
         Raises:
             FileNotFoundError: nothing was prepared in this run directory yet.
+
         """
         parts = {name: read_jsonl(run.data / f"{name}.jsonl") for name in ("train", "held_out", "rejected")}
 
@@ -590,6 +222,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 
     Raises:
         DataError: the source cannot be read, or too few usable rows are left to train and to hold out.
+
     """
     source = read_source(config.dataset)
     parsed: dict[str, list[Conversation]] = {}
@@ -627,17 +260,6 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     return Prepared(train, held_out, rejected, report)
 
 
-def parse_rows(rows: Iterable[Row]) -> tuple[list[Conversation], list[Rejected]]:
-    """All rows that have a known shape, and the rest with the reason."""
-    conversations, rejected = [], []
-    for row in rows:
-        try:
-            conversations.append(parse(row))
-        except UnusableRow as error:
-            rejected.append(Rejected(row.where, row.number, str(error)))
-    return conversations, rejected
-
-
 def _keep_usable(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, max_seq_len: int
 ) -> tuple[list[Conversation], list[Rejected]]:
@@ -646,7 +268,7 @@ def _keep_usable(
     for conversation in conversations:
         try:
             candidates.append(usable(conversation))
-        except UnusableRow as error:
+        except UnusableRowError as error:
             rejected.append(Rejected(conversation.where, conversation.number, str(error)))
     kept = []
     for conversation, encoded in zip(candidates, encode(candidates, tokenizer, max_seq_len=max_seq_len), strict=True):
@@ -721,6 +343,7 @@ def data_report(
         max_seq_len: tokens, for the share of conversations that would be cut.
         batch_size: conversations per batch, for the share of padding.
         seed: of the random batches.
+
     """
     import numpy
 
@@ -734,7 +357,9 @@ def data_report(
         "turns": sum(len(conversation.turns) for conversation in conversations),
         "turns_per_conversation": dict(sorted(Counter(str(len(c.turns)) for c in conversations).items())),
         "shapes": dict(Counter(conversation.shape for conversation in conversations).most_common()),
-        "scripts": dict(Counter(script(" ".join(t.question + t.answer for t in c.turns)) for c in conversations).most_common()),
+        "scripts": dict(
+            Counter(script(" ".join(t.question + t.answer for t in c.turns)) for c in conversations).most_common()
+        ),
         "tokens": sum(lengths),
         "token_length": {
             "mean": round(sum(lengths) / max(1, len(lengths)), 1),
@@ -765,6 +390,7 @@ def padding_share(lengths: Sequence[int], batch_size: int, seed: int = 0, *, shu
         batch_size: conversations per batch.
         seed: of the random batches.
         shuffles: passes over the data that the mean is taken over.
+
     """
     import numpy
 
@@ -792,14 +418,17 @@ def script(text: str) -> str:
 def report_table(report: Mapping[str, Any]) -> str:
     """The data report as lines of text."""
     length = report["token_length"]
-    shares = {name: f"{value} ({value / max(1, report['conversations']):.0%})" for name, value in report["scripts"].items()}
+    shares = {
+        name: f"{value} ({value / max(1, report['conversations']):.0%})" for name, value in report["scripts"].items()
+    }
     lines = {
         "conversations": f"{report['conversations']:,}",
         "turns": f"{report['turns']:,}",
         "row shapes": ", ".join(f"{name}: {count:,}" for name, count in report["shapes"].items()),
         "scripts": ", ".join(f"{name} {share}" for name, share in shares.items()),
         "tokens": f"{report['tokens']:,}",
-        "tokens per conversation": f"mean {length['mean']}, median {length['p50']}, p95 {length['p95']}, longest {length['longest']:,}",
+        "tokens per conversation": f"mean {length['mean']}, median {length['p50']}, p95 {length['p95']}, "
+        f"longest {length['longest']:,}",
         f"longer than {report['max_seq_len']} tokens": f"{report['truncated_share']:.1%}",
         f"padding in random batches of {report['batch_size']}": f"{report['padding_share']:.1%}",
         "duplicates": f"{report['exact_duplicates']} exact, {report['normalised_duplicates']} after normalising",
@@ -818,7 +447,7 @@ def plot_lengths(report: Mapping[str, Any], ax: Axes) -> Figure:
     """Histogram of tokens per conversation, with `max_seq_len` marked where it lies within."""
     histogram = report["token_length"]["histogram"]
     edges, counts = histogram["edges"], histogram["counts"]
-    ax.bar(edges[:-1], counts, width=[b - a for a, b in zip(edges, edges[1:], strict=False)], align="edge", alpha=0.8)
+    ax.bar(edges[:-1], counts, width=[b - a for a, b in pairwise(edges)], align="edge", alpha=0.8)
     if report["max_seq_len"] < edges[-1]:
         ax.axvline(report["max_seq_len"], color="tab:red", linestyle="--", label=f"max_seq_len {report['max_seq_len']}")
         ax.legend()

@@ -38,6 +38,7 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     Args:
         base_model: from `quantization.load`; it is changed in place.
         config: rank, scale, dropout, variants, head, checkpointing, seed of the initialisation.
+
     """
     from peft import LoraConfig, get_peft_model
 
@@ -73,12 +74,15 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
 
     Raises:
         ModelError: the folder holds no adapter in safetensors, or one that does not fit the base model.
+
     """
     from peft import PeftModel
 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
-            raise ModelError(f"adapter: {adapter / name} is missing. Train one with notebook 04, or give another folder.")
+            raise ModelError(
+                f"adapter: {adapter / name} is missing. Train one with notebook 04, or give another folder."
+            )
     try:
         with _without_deprecations():
             tuned_model = PeftModel.from_pretrained(base_model, str(adapter), is_trainable=trainable)
@@ -90,7 +94,7 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
 
 @contextmanager
 def _without_deprecations() -> Iterator[None]:
-    """peft asks transformers for an attribute that will be renamed; the reader can do nothing about it."""
+    """Peft asks transformers for an attribute that will be renamed; the reader can do nothing about it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield

@@ -65,7 +65,9 @@ class Playground:
                 self.example,
                 self.question,
                 self.model,
-                widgets.HBox([self.temperature, self.top_p, self.max_new_tokens], layout=widgets.Layout(flex_flow="wrap")),
+                widgets.HBox(
+                    [self.temperature, self.top_p, self.max_new_tokens], layout=widgets.Layout(flex_flow="wrap")
+                ),
                 widgets.HBox([self.ask_button, self.stop_button]),
                 self.answer,
             ]

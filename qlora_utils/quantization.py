@@ -49,6 +49,7 @@ def load(config: RunConfig) -> PreTrainedModel:
 
     Raises:
         ModelError: absent, gated, not safetensors, or not loadable; says what to do next.
+
     """
     import bitsandbytes
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -92,8 +93,10 @@ def _advice(source: str, error: Exception) -> str:
     names = {type(e).__name__ for e in (error, error.__cause__, error.__context__) if e is not None}
     if Path(source).is_dir():
         if list(Path(source).glob("*.bin")) and not list(Path(source).glob("*.safetensors")):
-            return f"model: {source} holds pickled weights (.bin) only; convert them to safetensors, which cannot run code."
-        return f"model: {source} could not be loaded ({first}). Expected config.json, tokenizer and *.safetensors there."
+            return f"model: {source} holds pickled weights (.bin) only; convert them to safetensors."
+        return (
+            f"model: {source} could not be loaded ({first}). Expected config.json, tokenizer and *.safetensors there."
+        )
     if source.startswith(("/", ".", "~")):
         return f"model: {source} does not exist. Expected a local folder, or a hub id like owner/name."
     if "GatedRepoError" in names or "gated" in text.lower():
@@ -103,9 +106,7 @@ def _advice(source: str, error: Exception) -> str:
         )
     if "RepositoryNotFoundError" in names:
         return f"model: {source} is not on the hub, or private. Check the name, or log in with `hf auth login`."
-    return (
-        f"model: {source} could not be fetched ({first}). Check the network, or give a local folder: -p model=/path/to/it"
-    )
+    return f"model: {source} could not be fetched ({first}). Check the network, or give a local folder: -p model=PATH"
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -227,6 +228,7 @@ def first_quantized(model: nn.Module) -> tuple[str, torch.Tensor]:
 
     Raises:
         ValueError: the model holds none.
+
     """
     for name, tensor in model.named_parameters():
         if is_quantized(tensor):
@@ -254,6 +256,8 @@ def plot_levels(tensor: torch.Tensor, ax: Axes) -> Figure:
     counts = torch.bincount(codes.long(), minlength=16) / codes.numel()
     ax.bar(levels, counts, width=0.04, color="tab:blue")
     ax.axhline(1 / 16, color="tab:gray", linestyle="--", linewidth=1, label="all equal")
-    ax.set(xlabel="level, as a share of the block's largest weight", ylabel="share of weights", title="The 16 NF4 levels")
+    ax.set(
+        xlabel="level, as a share of the block's largest weight", ylabel="share of weights", title="The 16 NF4 levels"
+    )
     ax.legend(frameon=False)
     return ax.get_figure()  # type: ignore[return-value]

@@ -19,13 +19,15 @@ def summary(run: RunDirectory) -> str:
 
     Raises:
         FileNotFoundError: the run has not got that far; says which notebook to run.
+
     """
     metrics, history = read_json(run.metrics), read_jsonl(run.history)
     train = metrics["train"]
     held_out = [line["eval_loss"] for line in history if "eval_loss" in line]
     lines = [
         f"run directory   {run.path}",
-        "                " + ", ".join(sorted(path.name for path in run.path.iterdir() if not path.name.startswith("."))),
+        "                "
+        + ", ".join(sorted(path.name for path in run.path.iterdir() if not path.name.startswith("."))),
         f"training        {train['steps']} steps, {train['tokens']:,} tokens, {train['wall_s']:.0f} s, "
         f"peak memory {train['peak_memory_bytes'] / 1e9:.2f} GB",
         f"training loss   {train['first_loss']:.3f} → {train['final_loss']:.3f}",
@@ -44,12 +46,14 @@ def write_report(run: RunDirectory) -> None:
 
     Raises:
         FileNotFoundError: the run has not got that far; says which notebook to run.
+
     """
     stored, metrics = read_json(run.config), read_json(run.metrics)
     config = stored["config"]
     parts = [
         f"<h1>QLoRA run “{html.escape(config['run_name'])}”</h1>",
-        f"<p>{html.escape(config['model'])} tuned on {html.escape(config['dataset'])}, {metrics['train']['steps']} steps.</p>",
+        f"<p>{html.escape(config['model'])} tuned on {html.escape(config['dataset'])}, "
+        f"{metrics['train']['steps']} steps.</p>",
         "<h2>Scores on held-out questions</h2>",
         _scores(metrics),
         "<h2>Figures</h2>",

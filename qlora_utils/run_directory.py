@@ -1,4 +1,4 @@
-"""The run directory: the contract between notebooks. Where each thing lies, and how it is written whole or not at all."""
+"""The run directory, the contract between notebooks: where each thing lies, and how it is written whole or not."""
 
 from __future__ import annotations
 
@@ -124,6 +124,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: says which notebook writes the file.
+
     """
     _must_exist(path)
     return json.loads(path.read_text(encoding="utf-8"))
@@ -139,10 +140,12 @@ def read_jsonl(path: Path) -> list[Any]:
 
     Raises:
         FileNotFoundError: says which notebook writes the file.
+
     """
     _must_exist(path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+    # Not str.splitlines: it also splits at U+2028 and its like, which may stand in any answer.
+    *whole, _cut_off = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole if line.strip()]
 
 
 WRITTEN_BY = {
@@ -168,6 +171,7 @@ def require_adapter(run: RunDirectory) -> Path:
 
     Raises:
         FileNotFoundError: nothing was trained in this run directory yet.
+
     """
     _must_exist(run.adapter)
     return run.adapter

@@ -14,6 +14,7 @@ from typing import Any
 from qlora_utils.config import ConfigError, RunConfig, check_names, project_folder
 from qlora_utils.run_directory import HEADLESS, RunDirectory
 
+
 class SeriesError(RuntimeError):
     """A notebook failed; the message names notebook, cell and error, and where the partly executed copy lies."""
 
@@ -28,6 +29,7 @@ def choose_from(start: str | None) -> list[Path]:
 
     Raises:
         ConfigError: no such notebook; lists those there are.
+
     """
     notebooks = series()
     if start is None:
@@ -54,6 +56,7 @@ def resolve(
     Raises:
         ConfigError: an unknown parameter or a value that is not allowed.
         FileNotFoundError: `start` is given and the run directory holds no config.json.
+
     """
     check_names(parameters)
     given = dict(parameters)
@@ -85,6 +88,7 @@ def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str |
     Raises:
         SeriesError: a notebook failed.
         ConfigError: no notebook named `start`.
+
     """
     import papermill
     from nbclient.exceptions import DeadKernelError

@@ -110,6 +110,7 @@ def row_losses(
         rows: encoded conversations.
         collator: `data.Collator`.
         batch_size: conversations per forward pass.
+
     """
     was_training = model.training
     model.eval()
@@ -145,7 +146,9 @@ class HistoryWriter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Drop lines of steps that a resumed training is about to repeat."""
-        kept = [line for line in read_jsonl(self.path) if line["step"] <= state.global_step] if self.path.is_file() else []
+        kept = (
+            [line for line in read_jsonl(self.path) if line["step"] <= state.global_step] if self.path.is_file() else []
+        )
         write_jsonl(self.path, kept if state.global_step else [])
         self.tokens_before = int(state.num_input_tokens_seen)
 
@@ -235,6 +238,7 @@ def make_trainer(
 
     Raises:
         ConfigError: fp16 without a GPU.
+
     """
     dtype = compute_dtype(config)
     on_gpu = torch.cuda.is_available()
@@ -304,6 +308,7 @@ def train(
 
     Raises:
         ConfigError: a precision that this machine does not have.
+
     """
     if not config.resume:
         shutil.rmtree(run.checkpoints, ignore_errors=True)

@@ -1,0 +1,93 @@
+"""Shared by all tests: small real parts (tokenizer, NF4 base model, prepared rows) and the real data where it lies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is wrong
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+    real = SHARED / "guanaco-llama2-1k"
+    for item in items:
+        if item.get_closest_marker("real_data") and not real.is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"the real Guanaco rows are not at {real}"))
+        if item.get_closest_marker("gpu"):
+            import torch
+
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A short run on the pocket model, in a folder of its own."""
+    from qlora_utils.config import RunConfig
+
+    return RunConfig.from_preset(
+        "pocket", output_dir=str(tmp_path), run_name="test", steps=8, batch_size=8, logging_steps=1, eval_steps=4,
+        save_steps=4, train_rows=64,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from qlora_utils.config import RunConfig
+    from qlora_utils.data import load_tokenizer
+
+    return load_tokenizer(RunConfig.from_preset("pocket"))
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer():
+    """The real Llama-2 tokenizer; use with the marker `real_data`."""
+    from qlora_utils.config import RunConfig
+    from qlora_utils.data import load_tokenizer
+
+    return load_tokenizer(RunConfig.from_preset("llama2-7b", model=str(SHARED / "llama2-tokenizer")))
+
+
+@pytest.fixture(scope="session")
+def real_rows():
+    """The 1,000 real rows as text; use with the marker `real_data`."""
+    from qlora_utils.rows import read_source
+
+    return [row.columns["text"] for row in read_source(str(SHARED / "guanaco-llama2-1k"))["train"]]
+
+
+@pytest.fixture
+def prepared(config, tokenizer):
+    from qlora_utils.data import Prepared, prepare
+
+    whole = prepare(config, tokenizer)
+    return Prepared(whole.train, whole.held_out[:16], whole.rejected, whole.report)
+
+
+@pytest.fixture
+def run(config):
+    from qlora_utils.run_directory import RunDirectory
+
+    run = RunDirectory(config.run_dir)
+    run.begin(config)
+    return run
+
+
+@pytest.fixture
+def base_model(config):
+    from qlora_utils.quantization import load
+
+    return load(config)
+
+
+@pytest.fixture
+def tuned_model(base_model, config):
+    from qlora_utils.lora import attach
+
+    return attach(base_model, config)

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from qlora_utils.config import PRESETS, ConfigError, RunConfig, locate
+from qlora_utils.run_directory import RunDirectory
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_valid_and_round_trips(preset, tmp_path):
+    config = RunConfig.from_preset(preset, output_dir=str(tmp_path), run_name="x")
+    assert not config.differences()
+    RunDirectory(config.run_dir).begin(config)
+    assert RunConfig.continue_run(config.run_dir) == config
+
+
+def test_llama2_follows_the_tutorial_recipe():
+    config = RunConfig.from_preset("llama2-7b")
+    assert (config.lora_r, config.lora_alpha, config.learning_rate, config.lr_scheduler) == (64, 16, 2e-4, "cosine")
+    assert (config.steps, config.batch_size) == (250, 4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("learning_rate", 5, "less than 1"),
+        ("learning_rate", float("nan"), "finite"),
+        ("lora_r", 0, "greater than or equal to 1"),
+        ("lora_r", True, "a number"),
+        ("steps", "many", "integer"),
+        ("steps", 1.5, "integer"),
+        ("packing", 1, "true or false"),
+        ("optimizer", "sgd", "adamw_torch"),
+        ("run_name", "../elsewhere", "pattern"),
+        ("run_name", "", "pattern"),
+        ("max_seq_len", -1, "greater than or equal to 16"),
+        ("model", 7, "string"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_field_value_and_what_is_allowed(field, value, allowed):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_preset("pocket", **{field: value})
+    message = str(caught.value)
+    assert field in message
+    assert repr(value) in message
+    assert allowed in message
+
+
+def test_an_unknown_field_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"learning_rte.*learning_rate"):
+        RunConfig.from_preset("pocket", learning_rte=1)
+
+
+def test_an_unknown_preset_names_the_known():
+    with pytest.raises(ConfigError, match=r"poket.*llama2-7b.*Did you mean pocket"):
+        RunConfig.from_preset("poket")
+
+
+def test_micro_batch_must_divide_batch():
+    with pytest.raises(ConfigError, match="micro_batch_size=3 does not divide batch_size=16"):
+        RunConfig.from_preset("pocket", micro_batch_size=3)
+
+
+def test_frozen_and_keyword_only():
+    config = RunConfig.from_preset("pocket")
+    with pytest.raises(ValidationError):
+        config.steps = 3
+    with pytest.raises(TypeError):
+        RunConfig("pocket")
+
+
+def test_text_values_become_typed_ones():
+    config = RunConfig.from_preset("pocket", steps="12", learning_rate="1e-3", packing="false")
+    assert (config.steps, config.learning_rate, config.packing) == (12, 1e-3, False)
+
+
+def test_parameters_cell_preset_and_run_directory(tmp_path):
+    first = RunConfig.from_parameters(
+        {"preset": "llama2-7b", "output_dir": str(tmp_path), "run_name": "a", "lora_r": 8}
+    )
+    RunDirectory(first.run_dir).begin(first)
+    going_on = {"preset": None, "output_dir": str(tmp_path), "run_name": "a", "lora_alpha": 4, "unrelated": object()}
+    second = RunConfig.from_parameters(going_on)
+    assert (second.preset, second.lora_r, second.lora_alpha) == ("llama2-7b", 8, 4)
+    assert RunConfig.from_parameters({"output_dir": str(tmp_path), "run_name": "new"}).preset == "pocket"
+
+
+def test_a_moved_run_directory_still_opens(tmp_path):
+    config = RunConfig.from_preset("pocket", output_dir=str(tmp_path / "a"), run_name="x")
+    RunDirectory(config.run_dir).begin(config)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert RunConfig.continue_run(tmp_path / "b" / "x").output_dir == str(tmp_path / "b")
+
+
+def test_config_json_names_versions_and_hardware(config, run):
+    stored = json.loads(run.config.read_text())
+    assert stored["config"]["steps"] == config.steps
+    assert "torch" in stored["versions"]
+    assert stored["hardware"]["cores"] >= 1
+
+
+def test_embedded_sources_lie_in_the_project():
+    assert locate("embedded:pocket/model").endswith("data/pocket/model")
+    assert locate("owner/name") == "owner/name"
+
+
+def test_importing_the_package_is_light():
+    command = [sys.executable, "-X", "importtime", "-c", "import qlora_utils"]
+    imported = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "qlora_utils" in imported
+    for heavy in ("torch", "transformers", "matplotlib", "pydantic", "datasets"):
+        assert f" {heavy}\n" not in imported
+
+
+def test_config_alone_imports_no_torch():
+    code = "import sys, qlora_utils.cli, qlora_utils.config, qlora_utils.curves; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"

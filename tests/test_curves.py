@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pytest
+
+from qlora_utils import curves
+from qlora_utils.run_directory import RunDirectory, write_jsonl
+
+HISTORY = [{"step": 0, "epoch": 0.0, "eval_loss": 3.0}] + [
+    line
+    for step in range(1, 21)
+    for line in (
+        {"step": step, "epoch": step / 10, "loss": 3.0 / step, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100 * step,
+         "tokens_per_s": 500.0, "peak_memory_bytes": 2_000_000_000},
+        {"step": step, "epoch": step / 10, "eval_loss": 1 + abs(step - 12) / 10},
+    )
+    if "loss" in line or step % 4 == 0
+]  # fmt: skip
+
+
+def test_column_takes_the_lines_that_have_it():
+    steps, values = curves.column(HISTORY, "eval_loss")
+    assert steps == [0, 4, 8, 12, 16, 20]
+    assert values[3] == 1.0
+    assert curves.lowest(HISTORY) == (12, 1.0)
+    assert curves.lowest([]) is None
+
+
+def test_smoothing_keeps_a_constant_and_the_first_value():
+    assert curves.smooth([2.0] * 5) == pytest.approx([2.0] * 5)
+    assert curves.smooth([4.0, 0.0])[0] == pytest.approx(4.0)
+    assert curves.smooth([1.0, 5.0, 2.0], weight=0) == [1.0, 5.0, 2.0]
+
+
+def test_every_column_is_drawn_for_every_run():
+    figure = curves.plot_overview({"one": HISTORY, "two": HISTORY[:15]})
+    assert len(figure.axes) == len(curves.COLUMNS)
+    for ax, title in zip(figure.axes, curves.COLUMNS.values(), strict=True):
+        assert ax.get_title() == title
+        assert len(ax.get_lines()) >= 2
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one", "two"]
+    memory = figure.axes[-1].get_lines()[0].get_ydata()
+    assert set(memory) == {2.0}
+    plt.close(figure)
+
+
+def test_the_lowest_held_out_loss_is_marked():
+    figure, ax = plt.subplots()
+    curves.plot_losses(HISTORY, ax)
+    assert any("lowest 1.000" in text.get_text() and "step 12" in text.get_text() for text in ax.texts)
+    plt.close(figure)
+
+
+def test_table_and_reading(tmp_path):
+    run = RunDirectory(tmp_path)
+    with pytest.raises(FileNotFoundError, match="04_training"):
+        curves.read_history(run)
+    write_jsonl(run.history, HISTORY)
+    with run.history.open("a") as file:
+        file.write('{"step": 21, "lo')  # cut off by a crash
+    assert curves.read_history(run) == HISTORY
+    assert curves.loss_table(HISTORY).count("\n") == 6

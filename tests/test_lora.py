@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+
+import bitsandbytes
+import pytest
+import torch
+
+from qlora_utils import lora, quantization, training
+from qlora_utils.config import RunConfig
+from qlora_utils.data import Collator, encode
+from qlora_utils.lora import HEAD
+from qlora_utils.quantization import ModelError
+
+
+@pytest.fixture
+def batch(prepared, tokenizer):
+    return Collator(tokenizer.pad_token_id, packing=True)(encode(prepared.train[:4], tokenizer))
+
+
+def with_adapter(config, **changes):
+    changed = RunConfig.build({**config.model_dump(), **changes})
+    return lora.attach(quantization.load(changed), changed)
+
+
+def logits(model, batch):
+    model.eval()
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def test_lora_on_all_linear_layers_and_never_on_the_head(tuned_model):  # trap 3
+    adapted = {name.rsplit(".", 2)[0] for name, _ in tuned_model.named_modules() if name.endswith("lora_A.default")}
+    linear = {n.removesuffix(".base_layer") for n, m in tuned_model.named_modules()
+              if isinstance(m, bitsandbytes.nn.Linear4bit)}  # fmt: skip
+    assert adapted == linear
+    assert len(adapted) == 7 * 4
+    assert not any(HEAD in name for name in adapted)
+
+
+def test_the_trainable_head_is_full_precision_and_no_4_bit_layer(tuned_model):  # traps 1 and 2
+    wrapper = tuned_model.base_model.model.lm_head
+    trained = wrapper.modules_to_save["default"]
+    assert not isinstance(trained, bitsandbytes.nn.Linear4bit)
+    assert trained.weight.dtype is torch.float32
+    assert trained.weight.requires_grad
+    assert not wrapper.original_module.weight.requires_grad
+
+
+def test_only_adapter_and_head_train_and_all_in_fp32(tuned_model):
+    for name, parameter in tuned_model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name or "modules_to_save" in name), name
+        assert not parameter.requires_grad or parameter.dtype is torch.float32
+
+
+def test_a_fresh_adapter_changes_nothing(config, batch):
+    plain = logits(quantization.load(config), batch)
+    assert torch.equal(logits(with_adapter(config), batch), plain)
+
+
+def test_disabling_the_adapter_restores_the_base_model_and_its_head(config, batch):  # trap 15
+    plain = logits(quantization.load(config), batch)
+    tuned_model = with_adapter(config)
+    with torch.no_grad():
+        for parameter in tuned_model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    assert not torch.allclose(logits(tuned_model, batch), plain)
+    with lora.base_alone(tuned_model):
+        assert torch.equal(logits(tuned_model, batch), plain)
+    assert not torch.allclose(logits(tuned_model, batch), plain)
+
+
+@pytest.mark.parametrize("variant", [{"rslora": True}, {"dora": True}, {"train_head": False}, {"lora_r": 4}])
+def test_variants_attach_and_reach_every_trainable_parameter(config, batch, variant):
+    tuned_model = with_adapter(config, **variant)
+    tuned_model.train()
+    tuned_model(**batch).loss.backward()
+    trained = {name: p for name, p in tuned_model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trained.values())
+    assert any("magnitude" in name for name in trained) == bool(variant.get("dora"))
+    assert any(HEAD in name for name in trained) == variant.get("train_head", True)
+    scaling = tuned_model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"]
+    r = variant.get("lora_r", config.lora_r)
+    assert scaling == pytest.approx(config.lora_alpha / (r**0.5 if variant.get("rslora") else r))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(config, batch):  # trap 8
+    def gradients(on):
+        tuned_model = with_adapter(config, gradient_checkpointing=on)
+        tuned_model.train()
+        assert tuned_model.base_model.model.is_gradient_checkpointing == on
+        tuned_model(**batch, use_cache=False).loss.backward()
+        return {name: p.grad for name, p in tuned_model.named_parameters() if p.requires_grad}
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        assert gradient is not None
+        torch.testing.assert_close(recomputed[name], gradient, msg=name)
+    assert sum(float(g.abs().sum()) for g in recomputed.values()) > 0
+
+
+def test_saved_and_reloaded_the_model_is_the_same(config, tokenizer, batch, tmp_path):  # trap 1
+    tuned_model = with_adapter(config)
+    with torch.no_grad():
+        for parameter in tuned_model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    expected = logits(tuned_model, batch)
+    training.save_adapter(tuned_model, tokenizer, tmp_path / "adapter")
+    assert sorted(p.suffix for p in (tmp_path / "adapter").iterdir() if "adapter_model" in p.name) == [".safetensors"]
+    again = lora.reload(quantization.load(config), tmp_path / "adapter")
+    assert torch.equal(logits(again, batch), expected)
+
+
+def test_a_missing_or_foreign_adapter_is_refused(config, base_model, tmp_path, tuned_model, tokenizer):
+    with pytest.raises(ModelError, match=r"adapter_config\.json is missing"):
+        lora.reload(base_model, tmp_path)
+    training.save_adapter(tuned_model, tokenizer, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "r": 3}))
+    with pytest.raises(ModelError, match="does not fit"):
+        lora.reload(quantization.load(config), tmp_path / "adapter")
+
+
+def test_trainable_parameters_add_up(tuned_model, config):
+    rows = {row.module: row for row in lora.trainable_by_module(tuned_model)}
+    counted = sum(p.numel() for p in tuned_model.parameters() if p.requires_grad)
+    assert sum(row.trainable for row in rows.values()) == counted
+    hidden = tuned_model.config.hidden_size
+    assert rows["q_proj"].lora == 4 * config.lora_r * 2 * hidden
+    assert rows["q_proj"].frozen == 4 * hidden * hidden
+    assert rows["lm_head"].in_full == rows["lm_head"].frozen == hidden * tuned_model.config.vocab_size
+    table = lora.trainable_table(list(rows.values()))
+    assert f"trainable: {counted:,} of" in table

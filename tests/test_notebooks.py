@@ -1,0 +1,126 @@
+"""The contracts between notebooks, modules and tests."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+from qlora_utils.config import RunConfig
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TOPICS = ["data", "quantization", "lora", "training", "curves", "answers", "playground"]
+SHARED_MODULES = {"config", "rows", "run_directory", "runner", "report", "cli"}
+PER_NOTEBOOK = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def parameters_cell(path):
+    tagged = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    return tagged[0]
+
+
+def assigned_names(tree):
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).split(".")[0])
+    return names
+
+
+def test_one_topic_is_one_notebook_one_module_one_test_file():
+    assert [path.stem for path in NOTEBOOKS] == [f"0{i}_{topic}" for i, topic in enumerate(TOPICS, start=1)]
+    modules = {path.stem for path in (ROOT / "qlora_utils").glob("*.py")} - {"__init__"}
+    assert modules == {*TOPICS, *SHARED_MODULES}
+    for module in modules - {"cli"}:  # the command line is tested with the runner
+        assert (ROOT / "tests" / f"test_{module}.py").is_file()
+
+
+@PER_NOTEBOOK
+def test_a_notebook_imports_its_own_earlier_and_shared_modules_only(path):
+    allowed = {*TOPICS[: int(path.stem[:2])], *SHARED_MODULES}
+    for cell in code_cells(path):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.ImportFrom) and node.module == "qlora_utils":
+                assert {alias.name for alias in node.names} <= allowed
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qlora_utils."):
+                assert node.module.split(".")[1] in allowed
+
+
+@PER_NOTEBOOK
+def test_parameters_are_literals_and_fields_of_the_config(path):
+    tree = ast.parse(parameters_cell(path).source)
+    for statement in tree.body:
+        assert isinstance(statement, ast.Assign)
+        ast.literal_eval(statement.value)
+    assert {"preset", "run_name", "output_dir"} <= assigned_names(tree) <= set(RunConfig.model_fields)
+
+
+@PER_NOTEBOOK
+def test_no_other_cell_assigns_a_name_that_is_a_parameter(path):
+    """Else running the config cell again would take that variable for a parameter."""
+    for cell in code_cells(path):
+        if "parameters" not in cell.metadata.get("tags", []):
+            assert not assigned_names(ast.parse(cell.source)) & set(RunConfig.model_fields)
+
+
+def test_the_set_up_cell_is_the_same_bytes_everywhere():
+    cells = {code_cells(path)[0].source for path in NOTEBOOKS}
+    assert len(cells) == 1
+    (source,) = cells
+    assert "Set-up" in source
+    assert "sys.path" not in source
+
+
+@PER_NOTEBOOK
+def test_nothing_executed_is_committed(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert "widgets" not in notebook.metadata
+    for cell in code_cells(path):
+        assert not cell.outputs
+        assert cell.execution_count is None
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+
+
+@PER_NOTEBOOK
+def test_a_notebook_defines_nothing_and_keeps_its_cells_small(path):
+    cells = code_cells(path)
+    for cell in cells:
+        tree = ast.parse(cell.source)
+        assert not [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.Lambda)]
+        assert cell.source.count("\n") < 20
+    kinds = [cell.cell_type for cell in nbformat.read(path, as_version=4).cells]
+    assert kinds.count("markdown") / len(kinds) > 0.4
+
+
+@PER_NOTEBOOK
+def test_title_links_goal_and_exercises(path):
+    cells = nbformat.read(path, as_version=4).cells
+    number = int(path.stem[:2])
+    assert cells[0].source.startswith(f"# {number}. ")
+    for neighbour in NOTEBOOKS[max(0, number - 2) : number + 1]:
+        if neighbour != path:
+            assert f"({neighbour.name})" in cells[0].source
+    assert "**Goal.**" in cells[1].source
+    assert "| device |" in cells[1].source
+    assert "## Exercises" in cells[-1].source
+
+
+def test_every_library_name_a_notebook_uses_exists():
+    for path in NOTEBOOKS:
+        for cell in code_cells(path):
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in TOPICS:
+                    module = importlib.import_module(f"qlora_utils.{node.value.id}")
+                    assert hasattr(module, node.attr), f"{path.stem}: {node.value.id}.{node.attr}"

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import re
+
+from qlora_utils import report
+from qlora_utils.config import RunConfig
+from qlora_utils.data import data_report
+from qlora_utils.run_directory import RunDirectory, write_json, write_jsonl
+
+SCORES = {"exact_match": 0.5, "f1": 0.5, "rouge_l": 0.5, "perplexity": 3.0, "stopped": 1.0,
+          "intervals": {name: [0.1, 3.2] for name in ("exact_match", "f1", "rouge_l", "perplexity")}}  # fmt: skip
+
+
+def finished(folder, tokenizer, text):
+    config = RunConfig.from_preset("pocket", output_dir=str(folder), run_name="r")
+    run = RunDirectory(config.run_dir)
+    run.begin(config)
+    train = {"steps": 2, "first_loss": 3.0, "final_loss": 1.0, "tokens": 10, "tokens_per_s": 5.0, "wall_s": 2.0,
+             "peak_memory_bytes": 10**9}  # fmt: skip
+    run.add_metrics(train=train, base=SCORES, tuned=SCORES, held_out={"rows": 1, "questions": 1})
+    write_jsonl(run.history, [{"step": 0, "eval_loss": 3.0}, {"step": 2, "eval_loss": 1.5}])
+    write_jsonl(run.answers, [{"text": text, "expected": text, "base": {"answer": text}, "tuned": {"answer": text}}])
+    write_json(run.data / "report.json", data_report([], tokenizer, max_seq_len=8, batch_size=2))
+    return run
+
+
+def test_the_page_is_self_contained_and_escapes_what_it_is_given(tmp_path, tokenizer):
+    import matplotlib.pyplot as plt
+
+    hostile = "<script>alert(1)</script>"
+    run = finished(tmp_path, tokenizer, hostile)
+    figure, _ = plt.subplots()
+    run.save_figure(figure, "05_loss")
+    plt.close(figure)
+    report.write_report(run)
+    page = run.report.read_text()
+    assert hostile not in page
+    assert page.count("&lt;script&gt;") == 4
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "data:image/png;base64," in page
+
+
+def test_summary_tells_loss_and_scores(tmp_path, tokenizer):
+    text = report.summary(finished(tmp_path, tokenizer, "x"))
+    assert "training loss   3.000 → 1.000" in text
+    assert "held-out loss   3.000 → 1.500" in text
+    assert "exact match   0.500 → 0.500" in text

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+
+import nbformat
+import pytest
+
+from qlora_utils import cli, report, runner
+from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_text
+
+QUICK = ["-p", "steps=6", "-p", "train_rows=48", "-p", "eval_steps=3", "-p", "score_rows=6", "-p", "max_new_tokens=8"]
+
+
+def test_series_is_the_seven_notebooks():
+    assert [path.stem[:2] for path in runner.series()] == [f"0{i}" for i in range(1, 8)]
+
+
+@pytest.mark.parametrize("start", ["04", "4", "training", "04_training", "04_training.ipynb"])
+def test_from_takes_number_or_name(start):
+    assert runner.choose_from(start)[0].stem == "04_training"
+    assert len(runner.choose_from(start)) == 4
+
+
+def test_resolve_types_values_and_makes_paths_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("question,answer\n")
+    config, parameters = runner.resolve(
+        preset="pocket", run_name=None, output_dir="out", parameters={"steps": "7", "dataset": "rows.csv"}, start=None
+    )
+    assert config.run_dir == tmp_path / "out" / "pocket"
+    assert parameters == {
+        "preset": "pocket", "output_dir": str(tmp_path / "out"), "run_name": "pocket", "steps": 7,
+        "dataset": str(tmp_path / "rows.csv"),
+    }  # fmt: skip
+
+
+def test_from_goes_on_with_the_stored_config(tmp_path):
+    first = RunConfig.from_preset("llama2-7b", output_dir=str(tmp_path), run_name="a", steps=9)
+    RunDirectory(first.run_dir).begin(first)
+    config, parameters = runner.resolve(
+        preset=None, run_name="a", output_dir=str(tmp_path), parameters={"lora_r": "8"}, start="05"
+    )
+    assert (config.preset, config.steps, config.lora_r) == ("llama2-7b", 9, 8)
+    assert "preset" not in parameters
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mention"),
+    [
+        (["-p", "learning_rte=1"], "learning_rate"),
+        (["-p", "learning_rate=7"], "less than 1"),
+        (["-p", "steps"], "NAME=VALUE"),
+        (["--preset", "poket"], "pocket"),
+        (["--from", "99"], "01_data"),
+    ],
+)
+def test_what_is_wrongly_asked_for_exits_2_and_writes_nothing(tmp_path, capsys, arguments, mention):
+    (tmp_path / "outputs").mkdir()
+    arguments = ["--preset", "pocket", *arguments] if arguments[0] != "--preset" else arguments
+    assert cli.main(["run", "--output-dir", str(tmp_path / "outputs"), *arguments]) == 2
+    assert mention in capsys.readouterr().err
+    assert not list((tmp_path / "outputs").iterdir())
+
+
+def test_presets_and_fields_are_listed(capsys):
+    assert cli.main(["presets"]) == 0
+    assert cli.main(["presets", "--fields"]) == 0
+    out = capsys.readouterr().out
+    assert "llama2-7b" in out
+    assert all(name in out for name in RunConfig.model_fields)
+
+
+def test_ask_without_a_run_says_what_to_do(tmp_path, capsys):
+    assert cli.main(["ask", "Why?", "--run", "none", "--output-dir", str(tmp_path)]) == 1
+    assert "no such run" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One quick run of the whole series, in a folder whose name has a space."""
+    folder = tmp_path_factory.mktemp("run directories") / "a b"
+    status = cli.main(["run", "--preset", "pocket", "--run-name", "quick", "--output-dir", str(folder), *QUICK])
+    assert status == 0
+    return RunDirectory(folder / "quick")
+
+
+def test_the_seven_notebooks_run_and_leave_the_run_directory(finished):
+    for path in (finished.config, finished.history, finished.metrics, finished.answers, finished.report,
+                 finished.adapter / "adapter_model.safetensors", finished.data / "report.json"):  # fmt: skip
+        assert path.stat().st_size > 0
+    assert len(list(finished.figures.glob("*.png"))) >= 6
+    copies = sorted(finished.notebooks.glob("*.ipynb"))
+    assert [copy.name for copy in copies] == [path.name for path in runner.series()]
+    for copy in copies:
+        notebook = nbformat.read(copy, as_version=4)
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert all(cell.execution_count for cell in cells)
+        text = json.dumps(notebook)
+        assert "torch 2" in text  # stamped with versions
+        assert copy.stat().st_size < 300_000
+        errors = [o["text"] for c in cells for o in c.outputs if o.output_type == "stream" and o.name == "stderr"]
+        assert not [line for line in errors if "warning" in line.lower() or "gemm_4bit" in line]
+
+
+def test_metrics_have_the_promised_shape(finished):
+    metrics = read_json(finished.metrics)
+    for model in ("base", "tuned"):
+        assert {"exact_match", "f1", "rouge_l", "perplexity"} <= set(metrics[model])
+    assert {"rows", "questions"} <= set(metrics["held_out"])
+    promised = {"steps", "final_loss", "tokens", "tokens_per_s", "wall_s", "peak_memory_bytes"}
+    assert promised <= set(metrics["train"])
+    assert metrics["train"]["steps"] == 6
+    assert len(read_jsonl(finished.answers)) == metrics["held_out"]["questions"] == 6
+    assert metrics["tuned"]["perplexity"] < metrics["base"]["perplexity"]
+
+
+def test_the_parameters_given_are_those_used(finished):
+    stored = read_json(finished.config)["config"]
+    assert (stored["steps"], stored["train_rows"], stored["max_new_tokens"]) == (6, 48, 8)
+
+
+def test_ask_answers_on_the_terminal(finished, capsys):
+    expected = read_jsonl(finished.answers)
+    line = next(line for line in expected if not line["history"])
+    assert cli.main(["ask", line["text"], "--run", str(finished.path)]) == 0
+    assert capsys.readouterr().out.strip() == line["tuned"]["answer"]
+
+
+def test_summary_names_place_losses_and_scores(finished):
+    text = report.summary(finished)
+    assert str(finished.path) in text
+    for word in ("training loss", "held-out loss", "exact match", "perplexity", "→", "answers.jsonl"):
+        assert word in text
+
+
+def test_from_a_later_notebook_uses_what_is_there(finished):
+    before = finished.history.read_bytes()
+    arguments = ["run", "--run-name", "quick", "--output-dir", str(finished.path.parent), "--from", "05"]
+    assert cli.main(arguments) == 0
+    assert finished.history.read_bytes() == before
+    assert read_json(finished.config)["config"]["steps"] == 6
+
+
+def test_a_failing_cell_exits_1_and_keeps_the_notebook(tmp_path, capsys):
+    """Answers without an adapter: notebook 06 fails, and says which notebook must run first."""
+    config = RunConfig.from_preset("pocket", output_dir=str(tmp_path), run_name="broken")
+    run = RunDirectory(config.run_dir)
+    run.begin(config)
+    write_text(run.history, "")
+    arguments = ["run", "--run-name", "broken", "--output-dir", str(tmp_path), "--from", "06"]
+    assert cli.main(arguments) == 1
+    message = capsys.readouterr().err
+    for part in ("06_answers", "cell", "FileNotFoundError", "01_data"):
+        assert part in message
+    copy = nbformat.read(run.notebooks / "06_answers.ipynb", as_version=4)
+    assert any(o.output_type == "error" for c in copy.cells if c.cell_type == "code" for o in c.outputs)
+
+
+def test_an_unknown_notebook_is_refused():
+    with pytest.raises(ConfigError, match="08"):
+        runner.choose_from("08")
+
+
+@pytest.mark.real_data
+def test_the_series_runs_on_the_real_rows(tmp_path):
+    """Thin, for time's sake: four steps of the pocket model on the real rows, all seven notebooks."""
+    from conftest import SHARED
+
+    source = str(SHARED / "guanaco-llama2-1k")
+    arguments = ["-p", f"dataset={source}", "-p", "steps=4", "-p", "eval_steps=2", "-p", "held_out_rows=8",
+                 "-p", "score_rows=2", "-p", "max_new_tokens=4", "-p", "max_seq_len=256"]  # fmt: skip
+    assert cli.main(["run", "--preset", "pocket", "--run-name", "g", "--output-dir", str(tmp_path), *arguments]) == 0
+    run = RunDirectory(tmp_path / "g")
+    assert read_json(run.data / "report.json")["turns"] == 1380
+    held_out = [line["eval_loss"] for line in read_jsonl(run.history) if "eval_loss" in line]
+    assert held_out[-1] < held_out[0]

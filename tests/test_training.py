@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from qlora_utils import lora, quantization, training
+from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.data import IGNORED, Collator, encode
+from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
+
+
+def changed(config, **changes):
+    return RunConfig.build({**config.model_dump(), **changes})
+
+
+def train(config, tokenizer, prepared, *callbacks):
+    """Train as notebook 04 does; returns the model, the run directory and what was logged."""
+    run = RunDirectory(config.run_dir)
+    tuned_model = lora.attach(quantization.load(config), config)
+    if callbacks:
+        original = training.make_trainer
+
+        def with_callbacks(*arguments):
+            trainer = original(*arguments)
+            for callback in callbacks:
+                trainer.add_callback(callback)
+            return trainer
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "make_trainer", with_callbacks)
+            training.train(config, tuned_model, tokenizer, prepared, run)
+    else:
+        training.train(config, tuned_model, tokenizer, prepared, run)
+    return tuned_model, run, read_jsonl(run.history)
+
+
+def trained_weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def losses(history):
+    return [line["loss"] for line in history if "loss" in line]
+
+
+def test_a_run_leaves_what_the_contract_says(config, tokenizer, prepared):
+    start = trained_weights(lora.attach(quantization.load(config), config))
+    tuned_model, run, history = train(config, tokenizer, prepared)
+    assert [line["step"] for line in history if "loss" in line] == list(range(1, 9))
+    assert [line["step"] for line in history if "eval_loss" in line] == [0, 4, 8]
+    logged = next(line for line in history if "loss" in line)
+    assert set(logged) == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "peak_memory_bytes"}
+    metrics = read_json(run.metrics)["train"]
+    assert set(metrics) >= {"steps", "final_loss", "tokens", "tokens_per_s", "wall_s", "peak_memory_bytes"}
+    assert metrics["steps"] == 8
+    seen = encode(prepared.train, tokenizer)
+    assert metrics["tokens"] == sum(len(e.input_ids) for e in seen)  # 64 rows, 8 steps of 8: each once
+    assert (run.adapter / "adapter_model.safetensors").is_file()
+    assert not list(run.path.rglob("*.bin"))
+    end = trained_weights(tuned_model)
+    assert all(not torch.equal(start[name], end[name]) for name in end), "something trainable did not move"
+    assert history[-1]["eval_loss"] < history[0]["eval_loss"]
+
+
+def test_frozen_weights_stay_as_they_are(config, tokenizer, prepared):
+    before = {n: p.detach().clone() for n, p in quantization.load(config).named_parameters()}
+    tuned_model, _, _ = train(config, tokenizer, prepared)
+    after = {
+        n.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", ""): p
+        for n, p in tuned_model.named_parameters() if not p.requires_grad
+    }  # fmt: skip
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_packed_logits_equal_those_of_the_conversation_alone(tuned_model, prepared, tokenizer):  # trap 12
+    rows = encode(prepared.train[:5], tokenizer)
+    tuned_model.eval()
+    for mode in (tuned_model.eval, tuned_model.train):
+        mode()
+        with torch.no_grad():
+            packed = tuned_model(**Collator(0, packing=True)(rows)).logits[0]
+            start = 0
+            for row in rows:
+                alone = tuned_model(input_ids=torch.tensor([row.input_ids])).logits[0]
+                torch.testing.assert_close(packed[start : start + len(alone)], alone, rtol=1e-4, atol=1e-4)
+                start += len(alone)
+
+
+def test_one_conversation_in_a_pack_cannot_change_another(tuned_model, prepared, tokenizer):  # trap 12
+    first, second, other = encode(prepared.train[:3], tokenizer)
+    tuned_model.eval()
+    with torch.no_grad():
+        one = tuned_model(**Collator(0, packing=True)([first, second])).logits[0, len(first.input_ids) :]
+        two = tuned_model(**Collator(0, packing=True)([other, second])).logits[0, len(other.input_ids) :]
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_micro_batching_and_packing_give_one_trajectory(config, tokenizer, prepared):  # trap 11
+    def trajectory(micro, packing):
+        name = f"m{micro}-{packing}"
+        variant = changed(config, micro_batch_size=micro, packing=packing, run_name=name, max_grad_norm=100.0)
+        return losses(train(variant, tokenizer, prepared)[2])
+
+    reference = trajectory(8, True)
+    assert len(reference) == 8
+    for micro, packing in ((4, True), (1, True), (8, False), (2, False)):
+        assert trajectory(micro, packing) == pytest.approx(reference, rel=2e-4), (micro, packing)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(config, tokenizer, prepared):
+    """The first logged loss, before any weight moved, equals the mean computed by hand over the same rows."""
+    variant = changed(config, batch_size=64, micro_batch_size=16, steps=1)
+    rows = encode(prepared.train, tokenizer)
+    model = lora.attach(quantization.load(variant), variant)
+    by_hand, count = training.response_loss(model, rows, Collator(0, packing=True), batch_size=8)
+    assert count == sum(label != IGNORED for row in rows for label in row.labels)
+    assert losses(train(variant, tokenizer, prepared)[2])[0] == pytest.approx(by_hand, rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_held_out_loss_does_not_depend_on_batching(config, tuned_model, tokenizer, prepared, packing):
+    rows = encode(prepared.held_out, tokenizer)
+    reference, _ = training.response_loss(tuned_model, rows, Collator(0, packing=True), batch_size=1)
+    loss, _ = training.response_loss(tuned_model, rows, Collator(0, packing), batch_size=7)
+    assert loss == pytest.approx(reference, rel=1e-4)
+    each, counts = training.row_losses(tuned_model, rows, Collator(0, packing), batch_size=5)
+    alone, _ = training.row_losses(tuned_model, rows[3:4], Collator(0, packing), batch_size=1)
+    assert each[3] == pytest.approx(alone[0], rel=1e-4)
+    assert counts[3] == sum(label != IGNORED for label in rows[3].labels)
+
+
+def test_evaluating_keeps_sums_only(tuned_model, tokenizer, prepared, monkeypatch):  # trap 13
+    """While the held-out loss is measured, the logits of no more than one batch are alive at any time."""
+    import gc
+
+    rows = encode(prepared.held_out, tokenizer)
+    vocabulary = len(tokenizer)
+    alive = []
+    original = Collator.__call__
+
+    def counting(self, examples):
+        gc.collect()
+        alive.append(sum(1 for o in gc.get_objects() if type(o) is torch.Tensor and o.dim() and
+                         o.shape[-1] == vocabulary and o.dim() == 3))  # fmt: skip
+        return original(self, examples)
+
+    monkeypatch.setattr(Collator, "__call__", counting)
+    training.response_loss(tuned_model, rows, Collator(0, packing=True), batch_size=2)
+    assert len(alive) == 8
+    assert max(alive) <= 1
+
+
+def test_evaluating_often_changes_nothing(config, tokenizer, prepared):  # trap 18
+    seldom = train(changed(config, eval_steps=8, run_name="seldom"), tokenizer, prepared)
+    often = train(changed(config, eval_steps=1, run_name="often"), tokenizer, prepared)
+    assert losses(often[2]) == losses(seldom[2])
+    ends = trained_weights(seldom[0]), trained_weights(often[0])
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+class StopAt(TrainerCallback):
+    """Ends a training as if it had been interrupted just after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(config, tokenizer, prepared):  # trap 14
+    dropout = changed(config, lora_dropout=0.1, steps=12)  # dropout, so that the random state matters too
+    whole, _, whole_history = train(changed(dropout, run_name="whole"), tokenizer, prepared)
+    # Steps 5 and 6 are lost with the interruption: the last checkpoint is that of step 4.
+    _, run, _ = train(changed(dropout, run_name="parts"), tokenizer, prepared, StopAt(6))
+    saved = sorted(p.name for p in run.checkpoints.iterdir())
+    resumed_from = max(int(name.split("-")[1]) for name in saved)
+    assert resumed_from in (4, 6)
+    parts, _, parts_history = train(changed(dropout, run_name="parts", resume=True), tokenizer, prepared)
+    assert losses(parts_history) == losses(whole_history)
+    assert [line["step"] for line in parts_history if "loss" in line] == list(range(1, 13))
+    ends = trained_weights(whole), trained_weights(parts)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_the_head_has_its_own_learning_rate(config, tokenizer, prepared, run):  # trap 2
+    variant = changed(config, head_learning_rate=1e-5, weight_decay=0.01)
+    trainer = training.make_trainer(variant, lora.attach(quantization.load(variant), variant), tokenizer, prepared, run)
+    optimizer = trainer.create_optimizer()
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(rates) == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all(rate == (1e-5 if "lm_head" in name else variant.learning_rate) for name, rate in rates.items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.filterwarnings("ignore:.*paged.*")
+def test_8_bit_optimizers_train_here_too(config, tokenizer, prepared, optimizer):
+    _, _, history = train(changed(config, optimizer=optimizer), tokenizer, prepared)
+    assert all(math.isfinite(loss) for loss in losses(history))
+    assert history[-1]["eval_loss"] < history[0]["eval_loss"]
+
+
+def test_epochs_replace_steps(config, tokenizer, prepared):
+    _, run, history = train(changed(config, epochs=2, steps=3), tokenizer, prepared)
+    assert read_json(run.metrics)["train"]["steps"] == 16
+    assert history[-1]["epoch"] == pytest.approx(2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is fine on a GPU")
+def test_fp16_without_a_gpu_is_refused(config, tokenizer, prepared, run, tuned_model):  # trap 9
+    with pytest.raises(ConfigError, match=r"float16 needs a GPU"):
+        training.make_trainer(changed(config, compute_dtype="float16"), tuned_model, tokenizer, prepared, run)
