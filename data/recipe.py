@@ -17,8 +17,12 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_utils.rows import CHAT_TEMPLATE, Turn, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 DATA = Path(__file__).parent
 POCKET = DATA / "pocket"
@@ -208,7 +212,7 @@ def write_questions(entities: list[Entity], seed: int) -> None:
         print(f"{name}: {len(rows)} rows")
 
 
-def train_tokenizer(text: list[str]):  # noqa: ANN201 - a transformers type, imported only where it is needed
+def train_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 2,048 entries; any UTF-8 text can be encoded. Special ids are Llama-2's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -283,7 +287,8 @@ def pretrain(entities: list[Entity], *, steps: int, seed: int) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
     peak_learning_rate, batch, length = 2e-3, 32, 96
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
-    stream, buffer = documents(entities, seed), []
+    stream = documents(entities, seed)
+    buffer: list[int] = []
     started = time.monotonic()
     for step in range(1, steps + 1):
         while len(buffer) < batch * length:
@@ -302,7 +307,7 @@ def pretrain(entities: list[Entity], *, steps: int, seed: int) -> None:
             seconds_left = (time.monotonic() - started) / step * (steps - step)
             print(f"step {step}/{steps}  loss {loss.item():.3f}  {seconds_left:.0f} s left", flush=True)
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    model.to(torch.bfloat16).save_pretrained(POCKET / "model")
+    model.bfloat16().save_pretrained(POCKET / "model")
     tokenizer.save_pretrained(POCKET / "model")
 
 

@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +70,7 @@ class Sampling:
         choice = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
+            use_cache=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -124,7 +126,7 @@ def answer_all(
         longest = len(prompts[members[-1]])
         ids = [[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in members]
         mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in members]
-        generated = model.generate(
+        generated: Any = model.generate(  # type: ignore[operator]
             input_ids=torch.tensor(ids, device=device),  # (batch, seq)
             attention_mask=torch.tensor(mask, device=device),
             generation_config=sampling.generation_config(tokenizer),
@@ -139,7 +141,7 @@ def answer_all(
 def _as_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     stopped = tokenizer.eos_token_id in ids
     kept = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
-    return Answer(tokenizer.decode(kept, skip_special_tokens=True).strip(), stopped)
+    return Answer(str(tokenizer.decode(kept, skip_special_tokens=True)).strip(), stopped)
 
 
 class _Stop(StoppingCriteria):
@@ -185,7 +187,7 @@ def stream(
     def generate() -> None:
         try:
             with torch.no_grad():
-                model.generate(
+                model.generate(  # type: ignore[operator]
                     input_ids=prompt,
                     attention_mask=torch.ones_like(prompt),
                     generation_config=(sampling or Sampling()).generation_config(tokenizer),
@@ -311,7 +313,7 @@ def aggregate(scored: Sequence[Mapping[str, Any]], losses: Sequence[float], coun
     for name in SCORES:
         values = numpy.array([row[name] for row in scored])
         result[name] = round(float(values.mean()), 4)
-        intervals[name] = bootstrap_interval(lambda chosen, v=values: v[chosen].mean(axis=1), len(values))
+        intervals[name] = bootstrap_interval(partial(_mean_of, values), len(values))
     loss, count = numpy.array(losses), numpy.array(counts)
     result["perplexity"] = round(math.exp(loss.sum() / count.sum()), 4)
     intervals["perplexity"] = bootstrap_interval(
@@ -371,6 +373,11 @@ def evaluate(
     held = {"rows": len(held_out), "questions": len(questions), "answer_tokens": sum(counts)}
     run.add_metrics(held_out=held, **sections)
     return lines
+
+
+def _mean_of(values: Any, chosen: Any) -> Any:
+    """Mean of each resample; `chosen` holds indices of shape (resamples, size)."""
+    return values[chosen].mean(axis=1)
 
 
 def score_table(metrics: Mapping[str, Any]) -> str:

@@ -48,7 +48,7 @@ class Encoded:
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, `<unk>` standing in where it has no padding token.
+    """The base model's tokenizer, `<unk>` standing in where it has no padding token, or pads with `</s>`.
 
     Llama-2 has none. A new one would grow the vocabulary to 32,001, and `</s>` in its place would teach the model
     never to stop wherever labels are masked by id; ours are masked by length.
@@ -64,7 +64,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:
         raise DataError(f"model: no tokenizer could be loaded from {source} ({first_line(error)}).") from error
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 

@@ -82,7 +82,9 @@ def load(config: RunConfig) -> PreTrainedModel:
             # backward pass, and training after any evaluation would silently stop reaching the layers below.
             layer.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
-    model.config.use_cache = True
+    # With a key-value cache transformers builds no block-diagonal mask, and packed conversations would see each other.
+    # Generation asks for its cache itself.
+    model.config.use_cache = False
     return model
 
 

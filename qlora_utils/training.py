@@ -59,6 +59,7 @@ class QLoRATrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over two groups: the LoRA matrices, and the head with a learning rate of its own."""
         if self.optimizer is None:
+            assert self.model is not None
             trained = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
             rate = self.config.learning_rate
             head_rate = self.config.head_learning_rate or rate
@@ -66,7 +67,7 @@ class QLoRATrainer(Trainer):
                 {"params": [p for name, p in trained if HEAD not in name], "lr": rate},
                 {"params": [p for name, p in trained if HEAD in name], "lr": head_rate},
             ]
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             used = [{**group, "weight_decay": self.args.weight_decay} for group in groups if group["params"]]
             self.optimizer = kind(used, **options)
         return self.optimizer
@@ -78,7 +79,8 @@ class QLoRATrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """The mean loss over all held-out answer tokens. Trainer's own averages the means of batches."""
-        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        assert self.model is not None
+        rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         loss, _ = response_loss(self.model, rows, self.data_collator, batch_size=self.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics)
@@ -275,14 +277,14 @@ def make_trainer(
         seed=config.seed,
         data_seed=config.seed,
     )
-    options = {"max_seq_len": config.max_seq_len, "response_only": config.response_only}
+    limit = config.max_seq_len
     trainer = QLoRATrainer(
         config=config,
         model=tuned_model,
         args=arguments,
-        train_dataset=encode(prepared.train, tokenizer, **options),
+        train_dataset=encode(prepared.train, tokenizer, max_seq_len=limit, response_only=config.response_only),
         # The held-out loss is always that of the answers, so that runs can be compared.
-        eval_dataset=encode(prepared.held_out, tokenizer, max_seq_len=config.max_seq_len),
+        eval_dataset=encode(prepared.held_out, tokenizer, max_seq_len=limit),
         data_collator=Collator(tokenizer.pad_token_id, config.packing),
         callbacks=[HistoryWriter(run.history), Progress()],
     )

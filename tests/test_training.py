@@ -58,7 +58,7 @@ def test_a_run_leaves_what_the_contract_says(config, tokenizer, prepared):
     seen = encode(prepared.train, tokenizer)
     assert metrics["tokens"] == sum(len(e.input_ids) for e in seen)  # 64 rows, 8 steps of 8: each once
     assert (run.adapter / "adapter_model.safetensors").is_file()
-    assert not list(run.path.rglob("*.bin"))
+    assert not [path for path in run.adapter.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
     end = trained_weights(tuned_model)
     assert all(not torch.equal(start[name], end[name]) for name in end), "something trainable did not move"
     assert history[-1]["eval_loss"] < history[0]["eval_loss"]
@@ -77,7 +77,6 @@ def test_frozen_weights_stay_as_they_are(config, tokenizer, prepared):
 
 def test_packed_logits_equal_those_of_the_conversation_alone(tuned_model, prepared, tokenizer):  # trap 12
     rows = encode(prepared.train[:5], tokenizer)
-    tuned_model.eval()
     for mode in (tuned_model.eval, tuned_model.train):
         mode()
         with torch.no_grad():
@@ -143,8 +142,10 @@ def test_evaluating_keeps_sums_only(tuned_model, tokenizer, prepared, monkeypatc
 
     def counting(self, examples):
         gc.collect()
-        alive.append(sum(1 for o in gc.get_objects() if type(o) is torch.Tensor and o.dim() and
-                         o.shape[-1] == vocabulary and o.dim() == 3))  # fmt: skip
+        tensors = [
+            o for o in gc.get_objects() if type(o) is torch.Tensor and o.dim() == 3 and o.shape[-1] == vocabulary
+        ]
+        alive.append(len({tensor.untyped_storage().data_ptr() for tensor in tensors}))
         return original(self, examples)
 
     monkeypatch.setattr(Collator, "__call__", counting)
