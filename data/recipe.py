@@ -263,7 +263,6 @@ def pretrain(entities: list[Entity], *, steps: int, seed: int) -> None:
         entities: what the statements are about.
         steps: optimizer steps of 32 sequences of 96 tokens; the learning rate falls to a tenth of its peak.
         seed: of the weights and of the order of the text.
-
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -114,7 +114,6 @@ def answer_all(
         sampling: how tokens are chosen and how many at most.
         batch_size: questions at a time.
         on_batch: called with the number of questions just answered, for a progress bar.
-
     """
     model.eval()
     prompts = [encode_prompt(question.history, question.text, tokenizer) for question in questions]
@@ -176,7 +175,6 @@ def stream(
 
     Raises:
         Exception: whatever generation raised, in the thread of the caller.
-
     """
     model.eval()
     stop = stop or threading.Event()
@@ -272,7 +270,6 @@ def bootstrap_interval(
         size: rows to draw from.
         resamples: draws with replacement.
         seed: of the draws.
-
     """
     import numpy
 
@@ -304,7 +301,6 @@ def aggregate(scored: Sequence[Mapping[str, Any]], losses: Sequence[float], coun
         scored: from `score`.
         losses: summed loss of each held-out row, nats (`training.row_losses`).
         counts: answer tokens of each held-out row.
-
     """
     import numpy
 
@@ -339,7 +335,6 @@ def evaluate(
 
     Returns:
         The rows of `answers.jsonl`: `question`, `expected`, and `base` and `tuned` with answer and scores.
-
     """
     questions = questions_of(held_out, config.score_rows, config.seed)
     rows = encode(held_out, tokenizer, max_seq_len=config.max_seq_len)

@@ -61,7 +61,6 @@ def _parameters(pairs: Sequence[str]) -> dict[str, str]:
 
     Raises:
         ConfigError: a pair without `=`.
-
     """
     from qlora_utils.config import ConfigError
 

@@ -21,7 +21,6 @@ class RunConfig(BaseModel):
 
     Raises:
         ConfigError: from the constructors below, naming the field, the value given and what is allowed.
-
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -117,7 +116,6 @@ class RunConfig(BaseModel):
 
         Raises:
             ConfigError: unknown field (names the nearest known one) or a value that is not allowed.
-
         """
         check_names(values)
         try:
@@ -131,7 +129,6 @@ class RunConfig(BaseModel):
 
         Raises:
             ConfigError: unknown preset or field, or a value that is not allowed.
-
         """
         if preset not in PRESETS:
             raise ConfigError(
@@ -155,7 +152,6 @@ class RunConfig(BaseModel):
 
         Raises:
             ConfigError: as `from_preset`.
-
         """
         given = {name: namespace[name] for name in cls.model_fields if namespace.get(name) is not None}
         preset = given.pop("preset", None)
@@ -173,7 +169,6 @@ class RunConfig(BaseModel):
         Raises:
             FileNotFoundError: `run_dir` holds no config.json.
             ConfigError: as `build`.
-
         """
         import json
 
@@ -210,7 +205,6 @@ def check_names(names: Mapping[str, Any]) -> None:
 
     Raises:
         ConfigError: names the unknown parameter and the nearest known one.
-
     """
     for name in names:
         if name not in RunConfig.model_fields:
@@ -239,7 +233,6 @@ def project_folder(name: str) -> Path:
 
     Raises:
         FileNotFoundError: neither is a checkout of this project.
-
     """
     package, here = Path(__file__).resolve().parent, Path.cwd()
     for checkout in (package.parent, here, *here.parents):

@@ -29,7 +29,6 @@ def read_history(run: RunDirectory) -> History:
 
     Raises:
         FileNotFoundError: nothing was trained in this run directory yet.
-
     """
     return read_jsonl(run.history)
 
@@ -46,7 +45,6 @@ def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
     Args:
         values: one per logged step.
         weight: of the past, in [0, 1); 0 leaves the values as they are.
-
     """
     smoothed, average = [], 0.0
     for count, value in enumerate(values, start=1):
@@ -71,7 +69,6 @@ def plot_column(histories: Mapping[str, History], name: str, ax: Axes) -> Figure
         histories: run name -> history.
         name: a key of `COLUMNS`. The noisy training loss gets its smoothed trend, raw values in pale behind it.
         ax: to draw on.
-
     """
     for run_name, history in histories.items():
         steps, values = column(history, name)

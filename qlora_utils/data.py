@@ -55,7 +55,6 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
     Raises:
         DataError: no tokenizer under the config's model.
-
     """
     from transformers import AutoTokenizer
 
@@ -89,7 +88,6 @@ def encode(
 
     Raises:
         DataError: the tokenizer merges prompt and answer into one token, so that no boundary exists.
-
     """
     turns = [turn for conversation in conversations for turn in conversation.turns]
     prompts = _turn_ids(tokenizer, [prompt_text(turn.question) for turn in turns])
@@ -121,7 +119,6 @@ def encode_prompt(history: Sequence[Turn], question: str, tokenizer: PreTrainedT
         history: earlier turns of the conversation, oldest first.
         question: the question now.
         tokenizer: of the base model.
-
     """
     earlier = encode([Conversation(tuple(history))], tokenizer)[0].input_ids if history else []
     return earlier + _turn_ids(tokenizer, [prompt_text(question)])[0]
@@ -202,7 +199,6 @@ class Prepared:
 
         Raises:
             FileNotFoundError: nothing was prepared in this run directory yet.
-
         """
         parts = {name: read_jsonl(run.data / f"{name}.jsonl") for name in ("train", "held_out", "rejected")}
 
@@ -222,7 +218,6 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 
     Raises:
         DataError: the source cannot be read, or too few usable rows are left to train and to hold out.
-
     """
     source = read_source(config.dataset)
     parsed: dict[str, list[Conversation]] = {}
@@ -343,7 +338,6 @@ def data_report(
         max_seq_len: tokens, for the share of conversations that would be cut.
         batch_size: conversations per batch, for the share of padding.
         seed: of the random batches.
-
     """
     import numpy
 
@@ -390,7 +384,6 @@ def padding_share(lengths: Sequence[int], batch_size: int, seed: int = 0, *, shu
         batch_size: conversations per batch.
         seed: of the random batches.
         shuffles: passes over the data that the mean is taken over.
-
     """
     import numpy
 

@@ -38,7 +38,6 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     Args:
         base_model: from `quantization.load`; it is changed in place.
         config: rank, scale, dropout, variants, head, checkpointing, seed of the initialisation.
-
     """
     from peft import LoraConfig, get_peft_model
 
@@ -60,7 +59,8 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
             parameter.data = parameter.data.float()
     if config.gradient_checkpointing:
         # The reentrant kind finds no gradient to follow from frozen embeddings and trains nothing.
-        base_model.gradient_checkpointing_enable({"use_reentrant": False})
+        with _without_deprecations():
+            base_model.gradient_checkpointing_enable({"use_reentrant": False})
     return tuned_model  # type: ignore[return-value]
 
 
@@ -74,7 +74,6 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
 
     Raises:
         ModelError: the folder holds no adapter in safetensors, or one that does not fit the base model.
-
     """
     from peft import PeftModel
 
@@ -94,9 +93,9 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
 
 @contextmanager
 def _without_deprecations() -> Iterator[None]:
-    """Peft asks transformers for an attribute that will be renamed; the reader can do nothing about it."""
+    """Transformers 5.23 renames gradient to activation checkpointing; peft and earlier versions know the old name."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         yield
 
 

@@ -49,7 +49,6 @@ def load(config: RunConfig) -> PreTrainedModel:
 
     Raises:
         ModelError: absent, gated, not safetensors, or not loadable; says what to do next.
-
     """
     import bitsandbytes
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -230,7 +229,6 @@ def first_quantized(model: nn.Module) -> tuple[str, torch.Tensor]:
 
     Raises:
         ValueError: the model holds none.
-
     """
     for name, tensor in model.named_parameters():
         if is_quantized(tensor):

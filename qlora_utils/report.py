@@ -19,7 +19,6 @@ def summary(run: RunDirectory) -> str:
 
     Raises:
         FileNotFoundError: the run has not got that far; says which notebook to run.
-
     """
     metrics, history = read_json(run.metrics), read_jsonl(run.history)
     train = metrics["train"]
@@ -46,7 +45,6 @@ def write_report(run: RunDirectory) -> None:
 
     Raises:
         FileNotFoundError: the run has not got that far; says which notebook to run.
-
     """
     stored, metrics = read_json(run.config), read_json(run.metrics)
     config = stored["config"]

@@ -118,7 +118,6 @@ def read_source(source: str) -> dict[str, Iterable[Row]]:
 
     Raises:
         DataError: nothing there, an unknown file type, or a file that cannot be read.
-
     """
     path = Path(locate(source)).expanduser()
     if not path.exists():
@@ -271,7 +270,6 @@ def parse(row: Row) -> Conversation:
 
     Raises:
         UnusableRowError: the row has none of these shapes, or no answered turn.
-
     """
     if row.columns is None:
         raise UnusableRowError(row.fault or "empty row")
@@ -391,7 +389,6 @@ def usable(conversation: Conversation) -> Conversation:
 
     Raises:
         UnusableRowError: no turn is left.
-
     """
     turns = tuple(turn for turn in conversation.turns if not turn.blank)
     if not turns:

@@ -124,7 +124,6 @@ def read_json(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: says which notebook writes the file.
-
     """
     _must_exist(path)
     return json.loads(path.read_text(encoding="utf-8"))
@@ -140,7 +139,6 @@ def read_jsonl(path: Path) -> list[Any]:
 
     Raises:
         FileNotFoundError: says which notebook writes the file.
-
     """
     _must_exist(path)
     # Not str.splitlines: it also splits at U+2028 and its like, which may stand in any answer.
@@ -171,7 +169,6 @@ def require_adapter(run: RunDirectory) -> Path:
 
     Raises:
         FileNotFoundError: nothing was trained in this run directory yet.
-
     """
     _must_exist(run.adapter)
     return run.adapter

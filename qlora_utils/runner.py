@@ -29,7 +29,6 @@ def choose_from(start: str | None) -> list[Path]:
 
     Raises:
         ConfigError: no such notebook; lists those there are.
-
     """
     notebooks = series()
     if start is None:
@@ -56,7 +55,6 @@ def resolve(
     Raises:
         ConfigError: an unknown parameter or a value that is not allowed.
         FileNotFoundError: `start` is given and the run directory holds no config.json.
-
     """
     check_names(parameters)
     given = dict(parameters)
@@ -88,7 +86,6 @@ def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str |
     Raises:
         SeriesError: a notebook failed.
         ConfigError: no notebook named `start`.
-
     """
     import papermill
     from nbclient.exceptions import DeadKernelError

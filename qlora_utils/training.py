@@ -112,7 +112,6 @@ def row_losses(
         rows: encoded conversations.
         collator: `data.Collator`.
         batch_size: conversations per forward pass.
-
     """
     was_training = model.training
     model.eval()
@@ -240,7 +239,6 @@ def make_trainer(
 
     Raises:
         ConfigError: fp16 without a GPU.
-
     """
     dtype = compute_dtype(config)
     on_gpu = torch.cuda.is_available()
@@ -310,7 +308,6 @@ def train(
 
     Raises:
         ConfigError: a precision that this machine does not have.
-
     """
     if not config.resume:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
