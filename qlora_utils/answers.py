@@ -24,7 +24,7 @@ from qlora_utils.data import Collator, encode, encode_prompt
 from qlora_utils.lora import base_alone
 from qlora_utils.rows import Conversation, Turn
 from qlora_utils.run_directory import RunDirectory, write_jsonl
-from qlora_utils.training import row_losses
+from qlora_utils.training import micro_batch_size, row_losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -354,7 +354,7 @@ def evaluate(
             on_batch=on_batch,
         )
         scored[name] = score(answers, questions)
-        losses, counts = row_losses(tuned_model, rows, collator, batch_size=config.micro_batch_size)
+        losses, counts = row_losses(tuned_model, rows, collator, batch_size=micro_batch_size(config, rows))
         sections[name] = aggregate(scored[name], losses, counts)
 
     with base_alone(tuned_model):

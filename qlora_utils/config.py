@@ -60,7 +60,10 @@ class RunConfig(BaseModel):
     steps: int = Field(250, ge=1, description="optimizer steps, unless epochs is set")
     epochs: float | None = Field(None, gt=0, description="passes over the training rows; replaces steps when set")
     batch_size: int = Field(16, ge=1, description="conversations per optimizer step")
-    micro_batch_size: int = Field(16, ge=1, description="conversations per forward pass; divides batch_size")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="conversations per forward pass; divides batch_size (None: from micro_batch_tokens)"
+    )
+    micro_batch_tokens: int = Field(1024, ge=1, description="tokens per forward pass, on average, that are aimed at")
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="peak learning rate of the LoRA matrices")
     head_learning_rate: float | None = Field(None, gt=0, lt=1, description="peak of the head (None: learning_rate)")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
@@ -93,17 +96,12 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:
-        if self.batch_size % self.micro_batch_size:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}; "
                 "take a divisor, so that every step sees whole micro-batches"
             )
         return self
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches per optimizer step."""
-        return self.batch_size // self.micro_batch_size
 
     @property
     def run_dir(self) -> Path:
@@ -135,10 +133,7 @@ class RunConfig(BaseModel):
                 f"preset: {preset!r} is not known; expected one of {', '.join(PRESETS)}.{_near(preset, PRESETS)}"
             )
         given = {name: value for name, value in overrides.items() if value is not None}
-        values = {**PRESETS[preset], "preset": preset, **given}
-        if "micro_batch_size" not in given and values["batch_size"] % values["micro_batch_size"]:
-            values["micro_batch_size"] = values["batch_size"]  # a smaller batch alone is no contradiction
-        return cls.build(values)
+        return cls.build({**PRESETS[preset], "preset": preset, **given})
 
     @classmethod
     def from_parameters(cls, namespace: Mapping[str, Any]) -> Self:
@@ -261,7 +256,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
         "steps": 250,
         "batch_size": 16,
-        "micro_batch_size": 16,
         "gradient_checkpointing": False,
         "eval_steps": 25,
         "max_new_tokens": 48,

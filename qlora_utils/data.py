@@ -132,7 +132,7 @@ def _turn_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     # once as it stands after `<s>` and put in the place of the opening that each text was given.
     opening = tokenizer("[INST]", add_special_tokens=False)["input_ids"]
     after_bos = tokenizer(f"{tokenizer.bos_token}[INST]", add_special_tokens=False)["input_ids"]
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     if any(ids[: len(opening)] != opening for ids in encoded):
         raise DataError(
             "the tokenizer joins [INST] with what follows it; the Llama-2 chat format needs a boundary there."

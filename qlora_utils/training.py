@@ -158,7 +158,11 @@ class HistoryWriter(TrainerCallback):
         self.step_began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the clock."""
+        """Stop the clock; see that the first and the last step are logged, whatever the intervals."""
+        if state.global_step in (1, state.max_steps):
+            control.should_log = True
+        if state.global_step == state.max_steps:
+            control.should_evaluate = True
         if torch.cuda.is_available() and control.should_log:
             torch.cuda.synchronize()
         self.training_s += time.perf_counter() - self.step_began
@@ -220,6 +224,19 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
+def micro_batch_size(config: RunConfig, rows: Sequence[Encoded]) -> int:
+    """Conversations per forward pass: the config's own, or what `micro_batch_tokens` holds of rows of mean length.
+
+    It divides `batch_size`. The result of a training does not depend on it; memory does, and speed: attention over a
+    pack costs the square of its length wherever its mask is computed as a whole.
+    """
+    if config.micro_batch_size is not None:
+        return config.micro_batch_size
+    mean = sum(len(row.input_ids) for row in rows) / max(1, len(rows))
+    fitting = max(1, int(config.micro_batch_tokens / max(1.0, mean)))
+    return max(size for size in range(1, config.batch_size + 1) if config.batch_size % size == 0 and size <= fitting)
+
+
 def peak_memory_bytes() -> int:
     """The most memory held so far: by PyTorch on the GPU if there is one, else by this process."""
     if torch.cuda.is_available():
@@ -245,12 +262,15 @@ def make_trainer(
     if dtype is torch.float16 and not on_gpu:
         raise ConfigError("compute_dtype: float16 needs a GPU; on a CPU take auto, float32 or bfloat16.")
     steps: dict[str, Any] = {"num_train_epochs": config.epochs} if config.epochs else {"max_steps": config.steps}
+    limit = config.max_seq_len
+    train_rows = encode(prepared.train, tokenizer, max_seq_len=limit, response_only=config.response_only)
+    micro = micro_batch_size(config, train_rows)
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         **steps,
-        per_device_train_batch_size=config.micro_batch_size,
-        per_device_eval_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.accumulation_steps,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=config.batch_size // micro,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
         warmup_steps=config.warmup_ratio,  # below 1: a share of all steps
@@ -275,12 +295,11 @@ def make_trainer(
         seed=config.seed,
         data_seed=config.seed,
     )
-    limit = config.max_seq_len
     trainer = QLoRATrainer(
         config=config,
         model=tuned_model,
         args=arguments,
-        train_dataset=encode(prepared.train, tokenizer, max_seq_len=limit, response_only=config.response_only),
+        train_dataset=train_rows,
         # The held-out loss is always that of the answers, so that runs can be compared.
         eval_dataset=encode(prepared.held_out, tokenizer, max_seq_len=limit),
         data_collator=Collator(tokenizer.pad_token_id, config.packing),

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from qlora_utils import lora, quantization, training
 from qlora_utils.config import ConfigError, RunConfig
-from qlora_utils.data import IGNORED, Collator, encode
+from qlora_utils.data import IGNORED, Collator, Encoded, encode
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
 
 
@@ -64,6 +64,15 @@ def test_a_run_leaves_what_the_contract_says(config, tokenizer, prepared):
     assert history[-1]["eval_loss"] < history[0]["eval_loss"]
 
 
+def test_first_and_last_step_are_always_logged(config, tokenizer, prepared):
+    sparse = changed(config, steps=7, logging_steps=5, eval_steps=5)
+    _, run, history = train(sparse, tokenizer, prepared)
+    assert [line["step"] for line in history if "loss" in line] == [1, 5, 7]
+    assert [line["step"] for line in history if "eval_loss" in line] == [0, 5, 7]
+    metrics = read_json(run.metrics)["train"]
+    assert (metrics["first_loss"], metrics["final_loss"]) == (history[1]["loss"], history[-2]["loss"])
+
+
 def test_frozen_weights_stay_as_they_are(config, tokenizer, prepared):
     before = {n: p.detach().clone() for n, p in quantization.load(config).named_parameters()}
     tuned_model, _, _ = train(config, tokenizer, prepared)
@@ -107,6 +116,15 @@ def test_micro_batching_and_packing_give_one_trajectory(config, tokenizer, prepa
     assert len(reference) == 8
     for micro, packing in ((4, True), (1, True), (8, False), (2, False)):
         assert trajectory(micro, packing) == pytest.approx(reference, rel=2e-4), (micro, packing)
+
+
+def test_micro_batches_are_sized_by_tokens_and_divide_the_batch(config):
+    short, long = [Encoded([0] * 40, [0] * 40)], [Encoded([0] * 500, [0] * 500)]
+    automatic = changed(config, micro_batch_size=None, micro_batch_tokens=1024, batch_size=16)
+    assert training.micro_batch_size(automatic, short) == 16
+    assert training.micro_batch_size(automatic, long) == 2
+    assert training.micro_batch_size(changed(automatic, micro_batch_tokens=1), long) == 1
+    assert training.micro_batch_size(changed(automatic, micro_batch_size=4), long) == 4
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(config, tokenizer, prepared):
