@@ -39,17 +39,18 @@ def column(history: History, name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average, corrected for its start as in Adam (Kingma and Ba, 2014, section 3).
+def smooth(values: Sequence[float], reach: int = 3) -> list[float]:
+    """Centred moving average, which unlike an exponential one does not lag behind a steep curve.
 
     Args:
         values: one per logged step.
-        weight: of the past, in [0, 1); 0 leaves the values as they are.
+        reach: neighbours on either side that count; fewer near the ends, so that both sides stay even.
     """
-    smoothed, average = [], 0.0
-    for count, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        smoothed.append(average / (1 - weight**count))
+    smoothed = []
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)
+        window = values[index - near : index + near + 1]
+        smoothed.append(sum(window) / len(window))
     return smoothed
 
 
@@ -82,7 +83,7 @@ def plot_column(histories: Mapping[str, History], name: str, ax: Axes) -> Figure
     ax.set(xlabel="step", title=COLUMNS[name])
     ax.grid(alpha=0.3)
     if name in ("loss", "eval_loss", "tokens_per_s", "peak_memory_bytes"):
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(bottom=0, top=1.05 * ax.get_ylim()[1])
     if len(histories) > 1:
         ax.legend(frameon=False, fontsize="small")
     return ax.get_figure()  # type: ignore[return-value]
@@ -101,8 +102,8 @@ def plot_overview(histories: Mapping[str, History]) -> Figure:
 def plot_losses(history: History, ax: Axes) -> Figure:
     """Training and held-out loss of one run on the same axes, the lowest held-out loss marked."""
     steps, values = column(history, "loss")
-    ax.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
-    ax.plot(steps, smooth(values), color="tab:blue", label="training (smoothed)")
+    ax.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, label="training")
+    ax.plot(steps, smooth(values), color="tab:blue", label="training, smoothed")
     steps, values = column(history, "eval_loss")
     ax.plot(steps, values, color="tab:orange", marker="o", markersize=4, label="held-out")
     best = lowest(history)

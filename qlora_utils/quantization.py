@@ -249,13 +249,13 @@ def nf4_levels(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def plot_levels(tensor: torch.Tensor, ax: Axes) -> Figure:
-    """How often each of the 16 NF4 levels is used: they are spaced so that normal weights use them about equally."""
+    """How often each of the 16 NF4 levels is used; they stand closer where normally distributed weights are many."""
     packed = tensor.data.view(-1)
     codes = torch.cat([packed >> 4, packed & 0x0F]).cpu()
     levels = nf4_levels(tensor)
     counts = torch.bincount(codes.long(), minlength=16) / codes.numel()
     ax.bar(levels, counts, width=0.04, color="tab:blue")
-    ax.axhline(1 / 16, color="tab:gray", linestyle="--", linewidth=1, label="all equal")
+    ax.axhline(1 / 16, color="tab:gray", linestyle="--", linewidth=1, label="if all were used alike")
     ax.set(
         xlabel="level, as a share of the block's largest weight", ylabel="share of weights", title="The 16 NF4 levels"
     )

@@ -26,10 +26,12 @@ def test_column_takes_the_lines_that_have_it():
     assert curves.lowest([]) is None
 
 
-def test_smoothing_keeps_a_constant_and_the_first_value():
-    assert curves.smooth([2.0] * 5) == pytest.approx([2.0] * 5)
-    assert curves.smooth([4.0, 0.0])[0] == pytest.approx(4.0)
-    assert curves.smooth([1.0, 5.0, 2.0], weight=0) == [1.0, 5.0, 2.0]
+def test_smoothing_keeps_lines_straight_and_ends_in_place():
+    line = [float(value) for value in range(10)]
+    assert curves.smooth(line) == pytest.approx(line)
+    assert curves.smooth([0.0, 0.0, 3.0, 0.0, 0.0], reach=1) == pytest.approx([0, 1, 1, 1, 0])
+    assert curves.smooth([1.0, 5.0, 2.0], reach=0) == [1.0, 5.0, 2.0]
+    assert curves.smooth([]) == []
 
 
 def test_every_column_is_drawn_for_every_run():
