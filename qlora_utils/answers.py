@@ -81,17 +81,23 @@ class Sampling:
 # ---------------------------------------------------------------------------------------------------- answering
 
 
-def questions_of(conversations: Sequence[Conversation], limit: int, seed: int = 0) -> list[Question]:
-    """Every turn as a question with the turns before it as context; at most `limit`, chosen at random, in order."""
-    questions = [
-        Question(turn.question, turn.answer, conversation.turns[:index], conversation.where, conversation.number,
-                 conversation.tags)
-        for conversation in conversations
-        for index, turn in enumerate(conversation.turns)
-    ]  # fmt: skip
-    if len(questions) <= limit:
+def questions_of(
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> list[Question]:
+    """Every turn as a question with the turns before it as context; at most `score_rows`, chosen by the run's seed.
+
+    A question that with its context is longer than `max_seq_len` is not asked: nothing of that length was trained on.
+    """
+    questions = []
+    for conversation in conversations:
+        for index, turn in enumerate(conversation.turns):
+            history = conversation.turns[:index]
+            if len(encode_prompt(history, turn.question, tokenizer)) <= config.max_seq_len:
+                source = (conversation.where, conversation.number, conversation.tags)
+                questions.append(Question(turn.question, turn.answer, history, *source))
+    if len(questions) <= config.score_rows:
         return questions
-    chosen = sorted(random.Random(seed).sample(range(len(questions)), limit))
+    chosen = sorted(random.Random(config.seed).sample(range(len(questions)), config.score_rows))
     return [questions[index] for index in chosen]
 
 
@@ -336,7 +342,7 @@ def evaluate(
     Returns:
         The rows of `answers.jsonl`: `question`, `expected`, and `base` and `tuned` with answer and scores.
     """
-    questions = questions_of(held_out, config.score_rows, config.seed)
+    questions = questions_of(held_out, tokenizer, config)
     rows = encode(held_out, tokenizer, max_seq_len=config.max_seq_len)
     collator = Collator(tokenizer.pad_token_id, config.packing)
     scored: dict[str, list[dict[str, Any]]] = {}

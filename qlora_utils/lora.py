@@ -54,9 +54,7 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     )
     with _without_deprecations():
         tuned_model = get_peft_model(base_model, lora_config)
-    for parameter in tuned_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    _hold_in_fp32(tuned_model)
     if config.gradient_checkpointing:
         # The reentrant kind finds no gradient to follow from frozen embeddings and trains nothing.
         with _without_deprecations():
@@ -88,7 +86,27 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
     except (RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise ModelError(f"adapter: {adapter} does not fit this base model ({first}).") from error
+    _hold_in_fp32(tuned_model)
     return tuned_model.eval() if not trainable else tuned_model
+
+
+def _hold_in_fp32(tuned_model: PeftModel) -> None:
+    """Hold LoRA matrices and the trained head in fp32, and let the head take inputs of any precision."""
+    for name, parameter in tuned_model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data = parameter.data.float()
+    for name, module in tuned_model.named_modules():
+        if name.endswith("modules_to_save.default"):
+            module.register_forward_pre_hook(_to_dtype_of_weight)
+
+
+def _to_dtype_of_weight(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    """The base model hands its head bf16 or fp16. Under autocast, as in training, that is taken care of already."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if torch.is_autocast_enabled(weight.device.type):
+        return None
+    return (inputs[0].to(weight.dtype), *inputs[1:])
 
 
 @contextmanager

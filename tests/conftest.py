@@ -26,14 +26,20 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
 
 
+def on_its_device(model, batch):
+    """A batch as the Trainer would hand it to the model."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 @pytest.fixture
 def config(tmp_path):
-    """A short run on the pocket model, in a folder of its own."""
+    """A short run on the pocket model, in a folder of its own; in fp32, so that equal means equal on a GPU too."""
     from qlora_utils.config import RunConfig
 
     return RunConfig.from_preset(
         "pocket", output_dir=str(tmp_path), run_name="test", steps=8, batch_size=8, logging_steps=1, eval_steps=4,
-        save_steps=4, train_rows=64,
+        save_steps=4, train_rows=64, compute_dtype="float32",
     )  # fmt: skip
 
 

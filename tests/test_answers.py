@@ -6,12 +6,14 @@ import threading
 
 import pytest
 import torch
+from conftest import on_its_device
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from qlora_utils import answers, lora, quantization, training
 from qlora_utils.answers import Answer, Question, Sampling
+from qlora_utils.config import RunConfig
 from qlora_utils.data import encode_prompt
 from qlora_utils.rows import Conversation, Turn
 from qlora_utils.run_directory import read_json, read_jsonl
@@ -63,14 +65,20 @@ def test_bootstrap_interval_covers_the_mean_as_theory_says():
     assert high - low == pytest.approx(width, rel=0.15)
 
 
-def test_questions_carry_the_turns_before_them():
+def test_questions_carry_the_turns_before_them(config, tokenizer):
     two = Conversation((Turn("q1", "a1"), Turn("q2", "a2")), number=7)
-    first, second = answers.questions_of([two], 10)
+    first, second = answers.questions_of([two], tokenizer, config)
     assert (first.history, first.expected) == ((), "a1")
     assert (second.history, second.text, second.number) == ((Turn("q1", "a1"),), "q2", 7)
+
+
+def test_questions_are_sampled_by_seed_and_fit_the_length(config, tokenizer):
     many = [Conversation((Turn(str(i), "a"),)) for i in range(50)]
-    assert answers.questions_of(many, 5, seed=1) == answers.questions_of(many, 5, seed=1)
-    assert len(answers.questions_of(many, 5)) == 5
+    few = RunConfig.build({**config.model_dump(), "score_rows": 5})
+    assert len(answers.questions_of(many, tokenizer, few)) == 5
+    assert answers.questions_of(many, tokenizer, few) == answers.questions_of(many, tokenizer, few)
+    long = Conversation((Turn("long " * config.max_seq_len, "a"),))
+    assert answers.questions_of([long, many[0]], tokenizer, config) == answers.questions_of(many[:1], tokenizer, config)
 
 
 def by_hand(model, tokenizer, question, limit):
@@ -79,7 +87,7 @@ def by_hand(model, tokenizer, question, limit):
     start = len(ids)
     for _ in range(limit):
         with torch.no_grad():
-            token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            token = int(model(**on_its_device(model, {"input_ids": torch.tensor([ids])})).logits[0, -1].argmax())
         if token == tokenizer.eos_token_id:
             return Answer(tokenizer.decode(ids[start:]).strip(), True)
         ids.append(token)

@@ -5,12 +5,14 @@ import json
 import bitsandbytes
 import pytest
 import torch
+from conftest import on_its_device
 
 from qlora_utils import lora, quantization, training
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Collator, encode
 from qlora_utils.lora import HEAD
 from qlora_utils.quantization import ModelError
+from qlora_utils.run_directory import RunDirectory, read_jsonl
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def with_adapter(config, **changes):
 def logits(model, batch):
     model.eval()
     with torch.no_grad():
-        return model(**batch).logits
+        return model(**on_its_device(model, batch)).logits
 
 
 def test_lora_on_all_linear_layers_and_never_on_the_head(tuned_model):  # trap 3
@@ -75,7 +77,7 @@ def test_disabling_the_adapter_restores_the_base_model_and_its_head(config, batc
 def test_variants_attach_and_reach_every_trainable_parameter(config, batch, variant):
     tuned_model = with_adapter(config, **variant)
     tuned_model.train()
-    tuned_model(**batch).loss.backward()
+    tuned_model(**on_its_device(tuned_model, batch)).loss.backward()
     trained = {name: p for name, p in tuned_model.named_parameters() if p.requires_grad}
     assert all(p.grad is not None for p in trained.values())
     assert any("magnitude" in name for name in trained) == bool(variant.get("dora"))
@@ -90,7 +92,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(config, batch):  # trap
         tuned_model = with_adapter(config, gradient_checkpointing=on)
         tuned_model.train()
         assert tuned_model.base_model.model.is_gradient_checkpointing == on
-        tuned_model(**batch, use_cache=False).loss.backward()
+        tuned_model(**on_its_device(tuned_model, batch), use_cache=False).loss.backward()
         return {name: p.grad for name, p in tuned_model.named_parameters() if p.requires_grad}
 
     plain, recomputed = gradients(False), gradients(True)
@@ -112,6 +114,25 @@ def test_saved_and_reloaded_the_model_is_the_same(config, tokenizer, batch, tmp_
     assert sorted(p.suffix for p in (tmp_path / "adapter").iterdir() if "adapter_model" in p.name) == [".safetensors"]
     again = lora.reload(quantization.load(config), tmp_path / "adapter")
     assert torch.equal(logits(again, batch), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.gpu)])
+def test_a_base_model_in_low_precision_works_with_a_head_in_fp32(config, tokenizer, prepared, batch, tmp_path, dtype):
+    """Asked before training, in training, asked after it, saved and reloaded: traps 2 and 9."""
+    low = RunConfig.build({**config.model_dump(), "compute_dtype": dtype})
+    base_model = quantization.load(low)
+    assert base_model.lm_head.weight.dtype is getattr(torch, dtype)
+    tuned_model = lora.attach(base_model, low)
+    assert tuned_model.base_model.model.lm_head.modules_to_save["default"].weight.dtype is torch.float32
+    before = logits(tuned_model, batch)
+    run = RunDirectory(low.run_dir)
+    training.train(low, tuned_model, tokenizer, prepared, run)
+    history = read_jsonl(run.history)
+    assert history[-1]["eval_loss"] < history[0]["eval_loss"]
+    again = lora.reload(quantization.load(low), run.adapter)
+    assert not torch.allclose(logits(again, batch).float(), before.float(), atol=0.1)
+    again_loss, _ = training.response_loss(again, encode(prepared.held_out, tokenizer), Collator(0, True), batch_size=4)
+    assert again_loss == pytest.approx(history[-1]["eval_loss"], rel=0.02)
 
 
 def test_a_missing_or_foreign_adapter_is_refused(config, base_model, tmp_path, tuned_model, tokenizer):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import on_its_device
 from transformers import TrainerCallback
 
 from qlora_utils import lora, quantization, training
@@ -84,25 +85,29 @@ def test_frozen_weights_stay_as_they_are(config, tokenizer, prepared):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**on_its_device(model, batch)).logits[0]
+
+
 def test_packed_logits_equal_those_of_the_conversation_alone(tuned_model, prepared, tokenizer):  # trap 12
     rows = encode(prepared.train[:5], tokenizer)
     for mode in (tuned_model.eval, tuned_model.train):
         mode()
-        with torch.no_grad():
-            packed = tuned_model(**Collator(0, packing=True)(rows)).logits[0]
-            start = 0
-            for row in rows:
-                alone = tuned_model(input_ids=torch.tensor([row.input_ids])).logits[0]
-                torch.testing.assert_close(packed[start : start + len(alone)], alone, rtol=1e-4, atol=1e-4)
-                start += len(alone)
+        packed = logits(tuned_model, Collator(0, packing=True)(rows))
+        start = 0
+        for row in rows:
+            alone = logits(tuned_model, {"input_ids": torch.tensor([row.input_ids])})
+            torch.testing.assert_close(packed[start : start + len(alone)], alone, rtol=1e-4, atol=1e-4)
+            start += len(alone)
 
 
 def test_one_conversation_in_a_pack_cannot_change_another(tuned_model, prepared, tokenizer):  # trap 12
     first, second, other = encode(prepared.train[:3], tokenizer)
     tuned_model.eval()
-    with torch.no_grad():
-        one = tuned_model(**Collator(0, packing=True)([first, second])).logits[0, len(first.input_ids) :]
-        two = tuned_model(**Collator(0, packing=True)([other, second])).logits[0, len(other.input_ids) :]
+    pack = Collator(0, packing=True)
+    one = logits(tuned_model, pack([first, second]))[len(first.input_ids) :]
+    two = logits(tuned_model, pack([other, second]))[len(other.input_ids) :]
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
