@@ -90,11 +90,11 @@ def test_no_import_noise():  # trap 19
     ("capability", "dtype"),
     [(None, torch.float32), ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
 )
-def test_compute_dtype_follows_the_hardware(monkeypatch, config, capability, dtype):
+def test_compute_dtype_follows_the_hardware(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # a T4 claims it, by emulation
-    assert quantization.compute_dtype(config) is dtype
+    assert quantization.compute_dtype(RunConfig.from_preset("pocket")) is dtype
     assert quantization.compute_dtype(RunConfig.from_preset("pocket", compute_dtype="float32")) is torch.float32
 
 
