@@ -254,7 +254,7 @@ def plot_levels(tensor: torch.Tensor, ax: Axes) -> Figure:
     codes = torch.cat([packed >> 4, packed & 0x0F]).cpu()
     levels = nf4_levels(tensor)
     counts = torch.bincount(codes.long(), minlength=16) / codes.numel()
-    ax.bar(levels, counts, width=0.04, color="tab:blue")
+    ax.bar(levels.numpy(), counts.numpy(), width=0.04, color="tab:blue")
     ax.axhline(1 / 16, color="tab:gray", linestyle="--", linewidth=1, label="if all were used alike")
     ax.set(
         xlabel="level, as a share of the block's largest weight", ylabel="share of weights", title="The 16 NF4 levels"

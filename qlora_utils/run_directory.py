@@ -79,7 +79,18 @@ class RunDirectory:
         return self.path / "report.html"
 
     def begin(self, config: RunConfig) -> None:
-        """Write `config.json`: the config with what it ran on. The same config and environment keep the file."""
+        """Write `config.json` at the start of a notebook.
+
+        Once something was trained, versions, commit and hardware stay those of the training: a playground opened
+        later on a laptop does not claim it.
+        """
+        if self.adapter.is_dir() and self.config.is_file():
+            write_json(self.config, {**read_json(self.config), "config": config.model_dump()})
+        else:
+            self.record(config)
+
+    def record(self, config: RunConfig) -> None:
+        """Write `config.json`: the config, and the versions, commit and hardware of this process."""
         write_json(self.config, {"config": config.model_dump(), **provenance()})
 
     def add_metrics(self, **sections: Mapping[str, Any]) -> dict[str, Any]:

@@ -316,7 +316,7 @@ def train(
     prepared: Prepared,
     run: RunDirectory,
 ) -> Trained:
-    """Train the adapter and leave `history.jsonl`, `checkpoints/`, `adapter/` and `metrics.json` in the run directory.
+    """Train the adapter; leave `history.jsonl`, `checkpoints/`, `adapter/`, `metrics.json` and `config.json` behind.
 
     Args:
         config: the run.
@@ -339,6 +339,7 @@ def train(
     trainer.train(resume_from_checkpoint=last)
     wall_s = time.perf_counter() - began
     save_adapter(tuned_model, tokenizer, run.adapter)
+    run.record(config)
     lines = [line for line in read_jsonl(run.history) if "loss" in line]
     speeds = [line["tokens_per_s"] for line in lines]
     trained = Trained(
@@ -359,6 +360,7 @@ def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, fol
     temporary = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     tuned_model.save_pretrained(str(temporary), safe_serialization=True)
+    (temporary / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form, with a local path in it
     tokenizer.save_pretrained(str(temporary))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)

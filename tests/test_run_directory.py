@@ -4,7 +4,26 @@ import os
 
 import pytest
 
-from qlora_utils.run_directory import read_json, read_jsonl, write_json, write_jsonl, write_text
+from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl, write_text
+
+
+def test_what_a_training_ran_on_is_not_overwritten_by_a_look_at_it(config, monkeypatch):
+    run = RunDirectory(config.run_dir)
+    elsewhere = {"versions": {}, "git_commit": None, "hardware": {"gpu": "another"}}
+    monkeypatch.setattr("qlora_utils.run_directory.provenance", lambda: elsewhere)
+    run.record(config)
+    monkeypatch.undo()
+    run.begin(config)
+    assert read_json(run.config)["hardware"]["gpu"] != "another"  # nothing trained yet: this machine's
+    monkeypatch.setattr("qlora_utils.run_directory.provenance", lambda: elsewhere)
+    run.record(config)
+    monkeypatch.undo()
+    run.adapter.mkdir()
+    later = config.model_copy(update={"score_rows": 3})
+    run.begin(later)
+    stored = read_json(run.config)
+    assert stored["hardware"]["gpu"] == "another"
+    assert stored["config"]["score_rows"] == 3
 
 
 def test_written_values_come_back(tmp_path):
