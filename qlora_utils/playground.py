@@ -50,7 +50,8 @@ class Playground:
         self.example = widgets.Dropdown(options=[("Pick an example", ""), *((q, q) for q in examples)],
                                         description="Examples", layout=wide)  # fmt: skip
         self.model = widgets.ToggleButtons(options=MODELS, description="Model")
-        self.temperature = widgets.FloatSlider(value=0.0, min=0.0, max=2.0, step=0.1, description="Temperature")
+        self.temperature = widgets.FloatSlider(value=0.0, min=0.0, max=2.0, step=0.1, description="Temperature",
+                                               style={"description_width": "initial"})  # fmt: skip
         self.top_p = widgets.FloatSlider(value=1.0, min=0.05, max=1.0, step=0.05, description="Top-p")
         self.max_new_tokens = widgets.IntSlider(value=max_new_tokens, min=1, max=max(1024, max_new_tokens),
                                                 description="Tokens")  # fmt: skip

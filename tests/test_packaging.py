@@ -57,7 +57,7 @@ def test_set_up_cell_and_badges_name_this_repository_and_version():
     owner_and_name = address.removeprefix("https://github.com/")
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = nbformat.read(path, as_version=4).cells
-        assert f'REPOSITORY, VERSION, HOME = "{address}", "v{qlora_utils.__version__}"' in cells[2].source
+        assert f'REPOSITORY, VERSION = "{address}", "v{qlora_utils.__version__}"' in cells[2].source
         assert f"github/{owner_and_name}/blob/v{qlora_utils.__version__}/notebooks/{path.name}" in cells[0].source
 
 
