@@ -20,7 +20,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from qlora_utils.config import RunConfig
-from qlora_utils.data import Collator, encode, encode_prompt
+from qlora_utils.data import Collator, encode, encode_prompt, words
 from qlora_utils.lora import base_alone
 from qlora_utils.rows import Conversation, Turn
 from qlora_utils.run_directory import RunDirectory, write_jsonl
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 MODELS = ("tuned", "base")
 Asker = Callable[[str, str, "Sampling", threading.Event], Iterator[str]]
 SCORES = ("exact_match", "f1", "rouge_l")
+MAX_LOSS = 700.0  # nats per token; its exp is the largest perplexity that a float can hold
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def stream(
     """
     model.eval()
     stop = stop or threading.Event()
+    abandoned = threading.Event()  # not `stop`, which is the caller's and may serve the next question too
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
     prompt = torch.tensor([encode_prompt(history, question, tokenizer)], device=next(model.parameters()).device)
     failures: list[BaseException] = []
@@ -196,7 +198,7 @@ def stream(
                     attention_mask=torch.ones_like(prompt),
                     generation_config=(sampling or Sampling()).generation_config(tokenizer),
                     streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([_Stop(stop)]),
+                    stopping_criteria=StoppingCriteriaList([_Stop(stop), _Stop(abandoned)]),
                 )
         except BaseException as error:  # re-raised below: a thread's own traceback reaches nobody
             failures.append(error)
@@ -207,7 +209,7 @@ def stream(
     try:
         yield from (piece for piece in streamer if piece)
     finally:
-        stop.set()
+        abandoned.set()
         worker.join()
     if failures:
         raise failures[0]
@@ -254,7 +256,7 @@ def token_f1(answer: str, expected: str) -> float:
 
 def rouge_l(answer: str, expected: str) -> float:
     """F-measure of the longest common subsequence of words. Words are of any script, lower-cased, not stemmed."""
-    given, wanted = re.findall(r"\w+", answer.lower()), re.findall(r"\w+", expected.lower())
+    given, wanted = words(answer.lower()), words(expected.lower())
     if not given or not wanted:
         return float(given == wanted)
     previous = [0] * (len(wanted) + 1)
@@ -307,6 +309,9 @@ def aggregate(scored: Sequence[Mapping[str, Any]], losses: Sequence[float], coun
         scored: from `score`.
         losses: summed loss of each held-out row, nats (`training.row_losses`).
         counts: answer tokens of each held-out row.
+
+    Raises:
+        FloatingPointError: the losses are not numbers, or beyond any use.
     """
     import numpy
 
@@ -317,7 +322,13 @@ def aggregate(scored: Sequence[Mapping[str, Any]], losses: Sequence[float], coun
         result[name] = round(float(values.mean()), 4)
         intervals[name] = bootstrap_interval(partial(_mean_of, values), len(values))
     loss, count = numpy.array(losses), numpy.array(counts)
-    result["perplexity"] = round(math.exp(loss.sum() / count.sum()), 4)
+    mean = float(loss.sum() / count.sum())
+    if not mean < MAX_LOSS:
+        raise FloatingPointError(
+            f"the loss on held-out answers is {mean:.4g} nats per token: the weights are broken, by a training that "
+            "diverged or a compute dtype too narrow. Train again with a lower learning_rate."
+        )
+    result["perplexity"] = round(math.exp(mean), 4)
     intervals["perplexity"] = bootstrap_interval(
         lambda chosen: numpy.exp(loss[chosen].sum(axis=1) / count[chosen].sum(axis=1)), len(loss)
     )
@@ -340,7 +351,8 @@ def evaluate(
     Both are the one loaded model: with the adapter disabled it is the base model again, original head included.
 
     Returns:
-        The rows of `answers.jsonl`: `question`, `expected`, and `base` and `tuned` with answer and scores.
+        The rows of `answers.jsonl`: `text` of the question, `history`, `expected`, and `base` and `tuned` with
+        answer and scores.
     """
     questions = questions_of(held_out, tokenizer, config)
     rows = encode(held_out, tokenizer, max_seq_len=config.max_seq_len)

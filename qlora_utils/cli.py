@@ -83,7 +83,6 @@ def _run(options: argparse.Namespace) -> int:
         parameters=_parameters(options.parameters),
         start=options.start,
     )
-    runner.choose_from(options.start)
     run = runner.run_series(config, parameters, start=options.start)
     from qlora_utils import report
 
@@ -111,7 +110,8 @@ def _ask(options: argparse.Namespace) -> int:
     from qlora_utils.run_directory import RunDirectory, require_adapter
 
     folder = Path(options.run)
-    run = RunDirectory(folder if (folder / "config.json").is_file() else Path(options.output_dir) / options.run)
+    is_run = (folder / "config.json").is_file()
+    run = RunDirectory(folder.resolve() if is_run else Path(options.output_dir) / options.run)
     config = RunConfig.continue_run(run.path)
     adapter = require_adapter(run)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -14,6 +14,10 @@ EMBEDDED = "embedded:"  # prefix of a path inside the project's own data folder
 
 class ConfigError(ValueError):
     """A parameter that is unknown or has a value that is not allowed; the message names field, value and what is."""
+
+
+class ModelError(RuntimeError):
+    """A model, tokenizer or adapter that cannot be loaded; the message says what to do next."""
 
 
 class RunConfig(BaseModel):
@@ -66,11 +70,16 @@ class RunConfig(BaseModel):
     micro_batch_tokens: int = Field(1024, ge=1, description="tokens per forward pass, on average, that are aimed at")
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="peak learning rate of the LoRA matrices")
     head_learning_rate: float | None = Field(None, gt=0, lt=1, description="peak of the head (None: learning_rate)")
-    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="how the learning rate goes on after the warm-up"
+    )
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate climbs")
-    weight_decay: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0, lt=1, description="share of a weight taken off, times the learning rate")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    optimizer: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
+    optimizer: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
+        "adamw_torch",
+        description="AdamW; its moments in 32 or 8 bits, paged: moved to main memory when the GPU is full",
+    )
     logging_steps: int = Field(5, ge=1, description="steps between lines of history.jsonl")
     eval_steps: int = Field(50, ge=1, description="steps between measurements of the held-out loss")
     save_steps: int = Field(100, ge=1, description="steps between checkpoints")
@@ -84,9 +93,11 @@ class RunConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_number_for_switch(cls, value: Any, info: Any) -> Any:
-        """Pydantic takes True for 1 and 1 for True; here that is a slip of the pen."""
+    def _as_written(cls, value: Any, info: Any) -> Any:
+        """Pydantic takes True for 1 and 1 for True; here that is a slip of the pen. The text `none` is None."""
         annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, str) and value.lower() == "none" and type(None) in get_args(annotation):
+            return None
         if (annotation is bool) != isinstance(value, bool) and not isinstance(value, str):
             if annotation is bool:
                 raise ValueError("expected true or false")
@@ -123,7 +134,7 @@ class RunConfig(BaseModel):
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Self:
-        """The preset's values with some replaced; `None` keeps the preset's.
+        """The preset's values with some replaced. `steps` without `epochs` means just that many steps.
 
         Raises:
             ConfigError: unknown preset or field, or a value that is not allowed.
@@ -132,15 +143,15 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"preset: {preset!r} is not known; expected one of {', '.join(PRESETS)}.{_near(preset, PRESETS)}"
             )
-        given = {name: value for name, value in overrides.items() if value is not None}
-        return cls.build({**PRESETS[preset], "preset": preset, **given})
+        return cls.build({**PRESETS[preset], "preset": preset, **_steps_or_epochs(overrides)})
 
     @classmethod
     def from_parameters(cls, namespace: Mapping[str, Any]) -> Self:
         """The config of a notebook, from the variables of its parameters cell.
 
         Every variable named like a field counts, whether the cell declares it or papermill injected it. `None` means
-        "not given". Without a `preset` the run directory's own `config.json` is continued, or else `pocket` is meant.
+        "not given"; the text `"none"` takes an optional value away. Without a `preset` the run directory's own
+        `config.json` is continued, or else `pocket` is meant.
 
         Args:
             namespace: the notebook's `globals()`, straight after its parameters cell.
@@ -159,7 +170,7 @@ class RunConfig(BaseModel):
 
     @classmethod
     def continue_run(cls, run_dir: Path | str, **overrides: Any) -> Self:
-        """The config that a run directory holds, with some values replaced.
+        """The config that a run directory holds, with some values replaced. `resume` holds for one training only.
 
         Raises:
             FileNotFoundError: `run_dir` holds no config.json.
@@ -171,9 +182,8 @@ class RunConfig(BaseModel):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such run. `qlora run --run-name {Path(run_dir).name}` makes it.")
         stored = json.loads(path.read_text(encoding="utf-8"))["config"]
-        given = {name: value for name, value in overrides.items() if value is not None}
-        here = {"output_dir": str(Path(run_dir).parent), "run_name": Path(run_dir).name}
-        return cls.build({**stored, **here, **given})
+        here = {"output_dir": str(Path(run_dir).parent), "run_name": Path(run_dir).name, "resume": False}
+        return cls.build({**stored, **here, **_steps_or_epochs(overrides)})
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """Fields that differ from the preset: `{field: (preset's value, this run's value)}`."""
@@ -193,6 +203,11 @@ class RunConfig(BaseModel):
             f"{'*' if name in changed else ' '} {name:<{width}}  {value}" for name, value in self.model_dump().items()
         ]
         return "\n".join(lines)
+
+
+def _steps_or_epochs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Epochs replace steps; who now asks for a number of steps does not want the epochs of before."""
+    return {**({"epochs": None} if "steps" in given else {}), **given}
 
 
 def check_names(names: Mapping[str, Any]) -> None:
@@ -243,6 +258,39 @@ def locate(source: str) -> str:
     if source.startswith(EMBEDDED):
         return str(project_folder("data") / source.removeprefix(EMBEDDED))
     return source
+
+
+def is_path(source: str, suffixes: tuple[str, ...] = ()) -> bool:
+    """Whether a model or dataset can only be meant as a local path, not as a hub id, which is `owner/name`."""
+    return source.startswith(("/", ".", "~", EMBEDDED)) or source.count("/") != 1 or source.lower().endswith(suffixes)
+
+
+def model_advice(source: str, error: Exception) -> str:
+    """What went wrong when a model or its tokenizer was loaded, in one line, and the next step.
+
+    Args:
+        source: local folder or hub id, as `locate` gave it.
+        error: what the loader or the hub client raised.
+    """
+    text = str(error)
+    first = (text.splitlines() or [type(error).__name__])[0]
+    names = {type(e).__name__ for e in (error, error.__cause__, error.__context__) if e is not None}
+    if Path(source).is_dir():
+        if list(Path(source).glob("*.bin")) and not list(Path(source).glob("*.safetensors")):
+            return f"model: {source} holds pickled weights (.bin) only; convert them to safetensors."
+        return (
+            f"model: {source} could not be loaded ({first}). Expected config.json, tokenizer and *.safetensors there."
+        )
+    if is_path(source):
+        return f"model: {source} does not exist. Expected a local folder, or a hub id like owner/name."
+    if "GatedRepoError" in names or "gated" in text.lower():
+        return (
+            f"model: {source} is gated. Accept its licence on its hub page, then log in with `hf auth login`; "
+            "or give a local folder or an open mirror: -p model=…"
+        )
+    if "RepositoryNotFoundError" in names:
+        return f"model: {source} is not on the hub, or private. Check the name, or log in with `hf auth login`."
+    return f"model: {source} could not be fetched ({first}). Check the network, or give a local folder: -p model=PATH"
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,14 +10,13 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import RunConfig, locate
+from qlora_utils.config import ModelError, RunConfig, locate, model_advice
 from qlora_utils.rows import (
     Conversation,
     DataError,
     Rejected,
     Turn,
     UnusableRowError,
-    first_line,
     parse_rows,
     prompt_text,
     read_source,
@@ -54,7 +52,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     never to stop wherever labels are masked by id; ours are masked by length.
 
     Raises:
-        DataError: no tokenizer under the config's model.
+        ModelError: no tokenizer can be loaded, or one without the `<s>` and `</s>` that the chat format needs.
     """
     from transformers import AutoTokenizer
 
@@ -62,7 +60,12 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:
-        raise DataError(f"model: no tokenizer could be loaded from {source} ({first_line(error)}).") from error
+        raise ModelError(model_advice(source, error)) from error
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"model: the tokenizer of {source} has no token that begins and none that ends a text; the Llama-2 chat "
+            "format needs both. Take a model of the Llama family."
+        )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -229,14 +232,16 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     for part, conversations in parsed.items():
         kept[part], faults = _keep_usable(conversations, tokenizer, config.max_seq_len)
         rejected += faults
-    train, held_out = kept.get("train", []), kept.get("held_out")
-    if held_out is None:
+    train, held_out = kept.get("train", []), kept.get("held_out", [])
+    chosen_by = "the source's own" if held_out else "set aside at random"
+    if not held_out:  # no test split, or one that was published without answers
         train, held_out = split_held_out(train, config.held_out_rows, config.seed)
     if not train or not held_out:
         first = "; ".join(f"{r.where} row {r.number}: {r.reason}" for r in rejected[:3])
+        alike = " All usable rows open with the same question." if len(train) > 1 else ""
         raise DataError(
             f"dataset: {config.dataset} leaves {len(train)} rows to train on and {len(held_out)} to hold out; "
-            f"expected at least one of each. {len(rejected)} rows were left out{': ' + first if first else ''}."
+            f"expected at least one of each.{alike} {len(rejected)} rows were left out{': ' + first if first else ''}."
         )
     if config.train_rows is not None and config.train_rows < len(train):
         chosen = sorted(random.Random(config.seed).sample(range(len(train)), config.train_rows))
@@ -250,6 +255,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         "rejected": len(rejected),
         "train": len(train),
         "held_out": len(held_out),
+        "held_out_by": chosen_by,
         "leakage": len(leakage(train, held_out)),
     }
     return Prepared(train, held_out, rejected, report)
@@ -277,8 +283,13 @@ def _keep_usable(
 
 def normalise(text: str) -> str:
     """Text as compared for near-duplicates: compatibility forms, lower case, words alone, single spaces."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.findall(r"\w+", folded))
+    return " ".join(words(unicodedata.normalize("NFKC", text).casefold()))
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters, digits and the marks that belong to them, as vowels do in Thai or Hindi."""
+    kept = (c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in text)
+    return "".join(kept).split()
 
 
 def split_held_out(
@@ -286,7 +297,8 @@ def split_held_out(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """(train, held-out): at random, but rows that open with the same question stay on one side.
 
-    At most a fifth is held out, so that a small dataset keeps something to train on.
+    At most a fifth is held out, so that a small dataset keeps something to train on; more only if every question
+    stands in more rows than that.
     """
     groups: dict[str, list[Conversation]] = {}
     for index, conversation in enumerate(conversations):
@@ -301,9 +313,11 @@ def split_held_out(
     for key in keys:
         if count >= wanted:
             break
-        if len(groups[key]) <= wanted - count or not chosen:
+        if len(groups[key]) <= wanted - count:
             chosen.add(key)
             count += len(groups[key])
+    if wanted and not chosen:
+        chosen.add(min(keys, key=lambda key: len(groups[key])))
     train = [c for key, members in groups.items() if key not in chosen for c in members]
     held_out = [c for key, members in groups.items() if key in chosen for c in members]
     return sorted(train, key=_place), sorted(held_out, key=_place)
@@ -314,8 +328,8 @@ def _place(conversation: Conversation) -> tuple[str, int]:
 
 
 def leakage(train: Iterable[Conversation], held_out: Iterable[Conversation]) -> list[Conversation]:
-    """Held-out conversations whose opening question, normalised, was also trained on."""
-    seen = {normalise(conversation.turns[0].question) for conversation in train}
+    """Held-out conversations whose opening question, normalised, was also trained on, in whatever turn."""
+    seen = {normalise(turn.question) for conversation in train for turn in conversation.turns}
     return [c for c in held_out if (key := normalise(c.turns[0].question)) and key in seen]
 
 
@@ -430,7 +444,7 @@ def report_table(report: Mapping[str, Any]) -> str:
     }
     if "train" in report:
         lines["left out"] = str(report["rejected"])
-        lines["train / held-out"] = f"{report['train']:,} / {report['held_out']:,}"
+        lines["train / held-out"] = f"{report['train']:,} / {report['held_out']:,} ({report['held_out_by']})"
         lines["held-out questions also trained on"] = str(report["leakage"])
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from qlora_utils.config import RunConfig
-from qlora_utils.quantization import ModelError, unquantized_shape
+from qlora_utils.config import ModelError, RunConfig
+from qlora_utils.quantization import unquantized_shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

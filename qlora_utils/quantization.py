@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from qlora_utils.config import RunConfig, locate
+from qlora_utils.config import ModelError, RunConfig, locate, model_advice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,10 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PARTS = ("embeddings", "attention", "feed-forward", "norms", "head")
-
-
-class ModelError(RuntimeError):
-    """A base model that cannot be loaded; the message says what to do next."""
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -74,7 +69,7 @@ def load(config: RunConfig) -> PreTrainedModel:
             **options,
         )
     except Exception as error:  # the loader and the hub client raise a dozen unrelated kinds
-        raise ModelError(_advice(source, error)) from error
+        raise ModelError(model_advice(source, error)) from error
     for layer in model.modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 a forward pass in eval mode would repack the weight into a layout that has no
@@ -85,29 +80,6 @@ def load(config: RunConfig) -> PreTrainedModel:
     # Generation asks for its cache itself.
     model.config.use_cache = False
     return model
-
-
-def _advice(source: str, error: Exception) -> str:
-    """What went wrong with a model source, in one line, and the next step."""
-    text = str(error)
-    first = (text.splitlines() or [type(error).__name__])[0]
-    names = {type(e).__name__ for e in (error, error.__cause__, error.__context__) if e is not None}
-    if Path(source).is_dir():
-        if list(Path(source).glob("*.bin")) and not list(Path(source).glob("*.safetensors")):
-            return f"model: {source} holds pickled weights (.bin) only; convert them to safetensors."
-        return (
-            f"model: {source} could not be loaded ({first}). Expected config.json, tokenizer and *.safetensors there."
-        )
-    if source.startswith(("/", ".", "~")):
-        return f"model: {source} does not exist. Expected a local folder, or a hub id like owner/name."
-    if "GatedRepoError" in names or "gated" in text.lower():
-        return (
-            f"model: {source} is gated. Accept its licence on its hub page, then log in with `hf auth login`; "
-            "or give a local folder or an open mirror: -p model=…"
-        )
-    if "RepositoryNotFoundError" in names:
-        return f"model: {source} is not on the hub, or private. Check the name, or log in with `hf auth login`."
-    return f"model: {source} could not be fetched ({first}). Check the network, or give a local folder: -p model=PATH"
 
 
 # ---------------------------------------------------------------------------------------------------- memory

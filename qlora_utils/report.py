@@ -53,11 +53,10 @@ def write_report(run: RunDirectory) -> None:
         f"<p>{html.escape(config['model'])} tuned on {html.escape(config['dataset'])}, "
         f"{metrics['train']['steps']} steps.</p>",
         "<h2>Scores on held-out questions</h2>",
-        _scores(metrics),
+        _scores(metrics) if "tuned" in metrics else "<p>Not measured yet: notebook 06 does it.</p>",
         "<h2>Figures</h2>",
         *(_figure(path) for path in sorted(run.figures.glob("*.png"))),
-        "<h2>Answers</h2>",
-        _answers(read_jsonl(run.answers)),
+        *(["<h2>Answers</h2>", _answers(read_jsonl(run.answers))] if run.answers.is_file() else []),
         "<h2>Data</h2>",
         f"<pre>{html.escape(report_table(read_json(run.data / 'report.json')))}</pre>",
         "<h2>Configuration</h2>",

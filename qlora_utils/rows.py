@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_utils.config import locate
+from qlora_utils.config import is_path, locate
 
 # The Llama-2 chat format as a tokenizer's chat template; `render` gives the same text (a test compares them).
 CHAT_TEMPLATE = (
@@ -102,7 +102,8 @@ class Rejected:
 # ---------------------------------------------------------------------------------------------------- sources
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
-HELD_OUT_NAMES = ("test", "validation", "valid", "dev", "eval", "held_out")
+HELD_OUT_WORDS = {"test", "validation", "valid", "val", "dev", "eval", "heldout"}
+_DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json"}  # of the data, not data
 
 
 def read_source(source: str) -> dict[str, Iterable[Row]]:
@@ -110,8 +111,8 @@ def read_source(source: str) -> dict[str, Iterable[Row]]:
 
     Args:
         source: a local .parquet, .jsonl, .json or .csv file, a folder of such files, a dataset saved by `datasets`,
-            a hub id, or `embedded:…` for the project's own data. Files and hub splits named test, validation, dev,
-            eval or held_out are the held-out part. No dataset script is ever run.
+            a hub id, or `embedded:…` for the project's own data. Files and hub splits whose names have a word like
+            test, validation, dev, eval or held_out in them are the held-out part. No dataset script is ever run.
 
     Returns:
         `{"train": rows}` and, if the source brings one, `{"held_out": rows}`.
@@ -121,7 +122,7 @@ def read_source(source: str) -> dict[str, Iterable[Row]]:
     """
     path = Path(locate(source)).expanduser()
     if not path.exists():
-        if source.startswith(("/", ".", "~")) or path.suffix in SUFFIXES or source.count("/") != 1:
+        if is_path(source, SUFFIXES):
             raise DataError(
                 f"dataset: {path} does not exist. Expected a local file or folder, or a hub id like owner/name."
             )
@@ -135,21 +136,27 @@ def read_source(source: str) -> dict[str, Iterable[Row]]:
         raise DataError(f"dataset: {path} holds no {', '.join(SUFFIXES)} file and no saved dataset.")
     parts: dict[str, list[Iterable[Row]]] = {}
     for file in files:
-        part = "held_out" if file.stem.lower().startswith(HELD_OUT_NAMES) else "train"
-        parts.setdefault(part, []).append(_read_file(file))
+        parts.setdefault(part_of(file.stem), []).append(_read_file(file))
     return {part: [row for rows in members for row in rows] for part, members in parts.items()}
 
 
+def part_of(name: str) -> str:
+    """`train` or `held_out`, by the words in the name of a file or split: `test-00000-of-00001`, `my_eval`."""
+    words = set(re.split(r"[^a-z]+", name.lower().replace("held_out", "heldout")))
+    return "held_out" if words & HELD_OUT_WORDS and "train" not in words else "train"
+
+
 def _files_of(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(f for f in folder.glob("*") if f.suffix.lower() in SUFFIXES and f.name not in _DESCRIPTIONS)
 
 
 def _by_part(splits: Mapping[str, Iterable[Any]]) -> dict[str, Iterable[Row]]:
     """Rows of a `datasets` dataset, its splits told apart by name."""
     parts: dict[str, list[Row]] = {}
     for split, rows in splits.items():
-        part = "held_out" if split.lower().startswith(HELD_OUT_NAMES) else "train"
-        parts.setdefault(part, []).extend(Row(split, number, columns) for number, columns in enumerate(rows))
+        parts.setdefault(part_of(split), []).extend(Row(split, number, columns) for number, columns in enumerate(rows))
     return dict(parts)
 
 
@@ -177,14 +184,25 @@ def _read_saved(path: Path) -> Mapping[str, Iterable[Any]]:
 
 def _read_file(path: Path) -> Iterable[Row]:
     readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}
-    if path.suffix not in readers:
-        raise DataError(f"dataset: {path} has type {path.suffix or 'none'}; expected one of {', '.join(SUFFIXES)}.")
+    kind = path.suffix.lower()
+    if kind not in readers:
+        raise DataError(f"dataset: {path} has type {kind or 'none'}; expected one of {', '.join(SUFFIXES)}.")
     try:
-        return list(readers[path.suffix](path))
+        return list(readers[kind](path))
     except UnicodeDecodeError as error:
-        raise DataError(f"dataset: {path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+        line = _first_bad_line(path)
+        raise DataError(f"dataset: {path} is not UTF-8 text (line {line}). Save it as UTF-8.") from error
     except OSError as error:
         raise DataError(f"dataset: {path} could not be read ({first_line(error)}).") from error
+
+
+def _first_bad_line(path: Path) -> int:
+    content = path.read_bytes()
+    try:
+        content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1
+    return 0
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -216,10 +234,16 @@ def _read_json(path: Path) -> Iterator[Row]:
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one value per line, under the wrong name
+            yield from _read_json_lines(path)
+            return
         raise DataError(f"dataset: {path} is not valid JSON: {error.msg}, line {error.lineno}.") from error
     if isinstance(value, dict):  # {"data": [...]} and the like: the one list in it
         lists = [member for member in value.values() if isinstance(member, list)]
-        value = lists[0] if len(lists) == 1 else value
+        if len(lists) > 1:
+            names = ", ".join(name for name, member in value.items() if isinstance(member, list))
+            raise DataError(f"dataset: {path} holds several lists ({names}); expected one. Write a file for each.")
+        value = lists[0] if lists else value
     if not isinstance(value, list):
         raise DataError(f"dataset: {path} holds no list of rows; expected [{{...}}, {{...}}].")
     for number, columns in enumerate(value):
@@ -229,12 +253,22 @@ def _read_json(path: Path) -> Iterator[Row]:
 def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**27)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for number, columns in enumerate(reader):
-            if None in columns:
-                yield Row(path.name, number, None, f"more fields than the header's {len(reader.fieldnames or [])}")
+        reader = csv.DictReader(file, strict=True)
+        number, last_line = 0, 0
+        while True:
+            try:
+                columns = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if "end of data" in str(error):  # it would swallow all rows to the end of the file
+                    raise DataError(f"dataset: {path}, after line {last_line}: a quote is never closed.") from error
+                yield Row(path.name, number, None, f"not valid CSV: {error}, line {reader.line_num}")
             else:
-                yield Row(path.name, number, columns)
+                fields = len(reader.fieldnames or [])
+                fault = f"more fields than the header's {fields}" if None in columns else None
+                yield Row(path.name, number, None if fault else columns, fault)
+            number, last_line = number + 1, reader.line_num
 
 
 def _row(path: Path, number: int, value: Any) -> Row:
@@ -280,6 +314,8 @@ def parse(row: Row) -> Conversation:
         raise UnusableRowError("no answered turn" if unanswered else "no turn")
     used = {"text", "messages", "conversations", "input", *(name for pair in _PAIRS for name in pair)}
     tags = {name: value for name, value in columns.items() if name not in used and isinstance(value, str)}
+    for text in (*(part for turn in turns for part in (turn.question, turn.answer)), *tags.values()):
+        _check_encodable(text)
     return Conversation(turns, row.where, row.number, shape, tags, unanswered)
 
 
@@ -308,6 +344,14 @@ def _shape_and_parts(columns: Mapping[str, Any]) -> tuple[str, list[tuple[str, s
         f"columns {', '.join(map(str, columns)) or 'none'}: expected text, messages, conversations, instruction/output "
         "or question/answer"
     )
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        excerpt = text[max(0, error.start - 20) : error.start]
+        raise UnusableRowError(f"half a character (a lone surrogate) after {excerpt!r}") from error
 
 
 def _text(columns: Mapping[str, Any], name: str) -> str:
@@ -349,8 +393,11 @@ def _parts_of_messages(name: str, messages: Any) -> list[tuple[str, str]]:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise UnusableRowError(f"{name}[{index}] is {type(message).__name__}, expected role and content")
-        role = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
+        # A table that mixes both spellings fills up what a row lacks with None.
+        role = message.get("role") or message.get("from")
+        content = message["content"] if message.get("content") is not None else message.get("value")
+        if content is None and role in _ANSWER_ROLES and index == len(messages) - 1:
+            break  # the last question is still unanswered
         if not isinstance(content, str):
             raise UnusableRowError(f"{name}[{index}] has no text under content or value")
         if role in _QUESTION_ROLES:
@@ -397,6 +444,22 @@ def usable(conversation: Conversation) -> Conversation:
     return Conversation(
         turns, conversation.where, conversation.number, conversation.shape, conversation.tags, conversation.unanswered
     )
+
+
+def first_readable(source: Mapping[str, Iterable[Row]]) -> tuple[Row, Conversation]:
+    """The first row that can be used, as it was found and as it was read; to look at.
+
+    Raises:
+        DataError: no row can be used; says why the first cannot.
+    """
+    reason = "it has no rows"
+    for rows in source.values():
+        for row in rows:
+            try:
+                return row, usable(parse(row))
+            except UnusableRowError as error:
+                reason = f"{row.where} row {row.number}: {error}" if reason == "it has no rows" else reason
+    raise DataError(f"dataset: no row can be used; {reason}.")
 
 
 def parse_rows(rows: Iterable[Row]) -> tuple[list[Conversation], list[Rejected]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -11,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_utils.config import ConfigError, RunConfig, check_names, project_folder
+from qlora_utils.config import ConfigError, RunConfig, check_names, is_path, locate, project_folder
+from qlora_utils.rows import SUFFIXES
 from qlora_utils.run_directory import HEADLESS, RunDirectory
 
 
@@ -40,20 +42,27 @@ def choose_from(start: str | None) -> list[Path]:
     raise ConfigError(f"--from: {start!r} is no notebook; expected one of {', '.join(p.stem for p in notebooks)}.")
 
 
+# The last notebook from which a new value of a field still takes effect; all other fields: 04_training.
+DECIDED_IN = {
+    **dict.fromkeys(("model", "dataset", "train_rows", "held_out_rows", "max_seq_len", "seed"), "01_data"),
+    **dict.fromkeys(("score_rows", "max_new_tokens", "answer_batch_size"), "06_answers"),
+}
+
+
 def resolve(
     *, preset: str | None, run_name: str | None, output_dir: str, parameters: Mapping[str, Any], start: str | None
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """The config of a series and what its notebooks are given as parameters.
+    """The config of a series and what its notebooks are given as parameters. Writes nothing.
 
     Args:
-        preset: of a new run; None takes the run directory's config with `start`, else `pocket`.
+        preset: of a new run; None means `pocket`. With `start` the run directory's config is continued instead.
         run_name: None: the preset's name.
         output_dir: folder of run directories; made absolute, since notebooks run in a folder of their own.
         parameters: RunConfig fields as given, text or typed; local paths among them are made absolute.
         start: the notebook to start from, None for the first.
 
     Raises:
-        ConfigError: an unknown parameter or a value that is not allowed.
+        ConfigError: an unknown parameter, a value that is not allowed, or one that would come too late.
         FileNotFoundError: `start` is given and the run directory holds no config.json.
     """
     check_names(parameters)
@@ -62,17 +71,37 @@ def resolve(
     for name in ("model", "dataset"):
         if isinstance(given.get(name), str) and Path(given[name]).expanduser().exists():
             given[name] = str(Path(given[name]).expanduser().resolve())
-    place = {
-        "output_dir": str(Path(given.pop("output_dir", output_dir)).expanduser().resolve()),
-        "run_name": given.pop("run_name", run_name) or preset or "pocket",
-    }
-    if start is not None and preset is None:
-        config = RunConfig.continue_run(Path(place["output_dir"]) / place["run_name"], **given)
-        fixed: dict[str, Any] = place
-    else:
+    folder = Path(given.pop("output_dir", output_dir)).expanduser().resolve()
+    place = {"output_dir": str(folder), "run_name": given.pop("run_name", run_name) or preset or "pocket"}
+    first = choose_from(start)[0]
+    if start is None or (first == series()[0] and not (folder / place["run_name"] / "config.json").is_file()):
         config = RunConfig.from_preset(preset or "pocket", **place, **given)
-        fixed = {"preset": config.preset, **place}
-    return config, {**fixed, **{name: getattr(config, name) for name in given}}
+    else:
+        config = _go_on(folder / place["run_name"], preset, given, first)
+    for name, source in (("model", config.model), ("dataset", config.dataset)):
+        if is_path(source, SUFFIXES if name == "dataset" else ()) and not Path(locate(source)).expanduser().exists():
+            raise ConfigError(f"{name}: {source} does not exist. Expected a local path, or a hub id like owner/name.")
+    # No preset: each notebook takes up the config.json that `run_series` writes.
+    return config, {"preset": None, **place, **{name: getattr(config, name) for name in given}}
+
+
+def _go_on(run_dir: Path, preset: str | None, given: Mapping[str, Any], first: Path) -> RunConfig:
+    """The stored config with the given values, if they still take effect from notebook `first` on."""
+    stored = RunConfig.continue_run(run_dir)
+    if preset not in (None, stored.preset):
+        raise ConfigError(
+            f"--preset: {run_dir} was begun with {stored.preset}. Leave --preset away to go on with it, "
+            "or begin another run: --run-name NAME, without --from."
+        )
+    config = RunConfig.continue_run(run_dir, **given)
+    for name in given:
+        decided = DECIDED_IN.get(name, "04_training")
+        if first.stem > decided and getattr(config, name) != getattr(stored, name):
+            raise ConfigError(
+                f"{name}: the run has {getattr(stored, name)!r}, and from {first.stem} on nothing uses "
+                f"{getattr(config, name)!r} any more; start with --from {decided[:2]} or earlier."
+            )
+    return config
 
 
 def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str | None = None) -> RunDirectory:
@@ -95,6 +124,7 @@ def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str |
     notebooks = choose_from(start)
     if notebooks == series():
         _clear(run)
+    run.begin(config)
     run.notebooks.mkdir(parents=True, exist_ok=True)
     # Notebooks declare the parameters a reader may want to turn; any field may be injected, checked above.
     logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -119,7 +149,8 @@ def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str |
             raise SeriesError(
                 f"{path.stem}, cell {error.cell_index} (In [{error.exec_count}]): {error.ename}: {error.evalue}\n"
                 f"The partly executed notebook is {copy}\n"
-                f"When the cause is gone: qlora run --run-name {config.run_name} --from {path.stem[:2]}"
+                f"When the cause is gone: qlora run --run-name {config.run_name} "
+                f"--output-dir {shlex.quote(config.output_dir)} --from {path.stem[:2]}"
             ) from None
         except DeadKernelError as error:
             raise SeriesError(f"{path.stem}: its kernel died ({error}); out of memory? See {copy}") from None

@@ -19,7 +19,6 @@ from torch import nn
 from tqdm.auto import tqdm as notebook_tqdm
 from tqdm.std import tqdm as text_tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.data import IGNORED, Collator, Encoded, Prepared, encode
@@ -30,6 +29,10 @@ from qlora_utils.run_directory import HEADLESS, RunDirectory, read_jsonl, write_
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+
+class DivergedError(RuntimeError):
+    """A training whose loss is no number any more; the message names the step and likely causes."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,11 @@ class HistoryWriter(TrainerCallback):
         self.training_s += time.perf_counter() - self.step_began
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Append the line of this step."""
+        """Append the line of this step; what is not a number becomes null.
+
+        Raises:
+            DivergedError: the loss is not a number.
+        """
         logs = logs or {}
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         if "loss" in logs:
@@ -187,9 +194,15 @@ class HistoryWriter(TrainerCallback):
             line["eval_loss"] = logs["eval_loss"]
         else:
             return
-        finite = {name: value for name, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
+        numbers = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in line.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+            file.write(json.dumps(numbers) + "\n")
+        if "loss" in numbers and numbers["loss"] is None:
+            raise DivergedError(
+                f"the training loss is {line['loss']} at step {state.global_step}. Likely causes: a learning_rate too "
+                f"high ({args.learning_rate:g}), or float16 compute; lower it, or take compute_dtype bfloat16 or "
+                "float32. The adapter of an earlier training, if there was one, is untouched."
+            )
 
 
 class Progress(TrainerCallback):
@@ -245,6 +258,12 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, None if there is none. One cut off while it was written is passed over."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # the file written last
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
 def make_trainer(
     config: RunConfig,
     tuned_model: PeftModel,
@@ -284,7 +303,7 @@ def make_trainer(
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
-        eval_on_start=not config.resume,
+        eval_on_start=not config.resume or last_checkpoint(run.checkpoints) is None,
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
         include_num_input_tokens_seen="all" if config.packing else "non_padding",
@@ -327,16 +346,17 @@ def train(
 
     Raises:
         ConfigError: a precision that this machine does not have.
+        DivergedError: the loss stopped being a number.
     """
     if not config.resume:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     run.path.mkdir(parents=True, exist_ok=True)
-    last = get_last_checkpoint(str(run.checkpoints)) if config.resume and run.checkpoints.is_dir() else None
+    last = last_checkpoint(run.checkpoints) if config.resume else None
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer = make_trainer(config, tuned_model, tokenizer, prepared, run)
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     wall_s = time.perf_counter() - began
     save_adapter(tuned_model, tokenizer, run.adapter)
     run.record(config)

@@ -15,10 +15,10 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items):
-    real = SHARED / "guanaco-llama2-1k"
+    absent = [name for name in ("guanaco-llama2-1k", "llama2-tokenizer") if not (SHARED / name).is_dir()]
     for item in items:
-        if item.get_closest_marker("real_data") and not real.is_dir():
-            item.add_marker(pytest.mark.skip(reason=f"the real Guanaco rows are not at {real}"))
+        if item.get_closest_marker("real_data") and absent:
+            item.add_marker(pytest.mark.skip(reason=f"{', '.join(absent)}: not in {SHARED}"))
         if item.get_closest_marker("gpu"):
             import torch
 

@@ -118,6 +118,22 @@ def test_stop_ends_a_stream(tuned_model, tokenizer):
     assert len(pieces) < 20
 
 
+def test_one_stop_event_serves_many_questions(tuned_model, tokenizer):
+    stop = threading.Event()
+    said = [
+        "".join(answers.stream(tuned_model, tokenizer, QUESTIONS[0].text, sampling=GREEDY, stop=stop)) for _ in "ab"
+    ]
+    assert said[0] == said[1]
+    assert not stop.is_set()
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 800.0])
+def test_broken_weights_are_named_as_such(loss):
+    scored = answers.score([Answer("a", True)], [QUESTIONS[2]])
+    with pytest.raises(FloatingPointError, match="the weights are broken"):
+        answers.aggregate(scored, [loss], [1])
+
+
 def test_a_failure_while_streaming_reaches_the_caller(tuned_model, tokenizer, monkeypatch):
     def fail(**_):
         raise RuntimeError("out of memory, say")

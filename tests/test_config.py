@@ -7,7 +7,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from qlora_utils.config import PRESETS, ConfigError, RunConfig, locate
+from qlora_utils.config import PRESETS, ConfigError, RunConfig, is_path, locate, model_advice
 from qlora_utils.run_directory import RunDirectory
 
 
@@ -77,6 +77,52 @@ def test_frozen_and_keyword_only():
 def test_text_values_become_typed_ones():
     config = RunConfig.from_preset("pocket", steps="12", learning_rate="1e-3", packing="false")
     assert (config.steps, config.learning_rate, config.packing) == (12, 1e-3, False)
+
+
+def test_none_takes_an_optional_value_away():
+    assert RunConfig.from_preset("llama2-7b", micro_batch_size=None).micro_batch_size is None
+    assert RunConfig.from_preset("llama2-7b", micro_batch_size="none").micro_batch_size is None
+    with pytest.raises(ConfigError, match="steps: 'none' is not allowed"):
+        RunConfig.from_preset("pocket", steps="none")
+
+
+def test_steps_take_the_place_of_epochs(tmp_path):
+    first = RunConfig.from_preset("pocket", epochs=2, output_dir=str(tmp_path), run_name="a")
+    RunDirectory(first.run_dir).begin(first)
+    assert RunConfig.continue_run(first.run_dir).epochs == 2
+    assert RunConfig.continue_run(first.run_dir, steps=9).epochs is None
+    assert RunConfig.continue_run(first.run_dir, steps=9, epochs=3).epochs == 3
+
+
+def test_resume_holds_for_one_training_only(tmp_path):
+    first = RunConfig.from_preset("pocket", resume=True, output_dir=str(tmp_path), run_name="a")
+    RunDirectory(first.run_dir).begin(first)
+    assert not RunConfig.continue_run(first.run_dir).resume
+    assert RunConfig.continue_run(first.run_dir, resume=True).resume
+
+
+def test_every_field_says_what_it_means():
+    assert [name for name, field in RunConfig.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (type("GatedRepoError", (Exception,), {})("403"), "hf auth login"),
+        (OSError("You are trying to access a gated repo."), "licence"),
+        (type("RepositoryNotFoundError", (Exception,), {})("404"), "Check the name"),
+        (OSError("We couldn't connect"), "give a local folder"),
+    ],
+)
+def test_a_model_out_of_reach_says_how_to_get_in(error, advice):
+    assert advice in model_advice("meta-llama/Llama-2-7b-hf", error)
+
+
+def test_what_can_only_be_a_path():
+    for source in ("/a", "./a", "~/a", "name", "a/b/c", "embedded:pocket"):
+        assert is_path(source)
+    assert not is_path("owner/name")
+    assert is_path("folder/rows.CSV", (".csv",))
 
 
 def test_parameters_cell_preset_and_run_directory(tmp_path):

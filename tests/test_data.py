@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 from conftest import SHARED
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_utils import data, rows
-from qlora_utils.config import RunConfig
+from qlora_utils.config import ModelError, RunConfig, locate
 from qlora_utils.data import IGNORED, Collator
 from qlora_utils.rows import Conversation, DataError, Row, Turn
 
@@ -45,6 +46,12 @@ def test_exactly_one_bos_per_turn_in_training_and_in_asking(tokenizer):  # trap 
     prompt = data.encode_prompt(TWO.turns[:1], TWO.turns[1].question, tokenizer)
     assert prompt == ids[: len(prompt)]
     assert prompt.count(bos) == 2
+
+
+def test_segments_join_to_the_tokens_of_the_text(tokenizer):  # trap 6
+    conversations = data.prepare(RunConfig.from_preset("pocket"), tokenizer).train[:200]
+    whole = tokenizer([c.text for c in conversations], add_special_tokens=False)["input_ids"]
+    assert [e.input_ids for e in data.encode(conversations, tokenizer)] == whole
 
 
 def test_every_answer_and_its_eos_carry_loss_and_no_question_does(tokenizer):  # traps 5 and 7
@@ -159,6 +166,57 @@ def test_split_keeps_repeated_questions_on_one_side():
     assert data.split_held_out(conversations, 10, seed=4)[1] != held_out
 
 
+def test_split_holds_out_few_even_where_most_rows_ask_the_same():
+    conversations = [Conversation((Turn("Continue", f"{i}"),), number=i) for i in range(90)]
+    conversations += [Conversation((Turn(f"Other {i}", "a"),), number=90 + i) for i in range(3)]
+    for seed in range(10):
+        train, held_out = data.split_held_out(conversations, 10, seed)
+        assert len(train) + len(held_out) == 93
+        assert 1 <= len(held_out) <= 18
+
+
+@pytest.mark.parametrize("test_rows", ["question\nq0\n", "question,answer\nq0,\n"])
+def test_a_test_split_without_answers_gives_way_to_a_random_one(tmp_path, tokenizer, test_rows):
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(pair) for pair in PAIRS))
+    (tmp_path / "test.csv").write_text(test_rows)
+    prepared = data.prepare(RunConfig.from_preset("pocket", dataset=str(tmp_path)), tokenizer)
+    assert (len(prepared.train), len(prepared.held_out)) == (10, 2)
+    assert prepared.report["held_out_by"] == "set aside at random"
+
+
+def test_rows_that_all_ask_the_same_cannot_be_split(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({**pair, "question": "Same?"}) for pair in PAIRS))
+    with pytest.raises(DataError, match="open with the same question"):
+        data.prepare(RunConfig.from_preset("pocket", dataset=str(path)), tokenizer)
+
+
+def test_leakage_from_a_later_turn_is_found():
+    asked = Conversation((Turn("And three?", "Three is 3."),))
+    assert data.leakage([TWO], [asked]) == [asked]
+
+
+def test_words_keep_the_marks_of_their_script():
+    assert data.words("हिन्दी, กิน!") == ["हिन्दी", "กิน"]
+    assert data.normalise("กิน") != data.normalise("กัน")
+
+
+@pytest.mark.parametrize("missing", ["bos_token", "eos_token"])
+def test_a_tokenizer_without_begin_or_end_is_refused(tmp_path, missing):
+    folder = tmp_path / "model"
+    shutil.copytree(locate("embedded:pocket/model"), folder)
+    stored = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**stored, missing: None}))
+    with pytest.raises(ModelError, match="needs both"):
+        data.load_tokenizer(RunConfig.from_preset("pocket", model=str(folder)))
+
+
+@pytest.mark.parametrize(("source", "advice"), [("/no/such/model", "does not exist"), ("owner/absent", "local folder")])
+def test_a_tokenizer_out_of_reach_says_what_to_do(source, advice):
+    with pytest.raises(ModelError, match=advice):
+        data.load_tokenizer(RunConfig.from_preset("pocket", model=source))
+
+
 def test_leakage_and_duplicates_are_found(tokenizer):
     one = Conversation((Turn("What is IT?", "It is."),))
     same = Conversation((Turn("what is  it", "it is"),))
@@ -174,7 +232,8 @@ def test_padding_share_of_known_lengths():
 
 def test_scripts():
     assert data.script("Hello") == "Latin"
-    assert data.script("Привет, world of") in ("Cyrillic", "Latin")
+    assert data.script("Привет, world") == "Cyrillic"
+    assert data.script("world, да") == "Latin"
     assert data.script("Привет") == "Cyrillic"
     assert data.script("12 + 3") == "None"
 

@@ -9,10 +9,9 @@ import torch
 from conftest import on_its_device
 
 from qlora_utils import lora, quantization, training
-from qlora_utils.config import RunConfig
+from qlora_utils.config import ModelError, RunConfig
 from qlora_utils.data import Collator, encode
 from qlora_utils.lora import HEAD
-from qlora_utils.quantization import ModelError
 from qlora_utils.run_directory import RunDirectory, read_jsonl
 
 

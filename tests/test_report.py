@@ -5,7 +5,7 @@ import re
 from qlora_utils import report
 from qlora_utils.config import RunConfig
 from qlora_utils.data import data_report
-from qlora_utils.run_directory import RunDirectory, write_json, write_jsonl
+from qlora_utils.run_directory import RunDirectory, read_json, write_json, write_jsonl
 
 SCORES = {"exact_match": 0.5, "f1": 0.5, "rouge_l": 0.5, "perplexity": 3.0, "stopped": 1.0,
           "intervals": {name: [0.1, 3.2] for name in ("exact_match", "f1", "rouge_l", "perplexity")}}  # fmt: skip
@@ -38,6 +38,16 @@ def test_the_page_is_self_contained_and_escapes_what_it_is_given(tmp_path, token
     assert page.count("&lt;script&gt;") == 4
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "data:image/png;base64," in page
+
+
+def test_a_run_without_scores_has_a_page_too(tmp_path, tokenizer):
+    run = finished(tmp_path, tokenizer, "x")
+    metrics = read_json(run.metrics)
+    write_json(run.metrics, {"train": metrics["train"]})
+    run.answers.unlink()
+    report.write_report(run)
+    assert "Not measured yet" in run.report.read_text()
+    assert "exact match" not in report.summary(run)
 
 
 def test_summary_tells_loss_and_scores(tmp_path, tokenizer):

@@ -30,19 +30,44 @@ def test_resolve_types_values_and_makes_paths_absolute(tmp_path, monkeypatch):
     )
     assert config.run_dir == tmp_path / "out" / "pocket"
     assert parameters == {
-        "preset": "pocket", "output_dir": str(tmp_path / "out"), "run_name": "pocket", "steps": 7,
+        "preset": None, "output_dir": str(tmp_path / "out"), "run_name": "pocket", "steps": 7,
         "dataset": str(tmp_path / "rows.csv"),
     }  # fmt: skip
 
 
-def test_from_goes_on_with_the_stored_config(tmp_path):
-    first = RunConfig.from_preset("llama2-7b", output_dir=str(tmp_path), run_name="a", steps=9)
-    RunDirectory(first.run_dir).begin(first)
-    config, parameters = runner.resolve(
-        preset=None, run_name="a", output_dir=str(tmp_path), parameters={"lora_r": "8"}, start="05"
-    )
-    assert (config.preset, config.steps, config.lora_r) == ("llama2-7b", 9, 8)
-    assert "preset" not in parameters
+@pytest.fixture
+def begun(tmp_path):
+    """A run directory of which only config.json is there."""
+    config = RunConfig.from_preset("llama2-7b", output_dir=str(tmp_path), run_name="a", steps=9, model="/", epochs=2)
+    RunDirectory(config.run_dir).begin(config)
+    return config
+
+
+def go_on(begun, start, preset=None, **parameters):
+    return runner.resolve(preset=preset, run_name="a", output_dir=begun.output_dir, parameters=parameters, start=start)[
+        0
+    ]
+
+
+@pytest.mark.parametrize("start", ["01", "02", "04", "07"])
+def test_from_goes_on_with_the_stored_config(begun, start):
+    assert go_on(begun, start) == begun
+    assert go_on(begun, start, preset="llama2-7b", lora_r="64") == begun
+
+
+def test_from_takes_new_values_as_long_as_they_count(begun):
+    assert go_on(begun, "01", train_rows="8").train_rows == 8
+    assert go_on(begun, "04", lora_r="8").lora_r == 8
+    assert go_on(begun, "04", steps="3").epochs is None
+    assert go_on(begun, "06", score_rows="8").score_rows == 8
+    for start, late in (("02", {"train_rows": "8"}), ("05", {"lora_r": "8"}), ("07", {"score_rows": "8"})):
+        with pytest.raises(ConfigError, match=r"nothing uses 8 any more; start with --from 0[146]"):
+            go_on(begun, start, **late)
+
+
+def test_from_with_another_preset_is_refused(begun):
+    with pytest.raises(ConfigError, match="was begun with llama2-7b"):
+        go_on(begun, "04", preset="pocket")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +78,8 @@ def test_from_goes_on_with_the_stored_config(tmp_path):
         (["-p", "steps"], "NAME=VALUE"),
         (["--preset", "poket"], "pocket"),
         (["--from", "99"], "01_data"),
+        (["-p", "dataset=my_qustions.csv"], "my_qustions.csv does not exist"),
+        (["-p", "model=./no/model"], "does not exist"),
     ],
 )
 def test_what_is_wrongly_asked_for_exits_2_and_writes_nothing(tmp_path, capsys, arguments, mention):
@@ -155,6 +182,23 @@ def test_a_failing_cell_exits_1_and_keeps_the_notebook(tmp_path, capsys):
         assert part in message
     copy = nbformat.read(run.notebooks / "06_answers.ipynb", as_version=4)
     assert any(o.output_type == "error" for c in copy.cells if c.cell_type == "code" for o in c.outputs)
+
+
+def test_started_again_from_01_the_run_keeps_its_parameters(tmp_path):
+    """Also: a first row that cannot be used stops nothing."""
+    pairs = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(12)]
+    lines = ["{oops", '{"question": "q", "answer": null}', *map(json.dumps, pairs)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    common = ["run", "--run-name", "own", "--output-dir", str(tmp_path)]
+    given = ["-p", f"dataset={tmp_path / 'rows.jsonl'}", "-p", "steps=2", "-p", "batch_size=2", "-p", "score_rows=1"]
+    assert cli.main([*common, *given]) == 0
+    run = RunDirectory(tmp_path / "own")
+    first = read_json(run.config)["config"], read_jsonl(run.data / "train.jsonl"), read_json(run.metrics)["train"]
+    assert [r["number"] for r in read_jsonl(run.data / "rejected.jsonl")] == [0, 1]
+    assert cli.main([*common, "--from", "01"]) == 0
+    again = read_json(run.config)["config"], read_jsonl(run.data / "train.jsonl"), read_json(run.metrics)["train"]
+    assert again[:2] == first[:2]
+    assert again[2]["final_loss"] == first[2]["final_loss"]
 
 
 def test_an_unknown_notebook_is_refused():

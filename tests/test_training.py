@@ -210,6 +210,32 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, tokenizer, prepare
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_a_checkpoint_cut_off_in_writing_is_passed_over(tmp_path):
+    assert training.last_checkpoint(tmp_path / "none") is None
+    for name, files in (("checkpoint-9", ["trainer_state.json"]), ("checkpoint-10", ["trainer_state.json"]),
+                        ("checkpoint-11", ["adapter_model.safetensors"])):  # fmt: skip
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+    assert training.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_training_that_diverges_stops_and_keeps_the_earlier_adapter(config, tokenizer, prepared):
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(math.nan)
+
+    _, run, _ = train(config, tokenizer, prepared)
+    before = (run.adapter / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(training.DivergedError, match=r"loss is nan at step 3.*learning_rate"):
+        train(config, tokenizer, prepared, Break())
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == before
+    assert [line["loss"] for line in read_jsonl(run.history) if "loss" in line][-1] is None
+    assert "nan" not in run.history.read_text().lower()
+
+
 def test_the_head_has_its_own_learning_rate(config, tokenizer, prepared, run):  # trap 2
     variant = changed(config, head_learning_rate=1e-5, weight_decay=0.01)
     trainer = training.make_trainer(variant, lora.attach(quantization.load(variant), variant), tokenizer, prepared, run)
