@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils.config import ModelError, RunConfig, locate, model_advice
 from qlora_utils.rows import (
     Conversation,
-    DataError,
     Rejected,
     Turn,
     UnusableRowError,
     parse_rows,
     prompt_text,
-    read_source,
     turn_text,
     usable,
 )
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
+from qlora_utils.sources import DataError, read_source
 
 if TYPE_CHECKING:
     import torch

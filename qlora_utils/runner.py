@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_utils.config import ConfigError, RunConfig, check_names, is_path, locate, project_folder
-from qlora_utils.rows import SUFFIXES
 from qlora_utils.run_directory import HEADLESS, RunDirectory
+from qlora_utils.sources import SUFFIXES
 
 
 class SeriesError(RuntimeError):

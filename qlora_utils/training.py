@@ -264,14 +264,13 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
-def make_trainer(
-    config: RunConfig,
-    tuned_model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prepared: Prepared,
-    run: RunDirectory,
-) -> QLoRATrainer:
-    """The Trainer of a run: rows encoded, optimizer and schedule set, history and progress attached.
+def training_arguments(config: RunConfig, run: RunDirectory, micro: int) -> TrainingArguments:
+    """The config in the words of transformers.
+
+    Args:
+        config: the run.
+        run: for the place of the checkpoints.
+        micro: conversations per forward pass; divides `config.batch_size`.
 
     Raises:
         ConfigError: fp16 without a GPU.
@@ -281,10 +280,7 @@ def make_trainer(
     if dtype is torch.float16 and not on_gpu:
         raise ConfigError("compute_dtype: float16 needs a GPU; on a CPU take auto, float32 or bfloat16.")
     steps: dict[str, Any] = {"num_train_epochs": config.epochs} if config.epochs else {"max_steps": config.steps}
-    limit = config.max_seq_len
-    train_rows = encode(prepared.train, tokenizer, max_seq_len=limit, response_only=config.response_only)
-    micro = micro_batch_size(config, train_rows)
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(run.checkpoints),
         **steps,
         per_device_train_batch_size=micro,
@@ -314,6 +310,23 @@ def make_trainer(
         seed=config.seed,
         data_seed=config.seed,
     )
+
+
+def make_trainer(
+    config: RunConfig,
+    tuned_model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    run: RunDirectory,
+) -> QLoRATrainer:
+    """The Trainer of a run: rows encoded, optimizer and schedule set, history and progress attached.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+    limit = config.max_seq_len
+    train_rows = encode(prepared.train, tokenizer, max_seq_len=limit, response_only=config.response_only)
+    arguments = training_arguments(config, run, micro_batch_size(config, train_rows))
     trainer = QLoRATrainer(
         config=config,
         model=tuned_model,

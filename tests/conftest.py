@@ -63,7 +63,7 @@ def llama_tokenizer():
 @pytest.fixture(scope="session")
 def real_rows():
     """The 1,000 real rows as text; use with the marker `real_data`."""
-    from qlora_utils.rows import read_source
+    from qlora_utils.sources import read_source
 
     return [row.columns["text"] for row in read_source(str(SHARED / "guanaco-llama2-1k"))["train"]]
 

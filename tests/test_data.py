@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from qlora_utils import data, rows
 from qlora_utils.config import ModelError, RunConfig, locate
 from qlora_utils.data import IGNORED, Collator
-from qlora_utils.rows import Conversation, DataError, Row, Turn
+from qlora_utils.rows import Conversation, Turn
+from qlora_utils.sources import DataError, Row
 
 TWO = Conversation((Turn("What is two?", "Two is 2."), Turn("And three?", "Three is 3.")))
 

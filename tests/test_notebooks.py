@@ -13,7 +13,7 @@ from qlora_utils.config import RunConfig
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TOPICS = ["data", "quantization", "lora", "training", "curves", "answers", "playground"]
-SHARED_MODULES = {"config", "rows", "run_directory", "runner", "report", "cli"}
+SHARED_MODULES = {"config", "rows", "run_directory", "sources", "runner", "report", "cli"}
 PER_NOTEBOOK = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
