@@ -1,8 +1,8 @@
 """QLoRA fine-tuning for question answering: the library behind the numbered notebooks.
 
-One module per notebook, in the order of the data flow: `data`, `quantization`, `lora`, `training`, `curves`,
-`answers`, `playground`; below `data` lie `sources` and `rows`. Shared by all: `config`, `run_directory`, `runner`, `report`, `cli`. Importing the package
-loads none of them; each imports torch and its kin only when it is itself imported.
+One module per notebook, in the order of the data flow: `data`, `quantization`, `lora`, `training`, `curves`, `answers`,
+`playground`; below `data` lie `sources` and `rows`. Shared by all: `config`, `run_directory`, `runner`, `report`,
+`cli`. Importing the package loads none of them; each imports torch and its kin only when it is itself imported.
 """
 
 import logging
