@@ -383,6 +383,7 @@ def evaluate(
         for question, base, tuned in zip(questions, scored["base"], scored["tuned"], strict=True)
     ]
     write_jsonl(run.answers, lines)
+    run.record_answers(config)
     held = {"rows": len(held_out), "questions": len(questions), "answer_tokens": sum(counts)}
     run.add_metrics(held_out=held, **sections)
     return lines
@@ -397,17 +398,21 @@ def score_table(metrics: Mapping[str, Any]) -> str:
     """Base and tuned scores with their intervals as lines of text."""
     lines = [f"{'':<13}{'base':>26}{'tuned':>26}"]
     for name in (*SCORES, "perplexity"):
+        form = ".4g" if name == "perplexity" else ".3f"  # a perplexity may be of any size
         cells = []
         for model in ("base", "tuned"):
             low, high = metrics[model]["intervals"][name]
-            cells.append(f"{metrics[model][name]:.3f} [{low:.3f}, {high:.3f}]")
+            cells.append(f"{metrics[model][name]:{form}} [{low:{form}}, {high:{form}}]")
         lines.append(f"{name:<13}{cells[0]:>26}{cells[1]:>26}")
     lines.append(f"{'stopped':<13}{metrics['base']['stopped']:>26.3f}{metrics['tuned']['stopped']:>26.3f}")
     return "\n".join(lines)
 
 
 def side_by_side(lines: Sequence[Mapping[str, Any]], count: int = 6, *, seed: int = 0, width: int = 160) -> str:
-    """Some questions with the expected, the base and the tuned answer, long ones cut to `width` characters."""
+    """Some questions with the expected, the base and the tuned answer, long ones cut to `width` characters.
+
+    A follow-up question stands under the turn before it; `✓` marks an exact match.
+    """
     shown = random.Random(seed).sample(list(lines), min(count, len(lines)))
 
     def cut(text: str) -> str:
@@ -417,8 +422,10 @@ def side_by_side(lines: Sequence[Mapping[str, Any]], count: int = 6, *, seed: in
     blocks = []
     for line in shown:
         mark = "✓" if line["tuned"]["exact_match"] else " "
+        before = [cut(f"{turn['question']} → {turn['answer']}") for turn in line["history"][-1:]]
         blocks.append(
-            f"  question  {cut(line['text'])}\n  expected  {cut(line['expected'])}\n"
+            "".join(f"  before    {text}\n" for text in before)
+            + f"  question  {cut(line['text'])}\n  expected  {cut(line['expected'])}\n"
             f"  base      {cut(line['base']['answer'])}\n{mark} tuned     {cut(line['tuned']['answer'])}"
         )
     return "\n\n".join(blocks)

@@ -95,8 +95,10 @@ def _presets(options: argparse.Namespace) -> int:
     from qlora_utils.config import PRESETS, RunConfig
 
     if options.fields:
+        pocket = RunConfig.from_preset("pocket")
+        print(f"{'field':<24}{'in pocket':<24}meaning")
         for name, field in RunConfig.model_fields.items():
-            print(f"{name:<24}{field.description or ''}")
+            print(f"{name:<24}{getattr(pocket, name)!s:<24}{field.description}")
         return 0
     for name in PRESETS:
         config = RunConfig.from_preset(name)
@@ -106,11 +108,13 @@ def _presets(options: argparse.Namespace) -> int:
 
 
 def _ask(options: argparse.Namespace) -> int:
-    from qlora_utils.config import RunConfig
+    from qlora_utils.config import ConfigError, RunConfig
     from qlora_utils.run_directory import RunDirectory, require_adapter
 
     folder = Path(options.run)
     is_run = (folder / "config.json").is_file()
+    if not options.question.strip():
+        raise ConfigError('the question is empty; ask one, as in qlora ask "What is the capital of Japan?" --run demo')
     run = RunDirectory(folder.resolve() if is_run else Path(options.output_dir) / options.run)
     config = RunConfig.continue_run(run.path)
     adapter = require_adapter(run)
@@ -123,8 +127,11 @@ def _ask(options: argparse.Namespace) -> int:
     tuned_model = lora.reload(quantization.load(config), adapter)
     ask = answers.make_asker(tuned_model, tokenizer)
     sampling = answers.Sampling(max_new_tokens=config.max_new_tokens)
+    begun = False
     for piece in ask(options.question, "base" if options.base else "tuned", sampling, threading.Event()):
-        print(piece, end="", flush=True)
+        shown = piece if begun else piece.lstrip()
+        begun = begun or bool(shown)
+        print(shown, end="", flush=True)
     print()
     return 0
 

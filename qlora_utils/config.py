@@ -9,6 +9,10 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+# What is settled once the rows are prepared, and what matters to the answers alone; the rest makes the training.
+DATA_FIELDS = ("model", "dataset", "train_rows", "held_out_rows", "max_seq_len", "seed")
+ANSWER_FIELDS = ("score_rows", "max_new_tokens", "answer_batch_size")
+
 EMBEDDED = "embedded:"  # prefix of a path inside the project's own data folder
 
 

@@ -190,7 +190,18 @@ class Prepared:
     report: dict[str, Any]
 
     def save(self, run: RunDirectory) -> None:
-        """Write `train.jsonl`, `held_out.jsonl`, `rejected.jsonl` and `report.json` into the run's `data/`."""
+        """Write `train.jsonl`, `held_out.jsonl`, `rejected.jsonl` and `report.json` into the run's `data/`.
+
+        Raises:
+            DataError: an adapter was trained in this run, on other rows than these.
+        """
+        if run.adapter.is_dir() and (run.data / "train.jsonl").is_file():
+            known = Prepared.load(run)
+            if (known.train, known.held_out) != (self.train, self.held_out):
+                raise DataError(
+                    f"data: the adapter in {run.path} was trained on other rows, which these would replace. "
+                    "Give this run another run_name."
+                )
         for name in ("train", "held_out", "rejected"):
             write_jsonl(run.data / f"{name}.jsonl", (asdict(member) for member in getattr(self, name)))
         write_json(run.data / "report.json", self.report)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_utils.curves import column, lowest
 from qlora_utils.data import report_table
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_text
 
@@ -32,12 +33,30 @@ def summary(run: RunDirectory) -> str:
         f"training loss   {train['first_loss']:.3f} → {train['final_loss']:.3f}",
     ]
     if held_out:
-        lines.append(f"held-out loss   {held_out[0]:.3f} → {held_out[-1]:.3f}")
+        lines.append(f"held-out loss   {held_out[0]:.3f} → {held_out[-1]:.3f}{_warning(history)}")
     if "tuned" in metrics:
-        lines.append(f"held-out scores, base → tuned, {metrics['held_out']['questions']} questions:")
+        held = metrics["held_out"]
+        lines.append(
+            f"held-out scores, base → tuned, {held['questions']} questions (perplexity: {held['rows']} conversations):"
+        )
         for name, title in SCORE_NAMES.items():
-            lines.append(f"  {title:<13} {metrics['base'][name]:.3f} → {metrics['tuned'][name]:.3f}")
+            lines.append(f"  {title:<13} {_score(metrics, 'base', name)} → {_score(metrics, 'tuned', name)}")
     return "\n".join(lines)
+
+
+def _warning(history: list[dict[str, Any]]) -> str:
+    """What the end of a held-out loss calls for, if it is not the lowest point."""
+    _, losses = column(history, "eval_loss")
+    if losses[-1] > losses[0]:
+        return "   it rose: the learning rate may be too high"
+    best = lowest(history)
+    if best and losses[-1] > 1.01 * best[1]:
+        return f"   it was {best[1]:.3f} at step {best[0]}: what came after was learned by heart"
+    return ""
+
+
+def _score(metrics: Mapping[str, Any], model: str, name: str) -> str:
+    return f"{metrics[model][name]:{'.4g' if name == 'perplexity' else '.3f'}}"
 
 
 def write_report(run: RunDirectory) -> None:
@@ -86,13 +105,14 @@ def _scores(metrics: Mapping[str, Any]) -> str:
     for name, title in SCORE_NAMES.items():
         cells = ""
         for model in ("base", "tuned"):
-            low, high = metrics[model]["intervals"][name]
-            cells += f"<td>{metrics[model][name]:.3f} <small>[{low:.3f}, {high:.3f}]</small></td>"
+            low, high = (f"{bound:.4g}" for bound in metrics[model]["intervals"][name])
+            cells += f"<td>{_score(metrics, model, name)} <small>[{low}, {high}]</small></td>"
         rows.append(f"<tr><th>{title}</th>{cells}</tr>")
-    count = metrics["held_out"]["questions"]
+    held = metrics["held_out"]
     return (
         f"<table><tr><th></th><th>base</th><th>tuned</th></tr>{''.join(rows)}</table>"
-        f"<p>{count} questions; 95&nbsp;% bootstrap intervals in brackets.</p>"
+        f"<p>{held['questions']} questions, for the perplexity {held['rows']} conversations; 95&nbsp;% bootstrap "
+        "intervals in brackets.</p>"
     )
 
 

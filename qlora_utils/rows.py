@@ -247,14 +247,14 @@ def usable(conversation: Conversation) -> Conversation:
 
 
 def first_readable(source: Mapping[str, Iterable[Row]]) -> tuple[Row, Conversation]:
-    """The first row that can be used, as it was found and as it was read; to look at.
+    """The first row that can be used, as it was found and as it was read; of the training part, if it has one.
 
     Raises:
         DataError: no row can be used; says why the first cannot.
     """
     reason = "it has no rows"
-    for rows in source.values():
-        for row in rows:
+    for part in sorted(source, key=lambda part: part != "train"):
+        for row in source[part]:
             try:
                 return row, usable(parse(row))
             except UnusableRowError as error:

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import RunConfig
+from qlora_utils.config import ANSWER_FIELDS, RunConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,19 +79,23 @@ class RunDirectory:
         return self.path / "report.html"
 
     def begin(self, config: RunConfig) -> None:
-        """Write `config.json` at the start of a notebook.
+        """Write `config.json` at the start of a notebook, as long as nothing was trained.
 
-        Once something was trained, versions, commit and hardware stay those of the training: a playground opened
-        later on a laptop does not claim it.
+        From then on it tells what the adapter was trained with and on what: a parameter tried out later, or a
+        playground opened on another machine, does not change that. Only a new training does.
         """
-        if self.adapter.is_dir() and self.config.is_file():
-            write_json(self.config, {**read_json(self.config), "config": config.model_dump()})
-        else:
+        if not (self.adapter.is_dir() and self.config.is_file()):
             self.record(config)
 
     def record(self, config: RunConfig) -> None:
         """Write `config.json`: the config, and the versions, commit and hardware of this process."""
         write_json(self.config, {"config": config.model_dump(), **provenance()})
+
+    def record_answers(self, config: RunConfig) -> None:
+        """Replace in `config.json` what the answers depend on, and nothing else."""
+        stored = read_json(self.config)
+        answered_with = {name: getattr(config, name) for name in ANSWER_FIELDS}
+        write_json(self.config, {**stored, "config": {**stored["config"], **answered_with}})
 
     def add_metrics(self, **sections: Mapping[str, Any]) -> dict[str, Any]:
         """Replace sections of `metrics.json` and return the whole."""

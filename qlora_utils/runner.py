@@ -12,7 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_utils.config import ConfigError, RunConfig, check_names, is_path, locate, project_folder
+from qlora_utils.config import (
+    ANSWER_FIELDS,
+    DATA_FIELDS,
+    EMBEDDED,
+    ConfigError,
+    RunConfig,
+    check_names,
+    is_path,
+    locate,
+    project_folder,
+)
 from qlora_utils.run_directory import HEADLESS, RunDirectory
 from qlora_utils.sources import SUFFIXES
 
@@ -40,13 +50,6 @@ def choose_from(start: str | None) -> list[Path]:
         if start in (path.stem, path.name, number, str(int(number)), topic):
             return notebooks[index:]
     raise ConfigError(f"--from: {start!r} is no notebook; expected one of {', '.join(p.stem for p in notebooks)}.")
-
-
-# The last notebook from which a new value of a field still takes effect; all other fields: 04_training.
-DECIDED_IN = {
-    **dict.fromkeys(("model", "dataset", "train_rows", "held_out_rows", "max_seq_len", "seed"), "01_data"),
-    **dict.fromkeys(("score_rows", "max_new_tokens", "answer_batch_size"), "06_answers"),
-}
 
 
 def resolve(
@@ -81,8 +84,9 @@ def resolve(
     for name, source in (("model", config.model), ("dataset", config.dataset)):
         if is_path(source, SUFFIXES if name == "dataset" else ()) and not Path(locate(source)).expanduser().exists():
             raise ConfigError(f"{name}: {source} does not exist. Expected a local path, or a hub id like owner/name.")
-    # No preset: each notebook takes up the config.json that `run_series` writes.
-    return config, {"preset": None, **place, **{name: getattr(config, name) for name in given}}
+    # No preset: each notebook takes up config.json. In its parameters None means "not given", "none" takes away.
+    values = {name: getattr(config, name) for name in given}
+    return config, {"preset": None, **place, **{name: "none" if v is None else v for name, v in values.items()}}
 
 
 def _go_on(run_dir: Path, preset: str | None, given: Mapping[str, Any], first: Path) -> RunConfig:
@@ -95,7 +99,7 @@ def _go_on(run_dir: Path, preset: str | None, given: Mapping[str, Any], first: P
         )
     config = RunConfig.continue_run(run_dir, **given)
     for name in given:
-        decided = DECIDED_IN.get(name, "04_training")
+        decided = "01_data" if name in DATA_FIELDS else "06_answers" if name in ANSWER_FIELDS else "04_training"
         if first.stem > decided and getattr(config, name) != getattr(stored, name):
             raise ConfigError(
                 f"{name}: the run has {getattr(stored, name)!r}, and from {first.stem} on nothing uses "
@@ -129,6 +133,8 @@ def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str |
     # Notebooks declare the parameters a reader may want to turn; any field may be injected, checked above.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     os.environ[HEADLESS] = "1"
+    if not config.model.startswith(EMBEDDED):
+        _say_if_no_gpu(config)
     kernel_options = Config({"KernelManager": {"transport_encryption": "auto"}})
     for index, path in enumerate(notebooks, start=1):
         copy = run.notebooks / path.name
@@ -149,13 +155,32 @@ def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str |
             raise SeriesError(
                 f"{path.stem}, cell {error.cell_index} (In [{error.exec_count}]): {error.ename}: {error.evalue}\n"
                 f"The partly executed notebook is {copy}\n"
-                f"When the cause is gone: qlora run --run-name {config.run_name} "
-                f"--output-dir {shlex.quote(config.output_dir)} --from {path.stem[:2]}"
+                f"When the cause is gone: {_again(config, path)}"
             ) from None
+        except KeyboardInterrupt:
+            print(f"\nTo go on: {_again(config, path)}", file=sys.stderr)
+            raise
         except DeadKernelError as error:
             raise SeriesError(f"{path.stem}: its kernel died ({error}); out of memory? See {copy}") from None
         print(f"[{index}/{len(notebooks)}] {path.stem} {time.monotonic() - began:.0f} s", flush=True)
     return run
+
+
+def _again(config: RunConfig, path: Path) -> str:
+    """The command that starts again from a notebook."""
+    place = (
+        ""
+        if Path(config.output_dir) == Path("outputs").resolve()
+        else f"--output-dir {shlex.quote(config.output_dir)} "
+    )
+    return f"qlora run --run-name {config.run_name} {place}--from {path.stem[:2]}"
+
+
+def _say_if_no_gpu(config: RunConfig) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        print(f"no GPU here: {config.model} will be slow on the CPU, if it fits into memory at all", flush=True)
 
 
 def _clear(run: RunDirectory) -> None:

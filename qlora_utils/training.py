@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.data import IGNORED, Collator, Encoded, Prepared, encode
 from qlora_utils.lora import HEAD
 from qlora_utils.quantization import compute_dtype
-from qlora_utils.run_directory import HEADLESS, RunDirectory, read_jsonl, write_jsonl
+from qlora_utils.run_directory import HEADLESS, RunDirectory, read_jsonl, write_json, write_jsonl
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,7 +37,10 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training left behind, as `metrics.json` has it under `train`."""
+    """What a training left behind, as `metrics.json` has it under `train`.
+
+    `wall_s` is in seconds and, of a resumed training, counts the steps before the resume too.
+    """
 
     steps: int
     first_loss: float
@@ -261,7 +264,12 @@ def peak_memory_bytes() -> int:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint, None if there is none. One cut off while it was written is passed over."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # the file written last
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return max(whole, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written, by its name."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def training_arguments(config: RunConfig, run: RunDirectory, micro: int) -> TrainingArguments:
@@ -358,13 +366,18 @@ def train(
         run: the run directory. With `config.resume` its last checkpoint is continued, otherwise it is replaced.
 
     Raises:
-        ConfigError: a precision that this machine does not have.
+        ConfigError: a precision that this machine does not have, or nothing left to resume.
         DivergedError: the loss stopped being a number.
     """
     if not config.resume:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     run.path.mkdir(parents=True, exist_ok=True)
     last = last_checkpoint(run.checkpoints) if config.resume else None
+    if last and not config.epochs and step_of(last) >= config.steps:
+        raise ConfigError(
+            f"resume: the training is at step {step_of(last)} already, and steps is {config.steps}; nothing is left to "
+            f"do. To train on, ask for more: -p steps={2 * step_of(last)}."
+        )
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer = make_trainer(config, tuned_model, tokenizer, prepared, run)
@@ -374,6 +387,8 @@ def train(
     save_adapter(tuned_model, tokenizer, run.adapter)
     run.record(config)
     lines = [line for line in read_jsonl(run.history) if "loss" in line]
+    if last:
+        wall_s += _training_s([line for line in lines if line["step"] <= step_of(last)])
     speeds = [line["tokens_per_s"] for line in lines]
     trained = Trained(
         steps=trainer.state.global_step,
@@ -384,8 +399,15 @@ def train(
         wall_s=round(wall_s, 2),
         peak_memory_bytes=peak_memory_bytes(),
     )
-    run.add_metrics(train=vars(trained))
+    run.answers.unlink(missing_ok=True)  # answers and scores of an adapter that is no more
+    write_json(run.metrics, {"train": vars(trained)})
     return trained
+
+
+def _training_s(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds that the steps of these lines of `history.jsonl` took, from the first on."""
+    tokens = [0, *(line["tokens"] for line in lines)]
+    return sum((now - then) / line["tokens_per_s"] for then, now, line in zip(tokens, tokens[1:], lines, strict=False))
 
 
 def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -170,6 +170,9 @@ def test_evaluate_writes_answers_and_scores(config, tuned_model, tokenizer, prep
     assert all(line["base"] == line["tuned"] for line in lines)
     assert "perplexity" in answers.score_table(metrics)
     assert "expected" in answers.side_by_side(lines, 2)
+    follow_ups = [line for line in lines if line["history"]]
+    assert answers.side_by_side(follow_ups, 1).startswith("  before    ")
+    assert read_json(run.config)["config"]["score_rows"] == config.score_rows
 
 
 def test_perplexity_is_that_of_the_held_out_loss(config, tuned_model, tokenizer, prepared, run):

@@ -245,6 +245,17 @@ def test_prepared_survives_the_run_directory(config, tokenizer, run):
     assert data.Prepared.load(run) == prepared
 
 
+def test_the_rows_of_a_trained_run_are_not_replaced_by_others(config, tokenizer, run):
+    prepared = data.prepare(config, tokenizer)
+    prepared.save(run)
+    run.adapter.mkdir()
+    prepared.save(run)  # the same again
+    other = data.Prepared(prepared.train[1:], prepared.held_out, prepared.rejected, prepared.report)
+    with pytest.raises(DataError, match="another run_name"):
+        other.save(run)
+    assert data.Prepared.load(run) == prepared
+
+
 def test_train_rows_takes_that_many(config, tokenizer):
     assert len(data.prepare(config, tokenizer).train) == config.train_rows
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from qlora_utils import report
 from qlora_utils.config import RunConfig
 from qlora_utils.data import data_report
@@ -48,6 +50,18 @@ def test_a_run_without_scores_has_a_page_too(tmp_path, tokenizer):
     report.write_report(run)
     assert "Not measured yet" in run.report.read_text()
     assert "exact match" not in report.summary(run)
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [([3.0, 2.0, 1.0], ""), ([3.0, 1.0, 1.5], "it was 1.000 at step 1"), ([3.0, 1.0, 4.0], "it rose")],
+)
+def test_summary_warns_where_the_held_out_loss_calls_for_it(tmp_path, tokenizer, losses, said):
+    run = finished(tmp_path, tokenizer, "x")
+    write_jsonl(run.history, [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses)])
+    (line,) = [line for line in report.summary(run).split("\n") if line.startswith("held-out loss")]
+    assert said in line
+    assert (said == "") == line.endswith(f"{losses[-1]:.3f}")
 
 
 def test_summary_tells_loss_and_scores(tmp_path, tokenizer):

@@ -111,7 +111,7 @@ def test_parse_undoes_render(pairs):
 def test_the_first_row_that_can_be_used_is_found():
     bad = Row("r", 0, None, "not valid JSON")
     good = Row("r", 1, {"question": "q", "answer": "a"})
-    found, conversation = rows.first_readable({"train": [bad, good]})
+    found, conversation = rows.first_readable({"held_out": [Row("h", 0, good.columns)], "train": [bad, good]})
     assert found is good
     assert conversation.turns == (Turn("q", "a"),)
     for source, reason in (({"train": [bad]}, "r row 0: not valid JSON"), ({"train": []}, "no rows")):

@@ -25,13 +25,12 @@ def test_from_takes_number_or_name(start):
 def test_resolve_types_values_and_makes_paths_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.csv").write_text("question,answer\n")
-    config, parameters = runner.resolve(
-        preset="pocket", run_name=None, output_dir="out", parameters={"steps": "7", "dataset": "rows.csv"}, start=None
-    )
+    given = {"steps": "7", "dataset": "rows.csv", "micro_batch_size": "none"}
+    config, parameters = runner.resolve(preset="pocket", run_name=None, output_dir="out", parameters=given, start=None)
     assert config.run_dir == tmp_path / "out" / "pocket"
     assert parameters == {
         "preset": None, "output_dir": str(tmp_path / "out"), "run_name": "pocket", "steps": 7,
-        "dataset": str(tmp_path / "rows.csv"),
+        "dataset": str(tmp_path / "rows.csv"), "micro_batch_size": "none",
     }  # fmt: skip
 
 
@@ -98,6 +97,11 @@ def test_presets_and_fields_are_listed(capsys):
     assert all(name in out for name in RunConfig.model_fields)
 
 
+def test_an_empty_question_is_refused(capsys):
+    assert cli.main(["ask", "  ", "--run", "demo"]) == 2
+    assert "empty" in capsys.readouterr().err
+
+
 def test_ask_without_a_run_says_what_to_do(tmp_path, capsys):
     assert cli.main(["ask", "Why?", "--run", "none", "--output-dir", str(tmp_path)]) == 1
     assert "no such run" in capsys.readouterr().err
@@ -151,7 +155,7 @@ def test_ask_answers_on_the_terminal(finished, capsys):
     expected = read_jsonl(finished.answers)
     line = next(line for line in expected if not line["history"])
     assert cli.main(["ask", line["text"], "--run", str(finished.path)]) == 0
-    assert capsys.readouterr().out.strip() == line["tuned"]["answer"]
+    assert capsys.readouterr().out.rstrip() == line["tuned"]["answer"]
 
 
 def test_summary_names_place_losses_and_scores(finished):
@@ -199,6 +203,15 @@ def test_started_again_from_01_the_run_keeps_its_parameters(tmp_path):
     again = read_json(run.config)["config"], read_jsonl(run.data / "train.jsonl"), read_json(run.metrics)["train"]
     assert again[:2] == first[:2]
     assert again[2]["final_loss"] == first[2]["final_loss"]
+
+
+def test_started_again_from_04_with_new_values_the_run_tells_of_them(finished):
+    place = ["--run-name", "quick", "--output-dir", str(finished.path.parent)]
+    assert cli.main(["run", *place, "--from", "04", "-p", "steps=8", "-p", "resume=true"]) == 0
+    metrics, config = read_json(finished.metrics), read_json(finished.config)["config"]
+    assert metrics["train"]["steps"] == config["steps"] == 8
+    assert {"base", "tuned", "held_out"} <= set(metrics)
+    assert config["train_rows"] == 48
 
 
 def test_an_unknown_notebook_is_refused():

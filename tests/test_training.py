@@ -203,11 +203,33 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, tokenizer, prepare
     saved = sorted(p.name for p in run.checkpoints.iterdir())
     resumed_from = max(int(name.split("-")[1]) for name in saved)
     assert resumed_from in (4, 6)
+    seconds_before = read_json(run.metrics)["train"]["wall_s"]
     parts, _, parts_history = train(changed(dropout, run_name="parts", resume=True), tokenizer, prepared)
+    assert read_json(run.metrics)["train"]["wall_s"] > 0.2 * seconds_before  # the time before counts too
     assert losses(parts_history) == losses(whole_history)
     assert [line["step"] for line in parts_history if "loss" in line] == list(range(1, 13))
     ends = trained_weights(whole), trained_weights(parts)
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_finished_training_is_not_resumed(config, tokenizer, prepared):
+    _, run, history = train(config, tokenizer, prepared)
+    before = (run.adapter / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=r"at step 8 already.*nothing is left to do"):
+        train(changed(config, resume=True), tokenizer, prepared)
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == before
+    assert read_jsonl(run.history) == history
+    _, _, longer = train(changed(config, resume=True, steps=10), tokenizer, prepared)
+    assert [line["step"] for line in longer if "loss" in line] == list(range(1, 11))
+
+
+def test_scores_of_the_adapter_before_are_dropped(config, tokenizer, prepared):
+    run = RunDirectory(config.run_dir)
+    run.add_metrics(tuned={"f1": 1.0})
+    run.answers.write_text("{}\n")
+    train(config, tokenizer, prepared)
+    assert set(read_json(run.metrics)) == {"train"}
+    assert not run.answers.exists()
 
 
 def test_a_checkpoint_cut_off_in_writing_is_passed_over(tmp_path):
