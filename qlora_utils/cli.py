@@ -127,11 +127,11 @@ def _ask(options: argparse.Namespace) -> int:
     tuned_model = lora.reload(quantization.load(config), adapter)
     ask = answers.make_asker(tuned_model, tokenizer)
     sampling = answers.Sampling(max_new_tokens=config.max_new_tokens)
-    begun = False
+    white_space = None  # held back: the format puts a space on either side of an answer
     for piece in ask(options.question, "base" if options.base else "tuned", sampling, threading.Event()):
-        shown = piece if begun else piece.lstrip()
-        begun = begun or bool(shown)
-        print(shown, end="", flush=True)
+        text = piece.lstrip() if white_space is None else white_space + piece
+        white_space = text[len(text.rstrip()) :] if text else white_space
+        print(text.rstrip(), end="", flush=True)
     print()
     return 0
 

@@ -39,7 +39,7 @@ def column(history: History, name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def smooth(values: Sequence[float], reach: int = 3) -> list[float]:
+def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
     """Centred moving average, which unlike an exponential one does not lag behind a steep curve.
 
     Args:
@@ -100,7 +100,12 @@ def plot_overview(histories: Mapping[str, History]) -> Figure:
 
 
 def plot_losses(history: History, ax: Axes) -> Figure:
-    """Training and held-out loss of one run on the same axes, the lowest held-out loss marked."""
+    """Training and held-out loss of one run, the lowest held-out loss marked.
+
+    The scale is logarithmic: most of what matters happens after the first steep fall.
+    """
+    from matplotlib.ticker import LogLocator
+
     steps, values = column(history, "loss")
     ax.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, label="training")
     ax.plot(steps, smooth(values), color="tab:blue", label="training, smoothed")
@@ -108,10 +113,13 @@ def plot_losses(history: History, ax: Axes) -> Figure:
     ax.plot(steps, values, color="tab:orange", marker="o", markersize=4, label="held-out")
     best = lowest(history)
     if best is not None:
+        side = "right" if best[0] > 0.9 * steps[-1] else "center"
         ax.annotate(f"lowest {best[1]:.3f}\nat step {best[0]}", best, xytext=(0, 18), textcoords="offset points",
-                    ha="center", fontsize="small", arrowprops={"arrowstyle": "-", "color": "tab:gray"})  # fmt: skip
-    ax.set(xlabel="step", ylabel="nats per answer token", title="Loss")
-    ax.set_ylim(bottom=0)
+                    ha=side, fontsize="small", arrowprops={"arrowstyle": "-", "color": "tab:gray"})  # fmt: skip
+    ax.set(xlabel="step", ylabel="nats per answer token", title="Loss (logarithmic scale)", yscale="log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     return ax.get_figure()  # type: ignore[return-value]

@@ -168,12 +168,9 @@ def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str |
 
 def _again(config: RunConfig, path: Path) -> str:
     """The command that starts again from a notebook."""
-    place = (
-        ""
-        if Path(config.output_dir) == Path("outputs").resolve()
-        else f"--output-dir {shlex.quote(config.output_dir)} "
-    )
-    return f"qlora run --run-name {config.run_name} {place}--from {path.stem[:2]}"
+    usual = Path(config.output_dir) == Path("outputs").resolve()
+    place = "" if usual else f" --output-dir {shlex.quote(config.output_dir)}"
+    return f"qlora run --run-name {config.run_name}{place} --from {path.stem[:2]}"
 
 
 def _say_if_no_gpu(config: RunConfig) -> None:

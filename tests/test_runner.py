@@ -155,7 +155,7 @@ def test_ask_answers_on_the_terminal(finished, capsys):
     expected = read_jsonl(finished.answers)
     line = next(line for line in expected if not line["history"])
     assert cli.main(["ask", line["text"], "--run", str(finished.path)]) == 0
-    assert capsys.readouterr().out.rstrip() == line["tuned"]["answer"]
+    assert capsys.readouterr().out == line["tuned"]["answer"] + "\n"
 
 
 def test_summary_names_place_losses_and_scores(finished):
