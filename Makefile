@@ -38,7 +38,7 @@ format: $(READY) ## put code and notebooks in order
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[interactive]'
-	$(BIN)/jupyter lab notebooks/01_data.ipynb
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/01_data.ipynb
 
 pocket: $(READY) ## rebuild the pocket model and its questions from data/world
 	$(BIN)/python data/recipe.py
