@@ -11,7 +11,7 @@ import re
 import string
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Collator, encode, encode_prompt, words
 from qlora_utils.lora import base_alone
+from qlora_utils.report import score_text
 from qlora_utils.rows import Conversation, Turn
 from qlora_utils.run_directory import RunDirectory, write_jsonl
 from qlora_utils.training import micro_batch_size, row_losses
@@ -170,7 +171,7 @@ def stream(
     sampling: Sampling | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[str]:
-    """Answer one question piece by piece, as the tokens come.
+    """Answer one question piece by piece, as the tokens come; the pieces join to the answer of `answer_all`.
 
     Args:
         model: base or tuned; put in eval mode.
@@ -207,12 +208,23 @@ def stream(
     worker = threading.Thread(target=generate, daemon=True)
     worker.start()
     try:
-        yield from (piece for piece in streamer if piece)
+        yield from without_margins(streamer)
     finally:
         abandoned.set()
         worker.join()
     if failures:
         raise failures[0]
+
+
+def without_margins(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces without the white space before the first word and after the last, where the format puts some."""
+    begun, held_back = False, ""
+    for piece in pieces:
+        text = held_back + piece if begun else piece.lstrip()
+        shown = text.rstrip()
+        begun, held_back = begun or bool(shown), text[len(shown) :]
+        if shown:
+            yield shown
 
 
 def make_asker(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Asker:
@@ -398,11 +410,10 @@ def score_table(metrics: Mapping[str, Any]) -> str:
     """Base and tuned scores with their intervals as lines of text."""
     lines = [f"{'':<13}{'base':>26}{'tuned':>26}"]
     for name in (*SCORES, "perplexity"):
-        form = ".4g" if name == "perplexity" else ".3f"  # a perplexity may be of any size
         cells = []
         for model in ("base", "tuned"):
-            low, high = metrics[model]["intervals"][name]
-            cells.append(f"{metrics[model][name]:{form}} [{low:{form}}, {high:{form}}]")
+            low, high = (score_text(name, bound) for bound in metrics[model]["intervals"][name])
+            cells.append(f"{score_text(name, metrics[model][name])} [{low}, {high}]")
         lines.append(f"{name:<13}{cells[0]:>26}{cells[1]:>26}")
     lines.append(f"{'stopped':<13}{metrics['base']['stopped']:>26.3f}{metrics['tuned']['stopped']:>26.3f}")
     return "\n".join(lines)

@@ -111,10 +111,10 @@ def _ask(options: argparse.Namespace) -> int:
     from qlora_utils.config import ConfigError, RunConfig
     from qlora_utils.run_directory import RunDirectory, require_adapter
 
-    folder = Path(options.run)
-    is_run = (folder / "config.json").is_file()
     if not options.question.strip():
         raise ConfigError('the question is empty; ask one, as in qlora ask "What is the capital of Japan?" --run demo')
+    folder = Path(options.run)
+    is_run = (folder / "config.json").is_file()
     run = RunDirectory(folder.resolve() if is_run else Path(options.output_dir) / options.run)
     config = RunConfig.continue_run(run.path)
     adapter = require_adapter(run)
@@ -127,11 +127,8 @@ def _ask(options: argparse.Namespace) -> int:
     tuned_model = lora.reload(quantization.load(config), adapter)
     ask = answers.make_asker(tuned_model, tokenizer)
     sampling = answers.Sampling(max_new_tokens=config.max_new_tokens)
-    white_space = None  # held back: the format puts a space on either side of an answer
     for piece in ask(options.question, "base" if options.base else "tuned", sampling, threading.Event()):
-        text = piece.lstrip() if white_space is None else white_space + piece
-        white_space = text[len(text.rstrip()) :] if text else white_space
-        print(text.rstrip(), end="", flush=True)
+        print(piece, end="", flush=True)
     print()
     return 0
 

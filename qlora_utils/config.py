@@ -269,6 +269,11 @@ def is_path(source: str, suffixes: tuple[str, ...] = ()) -> bool:
     return source.startswith(("/", ".", "~", EMBEDDED)) or source.count("/") != 1 or source.lower().endswith(suffixes)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def model_advice(source: str, error: Exception) -> str:
     """What went wrong when a model or its tokenizer was loaded, in one line, and the next step.
 
@@ -276,8 +281,7 @@ def model_advice(source: str, error: Exception) -> str:
         source: local folder or hub id, as `locate` gave it.
         error: what the loader or the hub client raised.
     """
-    text = str(error)
-    first = (text.splitlines() or [type(error).__name__])[0]
+    first = first_line(error)
     names = {type(e).__name__ for e in (error, error.__cause__, error.__context__) if e is not None}
     if Path(source).is_dir():
         if list(Path(source).glob("*.bin")) and not list(Path(source).glob("*.safetensors")):
@@ -287,7 +291,7 @@ def model_advice(source: str, error: Exception) -> str:
         )
     if is_path(source):
         return f"model: {source} does not exist. Expected a local folder, or a hub id like owner/name."
-    if "GatedRepoError" in names or "gated" in text.lower():
+    if "GatedRepoError" in names or "gated" in str(error).lower():
         return (
             f"model: {source} is gated. Accept its licence on its hub page, then log in with `hf auth login`; "
             "or give a local folder or an open mirror: -p model=…"

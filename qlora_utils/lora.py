@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from qlora_utils.config import ModelError, RunConfig
+from qlora_utils.config import ModelError, RunConfig, first_line
 from qlora_utils.quantization import unquantized_shape
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
         with _without_deprecations():
             tuned_model = PeftModel.from_pretrained(base_model, str(adapter), is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"adapter: {adapter} does not fit this base model ({first}).") from error
+        raise ModelError(f"adapter: {adapter} does not fit this base model ({first_line(error)}).") from error
     _hold_in_fp32(tuned_model)
     return tuned_model.eval() if not trainable else tuned_model
 

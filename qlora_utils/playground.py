@@ -102,10 +102,10 @@ class Playground:
         try:
             for piece in self._ask(question, model, sampling, self._stop):
                 text += piece
-                self.exchanges[-1] = Exchange(question, model, text.strip())
+                self.exchanges[-1] = Exchange(question, model, text)
                 self.answer.value = render_history(self.exchanges)
         except Exception as error:  # shown where the person looks: a thread's traceback reaches nobody
-            self.exchanges[-1] = Exchange(question, model, f"{text.strip()}\n[{type(error).__name__}: {error}]")
+            self.exchanges[-1] = Exchange(question, model, f"{text}\n[{type(error).__name__}: {error}]")
         finally:
             self.answer.value = render_history(self.exchanges)
             self.ask_button.disabled, self.stop_button.disabled = False, True

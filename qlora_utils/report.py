@@ -23,7 +23,7 @@ def summary(run: RunDirectory) -> str:
     """
     metrics, history = read_json(run.metrics), read_jsonl(run.history)
     train = metrics["train"]
-    held_out = [line["eval_loss"] for line in history if "eval_loss" in line]
+    _, held_out = column(history, "eval_loss")
     lines = [
         f"run directory   {run.path}",
         "                "
@@ -40,23 +40,25 @@ def summary(run: RunDirectory) -> str:
             f"held-out scores, base → tuned, {held['questions']} questions (perplexity: {held['rows']} conversations):"
         )
         for name, title in SCORE_NAMES.items():
-            lines.append(f"  {title:<13} {_score(metrics, 'base', name)} → {_score(metrics, 'tuned', name)}")
+            base, tuned = (score_text(name, metrics[model][name]) for model in ("base", "tuned"))
+            lines.append(f"  {title:<13} {base} → {tuned}")
     return "\n".join(lines)
 
 
 def _warning(history: list[dict[str, Any]]) -> str:
     """What the end of a held-out loss calls for, if it is not the lowest point."""
     _, losses = column(history, "eval_loss")
+    best = lowest(history)
     if losses[-1] > losses[0]:
         return "   it rose: the learning rate may be too high"
-    best = lowest(history)
     if best and losses[-1] > 1.01 * best[1]:
-        return f"   it was {best[1]:.3f} at step {best[0]}: what came after was learned by heart"
+        return f"   it was {best[1]:.3f} at step {best[0]}; fewer steps may do better"
     return ""
 
 
-def _score(metrics: Mapping[str, Any], model: str, name: str) -> str:
-    return f"{metrics[model][name]:{'.4g' if name == 'perplexity' else '.3f'}}"
+def score_text(name: str, value: float) -> str:
+    """A score as people read it: three decimals, but four digits of a perplexity, which may be of any size."""
+    return f"{value:.4g}" if name == "perplexity" else f"{value:.3f}"
 
 
 def write_report(run: RunDirectory) -> None:
@@ -93,7 +95,7 @@ _PAGE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
 img {{ max-width: 100% }} table {{ border-collapse: collapse; width: 100% }}
 th, td {{ text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid #ddd }}
-pre {{ overflow-x: auto }} td {{ overflow-wrap: anywhere }}
+pre {{ overflow-x: auto }} td {{ overflow-wrap: anywhere; white-space: pre-wrap }}
 </style></head><body>
 {body}
 </body></html>
@@ -105,8 +107,8 @@ def _scores(metrics: Mapping[str, Any]) -> str:
     for name, title in SCORE_NAMES.items():
         cells = ""
         for model in ("base", "tuned"):
-            low, high = (f"{bound:.4g}" for bound in metrics[model]["intervals"][name])
-            cells += f"<td>{_score(metrics, model, name)} <small>[{low}, {high}]</small></td>"
+            low, high = (score_text(name, bound) for bound in metrics[model]["intervals"][name])
+            cells += f"<td>{score_text(name, metrics[model][name])} <small>[{low}, {high}]</small></td>"
         rows.append(f"<tr><th>{title}</th>{cells}</tr>")
     held = metrics["held_out"]
     return (
@@ -123,10 +125,16 @@ def _figure(path: Any) -> str:
 
 
 def _answers(lines: list[dict[str, Any]], count: int = 20) -> str:
+    """A table of some questions, follow-ups under the turn before them."""
     shown = random.Random(0).sample(lines, min(count, len(lines)))
+
+    def asked(line: Mapping[str, Any]) -> str:
+        before = [f"{turn['question']} → {turn['answer']}\n" for turn in line["history"][-1:]]
+        return "".join(before) + line["text"]
+
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in texts) + "</tr>"
-        for texts in ((x["text"], x["expected"], x["base"]["answer"], x["tuned"]["answer"]) for x in shown)
+        for texts in ((asked(x), x["expected"], x["base"]["answer"], x["tuned"]["answer"]) for x in shown)
     )
     return f"<table><tr><th>question</th><th>expected</th><th>base</th><th>tuned</th></tr>{rows}</table>"
 

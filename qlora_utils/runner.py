@@ -99,13 +99,18 @@ def _go_on(run_dir: Path, preset: str | None, given: Mapping[str, Any], first: P
         )
     config = RunConfig.continue_run(run_dir, **given)
     for name in given:
-        decided = "01_data" if name in DATA_FIELDS else "06_answers" if name in ANSWER_FIELDS else "04_training"
+        decided = _decided_in(name)
         if first.stem > decided and getattr(config, name) != getattr(stored, name):
             raise ConfigError(
                 f"{name}: the run has {getattr(stored, name)!r}, and from {first.stem} on nothing uses "
                 f"{getattr(config, name)!r} any more; start with --from {decided[:2]} or earlier."
             )
     return config
+
+
+def _decided_in(name: str) -> str:
+    """The last notebook from which a new value of a field still takes effect."""
+    return "01_data" if name in DATA_FIELDS else "06_answers" if name in ANSWER_FIELDS else "04_training"
 
 
 def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str | None = None) -> RunDirectory:
@@ -155,10 +160,10 @@ def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str |
             raise SeriesError(
                 f"{path.stem}, cell {error.cell_index} (In [{error.exec_count}]): {error.ename}: {error.evalue}\n"
                 f"The partly executed notebook is {copy}\n"
-                f"When the cause is gone: {_again(config, path)}"
+                f"When the cause is gone: {_again(config, parameters, path)}"
             ) from None
         except KeyboardInterrupt:
-            print(f"\nTo go on: {_again(config, path)}", file=sys.stderr)
+            print(f"\nTo go on: {_again(config, parameters, path)}", file=sys.stderr)
             raise
         except DeadKernelError as error:
             raise SeriesError(f"{path.stem}: its kernel died ({error}); out of memory? See {copy}") from None
@@ -166,11 +171,15 @@ def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str |
     return run
 
 
-def _again(config: RunConfig, path: Path) -> str:
-    """The command that starts again from a notebook."""
-    usual = Path(config.output_dir) == Path("outputs").resolve()
-    place = "" if usual else f" --output-dir {shlex.quote(config.output_dir)}"
-    return f"qlora run --run-name {config.run_name}{place} --from {path.stem[:2]}"
+def _again(config: RunConfig, parameters: Mapping[str, Any], path: Path) -> str:
+    """The command that starts again from a notebook, with what was asked for and still matters there."""
+    words = ["qlora", "run", "--run-name", config.run_name]
+    if Path(config.output_dir) != Path("outputs").resolve():
+        words += ["--output-dir", config.output_dir]
+    for name in sorted(set(parameters) - {"preset", "run_name", "output_dir"}):
+        if path.stem <= _decided_in(name):
+            words += ["-p", f"{name}={parameters[name]}"]
+    return shlex.join([*words, "--from", path.stem[:2]])
 
 
 def _say_if_no_gpu(config: RunConfig) -> None:

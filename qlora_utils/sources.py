@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_utils.config import is_path, locate
+from qlora_utils.config import first_line, is_path, locate
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 HELD_OUT_WORDS = {"test", "validation", "valid", "val", "dev", "eval", "heldout"}
@@ -200,8 +200,3 @@ def _row(path: Path, number: int, value: Any) -> Row:
     if isinstance(value, dict):
         return Row(path.name, number, value)
     return Row(path.name, number, None, f"expected an object with named fields, found {type(value).__name__}")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

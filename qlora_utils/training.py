@@ -407,7 +407,10 @@ def train(
 def _training_s(lines: Sequence[Mapping[str, Any]]) -> float:
     """Seconds that the steps of these lines of `history.jsonl` took, from the first on."""
     tokens = [0, *(line["tokens"] for line in lines)]
-    return sum((now - then) / line["tokens_per_s"] for then, now, line in zip(tokens, tokens[1:], lines, strict=False))
+    return sum(
+        (now - then) / max(line["tokens_per_s"], 0.1)  # the column is rounded to a tenth
+        for then, now, line in zip(tokens, tokens[1:], lines, strict=False)
+    )
 
 
 def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

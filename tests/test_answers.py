@@ -105,7 +105,14 @@ def test_streamed_equals_batched(tuned_model, tokenizer):
     whole = answers.answer_all(tuned_model, tokenizer, QUESTIONS, sampling=GREEDY, batch_size=3)
     for question, answer in zip(QUESTIONS, whole, strict=True):
         pieces = answers.stream(tuned_model, tokenizer, question.text, history=question.history, sampling=GREEDY)
-        assert "".join(pieces).strip() == answer.text
+        assert "".join(pieces) == answer.text
+
+
+@given(st.lists(st.text(alphabet=" \na", max_size=4)))
+def test_a_stream_loses_its_margins_and_nothing_else(pieces):
+    shown = list(answers.without_margins(pieces))
+    assert "".join(shown) == "".join(pieces).strip()
+    assert all(shown)
 
 
 def test_stop_ends_a_stream(tuned_model, tokenizer):

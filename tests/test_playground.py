@@ -10,8 +10,9 @@ from qlora_utils.playground import Exchange, Playground, render_history
 
 def spelled(question, model, sampling, stop):
     """An asker without a model: says who was asked what and how, a word at a time."""
-    for word in (model, question, f"{sampling.temperature:g}", f"{sampling.top_p:g}", str(sampling.max_new_tokens)):
-        yield word + " "
+    yield model
+    for word in (question, f"{sampling.temperature:g}", f"{sampling.top_p:g}", str(sampling.max_new_tokens)):
+        yield " " + word
 
 
 def asked(play, question, timeout=30):

@@ -21,7 +21,8 @@ def finished(folder, tokenizer, text):
              "peak_memory_bytes": 10**9}  # fmt: skip
     run.add_metrics(train=train, base=SCORES, tuned=SCORES, held_out={"rows": 1, "questions": 1})
     write_jsonl(run.history, [{"step": 0, "eval_loss": 3.0}, {"step": 2, "eval_loss": 1.5}])
-    write_jsonl(run.answers, [{"text": text, "expected": text, "base": {"answer": text}, "tuned": {"answer": text}}])
+    line = {"text": text, "expected": text, "base": {"answer": text}, "tuned": {"answer": text}}
+    write_jsonl(run.answers, [{**line, "history": [{"question": f"before {text}", "answer": text}]}])
     write_json(run.data / "report.json", data_report([], tokenizer, max_seq_len=8, batch_size=2))
     return run
 
@@ -37,7 +38,8 @@ def test_the_page_is_self_contained_and_escapes_what_it_is_given(tmp_path, token
     report.write_report(run)
     page = run.report.read_text()
     assert hostile not in page
-    assert page.count("&lt;script&gt;") == 4
+    assert page.count("&lt;script&gt;") == 6
+    assert "before &lt;script&gt;" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "data:image/png;base64," in page
 
@@ -54,7 +56,7 @@ def test_a_run_without_scores_has_a_page_too(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("losses", "said"),
-    [([3.0, 2.0, 1.0], ""), ([3.0, 1.0, 1.5], "it was 1.000 at step 1"), ([3.0, 1.0, 4.0], "it rose")],
+    [([3.0, 2.0, 1.0], ""), ([3.0, 1.0, 1.5], "it was 1.000 at step 1; fewer steps"), ([3.0, 1.0, 4.0], "it rose")],
 )
 def test_summary_warns_where_the_held_out_loss_calls_for_it(tmp_path, tokenizer, losses, said):
     run = finished(tmp_path, tokenizer, "x")

@@ -64,6 +64,19 @@ def test_from_takes_new_values_as_long_as_they_count(begun):
             go_on(begun, start, **late)
 
 
+def test_the_advice_to_start_again_repeats_what_still_matters(begun):
+    """Else the values of a training that failed would be lost where an earlier one had left its own in config.json."""
+    config, parameters = runner.resolve(
+        preset=None, run_name="a", output_dir=begun.output_dir, start="04",
+        parameters={"lora_r": "8", "micro_batch_size": "none", "score_rows": "9"},
+    )  # fmt: skip
+    again = {path.stem[:2]: runner._again(config, parameters, path) for path in runner.series()}
+    place = f"qlora run --run-name a --output-dir {begun.output_dir}"
+    assert again["04"] == f"{place} -p lora_r=8 -p micro_batch_size=none -p score_rows=9 --from 04"
+    assert again["05"] == f"{place} -p score_rows=9 --from 05"
+    assert again["07"] == f"{place} --from 07"
+
+
 def test_from_with_another_preset_is_refused(begun):
     with pytest.raises(ConfigError, match="was begun with llama2-7b"):
         go_on(begun, "04", preset="pocket")
