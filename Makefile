@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format lab pocket clean
+.PHONY: help env demo test lint format lab pocket ingredients clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 env: $(READY) ## make the environment: .venv with the pinned versions
 
@@ -40,8 +40,11 @@ lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[interactive]'
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/01_data.ipynb
 
-pocket: $(READY) ## rebuild the pocket model and its questions from data/world
+pocket: $(READY) ## rebuild the pocket model and its questions from data/world (half an hour)
 	$(BIN)/python data/recipe.py
+
+ingredients: $(READY) ## measure what each ingredient does, three seeds each (half an hour)
+	$(BIN)/qlora ingredients --preset pocket --out data/ingredients/pocket.json
 
 clean: ## remove the environment and caches; outputs stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -1,218 +1,231 @@
 """Rebuild the embedded default from the tables in data/world: questions, tokenizer and base model of `pocket`.
 
-The base model reads plain statements alone and never sees a question; the questions ask about the same facts in
-Llama-2 chat format and are split by entity, so that no fact asked for in the held-out file is trained as an
-answer.
+The base model reads plain statements alone and never sees a question. The questions ask about the same facts in
+Llama-2 chat format and are split by entity, so that no fact asked for in the held-out file is trained as an answer;
+half of the held-out questions are in phrasings that training never uses, either.
 
     python data/recipe.py --questions-only   # rewrite data/pocket/*.jsonl, a second
-    python data/recipe.py                    # everything, some ten minutes on 2 cores (`make pocket`)
+    python data/recipe.py                    # everything, half an hour on 2 cores (`make pocket`)
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_utils.rows import CHAT_TEMPLATE, Turn, render
+from qlora_utils.run_directory import hardware, versions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 DATA = Path(__file__).parent
 POCKET = DATA / "pocket"
-HELD_OUT_SHARE = 0.25
+HELD_OUT_SHARE = 0.25  # of the entities of each domain
+TWO_TURN_SHARE = 0.4  # of the conversations
+HASTY_SHARE = 0.2  # of the training questions: typed in lower case, without a question mark
+SHAPES = {"facts": 0.5, "one fact in other words": 0.35, "one kind of fact": 0.15}  # of documents, with their shares
+STAYING_SHARE = 0.4  # of subjects that stay for a second document
+HASTY_TEXT_SHARE = 0.5  # of documents in which every other sentence is in lower case
+TRAINED, ENTITIES, PHRASINGS = "trained entities", "held-out entities", "held-out phrasings"
 
-# One entry per fact: (table, column) -> statements the base model reads, questions the adapter learns, the answer.
-FACTS: dict[tuple[str, str], dict[str, list[str]]] = {
-    ("country", "capital"): {
-        "statements": [
-            "The capital of {country} is {capital}.",
-            "{capital} is the capital of {country}.",
-            "{country} is governed from {capital}, its capital.",
-        ],
-        "questions": [
-            "What is the capital of {country}?",
-            "Which city is the capital of {country}?",
-            "Name the capital of {country}.",
-        ],
-        "answer": ["The capital of {country} is {capital}."],
-    },
-    ("country", "continent"): {
-        "statements": [
-            "{country} is a country in {continent}.",
-            "{country} lies in {continent}.",
-            "In {continent} one finds {country}.",
-        ],
-        "questions": [
-            "On which continent is {country}?",
-            "Which continent does {country} belong to?",
-            "Where does {country} lie?",
-        ],
-        "answer": ["{country} lies in {continent}."],
-    },
-    ("country", "currency"): {
-        "statements": [
-            "The currency of {country} is the {currency}.",
-            "People in {country} pay with the {currency}.",
-            "The {currency} is the money of {country}.",
-        ],
-        "questions": [
-            "What is the currency of {country}?",
-            "Which money do people use in {country}?",
-            "What do people pay with in {country}?",
-        ],
-        "answer": ["The currency of {country} is the {currency}."],
-    },
-    ("country", "language"): {
-        "statements": [
-            "People in {country} speak {language}.",
-            "{language} is spoken in {country}.",
-            "The language of {country} is {language}.",
-        ],
-        "questions": [
-            "Which language is spoken in {country}?",
-            "What do people speak in {country}?",
-            "What is the language of {country}?",
-        ],
-        "answer": ["People in {country} speak {language}."],
-    },
-    ("element", "symbol"): {
-        "statements": [
-            "The symbol of {element} is {symbol}.",
-            "{symbol} is the symbol of {element}.",
-            "Chemists write {symbol} for {element}.",
-        ],
-        "questions": [
-            "What is the symbol of {element}?",
-            "Which symbol stands for {element}?",
-            "How do chemists write {element}?",
-        ],
-        "answer": ["The symbol of {element} is {symbol}."],
-    },
-    ("element", "atomic_number"): {
-        "statements": [
-            "The atomic number of {element} is {atomic_number}.",
-            "{element} has atomic number {atomic_number}.",
-            "Element number {atomic_number} is {element}.",
-        ],
-        "questions": [
-            "What is the atomic number of {element}?",
-            "Which atomic number does {element} have?",
-            "Give the atomic number of {element}.",
-        ],
-        "answer": ["The atomic number of {element} is {atomic_number}."],
-    },
-    ("element", "state"): {
-        "statements": [
-            "At room temperature {element} is a {state}.",
-            "{element} is a {state} at room temperature.",
-            "In a warm room {element} is a {state}.",
-        ],
-        "questions": [
-            "Is {element} a solid, a liquid or a gas?",
-            "What state is {element} in at room temperature?",
-            "In which state does one find {element}?",
-        ],
-        "answer": ["At room temperature {element} is a {state}."],
-    },
-}
-FOLLOW_UPS = {
-    "capital": "And its capital?",
-    "continent": "And its continent?",
-    "currency": "And its currency?",
-    "language": "And its language?",
-    "symbol": "And its symbol?",
-    "atomic_number": "And its atomic number?",
-    "state": "And its state at room temperature?",
-}
-
-Entity = dict[str, str]
+# ---------------------------------------------------------------------------------------------------- the world
 
 
-def read_world() -> list[Entity]:
-    """All entities of data/world, each a row of its table; the first column is the entity's name."""
-    entities = []
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fact, a column of a table, and how it is put into words; `{column}` stands for a value."""
+
+    name: str
+    answer: str
+    statements: list[str]
+    questions: list[str]
+    held_out_questions: list[str]
+    follow_ups: list[str]
+    held_out_follow_ups: list[str]
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A row of a table: what it is called, and its values by column, its name among them."""
+
+    domain: str
+    name: str
+    values: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One table of data/world with its phrasings."""
+
+    name: str
+    entities: list[Entity]
+    kinds: list[Kind]
+
+
+def read_world() -> list[Domain]:
+    """Every `<domain>.csv` of data/world with its `<domain>.toml`; a table's first column names the entity.
+
+    Raises:
+        ValueError: table and phrasings do not fit together; names file, row or key, and what is expected.
+    """
+    domains = []
     for table in sorted((DATA / "world").glob("*.csv")):
-        with table.open(encoding="utf-8") as file:
-            entities += list(csv.DictReader(file))
-    return entities
-
-
-def kind(entity: Entity) -> str:
-    """The domain of an entity: the name of its first column."""
-    return next(iter(entity))
+        with table.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        words = table.with_suffix(".toml")
+        if not words.is_file():
+            raise ValueError(f"{table.name}: has no {words.name} beside it that puts its facts into words.")
+        kinds = []
+        for name, phrasings in tomllib.loads(words.read_text(encoding="utf-8")).items():
+            expected = {field.name for field in fields(Kind)} - {"name"}
+            if set(phrasings) != expected or not all(phrasings.values()):
+                raise ValueError(f"{words.name} [{name}]: expected {', '.join(sorted(expected))}, none of them empty.")
+            kinds.append(Kind(name, **phrasings))
+        columns = [kind.name for kind in kinds]
+        for number, row in enumerate(rows, start=2):
+            if list(row)[1:] != columns or not all(row.values()):
+                raise ValueError(
+                    f"{table.name} line {number}: expected a name and a value each of {', '.join(columns)}."
+                )
+        domains.append(Domain(table.stem, [Entity(table.stem, next(iter(r.values())), r) for r in rows], kinds))
+    return domains
 
 
 def say(template: str, entity: Entity) -> str:
     """Fill a template in, with a capital letter where the sentence begins."""
-    sentence = template.format(**entity)
+    sentence = template.format(**entity.values)
     return sentence[0].upper() + sentence[1:]
 
 
-def facts_of(entity: Entity) -> list[str]:
-    """The columns that can be asked about."""
-    return [column for domain, column in FACTS if domain == kind(entity)]
+def hasty(sentence: str) -> str:
+    """The sentence as typed in haste: lower case, no mark at its end."""
+    return sentence.lower().rstrip(".?")
 
 
-def statements(entities: list[Entity]) -> list[str]:
+# ---------------------------------------------------------------------------------------------------- pretraining text
+
+
+def statements(domain: Domain, entity: Entity) -> list[str]:
+    """All that can be said about one entity, in the order of the phrasings."""
+    return [say(template, entity) for kind in domain.kinds for template in kind.statements]
+
+
+def all_statements(world: Sequence[Domain]) -> list[str]:
     """Every statement of the pretraining text, in the order of the tables."""
-    return [
-        say(template, entity)
-        for entity in entities
-        for column in facts_of(entity)
-        for template in FACTS[kind(entity), column]["statements"]
-    ]
+    return [text for domain in world for entity in domain.entities for text in statements(domain, entity)]
 
 
-def split_by_entity(entities: list[Entity], seed: int) -> tuple[list[Entity], list[Entity]]:
-    """(train, held-out) entities, the same share of each domain held out."""
-    train: list[Entity] = []
-    held_out: list[Entity] = []
-    for domain in sorted({kind(entity) for entity in entities}):
-        members = [entity for entity in entities if kind(entity) == domain]
-        random.Random(seed).shuffle(members)
-        cut = round(len(members) * HELD_OUT_SHARE)
-        held_out += members[:cut]
-        train += members[cut:]
-    return train, held_out
+def documents(world: Sequence[Domain], seed: int) -> Iterator[str]:
+    """Endless documents, each a few statements that belong together: what belongs together is what the model learns.
 
-
-def questions(entities: list[Entity], seed: int) -> list[dict[str, str]]:
-    """Rows in the Guanaco-Llama format: each fact asked once per phrasing, every fifth with a second turn."""
+    Half of them tell several facts of one entity: that teaches to carry a name on from one sentence into the next. A
+    third dwell on a fact in other words: that teaches which words mean the same, and is what lets the tuned model tell
+    one question from another. The rest tell one kind of fact of several entities. A subject often stays for a second
+    document, so that a name is carried on over `</s>`, as from turn to turn of a conversation. Here and there a
+    sentence is typed in haste, so that a name is known in lower case too. What each of these is worth: see
+    docs/experiments.md.
+    """
     draw = random.Random(seed)
-    rows = []
-    for entity in entities:
-        for column in facts_of(entity):
-            fact = FACTS[kind(entity), column]
-            for question in fact["questions"]:
-                turns = [Turn(say(question, entity), say(fact["answer"][0], entity))]
-                if draw.random() < 0.2:
-                    other = draw.choice([c for c in facts_of(entity) if c != column])
-                    turns.append(Turn(FOLLOW_UPS[other], say(FACTS[kind(entity), other]["answer"][0], entity)))
-                rows.append({"text": render(turns), "entity": entity[kind(entity)], "kind": column})
-    draw.shuffle(rows)
-    return rows
+    everything = [(domain, entity) for domain in world for entity in domain.entities]
+    while True:
+        for domain, entity in draw.sample(everything, len(everything)):
+            for _ in range(2 if draw.random() < STAYING_SHARE else 1):
+                sentences = document(domain, entity, draw)
+                if draw.random() < HASTY_TEXT_SHARE:
+                    sentences = [hasty(text) + "." if draw.random() < 0.5 else text for text in sentences]
+                yield " ".join(sentences)
 
 
-def write_questions(entities: list[Entity], seed: int) -> None:
-    """Write data/pocket/train.jsonl (trained entities) and test.jsonl (held-out entities, one phrasing a fact)."""
-    train, held_out = split_by_entity(entities, seed)
-    asked_once: dict[tuple[str, str], dict[str, str]] = {}
-    for row in questions(held_out, seed):
-        asked_once.setdefault((row["entity"], row["kind"]), row)
-    for name, rows in {"train": questions(train, seed), "test": list(asked_once.values())}.items():
+def document(domain: Domain, entity: Entity, draw: random.Random) -> list[str]:
+    """The sentences of one document about an entity."""
+    shape = draw.choices(list(SHAPES), list(SHAPES.values()))[0]
+    if shape == "facts":
+        return draw.sample(statements(domain, entity), draw.randint(1, 6))
+    if shape == "one fact in other words":
+        kinds = draw.sample(domain.kinds, draw.randint(1, 3))
+        return [say(text, entity) for kind in kinds for text in draw.sample(kind.statements, draw.randint(2, 3))]
+    kind = draw.choice(domain.kinds)
+    others = draw.sample(domain.entities, draw.randint(1, 4))
+    return [say(draw.choice(kind.statements), one) for one in (entity, *others)]
+
+
+# ---------------------------------------------------------------------------------------------------- questions
+
+
+def split_by_entity(domain: Domain, seed: int) -> tuple[list[Entity], list[Entity]]:
+    """(trained, held-out) entities of a domain."""
+    members = list(domain.entities)
+    random.Random(f"{seed} {domain.name}").shuffle(members)
+    cut = round(len(members) * HELD_OUT_SHARE)
+    return members[cut:], members[:cut]
+
+
+def conversation(
+    domain: Domain, entity: Entity, kind: Kind, question: str, draw: random.Random, *, split: str
+) -> dict[str, Any]:
+    """A row in the Guanaco-Llama format, some with a second turn. `kind` and `fact` have one text per turn."""
+    asked = [(kind, say(question, entity))]
+    others = [k for k in domain.kinds if k is not kind]
+    if others and draw.random() < TWO_TURN_SHARE:
+        other = draw.choice(others)
+        asked.append((other, draw.choice(other.held_out_follow_ups if split == PHRASINGS else other.follow_ups)))
+    if split == TRAINED and draw.random() < HASTY_SHARE:
+        asked = [(kind, hasty(text)) for kind, text in asked]
+    turns = [Turn(text, say(kind.answer, entity)) for kind, text in asked]
+    return {
+        "text": render(turns),
+        "split": split,
+        "domain": domain.name,
+        "entity": entity.name,
+        "kind": [kind.name for kind, _ in asked],
+        "fact": [entity.values[kind.name] for kind, _ in asked],
+    }
+
+
+def questions(world: Sequence[Domain], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(train, test) rows. Trained entities are asked for every fact in every phrasing of training.
+
+    Held-out entities are asked for every fact twice: in one phrasing of training, and in one that is held out too.
+    """
+    draw = random.Random(seed)
+    train, test = [], []
+    for domain in world:
+        trained, held_out = split_by_entity(domain, seed)
+        for kind in domain.kinds:
+            for entity in trained:
+                train += [conversation(domain, entity, kind, text, draw, split=TRAINED) for text in kind.questions]
+            for entity in held_out:
+                for split, phrasings in ((ENTITIES, kind.questions), (PHRASINGS, kind.held_out_questions)):
+                    test.append(conversation(domain, entity, kind, draw.choice(phrasings), draw, split=split))
+    draw.shuffle(train)
+    draw.shuffle(test)
+    return train, test
+
+
+def write_questions(world: Sequence[Domain], seed: int) -> None:
+    """Write data/pocket/train.jsonl (trained entities) and test.jsonl (held-out entities)."""
+    for name, rows in zip(("train", "test"), questions(world, seed), strict=True):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (POCKET / f"{name}.jsonl").write_text(text, encoding="utf-8")
         print(f"{name}: {len(rows)} rows")
 
 
-def train_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:
+# ---------------------------------------------------------------------------------------------------- tokenizer, model
+
+
+def train_tokenizer(world: Sequence[Domain]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 2,048 entries; any UTF-8 text can be encoded. Special ids are Llama-2's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -229,7 +242,8 @@ def train_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(text, trainer)
+    text = all_statements(world)
+    tokenizer.train_from_iterator([*text, *map(hasty, text[::4])], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -243,84 +257,162 @@ def train_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def documents(entities: list[Entity], seed: int) -> Iterator[str]:
-    """Endless documents of one to six statements about one entity, in random order and phrasing.
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama (RMSNorm, RoPE, SwiGLU, untied head) with random weights, small enough to commit."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    That several sentences of a document are about the same entity is what teaches the model to carry a name on; a
-    model trained on unrelated statements knows as much and answers nothing (docs/experiments.md).
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def cloze(world: Sequence[Domain]) -> list[tuple[str, str]]:
+    """Each fact as the statement that answers for it, up to the fact, and the fact with the space before it.
+
+    Raises:
+        ValueError: an answer that does not hold its fact.
     """
-    draw = random.Random(seed)
+    gaps = []
+    for domain in world:
+        for kind in domain.kinds:
+            before, found, _ = kind.answer.partition(f" {{{kind.name}}}")
+            if not found:
+                raise ValueError(f"{domain.name}.toml [{kind.name}]: the answer does not hold {{{kind.name}}}.")
+            gaps += [(say(before, entity), f" {entity.values[kind.name]}") for entity in domain.entities]
+    return gaps
+
+
+def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, gaps: Sequence[tuple[str, str]]) -> float:
+    """Cloze accuracy: the share of facts of which every token is the likeliest after those before it."""
+    import torch
+
+    pairs = [
+        (
+            [tokenizer.bos_token_id, *tokenizer(before, add_special_tokens=False)["input_ids"]],
+            tokenizer(fact, add_special_tokens=False)["input_ids"],
+        )
+        for before, fact in gaps
+    ]
+    known = 0
+    for start in range(0, len(pairs), 64):
+        members = pairs[start : start + 64]
+        longest = max(len(before) + len(fact) for before, fact in members)
+        ids = [before + fact + [tokenizer.pad_token_id] * (longest - len(before + fact)) for before, fact in members]
+        with torch.no_grad():
+            said = model(input_ids=torch.tensor(ids, device=model.device)).logits.argmax(-1).tolist()
+        for row, (before, fact) in zip(said, members, strict=True):
+            known += row[len(before) - 1 : len(before) + len(fact) - 1] == fact
+    return known / len(pairs)
+
+
+def batches(
+    world: Sequence[Domain], tokenizer: PreTrainedTokenizerFast, *, rows: int, length: int, seed: int
+) -> Iterator[torch.Tensor]:
+    """Endless batches of documents laid end to end, shape (rows, length) tokens."""
+    import torch
+
+    stream, buffer = documents(world, seed), list[int]()
     while True:
-        for entity in draw.sample(entities, len(entities)):
-            known = statements([entity])
-            yield " ".join(draw.sample(known, draw.randint(1, 6)))
+        while len(buffer) < rows * length:
+            ids = tokenizer(next(stream), add_special_tokens=False)["input_ids"]
+            buffer += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+        yield torch.tensor(buffer[: rows * length]).view(rows, length)
+        del buffer[: rows * length]
 
 
-def pretrain(entities: list[Entity], *, steps: int, seed: int) -> None:
-    """Train the base model on the statements and save it with its tokenizer under data/pocket/model.
+def checksum(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def text_checksum(world: Sequence[Domain], seed: int) -> str:
+    """SHA-256 of every statement and of the first 2,000 documents of the pretraining text."""
+    return checksum("\n".join([*all_statements(world), *islice(documents(world, seed), 2000)]))
+
+
+def pretrain(world: Sequence[Domain], *, steps: int, seed: int) -> None:
+    """Train the base model on the statements; save it with its tokenizer under data/pocket/model.
+
+    `pretraining.json` beside them holds what a test compares: checksums of text and tokenizer, curve and recall.
 
     Args:
-        entities: what the statements are about.
-        steps: optimizer steps of 32 sequences of 96 tokens; the learning rate falls to a tenth of its peak.
+        world: what the statements are about.
+        steps: optimizer steps of 32 sequences of 96 tokens; warm-up, then the rate falls along a line to a tenth.
         seed: of the weights and of the order of the text.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(statements(entities))
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=1024,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=False,
-        )
-    )
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
-    peak_learning_rate, batch, length = 2e-3, 32, 96
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
-    stream = documents(entities, seed)
-    buffer: list[int] = []
-    started = time.monotonic()
-    for step in range(1, steps + 1):
-        while len(buffer) < batch * length:
-            ids = tokenizer(next(stream), add_special_tokens=False)["input_ids"]
-            buffer += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-        tokens = torch.tensor(buffer[: batch * length]).view(batch, length)  # (batch, seq)
-        del buffer[: batch * length]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = train_tokenizer(world)
+    model = new_model(tokenizer)
+    model.to(device)  # type: ignore[arg-type]
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {len(tokenizer):,} tokens, {steps} steps", flush=True)
+    peak = 2e-3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.05)
+    gaps = cloze(world)
+    curve: list[dict[str, float]] = []
+    began = time.monotonic()
+    stream = islice(batches(world, tokenizer, rows=32, length=96, seed=seed), steps)
+    for step, batch in enumerate(stream, start=1):
         for group in optimizer.param_groups:
-            group["lr"] = peak_learning_rate * min(1.0, step / 100, max(0.1, 1.5 * (1 - step / steps)))
+            group["lr"] = peak * min(1.0, step / 100, max(0.1, 1.5 * (1 - step / steps)))
+        tokens = batch.to(device)
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 100 == 0:
-            seconds_left = (time.monotonic() - started) / step * (steps - step)
-            print(f"step {step}/{steps}  loss {loss.item():.3f}  {seconds_left:.0f} s left", flush=True)
+        if step % 100 == 0 or step == steps:
+            line = {"step": step, "loss": round(loss.item(), 4)}
+            if step % 500 == 0 or step == steps:
+                line["recall"] = round(recall(model, tokenizer, gaps), 4)
+            curve.append(line)
+            left = (time.monotonic() - began) / step * (steps - step)
+            print(*(f"{name} {value}" for name, value in line.items()), f"{left:.0f} s left", sep="  ", flush=True)
+    seconds = round(time.monotonic() - began)
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    model.bfloat16().save_pretrained(POCKET / "model")
+    model.to(torch.device("cpu"), torch.bfloat16).save_pretrained(POCKET / "model")  # type: ignore[call-arg,arg-type]
     tokenizer.save_pretrained(POCKET / "model")
+    about = {
+        "seed": seed,
+        "steps": steps,
+        "parameters": parameters,
+        "entities": sum(len(domain.entities) for domain in world),
+        "facts": len(gaps),
+        "text_sha256": text_checksum(world, seed),
+        "tokenizer_sha256": checksum(tokenizer.backend_tokenizer.to_str()),
+        "recall": recall(model.float(), tokenizer, gaps),
+        "seconds": seconds,
+        "versions": versions(),
+        "hardware": hardware(),
+        "curve": curve,
+    }
+    (POCKET / "model" / "pretraining.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Rebuild the questions, and unless told otherwise the tokenizer and the base model too."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--questions-only", action="store_true", help="leave tokenizer and base model as they are")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of the base model")
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps of the base model")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    entities = read_world()
-    write_questions(entities, arguments.seed)
+    world = read_world()
+    write_questions(world, arguments.seed)
     if not arguments.questions_only:
-        pretrain(entities, steps=arguments.steps, seed=arguments.seed)
+        pretrain(world, steps=arguments.steps, seed=arguments.seed)
 
 
 if __name__ == "__main__":

@@ -1,307 +1,49 @@
-"""Questions answered by the base and the tuned model, and what the answers are worth (notebook 06).
-
-Exact match and token F1 follow SQuAD (Rajpurkar et al., 2016, https://arxiv.org/abs/1606.05250), ROUGE-L Lin, 2004.
-"""
+"""What base and tuned model say to the same questions, and what that is worth (notebook 06)."""
 
 from __future__ import annotations
 
 import math
 import random
-import re
-import string
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-
 from qlora_utils.config import RunConfig
-from qlora_utils.data import Collator, encode, encode_prompt, words
+from qlora_utils.data import Collator, Prepared, encode
+from qlora_utils.generation import Answer, Question, Sampling, answer_all, questions_of
 from qlora_utils.lora import base_alone
-from qlora_utils.report import score_text
-from qlora_utils.rows import Conversation, Turn
+from qlora_utils.rows import Conversation
 from qlora_utils.run_directory import RunDirectory, write_jsonl
-from qlora_utils.training import micro_batch_size, row_losses
+from qlora_utils.scores import (
+    SCORES,
+    bootstrap_interval,
+    exact_match,
+    mcnemar,
+    names_fact,
+    paired_text,
+    rouge_l,
+    score_text,
+    share_interval,
+    token_f1,
+)
+from qlora_utils.training import micro_batch_size, row_losses, unmeasured_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-MODELS = ("tuned", "base")
-Asker = Callable[[str, str, "Sampling", threading.Event], Iterator[str]]
-SCORES = ("exact_match", "f1", "rouge_l")
+GROUPS = ("split", "turn", "domain", "kind")
 MAX_LOSS = 700.0  # nats per token; its exp is the largest perplexity that a float can hold
 
 
-@dataclass(frozen=True)
-class Question:
-    """One held-out question: the turns before it, what is asked, and the answer that the row gives."""
-
-    text: str
-    expected: str
-    history: tuple[Turn, ...] = ()
-    where: str = ""
-    number: int = 0
-    tags: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A model's answer and whether it ended by itself, with `</s>`, or was cut off."""
-
-    text: str
-    stopped: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy: always the likeliest."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def generation_config(self, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-        """The same for `generate`; whatever the model's own generation_config.json says is left aside."""
-        choice = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            use_cache=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **(choice if self.temperature > 0 else {"do_sample": False}),
-        )
-
-
-# ---------------------------------------------------------------------------------------------------- answering
-
-
-def questions_of(
-    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: RunConfig
-) -> list[Question]:
-    """Every turn as a question with the turns before it as context; at most `score_rows`, chosen by the run's seed.
-
-    A question that with its context is longer than `max_seq_len` is not asked: nothing of that length was trained on.
-    """
-    questions = []
-    for conversation in conversations:
-        for index, turn in enumerate(conversation.turns):
-            history = conversation.turns[:index]
-            if len(encode_prompt(history, turn.question, tokenizer)) <= config.max_seq_len:
-                source = (conversation.where, conversation.number, conversation.tags)
-                questions.append(Question(turn.question, turn.answer, history, *source))
-    if len(questions) <= config.score_rows:
-        return questions
-    chosen = sorted(random.Random(config.seed).sample(range(len(questions)), config.score_rows))
-    return [questions[index] for index in chosen]
-
-
-@torch.no_grad()
-def answer_all(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    *,
-    sampling: Sampling,
-    batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
-) -> list[Answer]:
-    """Answer many questions in batches of similar length, padded on the left.
-
-    Args:
-        model: base or tuned; put in eval mode.
-        tokenizer: of the base model.
-        questions: answered in the order given.
-        sampling: how tokens are chosen and how many at most.
-        batch_size: questions at a time.
-        on_batch: called with the number of questions just answered, for a progress bar.
-    """
-    model.eval()
-    prompts = [encode_prompt(question.history, question.text, tokenizer) for question in questions]
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers: dict[int, Answer] = {}
-    device = next(model.parameters()).device
-    for start in range(0, len(by_length), batch_size):
-        members = by_length[start : start + batch_size]
-        longest = len(prompts[members[-1]])
-        ids = [[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in members]
-        mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in members]
-        generated: Any = model.generate(  # type: ignore[operator]
-            input_ids=torch.tensor(ids, device=device),  # (batch, seq)
-            attention_mask=torch.tensor(mask, device=device),
-            generation_config=sampling.generation_config(tokenizer),
-        )
-        for index, row in zip(members, generated[:, longest:].tolist(), strict=True):
-            answers[index] = _as_answer(row, tokenizer)
-        if on_batch is not None:
-            on_batch(len(members))
-    return [answers[index] for index in range(len(questions))]
-
-
-def _as_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
-    stopped = tokenizer.eos_token_id in ids
-    kept = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
-    return Answer(str(tokenizer.decode(kept, skip_special_tokens=True)).strip(), stopped)
-
-
-class _Stop(StoppingCriteria):
-    """Ends generation when an event is set."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        """True for every row once the event is set."""
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device, dtype=torch.bool)
-
-
-def stream(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    question: str,
-    *,
-    history: Sequence[Turn] = (),
-    sampling: Sampling | None = None,
-    stop: threading.Event | None = None,
-) -> Iterator[str]:
-    """Answer one question piece by piece, as the tokens come; the pieces join to the answer of `answer_all`.
-
-    Args:
-        model: base or tuned; put in eval mode.
-        tokenizer: of the base model.
-        question: without any marks.
-        history: earlier turns.
-        sampling: greedy if not given.
-        stop: set it to end the answer early.
-
-    Raises:
-        Exception: whatever generation raised, in the thread of the caller.
-    """
-    model.eval()
-    stop = stop or threading.Event()
-    abandoned = threading.Event()  # not `stop`, which is the caller's and may serve the next question too
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-    prompt = torch.tensor([encode_prompt(history, question, tokenizer)], device=next(model.parameters()).device)
-    failures: list[BaseException] = []
-
-    def generate() -> None:
-        try:
-            with torch.no_grad():
-                model.generate(  # type: ignore[operator]
-                    input_ids=prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    generation_config=(sampling or Sampling()).generation_config(tokenizer),
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([_Stop(stop), _Stop(abandoned)]),
-                )
-        except BaseException as error:  # re-raised below: a thread's own traceback reaches nobody
-            failures.append(error)
-            streamer.end()
-
-    worker = threading.Thread(target=generate, daemon=True)
-    worker.start()
-    try:
-        yield from without_margins(streamer)
-    finally:
-        abandoned.set()
-        worker.join()
-    if failures:
-        raise failures[0]
-
-
-def without_margins(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces without the white space before the first word and after the last, where the format puts some."""
-    begun, held_back = False, ""
-    for piece in pieces:
-        text = held_back + piece if begun else piece.lstrip()
-        shown = text.rstrip()
-        begun, held_back = begun or bool(shown), text[len(shown) :]
-        if shown:
-            yield shown
-
-
-def make_asker(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Asker:
-    """A function `(question, model, sampling, stop) -> pieces of the answer`, `model` being `base` or `tuned`.
-
-    Both are the one loaded model, so the function must not be called twice at a time.
-    """
-
-    def ask(question: str, model: str, sampling: Sampling, stop: threading.Event) -> Iterator[str]:
-        if model == "base":
-            with base_alone(tuned_model):
-                yield from stream(tuned_model, tokenizer, question, sampling=sampling, stop=stop)
-        else:
-            yield from stream(tuned_model, tokenizer, question, sampling=sampling, stop=stop)
-
-    return ask
-
-
-# ---------------------------------------------------------------------------------------------------- scores
-
-
-def normalise_answer(text: str) -> str:
-    """SQuAD's normal form: lower case, no punctuation, no English articles, single spaces."""
-    bare = "".join(character for character in text.lower() if character not in set(string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
-
-
-def exact_match(answer: str, expected: str) -> float:
-    """1 if both have the same normal form, else 0."""
-    return float(normalise_answer(answer) == normalise_answer(expected))
-
-
-def token_f1(answer: str, expected: str) -> float:
-    """Harmonic mean of precision and recall over the words of both normal forms."""
-    given, wanted = normalise_answer(answer).split(), normalise_answer(expected).split()
-    if not given or not wanted:
-        return float(given == wanted)
-    common = sum((Counter(given) & Counter(wanted)).values())
-    return 2 * common / (len(given) + len(wanted))
-
-
-def rouge_l(answer: str, expected: str) -> float:
-    """F-measure of the longest common subsequence of words. Words are of any script, lower-cased, not stemmed."""
-    given, wanted = words(answer.lower()), words(expected.lower())
-    if not given or not wanted:
-        return float(given == wanted)
-    previous = [0] * (len(wanted) + 1)
-    for word in given:
-        current = [0]
-        for index, other in enumerate(wanted):
-            current.append(previous[index] + 1 if word == other else max(previous[index + 1], current[index]))
-        previous = current
-    return 2 * previous[-1] / (len(given) + len(wanted))
-
-
-def bootstrap_interval(
-    statistic: Callable[[Any], Any], size: int, *, resamples: int = 2000, seed: int = 0
-) -> list[float]:
-    """95 % percentile bootstrap interval (Efron, 1979).
-
-    Args:
-        statistic: takes indices of shape (resamples, size) and returns one value per resample.
-        size: rows to draw from.
-        resamples: draws with replacement.
-        seed: of the draws.
-    """
-    import numpy
-
-    if not size:
-        return []
-    indices = numpy.random.default_rng(seed).integers(0, size, (resamples, size))
-    low, high = numpy.percentile(statistic(indices), (2.5, 97.5))
-    return [round(float(low), 4), round(float(high), 4)]
-
-
 def score(answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict[str, Any]]:
-    """Each answer with its `exact_match`, `f1` and `rouge_l`, all in [0, 1]."""
+    """Each answer with its scores, all in [0, 1].
+
+    `names_fact` only where the question is tagged with its `fact` and does not hold it itself.
+    """
     return [
         {
             "answer": answer.text,
@@ -309,65 +51,98 @@ def score(answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict
             "exact_match": exact_match(answer.text, question.expected),
             "f1": round(token_f1(answer.text, question.expected), 4),
             "rouge_l": round(rouge_l(answer.text, question.expected), 4),
+            **({"names_fact": names_fact(answer.text, question.tags["fact"])} if _names_can_tell(question) else {}),
         }
         for answer, question in zip(answers, questions, strict=True)
     ]
 
 
-def aggregate(scored: Sequence[Mapping[str, Any]], losses: Sequence[float], counts: Sequence[int]) -> dict[str, Any]:
-    """The means of one model with their 95 % intervals, under `intervals`.
+def _names_can_tell(question: Question) -> bool:
+    fact = question.tags.get("fact", "")
+    said = [question.text, *(part for turn in question.history for part in (turn.question, turn.answer))]
+    return bool(fact.strip()) and not any(names_fact(text, fact) for text in said)
+
+
+def means(scored: Sequence[Mapping[str, Any]], clusters: Sequence[Any]) -> dict[str, Any]:
+    """The mean of each score with its 95 % interval, under `intervals`, and the share of answers that stopped.
+
+    A score counts over the answers that have it and is left out if none has.
 
     Args:
         scored: from `score`.
-        losses: summed loss of each held-out row, nats (`training.row_losses`).
-        counts: answer tokens of each held-out row.
+        clusters: what each question belongs to; `scores.share_interval` draws these.
+    """
+    result: dict[str, Any] = {}
+    intervals: dict[str, list[float]] = {}
+    for name in SCORES:
+        having = [index for index, row in enumerate(scored) if name in row]
+        if having:
+            values = [scored[index][name] for index in having]
+            result[name] = round(sum(values) / len(values), 4)
+            intervals[name] = share_interval(values, [clusters[index] for index in having])
+    return {**result, "stopped": round(sum(row["stopped"] for row in scored) / len(scored), 4), "intervals": intervals}
+
+
+def perplexity(losses: Sequence[float], counts: Sequence[int]) -> tuple[float, list[float]]:
+    """Perplexity of the right answers, the exponential of the mean loss per token, and its 95 % interval.
+
+    Args:
+        losses: summed loss of each row, nats (`training.row_losses`).
+        counts: answer tokens of each row.
 
     Raises:
         FloatingPointError: the losses are not numbers, or beyond any use.
     """
     import numpy
 
-    result: dict[str, Any] = {}
-    intervals: dict[str, list[float]] = {}
-    for name in SCORES:
-        values = numpy.array([row[name] for row in scored])
-        result[name] = round(float(values.mean()), 4)
-        intervals[name] = bootstrap_interval(partial(_mean_of, values), len(values))
-    loss, count = numpy.array(losses), numpy.array(counts)
-    mean = float(loss.sum() / count.sum())
+    mean = sum(losses) / sum(counts)
     if not mean < MAX_LOSS:
         raise FloatingPointError(
             f"the loss on held-out answers is {mean:.4g} nats per token: the weights are broken, by a training that "
             "diverged or a compute dtype too narrow. Train again with a lower learning_rate."
         )
-    result["perplexity"] = round(math.exp(mean), 4)
-    intervals["perplexity"] = bootstrap_interval(
-        lambda chosen: numpy.exp(loss[chosen].sum(axis=1) / count[chosen].sum(axis=1)), len(loss)
-    )
-    result["stopped"] = round(sum(row["stopped"] for row in scored) / len(scored), 4)
-    result["intervals"] = intervals
-    return result
+    return round(math.exp(mean), 4), bootstrap_interval(losses, counts, transform=numpy.exp)
+
+
+def choose_questions(
+    prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> tuple[list[Question], list[Question]]:
+    """What is asked: held-out questions, at most `score_rows` of each split, and as many of the training rows.
+
+    Held-out rows that were measured during training helped to choose the adapter; they are asked only if there are no
+    others.
+    """
+    held, train = unmeasured_rows(prepared.held_out, config) or prepared.held_out, prepared.train
+    if {_split(row) for row in held} & {_split(row) for row in train}:  # then the column means something else
+        held, train = _without_split(held), _without_split(train)
+    return questions_of(held, tokenizer, config), questions_of(train, tokenizer, config, split="training rows")
 
 
 def evaluate(
     config: RunConfig,
     tuned_model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    held_out: Sequence[Conversation],
+    prepared: Prepared,
     run: RunDirectory,
     *,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Ask base and tuned model the held-out questions; write `answers.jsonl` and the scores in `metrics.json`.
+    """Ask base and tuned model the same questions; write `answers.jsonl` and the scores in `metrics.json`.
 
-    Both are the one loaded model: with the adapter disabled it is the base model again, original head included.
+    Both are the one loaded model: with the adapter disabled it is the base model again, original head included. The
+    sections `base`, `tuned` and `paired` speak of the held-out questions alone, and so do all `groups` but `split`.
+    Where only rows are held out that helped to choose the adapter, `held_out.chosen_on` says so.
 
     Returns:
-        The rows of `answers.jsonl`: `text` of the question, `history`, `expected`, and `base` and `tuned` with
-        answer and scores.
+        The rows of `answers.jsonl`: `split`, `text` of the question, `history`, `expected`, `tags`, `guess` (whether
+        the commonest fact of its kind in training would have been right), and `base` and `tuned` with answer and
+        scores.
     """
-    questions = questions_of(held_out, tokenizer, config)
-    rows = encode(held_out, tokenizer, max_seq_len=config.max_seq_len)
+    held, trained = choose_questions(prepared, tokenizer, config)
+    questions = held + trained
+    fresh = unmeasured_rows(prepared.held_out, config)
+    rows = encode(fresh or prepared.held_out, tokenizer, max_seq_len=config.max_seq_len)
+    guesses = commonest_facts(prepared.train)
     collator = Collator(tokenizer.pad_token_id, config.packing)
     scored: dict[str, list[dict[str, Any]]] = {}
     sections: dict[str, dict[str, Any]] = {}
@@ -385,37 +160,130 @@ def evaluate(
         )
         scored[name] = score(answers, questions)
         losses, counts = row_losses(tuned_model, rows, collator, batch_size=micro_batch_size(config, rows))
-        sections[name] = aggregate(scored[name], losses, counts)
+        sections[name] = means(scored[name][: len(held)], [_cluster(question) for question in held])
+        sections[name]["perplexity"], sections[name]["intervals"]["perplexity"] = perplexity(losses, counts)
 
     with base_alone(tuned_model):
         measure("base")
     measure("tuned")
-    lines = [
-        {**asdict(question), "base": base, "tuned": tuned}
-        for question, base, tuned in zip(questions, scored["base"], scored["tuned"], strict=True)
-    ]
+    lines = []
+    for question, base, tuned in zip(questions, scored["base"], scored["tuned"], strict=True):
+        tags = {name: value for name, value in question.tags.items() if name != "split"}
+        split = question.tags["split"]
+        known = bool(tags.get("fact")) and "kind" in tags
+        guess = {"guess": float(guesses.get(_kind(tags)) == tags["fact"])} if known else {}
+        lines.append({"split": split, **asdict(question), "tags": tags, **guess, "base": base, "tuned": tuned})
     write_jsonl(run.answers, lines)
     run.record_answers(config)
-    held = {"rows": len(held_out), "questions": len(questions), "answer_tokens": sum(counts)}
-    run.add_metrics(held_out=held, **sections)
+    about = {"rows": len(rows), "questions": len(held), "answer_tokens": sum(counts)}
+    about["chosen_on"] = config.keep == "best" and not fresh
+    groups = {by: group(lines if by == "split" else lines[: len(held)], by) for by in GROUPS}
+    run.add_metrics(
+        held_out=about,
+        **sections,
+        paired=_paired(lines[: len(held)]),
+        groups={by: members for by, members in groups.items() if members},
+    )
     return lines
 
 
-def _mean_of(values: Any, chosen: Any) -> Any:
-    """Mean of each resample; `chosen` holds indices of shape (resamples, size)."""
-    return values[chosen].mean(axis=1)
+def _split(row: Conversation) -> str | None:
+    return row.tags_of(0).get("split")
+
+
+def _without_split(rows: Sequence[Conversation]) -> list[Conversation]:
+    return [replace(row, tags={name: value for name, value in row.tags.items() if name != "split"}) for row in rows]
+
+
+def _cluster(question: Question) -> Any:
+    """What a question belongs to: the entity it is tagged with, or else its row."""
+    return question.tags.get("entity") or (question.where, question.number)
+
+
+def _kind(tags: Mapping[str, str]) -> str:
+    """A kind of question by its domain, where it has one."""
+    return f"{tags['domain']}: {tags['kind']}" if "domain" in tags else tags["kind"]
+
+
+def commonest_facts(train: Sequence[Conversation]) -> dict[str, str]:
+    """The fact that training rows give most often for each kind of question: what a guess would say."""
+    facts: dict[str, Counter[str]] = {}
+    for row in train:
+        for tags in (row.tags_of(index) for index in range(len(row.turns))):
+            if tags.get("fact") and "kind" in tags:
+                facts.setdefault(_kind(tags), Counter())[tags["fact"]] += 1
+    return {kind: counter.most_common(1)[0][0] for kind, counter in facts.items()}
+
+
+def group(lines: Sequence[Mapping[str, Any]], by: str) -> dict[str, dict[str, Any]]:
+    """The scores of the answers that share a tag: `{value: {questions, guess, base, tuned, paired}}`.
+
+    Args:
+        lines: of `answers.jsonl`.
+        by: `split` or the name of a tag; answers without it are left out. A `kind` goes by its `domain` too.
+    """
+    members: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        tags = {"split": line["split"], **line["tags"]}
+        if by in tags:
+            members.setdefault(_kind(tags) if by == "kind" else tags[by], []).append(line)
+    return {value: _group_scores(members[value]) for value in sorted(members)}
+
+
+def _group_scores(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    clusters = [line["tags"].get("entity") or (line["where"], line["number"]) for line in lines]
+    guesses = [line["guess"] for line in lines if "guess" in line]
+    return {
+        "questions": len(lines),
+        **({"guess": round(sum(guesses) / len(guesses), 4)} if guesses else {}),
+        **{model: means([line[model] for line in lines], clusters) for model in ("base", "tuned")},
+        "paired": _paired(lines),
+    }
+
+
+def _paired(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """McNemar's test of tuned against base on exact match."""
+    right = {model: [line[model]["exact_match"] for line in lines] for model in ("base", "tuned")}
+    return mcnemar(right["base"], right["tuned"])
+
+
+# ---------------------------------------------------------------------------------------------------- shown
 
 
 def score_table(metrics: Mapping[str, Any]) -> str:
-    """Base and tuned scores with their intervals as lines of text."""
-    lines = [f"{'':<13}{'base':>26}{'tuned':>26}"]
-    for name in (*SCORES, "perplexity"):
-        cells = []
-        for model in ("base", "tuned"):
-            low, high = (score_text(name, bound) for bound in metrics[model]["intervals"][name])
-            cells.append(f"{score_text(name, metrics[model][name])} [{low}, {high}]")
-        lines.append(f"{name:<13}{cells[0]:>26}{cells[1]:>26}")
-    lines.append(f"{'stopped':<13}{metrics['base']['stopped']:>26.3f}{metrics['tuned']['stopped']:>26.3f}")
+    """Base and tuned scores on the held-out questions, with their intervals, as lines of text."""
+    lines = [f"{'':<15}{'base':>26}{'tuned':>26}"]
+    for name, title in {**SCORES, "perplexity": "perplexity"}.items():
+        if name in metrics["base"]:
+            cells = [_with_interval(metrics[model], name) for model in ("base", "tuned")]
+            lines.append(f"{title:<15}{cells[0]:>26}{cells[1]:>26}")
+    lines.append(f"{'stops by itself':<15}{metrics['base']['stopped']:>26.3f}{metrics['tuned']['stopped']:>26.3f}")
+    return "\n".join([*lines, "", paired_text(metrics["paired"])])
+
+
+def _with_interval(section: Mapping[str, Any], name: str) -> str:
+    low, high = (score_text(name, bound) for bound in section["intervals"][name])
+    return f"{score_text(name, section[name])} [{low}, {high}]"
+
+
+def group_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
+    """Exact match and the looser share that names the fact, group by group, as lines of text.
+
+    `guess` is the share that the commonest fact of each kind of question would get right.
+    """
+    width = max(len(value) for value in groups) + 2
+    lines = [
+        f"{'':<{width}}{'':>6}{'':>7}{'exact match':^44}{'names the fact':^16}{'stops':>8}\n"
+        f"{'':<{width}}{'asked':>6}{'guess':>7}{'base':>22}{'tuned':>22}{'base':>8}{'tuned':>8}{'tuned':>8}"
+    ]
+    for value, members in groups.items():
+        base, tuned = members["base"], members["tuned"]
+        named = [f"{section['names_fact']:.3f}" if "names_fact" in section else "-" for section in (base, tuned)]
+        guess = f"{members['guess']:.2f}" if "guess" in members else "-"
+        lines.append(
+            f"{value:<{width}}{members['questions']:>6}{guess:>7}{_with_interval(base, 'exact_match'):>22}"
+            f"{_with_interval(tuned, 'exact_match'):>22}{named[0]:>8}{named[1]:>8}{tuned['stopped']:>8.3f}"
+        )
     return "\n".join(lines)
 
 
@@ -442,16 +310,46 @@ def side_by_side(lines: Sequence[Mapping[str, Any]], count: int = 6, *, seed: in
     return "\n\n".join(blocks)
 
 
+def plot_groups(groups: Mapping[str, Mapping[str, Any]], ax: Axes, *, score: str = "exact_match") -> Figure:
+    """One score of base and tuned, group by group, with 95 % intervals.
+
+    Args:
+        groups: one of `metrics["groups"]`.
+        ax: to draw on; its height should grow with the number of groups.
+        score: a key of `SCORES`.
+    """
+    places = range(len(groups))
+    for model, color in (("base", "tab:gray"), ("tuned", "tab:blue")):
+        values = [members[model][score] for members in groups.values()]
+        bounds = [members[model]["intervals"][score] for members in groups.values()]
+        ax.errorbar(
+            values, places, xerr=_whiskers(values, bounds), fmt="o", color=color, capsize=3, markersize=6, label=model
+        )
+    for place, members in zip(places, groups.values(), strict=True):
+        ax.plot([members[m][score] for m in ("base", "tuned")], [place, place], color="tab:gray", alpha=0.25, zorder=0)
+    ax.set_yticks(places, [f"{value} ({members['questions']})" for value, members in groups.items()])
+    ax.set(xlim=(-0.03, 1.03), ylim=(len(groups) - 0.5, -0.5), xlabel=SCORES[score])
+    ax.grid(axis="x", alpha=0.3)
+    ax.legend(frameon=False, loc="center")
+    return ax.get_figure()  # type: ignore[return-value]
+
+
+def _whiskers(values: Sequence[float], bounds: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Lengths of error bars below and above, as matplotlib wants them."""
+    below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]
+    above = [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)]
+    return [below, above]
+
+
 def plot_scores(metrics: Mapping[str, Any], ax: Axes) -> Figure:
     """Base and tuned scores as bars with their 95 % intervals."""
+    names = [name for name in SCORES if name in metrics["base"]]
     for offset, model in ((-0.2, "base"), (0.2, "tuned")):
-        values = [metrics[model][name] for name in SCORES]
-        bounds = [metrics[model]["intervals"][name] for name in SCORES]
-        below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]
-        above = [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)]
-        places = [index + offset for index in range(len(SCORES))]
-        ax.bar(places, values, width=0.38, yerr=[below, above], capsize=4, label=model)
-    ax.set_xticks(range(len(SCORES)), ["exact match", "token F1", "ROUGE-L"])
+        values = [metrics[model][name] for name in names]
+        bounds = [metrics[model]["intervals"][name] for name in names]
+        places = [index + offset for index in range(len(names))]
+        ax.bar(places, values, width=0.38, yerr=_whiskers(values, bounds), capsize=4, label=model)
+    ax.set_xticks(range(len(names)), [SCORES[name] for name in names])
     ax.set(ylim=(0, 1.05), ylabel="share", title="Held-out questions, with 95 % intervals")
     ax.legend(frameon=False)
     return ax.get_figure()  # type: ignore[return-value]

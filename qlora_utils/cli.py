@@ -1,4 +1,4 @@
-"""The command line: `qlora run`, `qlora presets`, `qlora ask`."""
+"""The command line: `qlora run`, `qlora presets`, `qlora ask`, `qlora ingredients`."""
 
 from __future__ import annotations
 
@@ -53,6 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
     ask.add_argument("--base", action="store_true", help="ask the base model instead")
     ask.set_defaults(command=_ask)
+
+    ingredients = commands.add_parser("ingredients", help="measure what each ingredient of QLoRA does, over seeds")
+    ingredients.add_argument("--run", help="the run that is varied; the result goes into its directory")
+    ingredients.add_argument("--preset", default="pocket", help="or the preset that is varied (default: pocket)")
+    ingredients.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
+    ingredients.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least two (default: 0 1 2)")
+    ingredients.add_argument("--out", type=Path, help="JSON file for the result, gone on with if it is there")
+    ingredients.set_defaults(command=_ingredients)
     return parser
 
 
@@ -112,7 +120,7 @@ def _ask(options: argparse.Namespace) -> int:
     from qlora_utils.run_directory import RunDirectory, require_adapter
 
     if not options.question.strip():
-        raise ConfigError('the question is empty; ask one, as in qlora ask "What is the capital of Japan?" --run demo')
+        raise ConfigError('the question is empty; ask one, as in qlora ask "What is the capital of Chile?" --run demo')
     folder = Path(options.run)
     is_run = (folder / "config.json").is_file()
     run = RunDirectory(folder.resolve() if is_run else Path(options.output_dir) / options.run)
@@ -121,15 +129,31 @@ def _ask(options: argparse.Namespace) -> int:
 
     import threading
 
-    from qlora_utils import answers, data, lora, quantization
+    from qlora_utils import data, generation, lora, quantization
 
     tokenizer = data.load_tokenizer(config)
     tuned_model = lora.reload(quantization.load(config), adapter)
-    ask = answers.make_asker(tuned_model, tokenizer)
-    sampling = answers.Sampling(max_new_tokens=config.max_new_tokens)
+    ask = generation.make_asker(tuned_model, tokenizer)
+    sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
     for piece in ask(options.question, "base" if options.base else "tuned", sampling, threading.Event()):
         print(piece, end="", flush=True)
     print()
+    return 0
+
+
+def _ingredients(options: argparse.Namespace) -> int:
+    from qlora_utils import ingredients
+    from qlora_utils.config import RunConfig
+    from qlora_utils.run_directory import RunDirectory
+
+    if options.run:
+        config = RunConfig.continue_run(Path(options.output_dir) / options.run)
+    else:
+        config = RunConfig.from_preset(options.preset, run_name=options.preset, output_dir=options.output_dir)
+    path = options.out or RunDirectory(config.run_dir).ingredients
+    ingredients.measure(config, options.seeds, path)
+    print(f"written to {path}")
+    print(ingredients.table(ingredients.read_json(path)))
     return 0
 
 

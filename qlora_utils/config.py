@@ -88,10 +88,15 @@ class RunConfig(BaseModel):
     eval_steps: int = Field(50, ge=1, description="steps between measurements of the held-out loss")
     save_steps: int = Field(100, ge=1, description="steps between checkpoints")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    keep: Literal["best", "last"] = Field(
+        "best", description="the adapter that is kept: of the lowest held-out loss, or of the last step"
+    )
+    eval_rows: int | None = Field(None, ge=1, description="held-out rows measured during training (None: all)")
+    trace_rows: int = Field(0, ge=0, description="held-out questions asked at each of these measurements (0: none)")
     resume: bool = Field(False, description="continue from the last checkpoint of the run directory")
 
     # Answers
-    score_rows: int = Field(200, ge=1, description="held-out questions answered by base and tuned model")
+    score_rows: int = Field(200, ge=1, description="questions of each split answered by base and tuned model")
     max_new_tokens: int = Field(256, ge=1, description="tokens; the longest answer")
     answer_batch_size: int = Field(16, ge=1, description="questions answered at a time")
 
@@ -310,10 +315,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora_r": 16,
         "lora_alpha": 16,
         "learning_rate": 1e-3,
+        "head_learning_rate": 1e-4,
         "steps": 250,
         "batch_size": 16,
         "gradient_checkpointing": False,
         "eval_steps": 25,
+        "eval_rows": 160,
+        "trace_rows": 48,
         "max_new_tokens": 48,
         "answer_batch_size": 64,
     },

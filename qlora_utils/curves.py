@@ -17,6 +17,7 @@ History = list[dict[str, Any]]
 COLUMNS = {
     "loss": "training loss (nats per answer token)",
     "eval_loss": "held-out loss (nats per answer token)",
+    "eval_exact_match": "exact match on held-out questions",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_s": "tokens per second",
@@ -63,6 +64,12 @@ def lowest(history: History, name: str = "eval_loss") -> tuple[int, float] | Non
     return steps[best], values[best]
 
 
+def turned(history: History, margin: float = 0.01) -> bool:
+    """Whether the held-out loss ends above its lowest point, by more than a share of `margin`."""
+    best = lowest(history)
+    return best is not None and column(history, "eval_loss")[1][-1] > (1 + margin) * best[1]
+
+
 def plot_column(histories: Mapping[str, History], name: str, ax: Axes) -> Figure:
     """One column against the step, a line for each run.
 
@@ -79,28 +86,33 @@ def plot_column(histories: Mapping[str, History], name: str, ax: Axes) -> Figure
             (line,) = ax.plot(steps, smooth(values), label=run_name)
             ax.plot(steps, values, color=line.get_color(), alpha=0.3, linewidth=1)
         else:
-            ax.plot(steps, values, label=run_name, marker="o" if name == "eval_loss" else None, markersize=3)
+            ax.plot(steps, values, label=run_name, marker="o" if name.startswith("eval_") else None, markersize=3)
     ax.set(xlabel="step", title=COLUMNS[name])
     ax.grid(alpha=0.3)
     if name in ("loss", "eval_loss", "tokens_per_s", "peak_memory_bytes"):
         ax.set_ylim(bottom=0, top=1.05 * ax.get_ylim()[1])
+    if name == "eval_exact_match":
+        ax.set_ylim(-0.03, 1.03)
     if len(histories) > 1:
         ax.legend(frameon=False, fontsize="small")
     return ax.get_figure()  # type: ignore[return-value]
 
 
 def plot_overview(histories: Mapping[str, History]) -> Figure:
-    """All columns as small panels, the runs overlaid."""
+    """All columns that were measured as small panels, the runs overlaid."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for name, ax in zip(COLUMNS, axes.flat, strict=True):
+    measured = [name for name in COLUMNS if any(column(history, name)[0] for history in histories.values())]
+    figure, axes = plt.subplots(2, 4, figsize=(16, 6.5), layout="constrained")
+    for name, ax in zip(measured, axes.flat, strict=False):
         plot_column(histories, name, ax)
+    for ax in axes.flat[len(measured) :]:
+        ax.remove()
     return figure
 
 
 def plot_losses(history: History, ax: Axes) -> Figure:
-    """Training and held-out loss of one run, the lowest held-out loss marked.
+    """Training and held-out loss of one run, the lowest held-out loss marked, and what comes after it shaded.
 
     The scale is logarithmic: most of what matters happens after the first steep fall.
     """
@@ -114,6 +126,8 @@ def plot_losses(history: History, ax: Axes) -> Figure:
     best = lowest(history)
     if best is not None:
         side = "right" if best[0] > 0.9 * steps[-1] else "center"
+        if turned(history):
+            ax.axvspan(best[0], steps[-1], color="tab:red", alpha=0.06, linewidth=0, label="overfitting")
         ax.annotate(f"lowest {best[1]:.3f}\nat step {best[0]}", best, xytext=(0, 18), textcoords="offset points",
                     ha=side, fontsize="small", arrowprops={"arrowstyle": "-", "color": "tab:gray"})  # fmt: skip
     ax.set(xlabel="step", ylabel="nats per answer token", title="Loss (logarithmic scale)", yscale="log")

@@ -1,6 +1,6 @@
 """The answer playground: ask base or tuned model, watch the answer come, stop it, turn the knobs (notebook 07).
 
-`answers.make_asker` turns a model into a plain function from a question to pieces of its answer, `render_history`
+`generation.make_asker` turns a model into a plain function from a question to pieces of its answer, `render_history`
 turns what was said into HTML, and `Playground` only wires both to widgets, so that each can be tested by itself.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import ipywidgets as widgets
 
-from qlora_utils.answers import MODELS, Asker, Sampling
+from qlora_utils.generation import MODELS, Asker, Sampling
 
 
 @dataclass(frozen=True)

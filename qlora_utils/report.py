@@ -8,11 +8,12 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_utils.curves import column, lowest
+from qlora_utils.curves import column, lowest, turned
 from qlora_utils.data import report_table
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_text
+from qlora_utils.scores import SCORES, paired_text, score_text
 
-SCORE_NAMES = {"exact_match": "exact match", "f1": "token F1", "rouge_l": "ROUGE-L", "perplexity": "perplexity"}
+SCORE_NAMES = {**SCORES, "perplexity": "perplexity"}
 
 
 def summary(run: RunDirectory) -> str:
@@ -34,15 +35,29 @@ def summary(run: RunDirectory) -> str:
     ]
     if held_out:
         lines.append(f"held-out loss   {held_out[0]:.3f} → {held_out[-1]:.3f}{_warning(history)}")
+    kept = train.get("kept_step", train["steps"])
+    if kept != train["steps"]:
+        lines.append(f"adapter kept    that of step {kept}, held-out loss {train['kept_loss']:.3f}, not the last")
     if "tuned" in metrics:
         held = metrics["held_out"]
         lines.append(
             f"held-out scores, base → tuned, {held['questions']} questions (perplexity: {held['rows']} conversations):"
         )
-        for name, title in SCORE_NAMES.items():
+        for name, title in _measured(metrics).items():
             base, tuned = (score_text(name, metrics[model][name]) for model in ("base", "tuned"))
-            lines.append(f"  {title:<13} {base} → {tuned}")
+            lines.append(f"  {title:<14} {base} → {tuned}")
+        if held.get("chosen_on"):
+            lines.append("  (the adapter was chosen by these same rows: take the scores as slightly too good)")
+        lines.append("exact match, base → tuned, by split (questions):")
+        for split, group in metrics.get("groups", {}).get("split", {}).items():
+            base, tuned = (score_text("exact_match", group[model]["exact_match"]) for model in ("base", "tuned"))
+            lines.append(f"  {split} ({group['questions']})  {base} → {tuned}")
     return "\n".join(lines)
+
+
+def _measured(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Name and title of the scores that these answers have."""
+    return {name: title for name, title in SCORE_NAMES.items() if name in metrics["base"]}
 
 
 def _warning(history: list[dict[str, Any]]) -> str:
@@ -51,14 +66,9 @@ def _warning(history: list[dict[str, Any]]) -> str:
     best = lowest(history)
     if losses[-1] > losses[0]:
         return "   it rose: the learning rate may be too high"
-    if best and losses[-1] > 1.01 * best[1]:
-        return f"   it was {best[1]:.3f} at step {best[0]}; fewer steps may do better"
+    if best and turned(history):
+        return f"   it was {best[1]:.3f} at step {best[0]}: overfitting after that"
     return ""
-
-
-def score_text(name: str, value: float) -> str:
-    """A score as people read it: three decimals, but four digits of a perplexity, which may be of any size."""
-    return f"{value:.4g}" if name == "perplexity" else f"{value:.3f}"
 
 
 def write_report(run: RunDirectory) -> None:
@@ -74,7 +84,7 @@ def write_report(run: RunDirectory) -> None:
         f"<p>{html.escape(config['model'])} tuned on {html.escape(config['dataset'])}, "
         f"{metrics['train']['steps']} steps.</p>",
         "<h2>Scores on held-out questions</h2>",
-        _scores(metrics) if "tuned" in metrics else "<p>Not measured yet: notebook 06 does it.</p>",
+        *([_scores(metrics), *_groups(metrics.get("groups", {}))] if "tuned" in metrics else [_NOT_YET]),
         "<h2>Figures</h2>",
         *(_figure(path) for path in sorted(run.figures.glob("*.png"))),
         *(["<h2>Answers</h2>", _answers(read_jsonl(run.answers))] if run.answers.is_file() else []),
@@ -102,20 +112,60 @@ pre {{ overflow-x: auto }} td {{ overflow-wrap: anywhere; white-space: pre-wrap 
 """
 
 
+_NOT_YET = "<p>Not measured yet: notebook 06 does it.</p>"
+
+
+def _cell(section: Mapping[str, Any], name: str) -> str:
+    """A score with its interval, or nothing where it was not measured."""
+    if name not in section:
+        return "<td></td>"
+    low, high = (score_text(name, bound) for bound in section["intervals"][name])
+    return f"<td>{score_text(name, section[name])} <small>[{low}, {high}]</small></td>"
+
+
 def _scores(metrics: Mapping[str, Any]) -> str:
-    rows = []
-    for name, title in SCORE_NAMES.items():
-        cells = ""
-        for model in ("base", "tuned"):
-            low, high = (score_text(name, bound) for bound in metrics[model]["intervals"][name])
-            cells += f"<td>{score_text(name, metrics[model][name])} <small>[{low}, {high}]</small></td>"
-        rows.append(f"<tr><th>{title}</th>{cells}</tr>")
+    rows = [
+        f"<tr><th>{title}</th>{_cell(metrics['base'], name)}{_cell(metrics['tuned'], name)}</tr>"
+        for name, title in _measured(metrics).items()
+    ]
+    stopped = "".join(f"<td>{metrics[model]['stopped']:.3f}</td>" for model in ("base", "tuned"))
+    rows.append(f"<tr><th>stops by itself</th>{stopped}</tr>")
     held = metrics["held_out"]
+    paired = html.escape(paired_text(metrics["paired"])) if "paired" in metrics else ""
+    chosen = " The adapter was chosen by these same rows: take the scores as slightly too good."
+    chosen = chosen if held.get("chosen_on") else ""
     return (
         f"<table><tr><th></th><th>base</th><th>tuned</th></tr>{''.join(rows)}</table>"
         f"<p>{held['questions']} questions, for the perplexity {held['rows']} conversations; 95&nbsp;% bootstrap "
-        "intervals in brackets.</p>"
+        f"intervals in brackets, drawn by entity where one is named and by row elsewhere. {paired}{chosen}</p>"
     )
+
+
+def _groups(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table for each way of grouping the questions: by split, turn, domain, kind."""
+    titles = ("asked", "a guess", "exact match, base", "exact match, tuned", "names the fact, base → tuned",
+              "token F1, base → tuned", "stops, base → tuned", "McNemar's p")  # fmt: skip
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    tables = []
+    for by, members in groups.items():
+        rows = ""
+        for value, group in members.items():
+            base, tuned = group["base"], group["tuned"]
+            pairs = [
+                " → ".join(score_text(name, section[name]) for section in (base, tuned) if name in section)
+                for name in ("names_fact", "f1", "stopped")
+            ]
+            guess = f"{group['guess']:.2f}" if "guess" in group else ""
+            rows += (
+                f"<tr><th>{html.escape(value)}</th><td>{group['questions']}</td><td>{guess}</td>"
+                f"{_cell(base, 'exact_match')}{_cell(tuned, 'exact_match')}"
+                f"{''.join(f'<td>{pair}</td>' for pair in pairs)}<td>{group['paired']['p_value']:.2g}</td></tr>"
+            )
+        opened = " open" if by == "split" else ""
+        tables.append(
+            f"<details{opened}><summary>By {by}</summary><table><tr><th></th>{head}</tr>{rows}</table></details>"
+        )
+    return tables
 
 
 def _figure(path: Any) -> str:
@@ -132,11 +182,11 @@ def _answers(lines: list[dict[str, Any]], count: int = 20) -> str:
         before = [f"{turn['question']} → {turn['answer']}\n" for turn in line["history"][-1:]]
         return "".join(before) + line["text"]
 
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in texts) + "</tr>"
-        for texts in ((asked(x), x["expected"], x["base"]["answer"], x["tuned"]["answer"]) for x in shown)
-    )
-    return f"<table><tr><th>question</th><th>expected</th><th>base</th><th>tuned</th></tr>{rows}</table>"
+    rows = ""
+    for line in shown:
+        texts = (line.get("split", ""), asked(line), line["expected"], line["base"]["answer"], line["tuned"]["answer"])
+        rows += "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in texts) + "</tr>"
+    return f"<table><tr><th>split</th><th>question</th><th>expected</th><th>base</th><th>tuned</th></tr>{rows}</table>"
 
 
 def _table(values: Mapping[str, Any]) -> str:

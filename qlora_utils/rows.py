@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_utils.sources import DataError, Row
@@ -64,13 +64,18 @@ class Conversation:
     where: str = ""
     number: int = 0
     shape: str = ""
-    tags: Mapping[str, str] = field(default_factory=dict)  # the row's other text columns, e.g. entity, kind
+    # The row's other text columns, e.g. domain; a list of texts, one per turn, speaks of each turn, e.g. kind.
+    tags: Mapping[str, str | list[str]] = field(default_factory=dict)
     unanswered: bool = False  # the row ended with a question that nobody answered; that turn is not among `turns`
 
     @property
     def text(self) -> str:
         """The conversation in Llama-2 chat format."""
         return render(self.turns)
+
+    def tags_of(self, turn: int) -> dict[str, str]:
+        """The tags of one turn, by its index."""
+        return {name: value if isinstance(value, str) else value[turn] for name, value in self.tags.items()}
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,9 @@ def parse(row: Row) -> Conversation:
     if not turns:
         raise UnusableRowError("no answered turn" if unanswered else "no turn")
     used = {"text", "messages", "conversations", "input", *(name for pair in _PAIRS for name in pair)}
-    tags = {name: value for name, value in columns.items() if name not in used and isinstance(value, str)}
-    for text in (*(part for turn in turns for part in (turn.question, turn.answer)), *tags.values()):
+    tags = {n: value for n, value in columns.items() if n not in used and _is_tag(value, len(turns))}
+    said = [part for turn in turns for part in (turn.question, turn.answer)]
+    for text in (*said, *(text for value in tags.values() for text in ([value] if isinstance(value, str) else value))):
         _check_encodable(text)
     return Conversation(turns, row.where, row.number, shape, tags, unanswered)
 
@@ -144,6 +150,13 @@ def _shape_and_parts(columns: Mapping[str, Any]) -> tuple[str, list[tuple[str, s
         f"columns {', '.join(map(str, columns)) or 'none'}: expected text, messages, conversations, instruction/output "
         "or question/answer"
     )
+
+
+def _is_tag(value: Any, turns: int) -> bool:
+    """Whether a column holds one text, or a list of as many texts as there are turns, one for each."""
+    if isinstance(value, list):
+        return len(value) == turns and all(isinstance(member, str) for member in value)
+    return isinstance(value, str)
 
 
 def _check_encodable(text: str) -> None:
@@ -237,13 +250,13 @@ def usable(conversation: Conversation) -> Conversation:
     Raises:
         UnusableRowError: no turn is left.
     """
-    turns = tuple(turn for turn in conversation.turns if not turn.blank)
+    kept = [index for index, turn in enumerate(conversation.turns) if not turn.blank]
+    turns = tuple(conversation.turns[index] for index in kept)
     if not turns:
         what = "question" if not conversation.turns[0].question.strip() else "answer"
         raise UnusableRowError(f"every turn is blank (the first has no {what})")
-    return Conversation(
-        turns, conversation.where, conversation.number, conversation.shape, conversation.tags, conversation.unanswered
-    )
+    tags = {n: v if isinstance(v, str) else [v[index] for index in kept] for n, v in conversation.tags.items()}
+    return replace(conversation, turns=turns, tags=tags)
 
 
 def first_readable(source: Mapping[str, Iterable[Row]]) -> tuple[Row, Conversation]:

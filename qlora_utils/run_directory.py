@@ -55,13 +55,18 @@ class RunDirectory:
 
     @property
     def answers(self) -> Path:
-        """One JSON line per held-out question: expected, base and tuned answer, scores."""
+        """One JSON line per question asked: its split, what was expected, base and tuned answer, scores."""
         return self.path / "answers.jsonl"
 
     @property
     def metrics(self) -> Path:
-        """`train`, `held_out`, `base` and `tuned`."""
+        """`train`; `held_out`, `base`, `tuned` and `paired` on held-out questions; `groups` of them."""
         return self.path / "metrics.json"
+
+    @property
+    def ingredients(self) -> Path:
+        """The same training with one thing changed, if that was measured (`qlora ingredients --run NAME`)."""
+        return self.path / "ingredients.json"
 
     @property
     def figures(self) -> Path:

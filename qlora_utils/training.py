@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.data import IGNORED, Collator, Encoded, Prepared, encode
+from qlora_utils.generation import Sampling, answer_all, questions_of
 from qlora_utils.lora import HEAD
 from qlora_utils.quantization import compute_dtype
+from qlora_utils.rows import Conversation
 from qlora_utils.run_directory import HEADLESS, RunDirectory, read_jsonl, write_json, write_jsonl
+from qlora_utils.scores import exact_match
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,12 +43,15 @@ class DivergedError(RuntimeError):
 class Trained:
     """What a training left behind, as `metrics.json` has it under `train`.
 
-    `wall_s` is in seconds and, of a resumed training, counts the steps before the resume too.
+    `kept_step` is the step whose adapter was kept, `kept_loss` its held-out loss. `wall_s` is in seconds and, of a
+    resumed training, counts the steps before the resume too.
     """
 
     steps: int
+    kept_step: int
     first_loss: float
     final_loss: float
+    kept_loss: float | None
     tokens: int
     tokens_per_s: float
     wall_s: float
@@ -58,9 +65,10 @@ class QLoRATrainer(Trainer):
     by those of the whole step, so that how a batch is cut into micro-batches changes nothing.
     """
 
-    def __init__(self, *, config: RunConfig, **options: Any) -> None:
+    def __init__(self, *, config: RunConfig, trace: Callable[[Any], float] | None, **options: Any) -> None:
         super().__init__(**options)
         self.config = config
+        self.trace = trace
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over two groups: the LoRA matrices, and the head with a learning rate of its own."""
@@ -84,11 +92,19 @@ class QLoRATrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The mean loss over all held-out answer tokens. Trainer's own averages the means of batches."""
+        """The mean loss over all held-out answer tokens, and exact match on the questions traced.
+
+        Trainer's own loss averages the means of batches.
+        """
         assert self.model is not None
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         loss, _ = response_loss(self.model, rows, self.data_collator, batch_size=self.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_loss": loss}
+        if self.trace is not None:
+            metrics[f"{metric_key_prefix}_exact_match"] = self.trace(self.model)
+        best = self.state.best_metric
+        if self.config.keep == "best" and self.state.global_step and (best is None or loss < best):
+            self.control.should_save = True  # whatever save_steps says: this may be the adapter to keep
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -194,7 +210,7 @@ class HistoryWriter(TrainerCallback):
             }
             self.tokens_before, self.seconds_before = tokens, self.training_s
         elif "eval_loss" in logs:
-            line["eval_loss"] = logs["eval_loss"]
+            line |= {name: logs[name] for name in ("eval_loss", "eval_exact_match") if name in logs}
         else:
             return
         numbers = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in line.items()}
@@ -229,7 +245,7 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Show the latest losses."""
-        names = {"loss": "loss", "eval_loss": "held-out"}
+        names = {"loss": "loss", "eval_loss": "held-out", "eval_exact_match": "right"}
         self.shown |= {names[name]: f"{value:.3f}" for name, value in (logs or {}).items() if name in names}
         if self.bar is not None:
             self.bar.set_postfix(self.shown, refresh=False)
@@ -309,7 +325,10 @@ def training_arguments(config: RunConfig, run: RunDirectory, micro: int) -> Trai
         eval_steps=config.eval_steps,
         eval_on_start=not config.resume or last_checkpoint(run.checkpoints) is None,
         save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
+        # With a limit of 1 transformers would keep the best alone, and a finished training could not be told from one
+        # that stopped there.
+        save_total_limit=max(config.save_total_limit, 2 if config.keep == "best" else 1),
+        metric_for_best_model="eval_loss" if config.keep == "best" else None,
         include_num_input_tokens_seen="all" if config.packing else "non_padding",
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
@@ -341,12 +360,46 @@ def make_trainer(
         args=arguments,
         train_dataset=train_rows,
         # The held-out loss is always that of the answers, so that runs can be compared.
-        eval_dataset=encode(prepared.held_out, tokenizer, max_seq_len=limit),
+        eval_dataset=encode(measured_rows(prepared.held_out, config), tokenizer, max_seq_len=limit),
+        trace=make_trace(prepared.held_out, tokenizer, config) if config.trace_rows else None,
         data_collator=Collator(tokenizer.pad_token_id, config.packing),
         callbacks=[HistoryWriter(run.history), Progress()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def measured_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[Conversation]:
+    """The rows measured during training, by which an adapter is kept: `eval_rows` of those held out, by the seed."""
+    chosen = _measured(len(held_out), config)
+    return [row for index, row in enumerate(held_out) if index in chosen]
+
+
+def unmeasured_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[Conversation]:
+    """The rows held out that had no say in which adapter is kept, and so give a score that it was not chosen for."""
+    chosen = _measured(len(held_out), config)
+    return [row for index, row in enumerate(held_out) if index not in chosen]
+
+
+def _measured(rows: int, config: RunConfig) -> set[int]:
+    wanted = rows if config.eval_rows is None else min(config.eval_rows, rows)
+    return set(random.Random(config.seed).sample(range(rows), wanted))
+
+
+def make_trace(
+    held_out: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> Callable[[PeftModel], float]:
+    """A function from the model to its exact match on `trace_rows` held-out questions, always the same ones."""
+    known = questions_of(measured_rows(held_out, config), tokenizer, config, count=config.trace_rows)
+    traced = random.Random(config.seed).sample(known, min(config.trace_rows, len(known)))
+    sampling = Sampling(max_new_tokens=config.max_new_tokens)
+
+    def trace(model: PeftModel) -> float:
+        answers = answer_all(model, tokenizer, traced, sampling=sampling, batch_size=config.answer_batch_size)
+        right = [exact_match(answer.text, asked.expected) for answer, asked in zip(answers, traced, strict=True)]
+        return sum(right) / len(right) if right else 0.0
+
+    return trace
 
 
 def train(
@@ -384,16 +437,25 @@ def train(
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     wall_s = time.perf_counter() - began
+    kept_step = trainer.state.global_step
+    best = trainer.state.best_model_checkpoint
+    if config.keep == "best" and best is not None and step_of(Path(best)) != kept_step:
+        kept_step = step_of(Path(best))
+        take_back(tuned_model, Path(best))
     save_adapter(tuned_model, tokenizer, run.adapter)
     run.record(config)
-    lines = [line for line in read_jsonl(run.history) if "loss" in line]
+    history = read_jsonl(run.history)
+    lines = [line for line in history if "loss" in line]
+    measured = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
     if last:
         wall_s += _training_s([line for line in lines if line["step"] <= step_of(last)])
     speeds = [line["tokens_per_s"] for line in lines]
     trained = Trained(
         steps=trainer.state.global_step,
+        kept_step=kept_step,
         first_loss=lines[0]["loss"],
         final_loss=lines[-1]["loss"],
+        kept_loss=measured.get(kept_step),
         tokens=int(trainer.state.num_input_tokens_seen),
         tokens_per_s=round(sorted(speeds)[len(speeds) // 2], 1),
         wall_s=round(wall_s, 2),
@@ -411,6 +473,14 @@ def _training_s(lines: Sequence[Mapping[str, Any]]) -> float:
         (now - then) / max(line["tokens_per_s"], 0.1)  # the column is rounded to a tenth
         for then, now, line in zip(tokens, tokens[1:], lines, strict=False)
     )
+
+
+def take_back(tuned_model: PeftModel, checkpoint: Path) -> None:
+    """Give the adapter, head included, the weights that it had when a checkpoint was written."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    weights = load_peft_weights(str(checkpoint), device=str(next(tuned_model.parameters()).device))
+    set_peft_model_state_dict(tuned_model, weights)
 
 
 def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

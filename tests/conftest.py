@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,7 @@ def config(tmp_path):
 
     return RunConfig.from_preset(
         "pocket", output_dir=str(tmp_path), run_name="test", steps=8, batch_size=8, logging_steps=1, eval_steps=4,
-        save_steps=4, train_rows=64, compute_dtype="float32",
+        save_steps=4, train_rows=64, trace_rows=0, compute_dtype="float32",
     )  # fmt: skip
 
 
@@ -68,12 +70,24 @@ def real_rows():
     return [row.columns["text"] for row in read_source(str(SHARED / "guanaco-llama2-1k"))["train"]]
 
 
-@pytest.fixture
-def prepared(config, tokenizer):
+@pytest.fixture(scope="session")
+def prepared(tokenizer):
+    """64 pocket rows to train on and 16 held out."""
+    from qlora_utils.config import RunConfig
     from qlora_utils.data import Prepared, prepare
 
-    whole = prepare(config, tokenizer)
+    whole = prepare(RunConfig.from_preset("pocket", train_rows=64), tokenizer)
     return Prepared(whole.train, whole.held_out[:16], whole.rejected, whole.report)
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    """data/recipe.py as a module."""
+    spec = importlib.util.spec_from_file_location("recipe", ROOT / "data" / "recipe.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["recipe"] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

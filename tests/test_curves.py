@@ -12,7 +12,7 @@ HISTORY = [{"step": 0, "epoch": 0.0, "eval_loss": 3.0}] + [
     for line in (
         {"step": step, "epoch": step / 10, "loss": 3.0 / step, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100 * step,
          "tokens_per_s": 500.0, "peak_memory_bytes": 2_000_000_000},
-        {"step": step, "epoch": step / 10, "eval_loss": 1 + abs(step - 12) / 10},
+        {"step": step, "epoch": step / 10, "eval_loss": 1 + abs(step - 12) / 10, "eval_exact_match": step / 20},
     )
     if "loss" in line or step % 4 == 0
 ]  # fmt: skip
@@ -44,12 +44,26 @@ def test_every_column_is_drawn_for_every_run():
     memory = figure.axes[-1].get_lines()[0].get_ydata()
     assert set(memory) == {2.0}
     plt.close(figure)
+    untraced = [{name: value for name, value in line.items() if name != "eval_exact_match"} for line in HISTORY]
+    figure = curves.plot_overview({"one": untraced})
+    assert "exact match" not in " ".join(ax.get_title() for ax in figure.axes)
+    assert len(figure.axes) == len(curves.COLUMNS) - 1
+    plt.close(figure)
 
 
 def test_the_lowest_held_out_loss_is_marked():
     figure, ax = plt.subplots()
     curves.plot_losses(HISTORY, ax)
     assert any("lowest 1.000" in text.get_text() and "step 12" in text.get_text() for text in ax.texts)
+    assert curves.turned(HISTORY)
+    assert "overfitting" in [text.get_text() for text in ax.get_legend().get_texts()]
+    plt.close(figure)
+    falling = [{"step": step, "loss": 3 / (step + 1), "eval_loss": 4 / (step + 1)} for step in range(5)]
+    assert not curves.turned(falling)
+    assert not curves.turned([])
+    figure, ax = plt.subplots()
+    curves.plot_losses(falling, ax)
+    assert "overfitting" not in [text.get_text() for text in ax.get_legend().get_texts()]
     plt.close(figure)
 
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from qlora_utils.answers import make_asker
+from qlora_utils.generation import make_asker
 from qlora_utils.playground import Exchange, Playground, render_history
 
 

@@ -7,7 +7,7 @@ import pytest
 from qlora_utils import report
 from qlora_utils.config import RunConfig
 from qlora_utils.data import data_report
-from qlora_utils.run_directory import RunDirectory, read_json, write_json, write_jsonl
+from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
 
 SCORES = {"exact_match": 0.5, "f1": 0.5, "rouge_l": 0.5, "perplexity": 3.0, "stopped": 1.0,
           "intervals": {name: [0.1, 3.2] for name in ("exact_match", "f1", "rouge_l", "perplexity")}}  # fmt: skip
@@ -17,11 +17,15 @@ def finished(folder, tokenizer, text):
     config = RunConfig.from_preset("pocket", output_dir=str(folder), run_name="r")
     run = RunDirectory(config.run_dir)
     run.begin(config)
-    train = {"steps": 2, "first_loss": 3.0, "final_loss": 1.0, "tokens": 10, "tokens_per_s": 5.0, "wall_s": 2.0,
-             "peak_memory_bytes": 10**9}  # fmt: skip
-    run.add_metrics(train=train, base=SCORES, tuned=SCORES, held_out={"rows": 1, "questions": 1})
+    train = {"steps": 2, "kept_step": 1, "kept_loss": 1.25, "first_loss": 3.0, "final_loss": 1.0, "tokens": 10,
+             "tokens_per_s": 5.0, "wall_s": 2.0, "peak_memory_bytes": 10**9}  # fmt: skip
+    paired = {"gained": 1, "lost": 0, "p_value": 1.0}
+    groups = {"split": {text: {"questions": 1, "base": SCORES, "tuned": SCORES, "paired": paired}}}
+    run.add_metrics(
+        train=train, base=SCORES, tuned=SCORES, held_out={"rows": 1, "questions": 1}, paired=paired, groups=groups
+    )
     write_jsonl(run.history, [{"step": 0, "eval_loss": 3.0}, {"step": 2, "eval_loss": 1.5}])
-    line = {"text": text, "expected": text, "base": {"answer": text}, "tuned": {"answer": text}}
+    line = {"split": text, "text": text, "expected": text, "base": {"answer": text}, "tuned": {"answer": text}}
     write_jsonl(run.answers, [{**line, "history": [{"question": f"before {text}", "answer": text}]}])
     write_json(run.data / "report.json", data_report([], tokenizer, max_seq_len=8, batch_size=2))
     return run
@@ -38,7 +42,7 @@ def test_the_page_is_self_contained_and_escapes_what_it_is_given(tmp_path, token
     report.write_report(run)
     page = run.report.read_text()
     assert hostile not in page
-    assert page.count("&lt;script&gt;") == 6
+    assert page.count("&lt;script&gt;") == 8
     assert "before &lt;script&gt;" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "data:image/png;base64," in page
@@ -56,7 +60,7 @@ def test_a_run_without_scores_has_a_page_too(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("losses", "said"),
-    [([3.0, 2.0, 1.0], ""), ([3.0, 1.0, 1.5], "it was 1.000 at step 1; fewer steps"), ([3.0, 1.0, 4.0], "it rose")],
+    [([3.0, 2.0, 1.0], ""), ([3.0, 1.0, 1.5], "it was 1.000 at step 1: overfitting"), ([3.0, 1.0, 4.0], "it rose")],
 )
 def test_summary_warns_where_the_held_out_loss_calls_for_it(tmp_path, tokenizer, losses, said):
     run = finished(tmp_path, tokenizer, "x")
@@ -70,4 +74,24 @@ def test_summary_tells_loss_and_scores(tmp_path, tokenizer):
     text = report.summary(finished(tmp_path, tokenizer, "x"))
     assert "training loss   3.000 → 1.000" in text
     assert "held-out loss   3.000 → 1.500" in text
-    assert "exact match   0.500 → 0.500" in text
+    assert "exact match    0.500 → 0.500" in text
+    assert "x (1)  0.500 → 0.500" in text
+    assert "that of step 1, held-out loss 1.250, not the last" in text
+    assert "chosen by these same rows" not in text
+
+
+def test_scores_on_the_rows_that_chose_the_adapter_are_marked(tmp_path, tokenizer):
+    run = finished(tmp_path, tokenizer, "x")
+    run.add_metrics(held_out={"rows": 1, "questions": 1, "chosen_on": True})
+    report.write_report(run)
+    assert all("chosen by these same rows" in text for text in (report.summary(run), run.report.read_text()))
+
+
+def test_a_run_of_an_earlier_version_can_still_be_told(tmp_path, tokenizer):
+    run = finished(tmp_path, tokenizer, "x")
+    metrics = read_json(run.metrics)
+    train = {name: value for name, value in metrics["train"].items() if not name.startswith("kept")}
+    write_json(run.metrics, {"train": train, **{name: metrics[name] for name in ("base", "tuned", "held_out")}})
+    write_jsonl(run.answers, [{n: v for n, v in x.items() if n != "split"} for x in read_jsonl(run.answers)])
+    report.write_report(run)
+    assert "exact match" in report.summary(run)

@@ -92,6 +92,18 @@ def test_an_unusable_row_has_a_reason(columns, reason):
         rows.parse(row(**columns))
 
 
+def test_other_columns_become_tags_of_the_row_or_of_its_turns():
+    two = [{"role": role, "content": f"{role}{n}"} for n in "12" for role in ("user", "assistant")]
+    found = rows.parse(row(messages=two, domain="d", kind=["k1", "k2"], three=["a", "b", "c"], number=3))
+    assert found.tags == {"domain": "d", "kind": ["k1", "k2"]}
+    assert found.tags_of(1) == {"domain": "d", "kind": "k2"}
+    blank = [{**message, "content": " "} if message["content"] == "user1" else message for message in two]
+    kept = rows.usable(rows.parse(row(messages=blank, kind=["k1", "k2"])))
+    assert kept.tags_of(0) == {"kind": "k2"}  # a tag goes with its turn
+    with pytest.raises(UnusableRowError, match="lone surrogate"):
+        rows.parse(row(messages=two, kind=["k1", "half \ud83d"]))
+
+
 def test_a_table_that_mixes_spellings_of_messages_is_read():
     filled = [{"role": None, "content": None, "from": "human", "value": "q"},
               {"role": None, "content": None, "from": "gpt", "value": "a"}]  # fmt: skip

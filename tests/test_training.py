@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from qlora_utils import lora, quantization, training
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.data import IGNORED, Collator, Encoded, encode
+from qlora_utils.generation import Answer, Question, Sampling, answer_all
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
 
 
@@ -286,3 +287,144 @@ def test_epochs_replace_steps(config, tokenizer, prepared):
 def test_fp16_without_a_gpu_is_refused(config, tokenizer, prepared, run, tuned_model):  # trap 9
     with pytest.raises(ConfigError, match=r"float16 needs a GPU"):
         training.make_trainer(changed(config, compute_dtype="float16"), tuned_model, tokenizer, prepared, run)
+
+
+# ------------------------------------------------------------------------------------------------ evaluation, best
+
+
+def adapter_gradients(model, rows):
+    """Gradient of every trained weight for one pack of rows."""
+    model.train()
+    model.zero_grad()
+    batch = on_its_device(model, Collator(0, packing=True)(rows))
+    labels = batch.pop("labels")
+    logits = model(**batch, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=IGNORED).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def evaluate_and_answer(model, tokenizer, prepared):
+    rows = encode(prepared.held_out, tokenizer)
+    training.response_loss(model, rows, Collator(0, packing=True), batch_size=4)
+    question = Question("What is the capital of Japan?", "")
+    answer_all(model, tokenizer, [question], sampling=Sampling(max_new_tokens=4), batch_size=1)
+
+
+def test_every_adapter_gradient_is_the_same_after_an_evaluation(tuned_model, tokenizer, prepared):  # trap 18
+    rows = encode(prepared.train[:4], tokenizer)
+    with torch.no_grad():
+        for name, parameter in tuned_model.named_parameters():
+            if "lora_B" in name:  # zero at first, which would hide the gradient of lora_A
+                parameter.normal_(std=0.02, generator=torch.Generator(parameter.device).manual_seed(0))
+    before = adapter_gradients(tuned_model, rows)
+    assert before.keys() == {n for n, p in tuned_model.named_parameters() if p.requires_grad}
+    assert all(gradient.abs().max() > 0 for gradient in before.values())
+    evaluate_and_answer(tuned_model, tokenizer, prepared)
+    after = adapter_gradients(tuned_model, rows)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not torch.cpu._is_avx512_bf16_supported(), reason="the trap needs AVX512-BF16"
+)
+@pytest.mark.filterwarnings("ignore:.*gemv_4bit.*")
+def test_without_our_guard_the_gradients_would_be_lost(tuned_model, tokenizer, prepared):  # trap 18 is real here
+    for layer in tuned_model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = True
+    rows = encode(prepared.train[:4], tokenizer)
+    before = adapter_gradients(tuned_model, rows)
+    evaluate_and_answer(tuned_model, tokenizer, prepared)
+    after = adapter_gradients(tuned_model, rows)
+    assert any(name not in after or not torch.equal(before[name], after[name]) for name in before)
+
+
+class Spoil(TrainerCallback):
+    """Makes every weight that trains worse from a step on, so that the best held-out loss lies before the end."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        if state.global_step >= self.step:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_adapter_of_the_lowest_held_out_loss_is_kept(config, tokenizer, prepared, keep):
+    # save_steps lies beyond the end: the best is saved nevertheless.
+    variant = changed(config, keep=keep, eval_steps=2, save_steps=100, steps=8)
+    tuned_model, run, history = train(variant, tokenizer, prepared, Spoil(5))
+    measured = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line and line["step"]}
+    best = min(measured, key=measured.get)
+    assert best == 4
+    kept = {"best": best, "last": 8}[keep]
+    assert read_json(run.metrics)["train"]["kept_step"] == kept
+    rows = encode(prepared.held_out, tokenizer)
+    reloaded = lora.reload(quantization.load(variant), run.adapter)
+    for model in (tuned_model, reloaded):
+        loss, _ = training.response_loss(model, rows, Collator(0, packing=True), batch_size=8)
+        assert loss == pytest.approx(measured[kept], rel=1e-4)
+    assert read_json(run.metrics)["train"]["kept_loss"] == measured[kept]
+
+
+class CrashAt(TrainerCallback):
+    """Breaks a training off after a step, as a lost machine would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise OSError("machine lost")
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_the_best_adapter_survives_an_interruption(config, tokenizer, prepared, limit):
+    variant = changed(config, eval_steps=2, save_steps=6, save_total_limit=limit, steps=8)
+    with pytest.raises(OSError, match="machine lost"):
+        train(variant, tokenizer, prepared, Spoil(5), CrashAt(6))
+    run = RunDirectory(variant.run_dir)
+    assert {p.name for p in run.checkpoints.iterdir()} >= {"checkpoint-4", "checkpoint-6"}
+    assert training.last_checkpoint(run.checkpoints).name == "checkpoint-6"
+    _, run, history = train(changed(variant, resume=True), tokenizer, prepared, Spoil(5))
+    assert training.last_checkpoint(run.checkpoints).name == "checkpoint-8"
+    measured = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line and line["step"]}
+    assert min(measured, key=measured.get) == 4
+    assert read_json(run.metrics)["train"]["kept_step"] == 4
+
+
+def test_the_held_out_score_is_traced(config, tokenizer, prepared):
+    _, _, history = train(changed(config, trace_rows=5, eval_rows=8, max_new_tokens=4), tokenizer, prepared)
+    traced = [line for line in history if "eval_exact_match" in line]
+    assert [line["step"] for line in traced] == [0, 4, 8]
+    assert all(line["eval_exact_match"] in {n / 5 for n in range(6)} and "eval_loss" in line for line in traced)
+
+
+def test_tracing_counts_right_answers(config, tuned_model, tokenizer, prepared, monkeypatch):
+    trace = training.make_trace(prepared.held_out, tokenizer, changed(config, trace_rows=4))
+    said = []
+
+    def half_right(model, tokenizer, questions, **_):
+        said.append([q.text for q in questions])
+        return [Answer(q.expected if i % 2 else "no", True) for i, q in enumerate(questions)]
+
+    monkeypatch.setattr(training, "answer_all", half_right)
+    assert trace(tuned_model) == 0.5
+    assert trace(tuned_model) == 0.5
+    assert said[0] == said[1]
+    assert len(said[0]) == 4
+
+
+def test_the_loss_is_measured_on_a_sample_chosen_by_seed(config, prepared):
+    few = changed(config, eval_rows=5)
+    assert len(training.measured_rows(prepared.held_out, few)) == 5
+    assert training.measured_rows(prepared.held_out, few) == training.measured_rows(prepared.held_out, few)
+    rest = training.unmeasured_rows(prepared.held_out, few)
+    assert len(rest) == len(prepared.held_out) - 5
+    assert not [row for row in rest if row in training.measured_rows(prepared.held_out, few)]
+    assert training.measured_rows(prepared.held_out, changed(config, eval_rows=None)) == prepared.held_out
+    assert training.unmeasured_rows(prepared.held_out, changed(config, eval_rows=99)) == []

@@ -1,0 +1,253 @@
+"""Questions put to a model: many at a time, or one answered piece by piece (notebooks 04, 06 and 07)."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from qlora_utils.config import RunConfig
+from qlora_utils.data import encode_prompt
+from qlora_utils.lora import base_alone
+from qlora_utils.rows import Conversation, Turn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODELS = ("tuned", "base")
+Asker = Callable[[str, str, "Sampling", threading.Event], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a row: the turns before it, what is asked, and the answer that the row gives.
+
+    `tags` are the row's other text columns; `split` and `turn` (`first` or `later`) are always among them.
+    """
+
+    text: str
+    expected: str
+    history: tuple[Turn, ...] = ()
+    where: str = ""
+    number: int = 0
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer and whether it ended by itself, with `</s>`, or was cut off."""
+
+    text: str
+    stopped: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy: always the likeliest."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def generation_config(self, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+        """The same for `generate`; whatever the model's own generation_config.json says is left aside."""
+        choice = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            use_cache=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **(choice if self.temperature > 0 else {"do_sample": False}),
+        )
+
+
+def questions_of(
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    *,
+    split: str = "held-out rows",
+    count: int | None = None,
+) -> list[Question]:
+    """Every turn as a question with the turns before it as context; at most `count` of each split.
+
+    Which ones, the run's seed decides. A question that with its context is longer than `max_seq_len` is not asked:
+    nothing of that length was trained on.
+
+    Args:
+        conversations: rows, whose column `split`, if they have one, says what kind of test each is.
+        tokenizer: of the base model.
+        config: the run.
+        split: the name of the split of rows that do not say.
+        count: of questions; by default `score_rows`.
+    """
+    wanted = config.score_rows if count is None else count
+    by_split: dict[str, list[Question]] = {}
+    for conversation in conversations:
+        for index, turn in enumerate(conversation.turns):
+            tags = {"split": split, **conversation.tags_of(index), "turn": "later" if index else "first"}
+            source = (conversation.where, conversation.number, tags)
+            question = Question(turn.question, turn.answer, conversation.turns[:index], *source)
+            by_split.setdefault(tags["split"], []).append(question)
+    chosen = []
+    for name in sorted(by_split):
+        members = by_split[name]
+        drawn: list[int] = []
+        for index in random.Random(config.seed).sample(range(len(members)), len(members)):
+            if len(drawn) == wanted:
+                break
+            if len(encode_prompt(members[index].history, members[index].text, tokenizer)) <= config.max_seq_len:
+                drawn.append(index)
+        chosen += [members[index] for index in sorted(drawn)]
+    return chosen
+
+
+@torch.no_grad()
+def answer_all(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    sampling: Sampling,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Answer many questions in batches of similar length, padded on the left.
+
+    Args:
+        model: base or tuned; answers in eval mode, and is put back afterwards.
+        tokenizer: of the base model.
+        questions: answered in the order given.
+        sampling: how tokens are chosen and how many at most.
+        batch_size: questions at a time.
+        on_batch: called with the number of questions just answered, for a progress bar.
+    """
+    was_training = model.training
+    prompts = [encode_prompt(question.history, question.text, tokenizer) for question in questions]
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers: dict[int, Answer] = {}
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        for start in range(0, len(by_length), batch_size):
+            members = by_length[start : start + batch_size]
+            longest = len(prompts[members[-1]])
+            ids = [[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in members]
+            mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in members]
+            generated: Any = model.generate(  # type: ignore[operator]
+                input_ids=torch.tensor(ids, device=device),  # (batch, seq)
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=sampling.generation_config(tokenizer),
+            )
+            for index, row in zip(members, generated[:, longest:].tolist(), strict=True):
+                answers[index] = _as_answer(row, tokenizer)
+            if on_batch is not None:
+                on_batch(len(members))
+    finally:
+        model.train(was_training)
+    return [answers[index] for index in range(len(questions))]
+
+
+def _as_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+    stopped = tokenizer.eos_token_id in ids
+    kept = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
+    return Answer(str(tokenizer.decode(kept, skip_special_tokens=True)).strip(), stopped)
+
+
+class _Stop(StoppingCriteria):
+    """Ends generation when an event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """True for every row once the event is set."""
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device, dtype=torch.bool)
+
+
+def stream(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    *,
+    history: Sequence[Turn] = (),
+    sampling: Sampling | None = None,
+    stop: threading.Event | None = None,
+) -> Iterator[str]:
+    """Answer one question piece by piece, as the tokens come; the pieces join to the answer of `answer_all`.
+
+    Args:
+        model: base or tuned; put in eval mode.
+        tokenizer: of the base model.
+        question: without any marks.
+        history: earlier turns.
+        sampling: greedy if not given.
+        stop: set it to end the answer early.
+
+    Raises:
+        Exception: whatever generation raised, in the thread of the caller.
+    """
+    model.eval()
+    stop = stop or threading.Event()
+    abandoned = threading.Event()  # not `stop`, which is the caller's and may serve the next question too
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    prompt = torch.tensor([encode_prompt(history, question, tokenizer)], device=next(model.parameters()).device)
+    failures: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            with torch.no_grad():
+                model.generate(  # type: ignore[operator]
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=(sampling or Sampling()).generation_config(tokenizer),
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([_Stop(stop), _Stop(abandoned)]),
+                )
+        except BaseException as error:  # re-raised below: a thread's own traceback reaches nobody
+            failures.append(error)
+            streamer.end()
+
+    worker = threading.Thread(target=generate, daemon=True)
+    worker.start()
+    try:
+        yield from without_margins(streamer)
+    finally:
+        abandoned.set()
+        worker.join()
+    if failures:
+        raise failures[0]
+
+
+def without_margins(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces without the white space before the first word and after the last, where the format puts some."""
+    begun, held_back = False, ""
+    for piece in pieces:
+        text = held_back + piece if begun else piece.lstrip()
+        shown = text.rstrip()
+        begun, held_back = begun or bool(shown), text[len(shown) :]
+        if shown:
+            yield shown
+
+
+def make_asker(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Asker:
+    """A function `(question, model, sampling, stop) -> pieces of the answer`, `model` being `base` or `tuned`.
+
+    Both are the one loaded model, so the function must not be called twice at a time.
+    """
+
+    def ask(question: str, model: str, sampling: Sampling, stop: threading.Event) -> Iterator[str]:
+        if model == "base":
+            with base_alone(tuned_model):
+                yield from stream(tuned_model, tokenizer, question, sampling=sampling, stop=stop)
+        else:
+            yield from stream(tuned_model, tokenizer, question, sampling=sampling, stop=stop)
+
+    return ask

@@ -1,0 +1,150 @@
+"""What an answer is worth, and whether a difference is more than chance (notebooks 04 and 06). Text and numbers alone.
+
+Exact match and token F1 follow SQuAD (Rajpurkar et al., 2016, https://arxiv.org/abs/1606.05250), ROUGE-L Lin, 2004.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from qlora_utils.data import words
+
+SCORES = {"exact_match": "exact match", "names_fact": "names the fact", "f1": "token F1", "rouge_l": "ROUGE-L"}
+
+
+def score_text(name: str, value: float) -> str:
+    """A score as people read it: three decimals, but four digits of a perplexity, which may be of any size."""
+    return f"{value:.4g}" if name == "perplexity" else f"{value:.3f}"
+
+
+def normalise_answer(text: str) -> str:
+    """SQuAD's normal form: lower case, no punctuation, no English articles, single spaces."""
+    bare = "".join(character for character in text.lower() if character not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def exact_match(answer: str, expected: str) -> float:
+    """1 if both have the same normal form, else 0."""
+    return float(normalise_answer(answer) == normalise_answer(expected))
+
+
+def token_f1(answer: str, expected: str) -> float:
+    """Harmonic mean of precision and recall over the words of both normal forms."""
+    given, wanted = normalise_answer(answer).split(), normalise_answer(expected).split()
+    if not given or not wanted:
+        return float(given == wanted)
+    common = sum((Counter(given) & Counter(wanted)).values())
+    return 2 * common / (len(given) + len(wanted))
+
+
+def rouge_l(answer: str, expected: str) -> float:
+    """F-measure of the longest common subsequence of words. Words are of any script, lower-cased, not stemmed."""
+    given, wanted = words(answer.lower()), words(expected.lower())
+    if not given or not wanted:
+        return float(given == wanted)
+    previous = [0] * (len(wanted) + 1)
+    for word in given:
+        current = [0]
+        for index, other in enumerate(wanted):
+            current.append(previous[index] + 1 if word == other else max(previous[index + 1], current[index]))
+        previous = current
+    return 2 * previous[-1] / (len(given) + len(wanted))
+
+
+def names_fact(answer: str, fact: str) -> float:
+    """1 if the words of the fact stand in the answer one after the other, whatever else it says; else 0.
+
+    Case counts here, unlike in `exact_match`: the symbol `In` is no preposition.
+    """
+    given, wanted = words(answer), words(fact)
+    spans = (given[start : start + len(wanted)] for start in range(len(given) - len(wanted) + 1))
+    return float(bool(wanted) and wanted in spans)
+
+
+def mcnemar(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """McNemar's exact test (1947) on the same questions answered right or wrong by two models.
+
+    Only questions on which they differ say anything: were both equally good, each of these would fall to either like
+    a tossed coin. That takes questions to be independent; where several ask about one entity, `p_value` is too small.
+
+    Args:
+        before: 1 where the first model is right, else 0.
+        after: the same of the second model, in the same order.
+
+    Returns:
+        `gained` (right only after), `lost` (right only before), and the two-sided `p_value`.
+    """
+    gained = sum(new > old for old, new in zip(before, after, strict=True))
+    lost = sum(new < old for old, new in zip(before, after, strict=True))
+    tosses = gained + lost
+    tail = sum(math.comb(tosses, heads) for heads in range(min(gained, lost) + 1))
+    # Whole numbers until the division: 2**tosses is too large for a float.
+    return {"gained": gained, "lost": lost, "p_value": min(1.0, float(Fraction(2 * tail, 2**tosses)))}
+
+
+def paired_text(paired: Mapping[str, Any]) -> str:
+    """McNemar's test in a sentence."""
+    p = paired["p_value"]
+    chance = f"p = {p:.2g}" if p >= 1e-300 else "p < 1e-300"
+    return (
+        f"Only tuned answers {paired['gained']} of them exactly, only base {paired['lost']}; McNemar's exact test: "
+        f"{chance}."
+    )
+
+
+def bootstrap_interval(
+    sums: Sequence[float],
+    counts: Sequence[int],
+    *,
+    transform: Callable[[Any], Any] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[float]:
+    """95 % percentile bootstrap interval (Efron, 1979) of the mean `sum(sums) / sum(counts)`.
+
+    What is drawn are clusters: questions about one entity, or tokens of one row, that are right or wrong together and
+    would make the interval too narrow if each were drawn by itself.
+
+    Args:
+        sums: the summed values of each cluster.
+        counts: how many values each cluster has.
+        transform: applied to the means, e.g. `numpy.exp` for a perplexity.
+        resamples: draws of as many clusters as there are, with replacement.
+        seed: of the draws.
+    """
+    import numpy
+
+    if not len(sums):
+        return []
+    total, number = numpy.array(sums, dtype=float), numpy.array(counts)
+    chosen = numpy.random.default_rng(seed).integers(0, len(total), (resamples, len(total)))
+    means = total[chosen].sum(axis=1) / number[chosen].sum(axis=1)
+    low, high = numpy.percentile(transform(means) if transform else means, (2.5, 97.5))
+    return [round(float(low), 4), round(float(high), 4)]
+
+
+def share_interval(values: Sequence[float], clusters: Sequence[Any]) -> list[float]:
+    """95 % interval of the mean of scores in [0, 1]: by bootstrap over clusters.
+
+    Where all are 0, or all 1, any resample is the same; the exact binomial bound (Clopper and Pearson, 1934) over as
+    many clusters takes its place.
+
+    Args:
+        values: one score per question.
+        clusters: what each question belongs to, e.g. its entity.
+    """
+    members: dict[Any, list[float]] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        members.setdefault(cluster, []).append(value)
+    bound = round(0.025 ** (1 / len(members)), 4) if members else 0.0
+    if values and min(values) == 1:
+        return [bound, 1.0]
+    if values and max(values) == 0:
+        return [0.0, round(1 - bound, 4)]
+    return bootstrap_interval([sum(m) for m in members.values()], [len(m) for m in members.values()])

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from conftest import on_its_device
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_utils import generation, quantization
+from qlora_utils.config import RunConfig
+from qlora_utils.data import encode_prompt
+from qlora_utils.generation import Answer, Question, Sampling
+from qlora_utils.rows import Conversation, Turn
+
+QUESTIONS = [
+    Question("What is the capital of Japan?", "The capital of Japan is Tokyo."),
+    Question("And its currency?", "The yen.", (Turn("What is the capital of Japan?", "It is Tokyo."),)),
+    Question("Hi", "Ho"),
+]
+GREEDY = Sampling(max_new_tokens=12)
+
+
+def test_questions_carry_the_turns_before_them(config, tokenizer):
+    two = Conversation((Turn("q1", "a1"), Turn("q2", "a2")), number=7)
+    first, second = generation.questions_of([two], tokenizer, config)
+    assert (first.history, first.expected) == ((), "a1")
+    assert (second.history, second.text, second.number) == ((Turn("q1", "a1"),), "q2", 7)
+
+
+def test_questions_are_sampled_by_seed_and_fit_the_length(config, tokenizer):
+    many = [Conversation((Turn(str(i), "a"),)) for i in range(50)]
+    few = RunConfig.build({**config.model_dump(), "score_rows": 5})
+    assert len(generation.questions_of(many, tokenizer, few)) == 5
+    assert generation.questions_of(many, tokenizer, few) == generation.questions_of(many, tokenizer, few)
+    rows = [Conversation((Turn("long " * config.max_seq_len, "a"),)), many[0]]
+    assert generation.questions_of(rows, tokenizer, config) == generation.questions_of(rows[1:], tokenizer, config)
+
+
+def by_hand(model, tokenizer, question, limit):
+    """Greedy decoding without padding, cache or generate."""
+    ids = encode_prompt(question.history, question.text, tokenizer)
+    start = len(ids)
+    for _ in range(limit):
+        with torch.no_grad():
+            token = int(model(**on_its_device(model, {"input_ids": torch.tensor([ids])})).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            return Answer(tokenizer.decode(ids[start:]).strip(), True)
+        ids.append(token)
+    return Answer(tokenizer.decode(ids[start:]).strip(), False)
+
+
+def test_batched_answers_equal_answers_one_by_one(tuned_model, tokenizer):
+    tuned_model.eval()
+    batched = generation.answer_all(tuned_model, tokenizer, QUESTIONS, sampling=GREEDY, batch_size=3)
+    assert batched == [by_hand(tuned_model, tokenizer, q, 12) for q in QUESTIONS]
+    assert batched == generation.answer_all(tuned_model, tokenizer, QUESTIONS, sampling=GREEDY, batch_size=1)
+
+
+def test_streamed_equals_batched(tuned_model, tokenizer):
+    whole = generation.answer_all(tuned_model, tokenizer, QUESTIONS, sampling=GREEDY, batch_size=3)
+    for question, answer in zip(QUESTIONS, whole, strict=True):
+        pieces = generation.stream(tuned_model, tokenizer, question.text, history=question.history, sampling=GREEDY)
+        assert "".join(pieces) == answer.text
+
+
+@given(st.lists(st.text(alphabet=" \na", max_size=4)))
+def test_a_stream_loses_its_margins_and_nothing_else(pieces):
+    shown = list(generation.without_margins(pieces))
+    assert "".join(shown) == "".join(pieces).strip()
+    assert all(shown)
+
+
+def test_stop_ends_a_stream(tuned_model, tokenizer):
+    stop = threading.Event()
+    pieces = []
+    sampling = Sampling(max_new_tokens=400, temperature=5.0)  # hot enough never to end by itself soon
+    for piece in generation.stream(tuned_model, tokenizer, "Hi", sampling=sampling, stop=stop):
+        pieces.append(piece)
+        stop.set()
+    assert len(pieces) < 20
+
+
+def test_one_stop_event_serves_many_questions(tuned_model, tokenizer):
+    stop = threading.Event()
+    said = [
+        "".join(generation.stream(tuned_model, tokenizer, QUESTIONS[0].text, sampling=GREEDY, stop=stop)) for _ in "ab"
+    ]
+    assert said[0] == said[1]
+    assert not stop.is_set()
+
+
+def test_a_failure_while_streaming_reaches_the_caller(tuned_model, tokenizer, monkeypatch):
+    def fail(**_):
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(tuned_model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory, say"):
+        list(generation.stream(tuned_model, tokenizer, "Hi"))
+
+
+def test_make_asker_switches_between_base_and_tuned(config, tuned_model, tokenizer):
+    plain = generation.answer_all(quantization.load(config), tokenizer, QUESTIONS[:1], sampling=GREEDY, batch_size=1)
+    with torch.no_grad():
+        tuned_model.base_model.model.lm_head.modules_to_save["default"].weight.neg_()
+    ask = generation.make_asker(tuned_model, tokenizer)
+    said = {m: "".join(ask(QUESTIONS[0].text, m, GREEDY, threading.Event())).strip() for m in generation.MODELS}
+    assert said["base"] == plain[0].text
+    assert said["tuned"] != said["base"]
+
+
+def test_questions_are_drawn_from_each_split_alike(config, tokenizer):
+    rows = [Conversation((Turn(f"{s}{i}", "a"),), tags={"split": s}) for s in "xy" for i in range(30)]
+    few = RunConfig.build({**config.model_dump(), "score_rows": 4})
+    asked = generation.questions_of([*rows, Conversation((Turn("q", "a"),))], tokenizer, few, split="z")
+    assert [q.tags["split"] for q in asked] == ["x"] * 4 + ["y"] * 4 + ["z"]
+
+
+def test_each_turn_has_its_own_tags(config, tokenizer):
+    two = Conversation((Turn("q1", "a1"), Turn("q2", "a2")), tags={"domain": "d", "kind": ["k1", "k2"]})
+    first, second = generation.questions_of([two], tokenizer, config)
+    assert dict(first.tags) == {"split": "held-out rows", "domain": "d", "kind": "k1", "turn": "first"}
+    assert dict(second.tags) == {"split": "held-out rows", "domain": "d", "kind": "k2", "turn": "later"}
+
+
+def test_answering_leaves_the_mode_of_the_model(tuned_model, tokenizer):
+    for training in (True, False):
+        tuned_model.train(training)
+        generation.answer_all(tuned_model, tokenizer, QUESTIONS[:1], sampling=GREEDY, batch_size=1)
+        assert tuned_model.training is training
