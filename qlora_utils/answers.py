@@ -142,49 +142,48 @@ def evaluate(
     questions = held + trained
     fresh = unmeasured_rows(prepared.held_out, config)
     rows = encode(fresh or prepared.held_out, tokenizer, max_seq_len=config.max_seq_len)
-    guesses = commonest_facts(prepared.train)
     collator = Collator(tokenizer.pad_token_id, config.packing)
-    scored: dict[str, list[dict[str, Any]]] = {}
-    sections: dict[str, dict[str, Any]] = {}
-    counts: list[int] = []
+    sampling = Sampling(max_new_tokens=config.max_new_tokens)
+    size = config.answer_batch_size
 
-    def measure(name: str) -> None:
-        nonlocal counts
-        answers = answer_all(
-            tuned_model,
-            tokenizer,
-            questions,
-            sampling=Sampling(max_new_tokens=config.max_new_tokens),
-            batch_size=config.answer_batch_size,
-            on_batch=on_batch,
-        )
-        scored[name] = score(answers, questions)
+    def measure() -> tuple[list[dict[str, Any]], list[float], list[int]]:
+        answers = answer_all(tuned_model, tokenizer, questions, sampling=sampling, batch_size=size, on_batch=on_batch)
         losses, counts = row_losses(tuned_model, rows, collator, batch_size=micro_batch_size(config, rows))
-        sections[name] = means(scored[name][: len(held)], [_cluster(question) for question in held])
-        sections[name]["perplexity"], sections[name]["intervals"]["perplexity"] = perplexity(losses, counts)
+        return score(answers, questions), losses, counts
 
     with base_alone(tuned_model):
-        measure("base")
-    measure("tuned")
-    lines = []
-    for question, base, tuned in zip(questions, scored["base"], scored["tuned"], strict=True):
-        tags = {name: value for name, value in question.tags.items() if name != "split"}
-        split = question.tags["split"]
-        known = bool(tags.get("fact")) and "kind" in tags
-        guess = {"guess": float(guesses.get(_kind(tags)) == tags["fact"])} if known else {}
-        lines.append({"split": split, **asdict(question), "tags": tags, **guess, "base": base, "tuned": tuned})
+        measured = {"base": measure()}
+    measured["tuned"] = measure()
+    guesses = commonest_facts(prepared.train)
+    scored = zip(questions, measured["base"][0], measured["tuned"][0], strict=True)
+    lines = [_line(question, base, tuned, guesses) for question, base, tuned in scored]
+    overall = _group_scores(lines[: len(held)])
+    for model, (_, losses, counts) in measured.items():
+        overall[model]["perplexity"], overall[model]["intervals"]["perplexity"] = perplexity(losses, counts)
+    groups = {by: group(lines if by == "split" else lines[: len(held)], by) for by in GROUPS}
     write_jsonl(run.answers, lines)
     run.record_answers(config)
-    about = {"rows": len(rows), "questions": len(held), "answer_tokens": sum(counts)}
-    about["chosen_on"] = config.keep == "best" and not fresh
-    groups = {by: group(lines if by == "split" else lines[: len(held)], by) for by in GROUPS}
     run.add_metrics(
-        held_out=about,
-        **sections,
-        paired=_paired(lines[: len(held)]),
+        held_out={
+            "rows": len(rows),
+            "questions": len(held),
+            "answer_tokens": sum(counts),
+            "chosen_on": config.keep == "best" and not fresh,
+        },
+        **{name: overall[name] for name in ("base", "tuned", "paired")},
         groups={by: members for by, members in groups.items() if members},
     )
     return lines
+
+
+def _line(
+    question: Question, base: Mapping[str, Any], tuned: Mapping[str, Any], guesses: Mapping[str, str]
+) -> dict[str, Any]:
+    """A row of `answers.jsonl`."""
+    tags = {name: value for name, value in question.tags.items() if name != "split"}
+    known = bool(tags.get("fact")) and "kind" in tags
+    guess = {"guess": float(guesses.get(_kind(tags)) == tags["fact"])} if known else {}
+    return {"split": question.tags["split"], **asdict(question), "tags": tags, **guess, "base": base, "tuned": tuned}
 
 
 def _split(row: Conversation) -> str | None:
@@ -193,11 +192,6 @@ def _split(row: Conversation) -> str | None:
 
 def _without_split(rows: Sequence[Conversation]) -> list[Conversation]:
     return [replace(row, tags={name: value for name, value in row.tags.items() if name != "split"}) for row in rows]
-
-
-def _cluster(question: Question) -> Any:
-    """What a question belongs to: the entity it is tagged with, or else its row."""
-    return question.tags.get("entity") or (question.where, question.number)
 
 
 def _kind(tags: Mapping[str, str]) -> str:
@@ -231,6 +225,7 @@ def group(lines: Sequence[Mapping[str, Any]], by: str) -> dict[str, dict[str, An
 
 
 def _group_scores(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    # Questions about one entity, or else of one row, are right or wrong together.
     clusters = [line["tags"].get("entity") or (line["where"], line["number"]) for line in lines]
     guesses = [line["guess"] for line in lines if "guess" in line]
     return {
@@ -311,7 +306,7 @@ def side_by_side(lines: Sequence[Mapping[str, Any]], count: int = 6, *, seed: in
 
 
 def plot_groups(groups: Mapping[str, Mapping[str, Any]], ax: Axes, *, score: str = "exact_match") -> Figure:
-    """One score of base and tuned, group by group, with 95 % intervals.
+    """One score of base and tuned, group by group, with 95 % intervals, and what a guess would get.
 
     Args:
         groups: one of `metrics["groups"]`.
@@ -327,10 +322,13 @@ def plot_groups(groups: Mapping[str, Mapping[str, Any]], ax: Axes, *, score: str
         )
     for place, members in zip(places, groups.values(), strict=True):
         ax.plot([members[m][score] for m in ("base", "tuned")], [place, place], color="tab:gray", alpha=0.25, zorder=0)
+    known = [(members["guess"], place) for place, members in enumerate(groups.values()) if "guess" in members]
+    if known and score == "exact_match":
+        ax.plot(*zip(*known, strict=True), "|", color="tab:orange", markersize=12, markeredgewidth=2, label="a guess")
     ax.set_yticks(places, [f"{value} ({members['questions']})" for value, members in groups.items()])
     ax.set(xlim=(-0.03, 1.03), ylim=(len(groups) - 0.5, -0.5), xlabel=SCORES[score])
     ax.grid(axis="x", alpha=0.3)
-    ax.legend(frameon=False, loc="center")
+    ax.legend(loc="center", framealpha=1, edgecolor="none")
     return ax.get_figure()  # type: ignore[return-value]
 
 

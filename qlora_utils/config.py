@@ -91,7 +91,7 @@ class RunConfig(BaseModel):
     keep: Literal["best", "last"] = Field(
         "best", description="the adapter that is kept: of the lowest held-out loss, or of the last step"
     )
-    eval_rows: int | None = Field(None, ge=1, description="held-out rows measured during training (None: all)")
+    eval_rows: int | None = Field(None, ge=1, description="held-out rows measured during training (None: half)")
     trace_rows: int = Field(0, ge=0, description="held-out questions asked at each of these measurements (0: none)")
     resume: bool = Field(False, description="continue from the last checkpoint of the run directory")
 

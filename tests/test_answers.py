@@ -56,7 +56,7 @@ def test_rows_that_chose_the_adapter_are_not_asked(config, tuned_model, tokenize
     assert len(measured) == 10
     assert held == {row.number for row in prepared.held_out} - measured
     assert read_json(run.metrics)["held_out"]["chosen_on"] is False
-    everything = RunConfig.build({**few.model_dump(), "eval_rows": None})
+    everything = RunConfig.build({**few.model_dump(), "eval_rows": 99})
     answers.evaluate(everything, tuned_model, tokenizer, prepared, run)
     assert read_json(run.metrics)["held_out"] | {"answer_tokens": 0} == {
         "rows": 16, "questions": read_json(run.metrics)["held_out"]["questions"], "answer_tokens": 0, "chosen_on": True,
@@ -88,11 +88,13 @@ def test_naming_the_fact_is_not_asked_where_the_question_holds_it():
 def test_groups_are_drawn(tmp_path):
     import matplotlib.pyplot as plt
 
-    groups = answers.group([line("a", 0.0, 1.0), line("b", 0.0, 1.0)], "split")
+    groups = answers.group([{**line("a", 0.0, 1.0), "guess": 0.0}, line("b", 0.0, 1.0)], "split")
+    assert groups["a"]["guess"] == 0.0
+    assert "guess" not in groups["b"]
     figure, ax = plt.subplots()
     answers.plot_groups(groups, ax)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a (1)", "b (1)"]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["base", "tuned"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a guess", "base", "tuned"]
     plt.close(figure)
 
 

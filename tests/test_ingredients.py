@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pytest
 from conftest import ROOT
 
-from qlora_utils import ingredients
+from qlora_utils import cli, ingredients
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.ingredients import INGREDIENTS
 from qlora_utils.run_directory import RunDirectory, read_json, write_json
@@ -137,3 +137,27 @@ def test_nf4_loses_at_most_two_points():
     for split in ("held-out entities", "held-out phrasings"):
         gains = [full[seed][split] - nf4[seed][split] for seed in full]
         assert sum(gains) / len(gains) <= 0.02, ingredients.mean_and_interval(gains)
+
+
+def test_the_command_varies_a_preset_or_a_run(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def measure(config, seeds, path):
+        asked.append((config.run_name, config.steps, list(seeds), path))
+        pretended(config, path)
+
+    config = RunConfig.from_preset("pocket", output_dir=str(tmp_path), run_name="mine", steps=7)
+    RunDirectory(config.run_dir).begin(config)
+    monkeypatch.setattr(ingredients, "measure", measure)
+    assert cli.main(["ingredients", "--run", "mine", "--output-dir", str(tmp_path)]) == 0
+    out = tmp_path / "o.json"
+    assert cli.main(["ingredients", "--preset", "pocket", "--seeds", "4", "5", "--out", str(out)]) == 0
+    assert asked == [("mine", 7, [0, 1, 2], config.run_dir / "ingredients.json"), ("pocket", 250, [4, 5], out)]
+    assert "full precision" in capsys.readouterr().out
+
+
+def test_the_command_says_what_it_cannot_do(tmp_path, capsys):
+    assert cli.main(["ingredients", "--preset", "pocket", "--seeds", "1", "--out", str(tmp_path / "o.json")]) == 2
+    assert "needs two or more" in capsys.readouterr().err
+    assert cli.main(["ingredients", "--run", "none", "--output-dir", str(tmp_path)]) == 1
+    assert "no such run" in capsys.readouterr().err

@@ -426,5 +426,9 @@ def test_the_loss_is_measured_on_a_sample_chosen_by_seed(config, prepared):
     rest = training.unmeasured_rows(prepared.held_out, few)
     assert len(rest) == len(prepared.held_out) - 5
     assert not [row for row in rest if row in training.measured_rows(prepared.held_out, few)]
-    assert training.measured_rows(prepared.held_out, changed(config, eval_rows=None)) == prepared.held_out
-    assert training.unmeasured_rows(prepared.held_out, changed(config, eval_rows=99)) == []
+    half = changed(config, eval_rows=None)
+    assert len(training.measured_rows(prepared.held_out, half)) == len(prepared.held_out) // 2
+    assert training.measured_rows(prepared.held_out[:1], half) == prepared.held_out[:1]
+    everything = changed(config, eval_rows=99)
+    assert training.measured_rows(prepared.held_out, everything) == prepared.held_out
+    assert training.unmeasured_rows(prepared.held_out, everything) == []
