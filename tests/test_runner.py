@@ -155,7 +155,10 @@ def test_metrics_have_the_promised_shape(finished):
     promised = {"steps", "final_loss", "tokens", "tokens_per_s", "wall_s", "peak_memory_bytes"}
     assert promised <= set(metrics["train"])
     assert metrics["train"]["steps"] == 6
-    assert len(read_jsonl(finished.answers)) == metrics["held_out"]["questions"] == 6
+    splits = {name: group["questions"] for name, group in metrics["groups"]["split"].items()}
+    assert splits == {"held-out entities": 6, "held-out phrasings": 6, "trained entities": 6}
+    assert metrics["held_out"]["questions"] == 12
+    assert len(read_jsonl(finished.answers)) == 18
     assert metrics["tuned"]["perplexity"] < metrics["base"]["perplexity"]
 
 
