@@ -43,8 +43,8 @@ lab: $(READY) ## open the notebooks in JupyterLab
 pocket: $(READY) ## rebuild the pocket model and its questions from data/world (half an hour)
 	$(BIN)/python data/recipe.py
 
-ingredients: $(READY) ## measure what each ingredient does, three seeds each (half an hour)
-	$(BIN)/qlora ingredients --preset pocket --out data/ingredients/pocket.json
+ingredients: $(READY) ## measure again what each ingredient does, three seeds each (half an hour)
+	$(BIN)/qlora ingredients --preset pocket --out outputs/ingredients.json
 
 clean: ## remove the environment and caches; outputs stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

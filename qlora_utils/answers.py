@@ -42,7 +42,7 @@ MAX_LOSS = 700.0  # nats per token; its exp is the largest perplexity that a flo
 def score(answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict[str, Any]]:
     """Each answer with its scores, all in [0, 1].
 
-    `names_fact` only where the question is tagged with its `fact` and does not hold it itself.
+    `names_fact` only where the question is tagged with its `fact`, and neither it nor a turn before it holds that fact.
     """
     return [
         {
@@ -134,9 +134,9 @@ def evaluate(
     Where only rows are held out that helped to choose the adapter, `held_out.chosen_on` says so.
 
     Returns:
-        The rows of `answers.jsonl`: `split`, `text` of the question, `history`, `expected`, `tags`, `guess` (whether
-        the commonest fact of its kind in training would have been right), and `base` and `tuned` with answer and
-        scores.
+        The rows of `answers.jsonl`: `split`, `text` of the question, `history`, `expected`, `where` and `number` of
+        the row, `tags`, `guess` (whether the commonest fact of its kind in training would have been right; only where
+        fact and kind are tagged), and `base` and `tuned` with answer and scores.
     """
     held, trained = choose_questions(prepared, tokenizer, config)
     questions = held + trained

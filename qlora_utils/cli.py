@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.set_defaults(command=_ask)
 
     ingredients = commands.add_parser("ingredients", help="measure what each ingredient of QLoRA does, over seeds")
-    ingredients.add_argument("--run", help="the run that is varied; the result goes into its directory")
+    ingredients.add_argument("--run", help="name of the run that is varied; the result goes into its directory")
     ingredients.add_argument("--preset", default="pocket", help="or the preset that is varied (default: pocket)")
     ingredients.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
     ingredients.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least two (default: 0 1 2)")

@@ -89,9 +89,9 @@ class RunConfig(BaseModel):
     save_steps: int = Field(100, ge=1, description="steps between checkpoints")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
     keep: Literal["best", "last"] = Field(
-        "best", description="the adapter that is kept: of the lowest held-out loss, or of the last step"
+        "best", description="the adapter that is kept: of the lowest held-out loss measured, or of the last step"
     )
-    eval_rows: int | None = Field(None, ge=1, description="held-out rows measured during training (None: half)")
+    eval_rows: int | None = Field(None, ge=1, description="held-out rows measured in training, at most half")
     trace_rows: int = Field(0, ge=0, description="held-out questions asked at each of these measurements (0: none)")
     resume: bool = Field(False, description="continue from the last checkpoint of the run directory")
 

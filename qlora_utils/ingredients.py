@@ -40,7 +40,7 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 # What may differ between two measurements that are to be compared: nothing that training or answers depend on.
 _ASIDE = ("run_name", "output_dir", "seed", "eval_steps", "logging_steps", "save_steps", "save_total_limit", "keep",
           "trace_rows", "resume")  # fmt: skip
-FIXED_SEED = 0  # of the questions, the same for all trainings, so that these can be compared question by question
+FIXED_SEED = 0  # of the questions drawn, the same for all trainings, so that variants can be compared
 
 
 def changes(config: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,13 +60,12 @@ def variants(config: RunConfig) -> list[dict[str, Any]]:
 
 def about(config: RunConfig) -> dict[str, Any]:
     """What a measurement belongs to: the config, local weights and questions, versions and hardware."""
-    files = [
-        path
-        for source in (config.model, config.dataset)
-        for path in (Path(locate(source)), *sorted(Path(locate(source)).glob("*")))
-        if path.suffix in (".safetensors", *SUFFIXES) and path.is_file()
-    ]
-    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    sums = {}
+    for name in ("model", "dataset"):
+        root = Path(locate(getattr(config, name))).expanduser()
+        for path in (root, *sorted(root.rglob("*"))):
+            if path.is_file() and path.suffix in (".safetensors", ".arrow", *SUFFIXES):
+                sums[f"{name}/{path.relative_to(root)}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     kept = {name: value for name, value in config.model_dump().items() if name not in _ASIDE}
     return {"config": kept, "files_sha256": sums, "versions": versions(), "hardware": hardware()}
 
@@ -92,11 +91,14 @@ def measure(config: RunConfig, seeds: Sequence[int], path: Path, *, say: Callabl
     stored: dict[str, Any] = read_json(path) if path.is_file() else {"about": now, "lines": []}
     for name in now:
         if stored["about"][name] != now[name]:
-            raise ConfigError(f"{path} was measured with another {name}. Give another file, or remove this one.")
+            raise ConfigError(f"{path}: {name} differ from what was measured there. Give another file, or remove it.")
+    known = {line["seed"] for line in stored["lines"]} | set(seeds)
+    if len(known) > 1 + max(T_95):
+        raise ConfigError(f"{path}: with these it would hold {len(known)} seeds; at most {1 + max(T_95)}.")
     if "base" not in stored:
         stored["base"] = measure_base(config)
     done = {_key(line["changes"], line["seed"]) for line in stored["lines"]}
-    left = [(c, s) for c in variants(config) for s in seeds if _key(c, s) not in done]
+    left = [(c, s) for c in variants(config) for s in dict.fromkeys(seeds) if _key(c, s) not in done]
     began = time.monotonic()
     for number, (changed, seed) in enumerate(left, start=1):
         line = measure_one(RunConfig.build({**config.model_dump(), **changed, "seed": seed}))
@@ -142,7 +144,9 @@ def _scores(config: RunConfig, model: Any, tokenizer: Any, prepared: Any) -> dic
 
 
 def measure_one(config: RunConfig) -> dict[str, Any]:
-    """One training, in a folder that is removed, and its scores on held-out questions that are always the same.
+    """One training, in a folder that is removed, and its scores on held-out questions.
+
+    These are the same for all variants of a seed, and for all seeds where the dataset brings its own test split.
 
     The adapter of the last step is scored, whatever `keep` says, so that no choice comes between.
 
@@ -235,8 +239,10 @@ def table(stored: Mapping[str, Any]) -> str:
                     cell = f"{mean:.3f} [{max(0.0, low):.3f}, {min(1.0, high):.3f}]"
                 else:
                     gains = [scores[x["seed"]] - x["exact_match"][split] for x in own if x["seed"] in scores]
-                    mean, low, high = mean_and_interval(gains)
-                    cell = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+                    cell = "-"
+                    if len(gains) > 1:
+                        mean, low, high = mean_and_interval(gains)
+                        cell = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
                 cells += f"{cell:>28}"
             lines.append(f"{name:<13}{value:<26}{members[0]['trainable']:>11,}{cells}")
     return "\n".join(lines)

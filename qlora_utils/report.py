@@ -136,8 +136,9 @@ def _scores(metrics: Mapping[str, Any]) -> str:
     chosen = chosen if held.get("chosen_on") else ""
     return (
         f"<table><tr><th></th><th>base</th><th>tuned</th></tr>{''.join(rows)}</table>"
-        f"<p>{held['questions']} questions, for the perplexity {held['rows']} conversations; 95&nbsp;% bootstrap "
-        f"intervals in brackets, drawn by entity where one is named and by row elsewhere. {paired}{chosen}</p>"
+        f"<p>{held['questions']} questions, for the perplexity {held['rows']} conversations; 95&nbsp;% "
+        "intervals in brackets: bootstrap, drawn by entity where one is named and by row elsewhere; exact binomial "
+        f"where all answers are right or all wrong. {paired}{chosen}</p>"
     )
 
 

@@ -93,7 +93,7 @@ def paired_text(paired: Mapping[str, Any]) -> str:
     p = paired["p_value"]
     chance = f"p = {p:.2g}" if p >= 1e-300 else "p < 1e-300"
     return (
-        f"Only tuned answers {paired['gained']} of them exactly, only base {paired['lost']}; McNemar's exact test: "
+        f"{paired['gained']} questions only tuned answers exactly, {paired['lost']} only base; McNemar's exact test: "
         f"{chance}."
     )
 
@@ -130,10 +130,10 @@ def bootstrap_interval(
 
 
 def share_interval(values: Sequence[float], clusters: Sequence[Any]) -> list[float]:
-    """95 % interval of the mean of scores in [0, 1]: by bootstrap over clusters.
+    """95 % interval of the mean of scores in [0, 1], by bootstrap over clusters.
 
-    Where all are 0, or all 1, any resample is the same; the exact binomial bound (Clopper and Pearson, 1934) over as
-    many clusters takes its place.
+    Where all scores are 0, or all are 1, every resample is the same and the interval would have no width; the exact
+    binomial bound (Clopper and Pearson, 1934), each cluster counted as one trial, takes its place.
 
     Args:
         values: one score per question.

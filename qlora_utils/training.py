@@ -370,7 +370,7 @@ def make_trainer(
 
 
 def measured_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[Conversation]:
-    """The rows measured during training, by which an adapter is kept: `eval_rows` or half of those held out."""
+    """The rows measured during training, by which an adapter is kept: `eval_rows` of those held out, at most half."""
     chosen = _measured(len(held_out), config)
     return [row for index, row in enumerate(held_out) if index in chosen]
 
@@ -382,7 +382,8 @@ def unmeasured_rows(held_out: Sequence[Conversation], config: RunConfig) -> list
 
 
 def _measured(rows: int, config: RunConfig) -> set[int]:
-    wanted = max(1, rows // 2) if config.eval_rows is None else min(config.eval_rows, rows)
+    half = max(1, rows // 2)
+    wanted = half if config.eval_rows is None else min(config.eval_rows, half)
     return set(random.Random(config.seed).sample(range(rows), wanted))
 
 

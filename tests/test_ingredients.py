@@ -53,13 +53,24 @@ def test_measuring_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_measurements_of_another_config_or_other_weights_are_not_mixed(tmp_path):
     path = tmp_path / "i.json"
     pretended(POCKET, path)
-    with pytest.raises(ConfigError, match="another config"):
+    with pytest.raises(ConfigError, match="config differ from what was measured"):
         ingredients.measure(RunConfig.from_preset("pocket", steps=5), (0, 1), path)
     for name in ("files_sha256", "versions", "hardware"):
         stored = read_json(path)
         write_json(tmp_path / "other.json", {**stored, "about": {**stored["about"], name: {}}})
-        with pytest.raises(ConfigError, match=f"another {name}"):
+        with pytest.raises(ConfigError, match=f"{name} differ from what was measured"):
             ingredients.measure(POCKET, (0, 1), tmp_path / "other.json")
+
+
+def test_a_seed_given_twice_counts_once_and_a_file_holds_ten_at_most(tmp_path, monkeypatch):
+    path = tmp_path / "i.json"
+    pretended(POCKET, path, seeds=(0, 1))
+    measured = []
+    monkeypatch.setattr(ingredients, "measure_one", lambda config: measured.append(config) or {"exact_match": {}})
+    ingredients.measure(POCKET, (0, 2, 2), path, say=lambda _: None)
+    assert len(measured) == len(ingredients.variants(POCKET))
+    with pytest.raises(ConfigError, match="would hold 11 seeds; at most 10"):
+        ingredients.measure(POCKET, range(2, 11), path)
 
 
 @pytest.mark.parametrize("seeds", [(1,), (1, 1), range(11)])
@@ -109,7 +120,7 @@ def test_the_committed_measurements_are_of_the_committed_model():
     now = ingredients.about(POCKET)
     assert stored["about"]["config"] == now["config"]
     assert stored["about"]["files_sha256"] == now["files_sha256"]
-    assert {"model.safetensors", "train.jsonl", "test.jsonl"} <= set(now["files_sha256"])
+    assert {"model/model.safetensors", "dataset/train.jsonl", "dataset/test.jsonl"} <= set(now["files_sha256"])
     done = {(json.dumps(line["changes"], sort_keys=True), line["seed"]) for line in stored["lines"]}
     assert len(done) == len(stored["lines"]) == 3 * len(ingredients.variants(POCKET))
 
