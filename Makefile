@@ -43,7 +43,7 @@ lab: $(READY) ## open the notebooks in JupyterLab
 pocket: $(READY) ## rebuild the pocket model and its questions from data/world (half an hour)
 	$(BIN)/python data/recipe.py
 
-ingredients: $(READY) ## measure again what each ingredient does, three seeds each (half an hour)
+ingredients: $(READY) ## measure again what each ingredient does, three seeds each (20 minutes)
 	$(BIN)/qlora ingredients --preset pocket --out outputs/ingredients.json
 
 clean: ## remove the environment and caches; outputs stay

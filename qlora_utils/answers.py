@@ -17,6 +17,7 @@ from qlora_utils.rows import Conversation
 from qlora_utils.run_directory import RunDirectory, write_jsonl
 from qlora_utils.scores import (
     SCORES,
+    TITLES,
     bootstrap_interval,
     exact_match,
     mcnemar,
@@ -27,7 +28,7 @@ from qlora_utils.scores import (
     share_interval,
     token_f1,
 )
-from qlora_utils.training import micro_batch_size, row_losses, unmeasured_rows
+from qlora_utils.training import micro_batch_size, row_losses, scored_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,10 +110,10 @@ def choose_questions(
 ) -> tuple[list[Question], list[Question]]:
     """What is asked: held-out questions, at most `score_rows` of each split, and as many of the training rows.
 
-    Held-out rows that were measured during training helped to choose the adapter; they are asked only if there are no
-    others.
+    Held-out rows that were measured during training helped to choose the adapter and are not asked
+    (`training.scored_rows`).
     """
-    held, train = unmeasured_rows(prepared.held_out, config) or prepared.held_out, prepared.train
+    held, train = scored_rows(prepared.held_out, config), prepared.train
     if {_split(row) for row in held} & {_split(row) for row in train}:  # then the column means something else
         held, train = _without_split(held), _without_split(train)
     return questions_of(held, tokenizer, config), questions_of(train, tokenizer, config, split="training rows")
@@ -131,7 +132,7 @@ def evaluate(
 
     Both are the one loaded model: with the adapter disabled it is the base model again, original head included. The
     sections `base`, `tuned` and `paired` speak of the held-out questions alone, and so do all `groups` but `split`.
-    Where only rows are held out that helped to choose the adapter, `held_out.chosen_on` says so.
+    Where the one row held out helped to choose the adapter, `held_out.chosen_on` says so.
 
     Returns:
         The rows of `answers.jsonl`: `split`, `text` of the question, `history`, `expected`, `where` and `number` of
@@ -140,8 +141,7 @@ def evaluate(
     """
     held, trained = choose_questions(prepared, tokenizer, config)
     questions = held + trained
-    fresh = unmeasured_rows(prepared.held_out, config)
-    rows = encode(fresh or prepared.held_out, tokenizer, max_seq_len=config.max_seq_len)
+    rows = encode(scored_rows(prepared.held_out, config), tokenizer, max_seq_len=config.max_seq_len)
     collator = Collator(tokenizer.pad_token_id, config.packing)
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
     size = config.answer_batch_size
@@ -168,7 +168,7 @@ def evaluate(
             "rows": len(rows),
             "questions": len(held),
             "answer_tokens": sum(counts),
-            "chosen_on": config.keep == "best" and not fresh,
+            "chosen_on": config.keep == "best" and len(prepared.held_out) == 1,
         },
         **{name: overall[name] for name in ("base", "tuned", "paired")},
         groups={by: members for by, members in groups.items() if members},
@@ -248,7 +248,7 @@ def _paired(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def score_table(metrics: Mapping[str, Any]) -> str:
     """Base and tuned scores on the held-out questions, with their intervals, as lines of text."""
     lines = [f"{'':<15}{'base':>26}{'tuned':>26}"]
-    for name, title in {**SCORES, "perplexity": "perplexity"}.items():
+    for name, title in TITLES.items():
         if name in metrics["base"]:
             cells = [_with_interval(metrics[model], name) for model in ("base", "tuned")]
             lines.append(f"{title:<15}{cells[0]:>26}{cells[1]:>26}")

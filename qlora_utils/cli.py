@@ -119,7 +119,8 @@ def _ask(options: argparse.Namespace) -> int:
     from qlora_utils.config import ConfigError, RunConfig
     from qlora_utils.run_directory import RunDirectory, require_adapter
 
-    if not options.question.strip():
+    question = options.question.strip()
+    if not question:
         raise ConfigError('the question is empty; ask one, as in qlora ask "What is the capital of Chile?" --run demo')
     folder = Path(options.run)
     is_run = (folder / "config.json").is_file()
@@ -135,7 +136,7 @@ def _ask(options: argparse.Namespace) -> int:
     tuned_model = lora.reload(quantization.load(config), adapter)
     ask = generation.make_asker(tuned_model, tokenizer)
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
-    for piece in ask(options.question, "base" if options.base else "tuned", sampling, threading.Event()):
+    for piece in ask(question, "base" if options.base else "tuned", sampling, threading.Event()):
         print(piece, end="", flush=True)
     print()
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -126,7 +127,7 @@ def _scores(config: RunConfig, model: Any, tokenizer: Any, prepared: Any) -> dic
     from qlora_utils import generation, scores, training
 
     fixed = RunConfig.build({**config.model_dump(), "seed": FIXED_SEED})
-    rows = training.unmeasured_rows(prepared.held_out, fixed) or prepared.held_out
+    rows = training.scored_rows(prepared.held_out, fixed)
     asked = generation.questions_of(rows, tokenizer, fixed)
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
     size = config.answer_batch_size
@@ -204,9 +205,8 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
         values: one per seed, two to ten.
     """
     count = len(values)
-    mean = sum(values) / count
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    reach = T_95[count - 1] * deviation / math.sqrt(count)
+    mean = statistics.mean(values)
+    reach = T_95[count - 1] * statistics.stdev(values) / math.sqrt(count)
     return mean, mean - reach, mean + reach
 
 

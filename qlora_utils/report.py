@@ -11,9 +11,7 @@ from typing import Any
 from qlora_utils.curves import column, lowest, turned
 from qlora_utils.data import report_table
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_text
-from qlora_utils.scores import SCORES, paired_text, score_text
-
-SCORE_NAMES = {**SCORES, "perplexity": "perplexity"}
+from qlora_utils.scores import TITLES, paired_text, score_text
 
 
 def summary(run: RunDirectory) -> str:
@@ -57,7 +55,7 @@ def summary(run: RunDirectory) -> str:
 
 def _measured(metrics: Mapping[str, Any]) -> dict[str, str]:
     """Name and title of the scores that these answers have."""
-    return {name: title for name, title in SCORE_NAMES.items() if name in metrics["base"]}
+    return {name: title for name, title in TITLES.items() if name in metrics["base"]}
 
 
 def _warning(history: list[dict[str, Any]]) -> str:

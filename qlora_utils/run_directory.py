@@ -108,14 +108,13 @@ class RunDirectory:
         write_json(self.metrics, {**known, **sections})
         return {**known, **sections}
 
-    def save_figure(self, figure: Figure, name: str) -> Path:
-        """Save a figure as `figures/NAME.png` at 150 dots per inch and return its path."""
+    def save_figure(self, figure: Figure, name: str) -> None:
+        """Save a figure as `figures/NAME.png` at 150 dots per inch."""
         target = self.figures / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{name}.png")
         figure.savefig(temporary, dpi=150, bbox_inches="tight", format="png")
         temporary.replace(target)
-        return target
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from qlora_utils.data import words
 
 SCORES = {"exact_match": "exact match", "names_fact": "names the fact", "f1": "token F1", "rouge_l": "ROUGE-L"}
+TITLES = {**SCORES, "perplexity": "perplexity"}
 
 
 def score_text(name: str, value: float) -> str:

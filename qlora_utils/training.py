@@ -375,10 +375,10 @@ def measured_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[C
     return [row for index, row in enumerate(held_out) if index in chosen]
 
 
-def unmeasured_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[Conversation]:
-    """The rows held out that had no say in which adapter is kept, and so give a score that it was not chosen for."""
+def scored_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[Conversation]:
+    """The rows that are scored: those with no say in which adapter is kept. A row that is the only one is both."""
     chosen = _measured(len(held_out), config)
-    return [row for index, row in enumerate(held_out) if index not in chosen]
+    return [row for index, row in enumerate(held_out) if index not in chosen] or list(held_out)
 
 
 def _measured(rows: int, config: RunConfig) -> set[int]:
@@ -438,20 +438,23 @@ def train(
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     wall_s = time.perf_counter() - began
-    kept_step = trainer.state.global_step
-    best = trainer.state.best_model_checkpoint
-    if config.keep == "best" and best is not None and step_of(Path(best)) != kept_step:
-        kept_step = step_of(Path(best))
-        take_back(tuned_model, Path(best))
+    kept_step = keep_adapter(trainer, tuned_model)
     save_adapter(tuned_model, tokenizer, run.adapter)
     run.record(config)
-    history = read_jsonl(run.history)
+    trained = _trained(trainer, read_jsonl(run.history), kept_step, wall_s, resumed_at=step_of(last) if last else 0)
+    run.answers.unlink(missing_ok=True)  # answers and scores of an adapter that is no more
+    write_json(run.metrics, {"train": vars(trained)})
+    return trained
+
+
+def _trained(
+    trainer: QLoRATrainer, history: Sequence[Mapping[str, Any]], kept_step: int, wall_s: float, *, resumed_at: int
+) -> Trained:
+    """What a training left behind, from its `history.jsonl`; `wall_s` counts from step `resumed_at`."""
     lines = [line for line in history if "loss" in line]
     measured = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
-    if last:
-        wall_s += _training_s([line for line in lines if line["step"] <= step_of(last)])
     speeds = [line["tokens_per_s"] for line in lines]
-    trained = Trained(
+    return Trained(
         steps=trainer.state.global_step,
         kept_step=kept_step,
         first_loss=lines[0]["loss"],
@@ -459,12 +462,9 @@ def train(
         kept_loss=measured.get(kept_step),
         tokens=int(trainer.state.num_input_tokens_seen),
         tokens_per_s=round(sorted(speeds)[len(speeds) // 2], 1),
-        wall_s=round(wall_s, 2),
+        wall_s=round(wall_s + _training_s([line for line in lines if line["step"] <= resumed_at]), 2),
         peak_memory_bytes=peak_memory_bytes(),
     )
-    run.answers.unlink(missing_ok=True)  # answers and scores of an adapter that is no more
-    write_json(run.metrics, {"train": vars(trained)})
-    return trained
 
 
 def _training_s(lines: Sequence[Mapping[str, Any]]) -> float:
@@ -476,12 +476,17 @@ def _training_s(lines: Sequence[Mapping[str, Any]]) -> float:
     )
 
 
-def take_back(tuned_model: PeftModel, checkpoint: Path) -> None:
-    """Give the adapter, head included, the weights that it had when a checkpoint was written."""
+def keep_adapter(trainer: QLoRATrainer, tuned_model: PeftModel) -> int:
+    """Give the adapter, head included, the weights that `config.keep` asks for; return the step they come from."""
+    last_step = trainer.state.global_step
+    best = trainer.state.best_model_checkpoint
+    if trainer.config.keep == "last" or best is None or step_of(Path(best)) == last_step:
+        return last_step
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    weights = load_peft_weights(str(checkpoint), device=str(next(tuned_model.parameters()).device))
+    weights = load_peft_weights(best, device=str(next(tuned_model.parameters()).device))
     set_peft_model_state_dict(tuned_model, weights)
+    return step_of(Path(best))
 
 
 def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

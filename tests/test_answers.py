@@ -136,7 +136,7 @@ def test_perplexity_is_that_of_the_held_out_loss(config, tuned_model, tokenizer,
     from qlora_utils.data import Collator, encode
 
     answers.evaluate(config, tuned_model, tokenizer, prepared, run)
-    rows = encode(training.unmeasured_rows(prepared.held_out, config), tokenizer)
+    rows = encode(training.scored_rows(prepared.held_out, config), tokenizer)
     loss, _ = training.response_loss(tuned_model, rows, Collator(0, packing=True), batch_size=3)
     assert read_json(run.metrics)["tuned"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
 

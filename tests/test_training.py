@@ -423,11 +423,11 @@ def test_the_loss_is_measured_on_a_sample_chosen_by_seed(config, prepared):
     few = changed(config, eval_rows=5)
     assert len(training.measured_rows(prepared.held_out, few)) == 5
     assert training.measured_rows(prepared.held_out, few) == training.measured_rows(prepared.held_out, few)
-    rest = training.unmeasured_rows(prepared.held_out, few)
+    rest = training.scored_rows(prepared.held_out, few)
     assert len(rest) == len(prepared.held_out) - 5
     assert not [row for row in rest if row in training.measured_rows(prepared.held_out, few)]
     half = changed(config, eval_rows=None)
     assert len(training.measured_rows(prepared.held_out, half)) == len(prepared.held_out) // 2
     assert training.measured_rows(prepared.held_out[:1], half) == prepared.held_out[:1]
     assert len(training.measured_rows(prepared.held_out, changed(config, eval_rows=99))) == len(prepared.held_out) // 2
-    assert training.unmeasured_rows(prepared.held_out[:1], half) == []
+    assert training.scored_rows(prepared.held_out[:1], half) == prepared.held_out[:1]  # the only row is both
