@@ -10,9 +10,11 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import RunConfig
-from qlora_utils.data import Collator, Prepared, encode
+from qlora_utils.data import Prepared, encode
 from qlora_utils.generation import Answer, Question, Sampling, answer_all, questions_of
 from qlora_utils.lora import base_alone
+from qlora_utils.packing import Collator
+from qlora_utils.plan import settle
 from qlora_utils.rows import Conversation
 from qlora_utils.run_directory import RunDirectory, write_jsonl
 from qlora_utils.scores import (
@@ -145,10 +147,11 @@ def evaluate(
     collator = Collator(tokenizer.pad_token_id, config.packing)
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
     size = config.answer_batch_size
+    pass_rows = micro_batch_size(settle(config).config, rows)
 
     def measure() -> tuple[list[dict[str, Any]], list[float], list[int]]:
         answers = answer_all(tuned_model, tokenizer, questions, sampling=sampling, batch_size=size, on_batch=on_batch)
-        losses, counts = row_losses(tuned_model, rows, collator, batch_size=micro_batch_size(config, rows))
+        losses, counts = row_losses(tuned_model, rows, collator, batch_size=pass_rows)
         return score(answers, questions), losses, counts
 
     with base_alone(tuned_model):

@@ -54,6 +54,14 @@ class RunConfig(BaseModel):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="dtype of matrix products; auto follows the hardware"
     )
+    keep_expanded: bool | None = Field(
+        None, description="keep the 4-bit weights dequantized beside them (None: where GPU memory is plenty)"
+    )
+    attention: Literal["auto", "varlen", "split", "dense"] = Field(
+        "auto", description="attention in packs: one kernel for all, one call for each conversation, or a mask"
+    )
+    fused: bool = Field(True, description="each layer and its adapter as one operation, the loss without all logits")
+    liger: bool | None = Field(None, description="Liger kernels for norms, rotation, SwiGLU (None: where they run)")
 
     # LoRA
     lora_r: int = Field(16, ge=1, le=1024, description="rank of the update matrices")
@@ -62,16 +70,20 @@ class RunConfig(BaseModel):
     rslora: bool = Field(False, description="rank-stabilised scaling, alpha / sqrt(r)")
     dora: bool = Field(False, description="weight-decomposed adapters (DoRA)")
     train_head: bool = Field(True, description="train lm_head in full beside the adapter")
-    gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass to save memory")
+    gradient_checkpointing: bool | None = Field(
+        None, description="recompute activations in the backward pass (None: where memory is short)"
+    )
 
     # Training
     steps: int = Field(250, ge=1, description="optimizer steps, unless epochs is set")
     epochs: float | None = Field(None, gt=0, description="passes over the training rows; replaces steps when set")
     batch_size: int = Field(16, ge=1, description="conversations per optimizer step")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="conversations per forward pass; divides batch_size (None: from micro_batch_tokens)"
+        None, ge=1, description="conversations per forward pass, at most; divides batch_size (None: any number)"
     )
-    micro_batch_tokens: int = Field(1024, ge=1, description="tokens per forward pass, on average, that are aimed at")
+    micro_batch_tokens: int | None = Field(
+        None, ge=1, description="tokens per forward pass, at most (None: what memory holds)"
+    )
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="peak learning rate of the LoRA matrices")
     head_learning_rate: float | None = Field(None, gt=0, lt=1, description="peak of the head (None: learning_rate)")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
@@ -80,8 +92,10 @@ class RunConfig(BaseModel):
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate climbs")
     weight_decay: float = Field(0.0, ge=0, lt=1, description="share of a weight taken off, times the learning rate")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    optimizer: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
-        "adamw_torch",
+    optimizer: Literal[
+        "auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"
+    ] = Field(
+        "auto",
         description="AdamW; its moments in 32 or 8 bits, paged: moved to main memory when the GPU is full",
     )
     logging_steps: int = Field(5, ge=1, description="steps between lines of history.jsonl")
@@ -107,8 +121,9 @@ class RunConfig(BaseModel):
         annotation = cls.model_fields[info.field_name].annotation
         if isinstance(value, str) and value.lower() == "none" and type(None) in get_args(annotation):
             return None
-        if (annotation is bool) != isinstance(value, bool) and not isinstance(value, str):
-            if annotation is bool:
+        truth = annotation is bool or bool in get_args(annotation)
+        if truth != isinstance(value, bool) and not isinstance(value, str) and value is not None:
+            if truth:
                 raise ValueError("expected true or false")
             if isinstance(value, bool):
                 raise ValueError("expected a number or text, not true or false")
@@ -319,6 +334,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 250,
         "batch_size": 16,
         "gradient_checkpointing": False,
+        "keep_expanded": False,
+        "micro_batch_tokens": 1024,
+        "optimizer": "adamw_torch",
         "eval_steps": 25,
         "eval_rows": 160,
         "trace_rows": 48,
@@ -333,7 +351,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_seq_len": 2048,
         "lora_r": 64,
         "lora_alpha": 16,
-        "lora_dropout": 0.1,
         "learning_rate": 2e-4,
         "head_learning_rate": 2e-5,
         "lr_scheduler": "cosine",
@@ -342,9 +359,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 0.3,
         "steps": 250,
         "batch_size": 4,
-        "micro_batch_size": 1,
-        "optimizer": "paged_adamw_8bit",
-        "gradient_checkpointing": True,
         "score_rows": 50,
     },
 }

@@ -25,7 +25,6 @@ from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write
 from qlora_utils.sources import DataError, read_source
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
@@ -140,41 +139,6 @@ def _turn_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
             "the tokenizer joins [INST] with what follows it; the Llama-2 chat format needs a boundary there."
         )
     return [after_bos + ids[len(opening) :] for ids in encoded]
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Makes a batch of a micro-batch of encoded conversations.
-
-    With `packing` they are laid end to end in one sequence of shape (1, tokens) whose `position_ids` start again at
-    0 with each conversation; without an attention mask, transformers then builds the block-diagonal one, so that no
-    conversation sees another. Otherwise they are padded on the right to (batch, seq). Either way what carries no
-    label is marked by length, never by the padding token's id.
-    """
-
-    pad_token_id: int
-    packing: bool
-
-    def __call__(self, examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """Tensors `input_ids`, `labels` and `position_ids` (packed) or `attention_mask` (padded)."""
-        import torch
-
-        if self.packing:
-            return {
-                "input_ids": torch.tensor([[i for e in examples for i in e.input_ids]]),
-                "labels": torch.tensor([[i for e in examples for i in (IGNORED, *e.labels[1:])]]),
-                "position_ids": torch.tensor([[p for e in examples for p in range(len(e.input_ids))]]),
-            }
-        longest = max(len(e.input_ids) for e in examples)
-        return {
-            "input_ids": torch.tensor([_pad(e.input_ids, self.pad_token_id, longest) for e in examples]),
-            "labels": torch.tensor([_pad([IGNORED, *e.labels[1:]], IGNORED, longest) for e in examples]),
-            "attention_mask": torch.tensor([_pad([1] * len(e.input_ids), 0, longest) for e in examples]),
-        }
-
-
-def _pad(values: list[int], filler: int, length: int) -> list[int]:
-    return values + [filler] * (length - len(values))
 
 
 # ---------------------------------------------------------------------------------------------------- preparation

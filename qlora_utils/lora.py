@@ -17,6 +17,9 @@ import torch
 from torch import nn
 
 from qlora_utils.config import ModelError, RunConfig, first_line
+from qlora_utils.fused import fuse
+from qlora_utils.loss import without_logits
+from qlora_utils.plan import settle
 from qlora_utils.quantization import unquantized_shape
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     """
     from peft import LoraConfig, get_peft_model
 
+    settled = settle(config).config
     torch.manual_seed(config.seed)
     lora_config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -55,20 +59,33 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     with _without_deprecations():
         tuned_model = get_peft_model(base_model, lora_config)
     _hold_in_fp32(tuned_model)
-    if config.gradient_checkpointing:
+    speed_up(tuned_model, config)
+    if settled.gradient_checkpointing:
         # The reentrant kind finds no gradient to follow from frozen embeddings and trains nothing.
         with _without_deprecations():
             base_model.gradient_checkpointing_enable({"use_reentrant": False})
     return tuned_model  # type: ignore[return-value]
 
 
-def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = False) -> PeftModel:
+def speed_up(tuned_model: PeftModel, config: RunConfig) -> None:
+    """Where `config.fused` says so, compute the same in fewer operations: layers by `fused`, the loss by `loss`."""
+    if config.fused:
+        fuse(tuned_model)
+        if not without_logits(tuned_model.get_base_model()):
+            raise ModelError(
+                "model: its head does more than a matrix product, so the loss must be computed from all logits: "
+                "-p fused=false."
+            )
+
+
+def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = False, fused: bool = True) -> PeftModel:
     """Put a saved adapter, head included, back on its base model.
 
     Args:
         base_model: from `quantization.load`, loaded as it was in training.
         adapter: folder with adapter_config.json and adapter_model.safetensors.
         trainable: whether to go on training it.
+        fused: compute each layer and its adapter as one operation.
 
     Raises:
         ModelError: the folder holds no adapter in safetensors, or one that does not fit the base model.
@@ -86,6 +103,8 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"adapter: {adapter} does not fit this base model ({first_line(error)}).") from error
     _hold_in_fp32(tuned_model)
+    if fused:
+        fuse(tuned_model)
     return tuned_model.eval() if not trainable else tuned_model
 
 

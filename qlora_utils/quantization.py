@@ -12,28 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qlora_utils import attention
 from qlora_utils.config import ModelError, RunConfig, locate, model_advice
+from qlora_utils.fused import keep_expanded
+from qlora_utils.hardware import compute_dtype
+from qlora_utils.plan import settle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
+KERNELS = {"varlen": attention.VARLEN, "split": attention.SPLIT, "dense": attention.DENSE}
 PARTS = ("embeddings", "attention", "feed-forward", "norms", "head")
-
-
-def compute_dtype(config: RunConfig) -> torch.dtype:
-    """The dtype of matrix products: the config's own, or what the hardware is good at.
-
-    bf16 where the GPU has it in silicon (compute capability 8.0 and later), fp16 on older GPUs such as the T4, fp32
-    on a CPU, where the small models gain nothing from less.
-    """
-    if config.compute_dtype != "auto":
-        return getattr(torch, config.compute_dtype)
-    if not torch.cuda.is_available():
-        return torch.float32
-    # torch.cuda.is_bf16_supported() also says yes where bf16 is emulated, as on a T4.
-    return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
 
 
 def load(config: RunConfig) -> PreTrainedModel:
@@ -48,7 +39,9 @@ def load(config: RunConfig) -> PreTrainedModel:
     import bitsandbytes
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = compute_dtype(config)
+    settled = settle(config).config
+    dtype = compute_dtype(settled)
+    attention.register()
     source = locate(config.model)
     options: dict[str, Any] = {}
     if config.quantize:
@@ -64,7 +57,7 @@ def load(config: RunConfig) -> PreTrainedModel:
             source,
             dtype=dtype,
             use_safetensors=True,
-            attn_implementation="sdpa",
+            attn_implementation=KERNELS[settled.attention],
             device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
             **options,
         )
@@ -75,6 +68,8 @@ def load(config: RunConfig) -> PreTrainedModel:
             # On CPUs with AVX512-BF16 a forward pass in eval mode would repack the weight into a layout that has no
             # backward pass, and training after any evaluation would silently stop reaching the layers below.
             layer.support_avx512bf16_for_cpu = False
+    if settled.keep_expanded:
+        keep_expanded(model)
     model.requires_grad_(False)
     # With a key-value cache transformers builds no block-diagonal mask, and packed conversations would see each other.
     # Generation asks for its cache itself.

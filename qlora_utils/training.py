@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,12 @@ from tqdm.std import tqdm as text_tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from qlora_utils.config import ConfigError, RunConfig
-from qlora_utils.data import IGNORED, Collator, Encoded, Prepared, encode
+from qlora_utils.data import IGNORED, Encoded, Prepared, encode
 from qlora_utils.generation import Sampling, answer_all, questions_of
 from qlora_utils.lora import HEAD
+from qlora_utils.loss import answer_states, head_weight, token_losses
+from qlora_utils.packing import Collator, StepCollator
+from qlora_utils.plan import settle
 from qlora_utils.quantization import compute_dtype
 from qlora_utils.rows import Conversation
 from qlora_utils.run_directory import HEADLESS, RunDirectory, read_jsonl, write_json, write_jsonl
@@ -59,16 +63,47 @@ class Trained:
 
 
 class QLoRATrainer(Trainer):
-    """transformers' Trainer with two learning rates and a held-out loss that is exact.
+    """transformers' Trainer with steps cut by tokens, two learning rates and a held-out loss that is exact.
 
-    The training loss is left to Trainer and model: it is summed over the answer tokens of a micro-batch and divided
-    by those of the whole step, so that how a batch is cut into micro-batches changes nothing.
+    To the Trainer a batch is a whole optimizer step; `packing.StepCollator` has cut it into forward passes. The loss is
+    summed over the answer tokens of a pass and divided by those of the whole step, so that how a step is cut changes
+    nothing.
     """
 
     def __init__(self, *, config: RunConfig, trace: Callable[[Any], float] | None, **options: Any) -> None:
         super().__init__(**options)
         self.config = config
         self.trace = trace
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of every pass of a step; the step's loss, a mean over its answer tokens."""
+        model.train()
+        passes = inputs["passes"]
+        answers: Any = inputs["answer_tokens"]
+        if self.args.world_size > 1:  # gradients are averaged over processes, whose shares of the answers differ
+            counts = self.accelerator.gather(torch.tensor(answers, device=self.args.device))
+            answers = counts.sum() / self.args.world_size
+        loss = torch.zeros((), device=self.args.device)
+        for index, one in enumerate(passes):
+            # transformers makes the processes exchange gradients; they need to only once a step
+            alone = index < len(passes) - 1 and self.args.world_size > 1
+            with self.accelerator.no_sync(model) if alone else nullcontext():
+                part = self._pass_loss(model, self._prepare_inputs(one), answers)
+                self.accelerator.backward(part)
+            loss += part.detach()
+        self.state.num_input_tokens_seen += inputs["tokens"]
+        return loss
+
+    def _pass_loss(self, model: nn.Module, one: dict[str, Any], answers: Any) -> torch.Tensor:
+        """The loss of one pass, divided by the answer tokens of the step."""
+        if self.config.fused:
+            return model(**one, answer_tokens=answers).loss
+        one.pop("answer_positions")
+        return model(**one, num_items_in_batch=answers).loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the Trainer would walk all parameters at every step for a number that nobody reads."""
+        return 0
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over two groups: the LoRA matrices, and the head with a learning rate of its own."""
@@ -98,7 +133,7 @@ class QLoRATrainer(Trainer):
         """
         assert self.model is not None
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
-        loss, _ = response_loss(self.model, rows, self.data_collator, batch_size=self.args.per_device_eval_batch_size)
+        loss, _ = response_loss(self.model, rows, self.data_collator.collator, batch_size=self.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_loss": loss}
         if self.trace is not None:
             metrics[f"{metric_key_prefix}_exact_match"] = self.trace(self.model)
@@ -126,35 +161,38 @@ def row_losses(
 ) -> tuple[list[float], list[int]]:
     """For each row the summed negative log-likelihood of its labelled tokens, in nats, and their number.
 
-    Only sums are kept from batch to batch, so memory does not grow with the number of rows. The model's mode is put
-    back afterwards.
+    Only sums are kept from batch to batch, so memory does not grow with the number of rows, and logits exist for some
+    answer tokens at a time. The model's mode is put back afterwards.
 
     Args:
-        model: causal language model; logits of shape (batch, seq, vocabulary).
+        model: causal language model whose head is a matrix product, or one wrapped by peft.
         rows: encoded conversations.
-        collator: `data.Collator`.
+        collator: `packing.Collator`.
         batch_size: conversations per forward pass.
     """
     was_training = model.training
     model.eval()
+    causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(model.parameters()).device
     losses: list[float] = []
     counts: list[int] = []
     try:
         for start in range(0, len(rows), batch_size):
             members = rows[start : start + batch_size]
-            batch = {name: tensor.to(device) for name, tensor in collator(members).items()}
-            labels = batch.pop("labels")[:, 1:]  # (batch, seq - 1): position t predicts token t + 1
-            logits = model(**batch, use_cache=False).logits[:, :-1]
-            chosen = labels != IGNORED
-            each = nn.functional.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none")
-            # Packed or padded, the chosen tokens come row by row.
+            batch = {name: _on(device, value) for name, value in collator(members).items()}
+            hidden, targets = answer_states(causal_lm, batch)
+            each = token_losses(hidden, head_weight(causal_lm), targets)
+            # Packed or padded, the answers come row by row.
             sizes = [sum(label != IGNORED for label in row.labels[1:]) for row in members]
-            losses += [float(part.sum()) for part in each.double().split(sizes)]
+            losses += [float(part) for part in torch.stack([part.sum() for part in each.double().split(sizes)])]
             counts += sizes
     finally:
         model.train(was_training)
     return losses, counts
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 class HistoryWriter(TrainerCallback):
@@ -257,16 +295,17 @@ class Progress(TrainerCallback):
 
 
 def micro_batch_size(config: RunConfig, rows: Sequence[Encoded]) -> int:
-    """Conversations per forward pass: the config's own, or what `micro_batch_tokens` holds of rows of mean length.
+    """Conversations per forward pass where nothing is trained: as many of mean length as a training pass holds.
 
-    It divides `batch_size`. The result of a training does not depend on it; memory does, and speed: attention over a
-    pack costs the square of its length wherever its mask is computed as a whole.
+    Args:
+        config: the run, settled.
+        rows: whose lengths count.
     """
     if config.micro_batch_size is not None:
         return config.micro_batch_size
+    assert config.micro_batch_tokens is not None
     mean = sum(len(row.input_ids) for row in rows) / max(1, len(rows))
-    fitting = max(1, int(config.micro_batch_tokens / max(1.0, mean)))
-    return max(size for size in range(1, config.batch_size + 1) if config.batch_size % size == 0 and size <= fitting)
+    return max(1, min(config.batch_size, int(config.micro_batch_tokens / max(1.0, mean))))
 
 
 def peak_memory_bytes() -> int:
@@ -288,13 +327,13 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def training_arguments(config: RunConfig, run: RunDirectory, micro: int) -> TrainingArguments:
+def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: int) -> TrainingArguments:
     """The config in the words of transformers.
 
     Args:
-        config: the run.
+        config: the run, settled.
         run: for the place of the checkpoints.
-        micro: conversations per forward pass; divides `config.batch_size`.
+        eval_batch_size: conversations per forward pass where nothing is trained.
 
     Raises:
         ConfigError: fp16 without a GPU.
@@ -307,9 +346,10 @@ def training_arguments(config: RunConfig, run: RunDirectory, micro: int) -> Trai
     return TrainingArguments(
         output_dir=str(run.checkpoints),
         **steps,
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=config.batch_size // micro,
+        # A whole step; `StepCollator` cuts it. Each of several processes takes its share.
+        per_device_train_batch_size=max(1, config.batch_size // int(os.environ.get("WORLD_SIZE", "1"))),
+        per_device_eval_batch_size=eval_batch_size,
+        gradient_accumulation_steps=1,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
         warmup_steps=config.warmup_ratio,  # below 1: a share of all steps
@@ -329,7 +369,9 @@ def training_arguments(config: RunConfig, run: RunDirectory, micro: int) -> Trai
         # that stopped there.
         save_total_limit=max(config.save_total_limit, 2 if config.keep == "best" else 1),
         metric_for_best_model="eval_loss" if config.keep == "best" else None,
-        include_num_input_tokens_seen="all" if config.packing else "non_padding",
+        use_liger_kernel=bool(config.liger),
+        # The loss is `qlora_utils.loss`: Liger's computes logits for tokens without a label too.
+        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False} if config.liger else None,
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
         disable_tqdm=True,
@@ -351,9 +393,11 @@ def make_trainer(
     Raises:
         ConfigError: fp16 without a GPU.
     """
+    config = settle(config).config
     limit = config.max_seq_len
     train_rows = encode(prepared.train, tokenizer, max_seq_len=limit, response_only=config.response_only)
     arguments = training_arguments(config, run, micro_batch_size(config, train_rows))
+    collator = Collator(tokenizer.pad_token_id, config.packing)
     trainer = QLoRATrainer(
         config=config,
         model=tuned_model,
@@ -362,7 +406,7 @@ def make_trainer(
         # The held-out loss is always that of the answers, so that runs can be compared.
         eval_dataset=encode(measured_rows(prepared.held_out, config), tokenizer, max_seq_len=limit),
         trace=make_trace(prepared.held_out, tokenizer, config) if config.trace_rows else None,
-        data_collator=Collator(tokenizer.pad_token_id, config.packing),
+        data_collator=StepCollator(collator, config.micro_batch_tokens or config.max_seq_len, config.micro_batch_size),
         callbacks=[HistoryWriter(run.history), Progress()],
     )
     trainer.remove_callback(PrinterCallback)

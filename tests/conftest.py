@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
 def on_its_device(model, batch):
     """A batch as the Trainer would hand it to the model."""
     device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from conftest import on_its_device
 
 from qlora_utils import lora, quantization, training
 from qlora_utils.config import ModelError, RunConfig
-from qlora_utils.data import Collator, encode
+from qlora_utils.data import encode
+from qlora_utils.packing import Collator
 from qlora_utils.lora import HEAD
 from qlora_utils.run_directory import RunDirectory, read_jsonl
 
@@ -28,7 +29,7 @@ def with_adapter(config, **changes):
 def logits(model, batch):
     model.eval()
     with torch.no_grad():
-        return model(**on_its_device(model, batch)).logits
+        return model(**on_its_device(model, {**batch, "labels": None})).logits
 
 
 def test_lora_on_all_linear_layers_and_never_on_the_head(tuned_model):  # trap 3

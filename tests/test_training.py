@@ -9,8 +9,9 @@ from transformers import TrainerCallback
 
 from qlora_utils import lora, quantization, training
 from qlora_utils.config import ConfigError, RunConfig
-from qlora_utils.data import IGNORED, Collator, Encoded, encode
+from qlora_utils.data import IGNORED, Encoded, encode
 from qlora_utils.generation import Answer, Question, Sampling, answer_all
+from qlora_utils.packing import Collator
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
 
 
@@ -88,7 +89,7 @@ def test_frozen_weights_stay_as_they_are(config, tokenizer, prepared):
 
 def logits(model, batch):
     with torch.no_grad():
-        return model(**on_its_device(model, batch)).logits[0]
+        return model(**on_its_device(model, {**batch, "labels": None})).logits[0]
 
 
 def test_packed_logits_equal_those_of_the_conversation_alone(tuned_model, prepared, tokenizer):  # trap 12

@@ -1,0 +1,141 @@
+"""Conversations laid end to end: the packs of an optimizer step, and the tensors of one (notebooks 01 and 04)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from qlora_utils.data import IGNORED, Encoded
+
+
+def fill(lengths: Sequence[int], tokens: int, conversations: int | None = None) -> list[list[int]]:
+    """Put conversations into as few packs as hold them, by first-fit decreasing; the longest pack comes first.
+
+    Args:
+        lengths: tokens of each conversation.
+        tokens: that a pack may hold; a conversation longer than that gets a pack of its own.
+        conversations: that a pack may hold (None: any number).
+
+    Returns:
+        The packs, each the indices of its conversations.
+    """
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next(
+            (
+                number
+                for number, free in enumerate(room)
+                if lengths[index] <= free and (conversations is None or len(packs[number]) < conversations)
+            ),
+            None,
+        )
+        if place is None:
+            packs.append([])
+            room.append(max(tokens, lengths[index]))
+            place = len(packs) - 1
+        packs[place].append(index)
+        room[place] -= lengths[index]
+    return sorted(packs, key=lambda members: -sum(lengths[i] for i in members))
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes the tensors of one forward pass out of encoded conversations.
+
+    With `packing` they are laid end to end in one sequence of shape (1, tokens) whose `position_ids` start again at
+    0 with each conversation; there is no padding and no mask: `lengths` and `starts` tell the attention kernel where
+    each begins. Otherwise they are padded on the right to (batch, seq). Either way what carries no label is marked by
+    length, never by the padding token's id.
+    """
+
+    pad_token_id: int
+    packing: bool
+
+    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
+        """Tensors `input_ids` and `labels`, and with them either of two sets.
+
+        Packed: `position_ids`, `starts` (int32: where each conversation begins, and the end) and the tuple `lengths`.
+        Padded: `attention_mask`. In both, `answer_positions` are the places, counted through the whole batch, whose
+        next token is labelled.
+        """
+        import torch
+
+        labels = [(IGNORED, *e.labels[1:]) for e in examples]
+        lengths = [len(e.input_ids) for e in examples]
+        longest = max(lengths)
+        if self.packing:
+            tensors = {
+                "input_ids": torch.tensor([[i for e in examples for i in e.input_ids]]),
+                "labels": torch.tensor([[label for row in labels for label in row]]),
+                "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+                "starts": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+            }
+        else:
+            tensors = {
+                "input_ids": torch.tensor([_pad(e.input_ids, self.pad_token_id, longest) for e in examples]),
+                "labels": torch.tensor([_pad([*row], IGNORED, longest) for row in labels]),
+                "attention_mask": torch.tensor([_pad([1] * length, 0, longest) for length in lengths]),
+            }
+        labelled = torch.nonzero(tensors["labels"].flatten() != IGNORED).flatten()
+        return {**tensors, "answer_positions": labelled - 1, **({"lengths": tuple(lengths)} if self.packing else {})}
+
+
+def _pad(values: list[int], filler: int, length: int) -> list[int]:
+    return values + [filler] * (length - len(values))
+
+
+@dataclass(frozen=True)
+class StepCollator:
+    """Makes the forward passes of one optimizer step out of its conversations.
+
+    How a step is cut into passes changes memory and speed, and nothing else: the loss is summed over the answer tokens of
+    the whole step.
+
+    `tokens` and `conversations` bound one pass, as in `fill`; padded, a pass counts as many tokens as its longest
+    member times its members.
+    """
+
+    collator: Collator
+    tokens: int
+    conversations: int | None = None
+
+    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
+        """`passes`: what `Collator` makes of each; `tokens` and `answer_tokens` of the step, padding left out."""
+        lengths = [len(example.input_ids) for example in examples]
+        members = (
+            fill(lengths, self.tokens, self.conversations)
+            if self.collator.packing
+            else _similar(lengths, self.tokens, self.conversations)
+        )
+        passes = [self.collator([examples[index] for index in group]) for group in members]
+        return {
+            "passes": passes,
+            "tokens": sum(lengths),
+            "answer_tokens": sum(label != IGNORED for example in examples for label in example.labels[1:]),
+        }
+
+
+def _similar(lengths: Sequence[int], tokens: int, conversations: int | None) -> list[list[int]]:
+    """Groups of neighbours by length, the longest first, none larger than `tokens` once padded."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        full = groups and (
+            longest * (len(groups[-1]) + 1) > tokens
+            or (conversations is not None and len(groups[-1]) >= conversations)
+        )
+        if not groups or full:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+def filled_share(lengths: Sequence[int], tokens: int, batch_size: int) -> float:
+    """Share of the room in the packs of `tokens` tokens that is used, steps of `batch_size` taken in order."""
+    steps = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+    packs = sum(len(fill(step, tokens)) for step in steps)
+    return sum(lengths) / max(1, packs * tokens)
+

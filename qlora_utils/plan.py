@@ -1,0 +1,414 @@
+"""The memory of a training before it runs, part by part, and the fastest configuration that fits (notebook 03).
+
+Every part is counted from the model's shape: what is stored, and what autograd keeps of one forward pass of our layers.
+`tests/test_plan.py` holds the result against peaks measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_utils.config import ConfigError, ModelError, RunConfig, locate, model_advice
+from qlora_utils.hardware import GIB, Card, attention_kernel, liger_kernels, precision, this_card
+
+if TYPE_CHECKING:
+    from ipywidgets import Widget
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PARTS = ("weights", "quantization constants", "expanded weights", "head", "adapters", "gradients", "optimizer",
+         "activations", "logits", "workspace")  # fmt: skip
+MEAN_TOKENS = 460  # of a conversation where nothing is known of the data: the mean of the Guanaco rows
+PASS_TOKENS = (32768, 16384, 8192, 4096, 2048, 1024, 512)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A causal language model of the Llama kind, as its config.json describes it."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model_config: Any) -> Shape:
+        """From a transformers config.
+
+        Raises:
+            ModelError: it does not name what a Llama-like model has.
+        """
+        try:
+            heads = model_config.num_attention_heads
+            return cls(
+                hidden=model_config.hidden_size,
+                layers=model_config.num_hidden_layers,
+                intermediate=model_config.intermediate_size,
+                heads=heads,
+                kv_heads=getattr(model_config, "num_key_value_heads", None) or heads,
+                head_size=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
+                vocabulary=model_config.vocab_size,
+            )
+        except AttributeError as error:
+            raise ModelError(f"model: its config.json has no {error.name}; a plan needs a model like Llama.") from None
+
+    @classmethod
+    def read(cls, source: str) -> Shape:
+        """From a local folder or hub id, without its weights.
+
+        Raises:
+            ModelError: there is no config, or none of a Llama-like model.
+        """
+        from transformers import AutoConfig
+
+        try:
+            model_config = AutoConfig.from_pretrained(locate(source))
+        except Exception as error:
+            raise ModelError(model_advice(locate(source), error)) from error
+        return cls.of(model_config)
+
+    @property
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of the linear layers of one decoder layer: q, k, v, o, gate, up, down."""
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        return (
+            (self.hidden, queries), (self.hidden, keys), (self.hidden, keys), (queries, self.hidden),
+            (self.hidden, self.intermediate), (self.hidden, self.intermediate), (self.intermediate, self.hidden),
+        )  # fmt: skip
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all linear layers but the head: what NF4 stores."""
+        return self.layers * sum(inside * outside for inside, outside in self.linears)
+
+    def lora_parameters(self, rank: int) -> int:
+        """Weights of LoRA matrices of this rank on all linear layers but the head."""
+        return self.layers * rank * sum(inside + outside for inside, outside in self.linears)
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights of the head, and of the embeddings."""
+        return self.vocabulary * self.hidden
+
+
+LLAMA_2_7B = Shape(
+    hidden=4096, layers=32, intermediate=11008, heads=32, kv_heads=32, head_size=128, vocabulary=32000
+)  # that of the preset, whose config.json a plan should not need a login for
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a configuration takes at its peak: bytes by part, of which some are never there together."""
+
+    parts: dict[str, int]
+    peak: int
+
+    def fits(self, card: Card) -> bool:
+        """Whether the peak leaves the card room for what no plan sees: the CUDA context, fragmentation."""
+        return self.peak <= room(card)
+
+
+def room(card: Card) -> int:
+    """Bytes of a card that tensors may take: its memory less 0.7 GiB for the CUDA context and 4 % for fragmentation."""
+    return int(card.memory * 0.96 - 0.7 * GIB)
+
+
+def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, passes: int = 2) -> MemoryPlan:
+    """The memory that PyTorch will have allocated at most while this configuration trains.
+
+    Args:
+        shape: of the base model.
+        config: the run, settled: nothing in it left open.
+        pass_tokens: of the largest forward pass; None: `micro_batch_tokens`, or one conversation that is longer.
+        passes: forward passes in a step. With a second one, the gradients of the first lie beside its activations.
+    """
+    wide = 4 if config.compute_dtype == "float32" else 2  # bytes of a hidden value
+    tokens = pass_tokens or max(config.micro_batch_tokens or 0, config.max_seq_len)
+    lora = shape.lora_parameters(config.lora_r)
+    head_trained = shape.head_parameters if config.train_head else 0
+    trained = lora + head_trained
+    blocks = shape.linear_parameters // 64
+    layer, kept_per_layer = _activations(shape, config, wide)
+    largest = max(inside * outside for inside, outside in shape.linears)
+    logits_rows = min(tokens, 2**27 // (4 * shape.vocabulary))
+    parts = {
+        # NF4, or as they are; embeddings and norms
+        "weights": (shape.linear_parameters // 2 if config.quantize else shape.linear_parameters * wide)
+        + shape.head_parameters * wide
+        + (2 * shape.layers + 1) * shape.hidden * wide,
+        # one absolute maximum for each block of 64: a byte, and for each 256 of these another; or four bytes
+        "quantization constants": (0 if not config.quantize else blocks + blocks // 64 + 7 * shape.layers * 1100)
+        if config.double_quantization
+        else blocks * 4 * config.quantize,
+        "expanded weights": shape.linear_parameters * wide if config.keep_expanded and config.quantize else 0,
+        "head": shape.head_parameters * wide + head_trained * 4,
+        "adapters": lora * 4,
+        "gradients": trained * 4,
+        "optimizer": _optimizer_bytes(config, trained),
+        "activations": tokens * (kept_per_layer * shape.layers + (layer if config.gradient_checkpointing else 0)),
+        # fp32 logits of a chunk and their softmax, and the gradient in 16 bit; the head in the precision of products
+        "logits": logits_rows * shape.vocabulary * (4 + 4 + wide) + shape.head_parameters * wide * config.train_head,
+        # one weight dequantized, what flows backward through a layer
+        "workspace": (0 if config.keep_expanded else largest * wide)
+        + tokens * wide * (3 * shape.intermediate + 2 * shape.hidden),
+    }
+    fixed = sum(parts[name] for name in PARTS[:5]) + parts["optimizer"]
+    gradients_before = parts["gradients"] if passes > 1 else 0
+    head_gradient = 4 * head_trained
+    moments = (
+        fixed + gradients_before + parts["activations"] + parts["logits"] + head_gradient,  # the loss
+        fixed + gradients_before + parts["activations"] + head_gradient + parts["workspace"],  # the last layer
+        fixed + parts["gradients"] + _step_workspace(config, trained),  # the optimizer's step
+    )
+    return MemoryPlan(parts, max(moments))
+
+
+def _activations(shape: Shape, config: RunConfig, wide: int) -> tuple[int, int]:
+    """Bytes for each token of what autograd keeps in one decoder layer, and of what stays until the backward pass."""
+    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    layer = wide * (
+        4 * shape.hidden  # the residual stream before each norm, and what the norms make of it
+        + 2 * queries + 2 * keys  # q, k, v and what attention makes of them
+        + 3 * shape.intermediate  # gate, up and their product
+        + 7 * config.lora_r  # x Aᵀ
+    ) + 4 * (shape.heads + 2)  # fmt: skip  # the softmax's sums, the norms' scales
+    if not config.fused:  # peft: x in fp32, a copy of the base output, the output of the update
+        outs = sum(outside for _, outside in shape.linears)
+        layer += 4 * sum(inside for inside, _ in shape.linears) + wide * outs
+    if config.lora_dropout:
+        layer += (wide + 1) * sum(inside for inside, _ in shape.linears)
+    if not config.liger:
+        layer += wide * 2 * shape.hidden + 4 * 2 * shape.hidden + wide * shape.intermediate + wide * 2 * queries
+    return layer, wide * shape.hidden if config.gradient_checkpointing else layer
+
+
+def _optimizer_bytes(config: RunConfig, trained: int) -> int:
+    if config.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+        return 2 * trained + 2 * 4 * trained // 256  # two moments of a byte, a scale for each block of 256
+    return 8 * trained
+
+
+def _step_workspace(config: RunConfig, trained: int) -> int:
+    return 0 if config.optimizer in ("adamw_8bit", "paged_adamw_8bit", "adamw_torch_fused") else 4 * trained
+
+
+# ---------------------------------------------------------------------------------------------------- the choice
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A config with nothing left open, and why each open value became what it is."""
+
+    config: RunConfig
+    reasons: dict[str, str]
+
+    def text(self) -> str:
+        """One line for each value that was open."""
+        width = max((len(name) for name in self.reasons), default=0)
+        values = {name: str(getattr(self.config, name)) for name in self.reasons}
+        wide = max((len(value) for value in values.values()), default=0)
+        return "\n".join(f"{name:<{width}}  {values[name]:<{wide}}  {why}" for name, why in self.reasons.items())
+
+
+OPEN = ("compute_dtype", "attention", "liger", "keep_expanded", "gradient_checkpointing", "micro_batch_tokens",
+        "optimizer")  # fmt: skip
+
+
+def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = None) -> Settled:
+    """Decide what the config leaves open: from the hardware, and by the fastest that fits into its memory.
+
+    A value that is given is kept. A config with nothing open comes back as it is, without a look at the model.
+
+    Args:
+        config: the run.
+        card: to plan for; None: this machine, with or without a GPU.
+        shape: of the base model; None: read from `config.model`.
+
+    Raises:
+        ModelError: the model's config cannot be read.
+        ConfigError: nothing fits; names the smallest plan and what to change.
+    """
+    if all(getattr(config, name) not in (None, "auto") for name in OPEN):
+        return Settled(config, {})
+    card = card or this_card()
+    values: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    for name, choose in (("compute_dtype", precision), ("attention", attention_kernel), ("liger", liger_kernels)):
+        if getattr(config, name) in (None, "auto"):
+            values[name], reasons[name] = choose(config, card)
+    config = config.model_copy(update=values)
+    if all(getattr(config, name) not in (None, "auto") for name in OPEN):
+        return Settled(config, reasons)
+    if card is None:
+        chosen, why = _on_cpu(config), "on a CPU speed counts, and main memory is plenty"
+    else:
+        shape = shape or Shape.read(config.model)
+        chosen, why = fastest(config, card, shape)
+    for name in OPEN:
+        if getattr(config, name) in (None, "auto"):
+            reasons[name] = why
+    return Settled(chosen, reasons)
+
+
+def _on_cpu(config: RunConfig) -> RunConfig:
+    given = {"keep_expanded": False, "gradient_checkpointing": False, "micro_batch_tokens": 2048,
+             "optimizer": "adamw_torch"}  # fmt: skip
+    return config.model_copy(update={n: v for n, v in given.items() if getattr(config, n) in (None, "auto")})
+
+
+def candidates(config: RunConfig) -> Iterator[RunConfig]:
+    """Every way to fill in what is open for a GPU."""
+    longest_step = config.batch_size * config.max_seq_len
+    for optimizer in _open(config, "optimizer", ("adamw_torch_fused", "paged_adamw_8bit")):
+        for kept in _open(config, "keep_expanded", (True, False) if config.quantize else (False,)):
+            for checkpointing in _open(config, "gradient_checkpointing", (False, True)):
+                # no larger than a step can be, no smaller than a conversation
+                sizes = [tokens for tokens in PASS_TOKENS if config.max_seq_len <= tokens < 2 * longest_step]
+                for tokens in _open(config, "micro_batch_tokens", tuple(sizes) or (config.max_seq_len,)):
+                    yield config.model_copy(
+                        update={"optimizer": optimizer, "keep_expanded": kept, "micro_batch_tokens": tokens,
+                                "gradient_checkpointing": checkpointing}
+                    )  # fmt: skip
+
+
+def _open(config: RunConfig, name: str, choices: tuple[Any, ...]) -> tuple[Any, ...]:
+    value = getattr(config, name)
+    return choices if value in (None, "auto") else (value,)
+
+
+def fastest(config: RunConfig, card: Card, shape: Shape) -> tuple[RunConfig, str]:
+    """The candidate that takes the least time of those that fit, and why.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    plans = [(candidate, predict(shape, candidate)) for candidate in candidates(config)]
+    fitting = [(candidate, plan) for candidate, plan in plans if plan.fits(card)]
+    if not fitting:
+        least = min(plan.peak for _, plan in plans)
+        raise ConfigError(
+            f"{card.name} has room for {room(card) / GIB:.1f} GiB, and the smallest plan takes {least / GIB:.1f} GiB. "
+            f"Take shorter conversations (max_seq_len={config.max_seq_len // 2}), a frozen head (train_head=false), a "
+            f"lower rank (lora_r={max(1, config.lora_r // 2)}) or a smaller model. `qlora plan` shows each part."
+        )
+    # A smaller pass where nothing is gained by a larger one.
+    best, plan = min(
+        fitting, key=lambda pair: (round(step_seconds(shape, pair[0], card), 4), pair[0].micro_batch_tokens or 0)
+    )
+    return best, f"the fastest that fits: {plan.peak / GIB:.1f} of {room(card) / GIB:.1f} GiB on {card.name}"
+
+
+def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: int = MEAN_TOKENS) -> float:
+    """A rough time of one optimizer step, in seconds: good enough to rank configurations of one card, no promise.
+
+    Products at two thirds of the vendor's rate; bytes of dequantization and of the optimizer at two thirds of its
+    bandwidth.
+    """
+    tokens = config.batch_size * min(mean_tokens, config.max_seq_len)
+    largest = max(config.micro_batch_tokens or tokens, config.max_seq_len)
+    passes = max(1.0, tokens / largest)
+    forwards = 3 if config.gradient_checkpointing else 2  # as often every weight is needed
+    flops = tokens * (2 * shape.linear_parameters * forwards + 6 * shape.lora_parameters(config.lora_r))
+    flops += tokens * 6 * shape.head_parameters
+    expanding = 0 if config.keep_expanded or not config.quantize else 2.5 * shape.linear_parameters * forwards * passes
+    trained = shape.lora_parameters(config.lora_r) + shape.head_parameters * config.train_head
+    stepping = trained * (28 if config.optimizer == "adamw_torch_fused" else 60)
+    return flops / (card.matrix_rate * 2 / 3) + (expanding + stepping) / (card.bandwidth * 2 / 3)
+
+
+# ---------------------------------------------------------------------------------------------------- shown
+
+
+def plan_table(plan: MemoryPlan, card: Card | None = None) -> str:
+    """The plan as lines of text, in GiB of 2^30 bytes."""
+    lines = [f"{name:<24}{size / GIB:>8.2f} GiB" for name, size in plan.parts.items() if size]
+    lines.append(f"{'at the peak':<24}{plan.peak / GIB:>8.2f} GiB")
+    if card is not None:
+        lines.append(f"{'room on ' + card.name:<24}{room(card) / GIB:>8.2f} GiB  {'fits' if plan.fits(card) else 'DOES NOT FIT'}")
+    return "\n".join(lines)
+
+
+def plan_for(config: RunConfig, card: Card | None, shape: Shape) -> tuple[Settled, MemoryPlan]:
+    """What a run would be on a card, and what it would take."""
+    settled = settle(config, card, shape)
+    return settled, predict(shape, settled.config)
+
+
+def shape_of(config: RunConfig) -> Shape:
+    """The shape of a run's base model; that of Llama-2-7b is known without a look at the gated repository."""
+    if config.model.lower().rstrip("/").endswith("llama-2-7b-hf") and "/" in config.model and not config.model.startswith(("/", ".")):
+        return LLAMA_2_7B
+    return Shape.read(config.model)
+
+
+def plot_plan(plans: Mapping[str, MemoryPlan], ax: Axes, card: Card | None = None) -> Figure:
+    """A bar for each plan, its parts stacked, its peak and the card's room marked. Parts can be more than the peak."""
+    for position, plan in enumerate(plans.values()):
+        left = 0.0
+        for number, name in enumerate(PARTS):
+            size = plan.parts[name] / GIB
+            ax.barh(position, size, left=left, color=f"C{number}", label=name if position == 0 else None)
+            left += size
+        ax.plot([plan.peak / GIB] * 2, [position - 0.4, position + 0.4], color="black", linewidth=2)
+    if card is not None:
+        ax.axvline(room(card) / GIB, color="tab:red", linestyle="--", label=f"room on {card.name}")
+    ax.set_yticks(range(len(plans)), list(plans))
+    ax.invert_yaxis()
+    ax.set(xlabel="GiB; black line: at the peak", title="Memory of a training step")
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return ax.get_figure()  # type: ignore[return-value]
+
+
+def explorer(config: RunConfig, cards: Sequence[Card], shape: Shape) -> Widget:
+    """Controls for what memory depends on, and under them the plan that follows, drawn anew at every change."""
+    import ipywidgets as widgets
+    from IPython.display import display
+    from matplotlib import pyplot as plt
+
+    def choice(label: str, options: Any, value: Any) -> Any:
+        return widgets.Dropdown(options=options, value=value, description=label, style={"description_width": "initial"})
+
+    controls = {
+        "card": choice("GPU", [(card.name, card) for card in cards], cards[0]),
+        "max_seq_len": choice("max_seq_len", sorted({512, 1024, 2048, 4096, config.max_seq_len}), config.max_seq_len),
+        "micro_batch_tokens": choice(
+            "tokens per pass", [("fastest", None), *[(f"{n:,}", n) for n in reversed(PASS_TOKENS)]], None
+        ),
+        "lora_r": choice("rank", sorted({8, 16, 64, 256, config.lora_r}), config.lora_r),
+        "train_head": choice("head", [("trained", True), ("frozen", False)], config.train_head),
+        "gradient_checkpointing": choice("checkpointing", [("fastest", None), ("on", True), ("off", False)], None),
+        "optimizer": choice(
+            "optimizer", [("fastest", "auto"), ("32 bit", "adamw_torch_fused"), ("8 bit", "paged_adamw_8bit")], "auto"
+        ),
+    }
+    shown = widgets.Output()
+
+    def draw(_: Any = None) -> None:
+        values = {name: control.value for name, control in controls.items()}
+        card = values.pop("card")
+        wanted = config.model_copy(
+            update={"compute_dtype": "auto", "attention": "auto", "keep_expanded": None, "liger": True, **values}
+        )
+        with shown:
+            shown.clear_output(wait=True)
+            try:
+                settled, plan = plan_for(wanted, card, shape)
+            except ConfigError as error:
+                print(error)
+                return
+            print(settled.text(), "\n")
+            print(plan_table(plan, card))
+            figure, ax = plt.subplots(figsize=(9, 1.8), layout="constrained")
+            plot_plan({card.name: plan}, ax, card)
+            display(figure)
+            plt.close(figure)
+
+    for control in controls.values():
+        control.observe(draw, names="value")
+    draw()
+    return widgets.VBox([widgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"}), shown])
