@@ -1,12 +1,13 @@
-"""A linear layer with its adapter as one operation: the product with an NF4 weight and the low-rank update (notebook 03).
+"""Linear layers with their adapters as one operation: NF4 product and low-rank update together (notebook 03).
 
-What it computes is `y = x Wᵀ + s (x Aᵀ) Bᵀ`, the forward pass of peft's layer. What it saves, measured in
-`docs/experiments.md`: casts of the input to fp32 and back, a copy of the output, the output of the update as a tensor of its
-own, two of the three nodes that autograd would walk, and what these would keep in memory.
+What is computed is peft's `y = x Wᵀ + s (x Aᵀ) Bᵀ`. What is saved: casts of the input to fp32 and back, a copy of the output,
+the update as a tensor of its own, and most of the kernels: layers that read the same input, such as q, k and v, share one
+product with all their A, and their input's gradients are summed as they are made. Measured in docs/experiments.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that read the same input
 
 
 def fuse(tuned_model: PeftModel) -> int:
@@ -24,78 +27,151 @@ def fuse(tuned_model: PeftModel) -> int:
     """
     from peft.tuners.lora import Linear
 
-    fused = {Linear: _fused_class(Linear)}
+    forms = {Linear: _fused_form(Linear)}
     try:
         from peft.tuners.lora.bnb import Linear4bit
 
-        fused[Linear4bit] = _fused_class(Linear4bit)
+        forms[Linear4bit] = _fused_form(Linear4bit)
     except ImportError:  # without bitsandbytes there are no 4-bit layers
         pass
-    count = 0
-    for module in tuned_model.modules():
-        if type(module) in fused and not getattr(module, "lora_variant", None):
-            module.__class__ = fused[type(module)]
-            count += 1
-    return count
+    together: list[Together] = []
+    for parent in tuned_model.modules():
+        layers = {n: m for n, m in parent.named_children() if type(m) in forms and not getattr(m, "lora_variant", None)}
+        groups = [[layers.pop(n) for n in names] for names in SIBLINGS if _alike([layers.get(n) for n in names])]
+        for group in [*groups, *([layer] for layer in layers.values())]:
+            for layer in group:
+                layer.__class__ = forms[type(layer)]
+            together.append(Together(group))
+    if together:
+        # Once for each pass through the model, not once for each layer.
+        tuned_model.get_base_model().base_model.register_forward_pre_hook(_Refresh(together), with_kwargs=True)
+    return sum(len(group.layers) for group in together)
 
 
-def _fused_class(plain: type[nn.Module]) -> type[nn.Module]:
+def _alike(layers: Sequence[Any]) -> bool:
+    """Whether layers can share a product: there, of one kind, with one adapter of one rank and scale, no dropout."""
+    if any(layer is None for layer in layers):
+        return False
+    forms = {
+        (
+            type(layer),
+            layer.in_features,
+            tuple(layer.scaling.items()),
+            tuple(layer.r.items()),
+            all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values()),
+        )
+        for layer in layers
+    }
+    return len(forms) == 1 and next(iter(forms))[-1]
+
+
+class Together:
+    """Layers that read the same input, with their A and B in the precision of the products.
+
+    transformers calls one layer after the other; the first call computes all, the others find their output waiting.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = list(layers)
+        self.name = next(iter(layers[0].lora_A))
+        self.scale: float = layers[0].scaling[self.name]
+        self.a: list[torch.Tensor] = [layer.lora_A[self.name].weight for layer in layers]
+        self.b: list[torch.Tensor] = [layer.lora_B[self.name].weight for layer in layers]
+        self.bases = [layer.base_layer for layer in layers]
+        self.small_a: torch.Tensor | None = None  # (layers · rank, in), times the scale
+        self.small_b: list[torch.Tensor] = []
+        self.waiting: dict[int, torch.Tensor] = {}
+        self.read: tuple[torch.Tensor, bool] | None = None
+        for number, layer in enumerate(layers):
+            layer.together = self
+            layer.number = number
+
+    def copies(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(A and B as they are trained, the places for their copies in the precision of the products)."""
+        device = self.a[0].device
+        if self.small_a is None or self.small_a.dtype is not dtype or self.small_a.device != device:
+            rank, inside = self.a[0].shape
+            self.small_a = torch.empty(len(self.a) * rank, inside, dtype=dtype, device=device)
+            self.small_b = [torch.empty_like(b, dtype=dtype) for b in self.b]
+        return [*self.a, *self.b], [*self.small_a.split(len(self.a[0])), *self.small_b]
+
+    def output(self, number: int, x: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+        """What layer `number` of these makes of `x`, (…, in) → (…, out)."""
+        graded = torch.is_grad_enabled()
+        if self.read is None or self.read[0] is not x or self.read[1] != graded or number not in self.waiting:
+            self.waiting = dict(enumerate(self._all(x, dropped)))
+            self.read = (x, graded)
+        mine = self.waiting.pop(number)
+        if not self.waiting:
+            self.read = None  # it would keep the graph that made it alive, and with it what checkpointing frees
+        return mine
+
+    def _all(self, x: torch.Tensor, dropped: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        dtype = product_dtype(self.bases[0], x)
+        if self.small_a is None or self.small_a.dtype is not dtype or self.small_a.device != x.device:
+            refresh([self], dtype)
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        low = flat if dropped is None else dropped.reshape(flat.shape).to(dtype)
+        if torch.is_grad_enabled():
+            outputs = _AdaptedLinears.apply(flat, low, dropped is None, self, *self.a, *self.b)
+        else:
+            outputs = _products(flat, low, self)[0]
+        return [y.view(*x.shape[:-1], -1).to(x.dtype) for y in outputs]
+
+
+class _Refresh:
+    """A hook before the decoder: brings the copies of A and B up to date, in two kernels for all of them."""
+
+    def __init__(self, together: list[Together]) -> None:
+        self.together = together
+
+    def __call__(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        if torch.is_grad_enabled() or inputs is None or inputs.shape[1] > 1:  # else the next token of an answer
+            first = self.together[0]
+            refresh(self.together, product_dtype(first.bases[0], first.a[0]))
+
+
+@torch.no_grad()
+def refresh(together: Sequence[Together], dtype: torch.dtype) -> None:
+    """Copy A, times its scale, and B into the precision of the products. Optimizers move weights behind one's back."""
+    pairs = [group.copies(dtype) for group in together]
+    sources = [source for trained, _ in pairs for source in trained]
+    torch._foreach_copy_([place for _, places in pairs for place in places], sources)
+    for scale in {group.scale for group in together} - {1.0}:
+        torch._foreach_mul_([g.small_a for g in together if g.scale == scale and g.small_a is not None], scale)
+
+
+def _fused_form(plain: type[nn.Module]) -> type[nn.Module]:
     """A subclass of one of peft's layers whose forward pass is one operation wherever that is the same."""
 
     class Fused(plain):  # type: ignore[valid-type, misc]
+        together: Together
+        number: int
+
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            names = self.active_adapters
-            if self.merged or args or kwargs or self.disable_adapters or len(names) != 1 or names[0] not in self.lora_A:
-                kept = getattr(self.base_layer, "kept_weight", None)
-                if self.disable_adapters and not self.merged and kept is not None and not args and not kwargs:
-                    return nn.functional.linear(x.to(kept.dtype), kept, self.base_layer.bias).to(x.dtype)
+            if self.merged or args or kwargs or [*self.active_adapters] != [self.together.name]:
                 return super().forward(x, *args, **kwargs)
-            name = names[0]
-            dropout = self.lora_dropout[name]
-            dropped = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
-            a, b = self.lora_A[name].weight, self.lora_B[name].weight
-            return adapted_linear(x, self.base_layer, a, b, self.scaling[name], dropped)
+            if self.disable_adapters:
+                kept = getattr(self.base_layer, "kept_weight", None)
+                if kept is None:
+                    return super().forward(x)
+                return nn.functional.linear(x.to(kept.dtype), kept, self.base_layer.bias).to(x.dtype)
+            dropout = self.lora_dropout[self.together.name]
+            drops = self.training and not isinstance(dropout, nn.Identity)
+            return self.together.output(self.number, x, dropout(x) if drops else None)
 
     Fused.__name__ = Fused.__qualname__ = f"Fused{plain.__name__}"
     return Fused
 
 
-def adapted_linear(
-    x: torch.Tensor, layer: nn.Module, a: torch.Tensor, b: torch.Tensor, scale: float, dropped: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`x Wᵀ + bias + scale · (dropped Aᵀ) Bᵀ`, shape (…, out), in the dtype of `x`.
-
-    Products are computed in the layer's compute dtype. W is frozen: no gradient is computed for it.
-
-    Args:
-        x: (…, in).
-        layer: an `nn.Linear` or a bitsandbytes `Linear4bit`.
-        a: (rank, in), any precision.
-        b: (out, rank), any precision.
-        scale: of the update.
-        dropped: `x` after dropout; None: `x` itself.
-    """
-    dtype = product_dtype(layer, x)
-    if not torch.is_grad_enabled() and x.numel() == x.shape[-1] and not hasattr(layer, "kept_weight"):
-        # One token: bitsandbytes multiplies by the 4-bit weight without writing it out.
-        low = (x if dropped is None else dropped).to(dtype)
-        base = layer(x.to(dtype))
-        return (base + scale * ((low @ a.to(dtype).T) @ b.to(dtype).T)).to(x.dtype)
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    low = None if dropped is None else dropped.reshape(flat.shape).to(dtype)
-    y = _AdaptedLinear.apply(flat, low, a, b, layer, scale)
-    return y.view(*x.shape[:-1], -1).to(x.dtype)
-
-
-def product_dtype(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
+def product_dtype(layer: Any, x: torch.Tensor) -> torch.dtype:
     """The dtype of a layer's products: what a 4-bit layer computes in, autocast's choice, or the weight's own."""
-    if hasattr(layer, "quant_state") or hasattr(layer, "compute_dtype"):
-        return getattr(layer, "compute_dtype", None) or x.dtype
+    if hasattr(layer, "compute_dtype"):
+        return layer.compute_dtype or x.dtype
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.dtype
+    return layer.weight.dtype
 
 
 def expanded(layer: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -111,7 +187,7 @@ def expanded(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     return dequantize_4bit(layer.weight.data, state).to(dtype)
 
 
-def keep_expanded(tuned_model: nn.Module) -> int:
+def keep_expanded(model: nn.Module) -> int:
     """Keep every 4-bit weight beside its dequantized form, where memory is plenty; returns the bytes that takes.
 
     The numbers are those that every product would otherwise dequantize anew, so nothing but time changes.
@@ -119,62 +195,76 @@ def keep_expanded(tuned_model: nn.Module) -> int:
     from bitsandbytes.nn import Linear4bit
 
     total = 0
-    for layer in tuned_model.modules():
+    for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.kept_weight = expanded(layer, layer.compute_dtype or torch.float32)
             total += layer.kept_weight.nbytes
     return total
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    """See `adapted_linear`; here `x` is (tokens, in) and everything but A and B has the dtype of the products."""
+def _products(x: torch.Tensor, low: torch.Tensor, group: Together) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The outputs (tokens, out) of a group's layers, and `low` times all their A: (tokens, layers · rank)."""
+    assert group.small_a is not None
+    inner = low @ group.small_a.T
+    outputs = []
+    for part, b, base in zip(inner.split(len(group.a[0]), dim=1), group.small_b, group.bases, strict=True):
+        if len(x) == 1 and x.is_cuda and not hasattr(base, "kept_weight"):
+            y = base(x)  # one token: bitsandbytes multiplies by the 4-bit weight without writing it out
+            y = torch.addmm(y, part, b.T)
+        else:
+            y = part @ b.T  # first, so that the large product adds to it, instead of a pass over both
+            y.addmm_(x, expanded(base, x.dtype).T)
+            if base.bias is not None:
+                y += base.bias
+        outputs.append(y)
+    return outputs, inner
+
+
+class _AdaptedLinears(torch.autograd.Function):
+    """The layers of a group. W is frozen: no gradient is computed for it, and nothing but x and x Aᵀ is kept for it.
+
+    Inputs: `x` (tokens, in); `low`, the same after dropout; whether they are the same; the group; all A, all B.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        dropped: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        layer: Any,
-        scale: float,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, low: torch.Tensor, same: bool, group: Together, *weights: Any) -> Any:
         with torch.autocast(x.device.type, enabled=False):
-            low = x if dropped is None else dropped
-            small_a, small_b = a.to(x.dtype), b.to(x.dtype)
-            inner = (low @ small_a.T).mul_(scale)  # (tokens, rank)
-            y = inner @ small_b.T  # first, so that the large product adds to it instead of a pass over both
-            y.addmm_(x, expanded(layer, x.dtype).T)
-            if layer.bias is not None:
-                y += layer.bias
-        ctx.save_for_backward(low, inner, small_a, small_b)
-        ctx.layer, ctx.scale, ctx.dtypes, ctx.shared = layer, scale, (a.dtype, b.dtype), dropped is None
-        return y
+            outputs, inner = _products(x, low, group)
+        ctx.save_for_backward(low, inner)
+        ctx.group, ctx.same = group, same
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        low, inner, a, b = ctx.saved_tensors
-        (gradient,) = grad_outputs  # (tokens, out)
-        x_grad = low_grad = a_grad = b_grad = None
-        with torch.autocast(gradient.device.type, enabled=False):
-            through = (gradient @ b).mul_(ctx.scale)  # (tokens, rank)
-            if ctx.needs_input_grad[2]:
-                a_grad = _product(through.T, low, ctx.dtypes[0])
-            if ctx.needs_input_grad[3]:
-                b_grad = _product(gradient.T, inner, ctx.dtypes[1])
-            if ctx.needs_input_grad[0] and ctx.shared:
-                x_grad = (through @ a).addmm_(gradient, expanded(ctx.layer, gradient.dtype))
-            elif ctx.needs_input_grad[0]:
-                x_grad = gradient @ expanded(ctx.layer, gradient.dtype)
-            if not ctx.shared and ctx.needs_input_grad[1]:
-                low_grad = through @ a
-        return x_grad, low_grad, a_grad, b_grad, None, None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        low, inner = ctx.saved_tensors
+        group: Together = ctx.group
+        assert group.small_a is not None
+        rank = len(group.a[0])
+        wants_x, wants_low = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not ctx.same
+        x_grad = low_grad = None
+        with torch.autocast(low.device.type, enabled=False):
+            through = torch.empty_like(inner)  # (tokens, layers · rank)
+            for place, gradient, b in zip(through.split(rank, dim=1), gradients, group.small_b, strict=True):
+                torch.mm(gradient, b, out=place)
+            a_grads = _product(through.T, low, group.a[0].dtype, group.scale).split(rank)
+            b_grads = [
+                _product(gradient.T, part, b.dtype)
+                for gradient, part, b in zip(gradients, inner.split(rank, dim=1), group.b, strict=True)
+            ]
+            if wants_x or wants_low:
+                update = through @ group.small_a
+                low_grad = update if wants_low else None
+                if wants_x:
+                    x_grad = update if ctx.same else torch.zeros_like(low)
+                    for gradient, base in zip(gradients, group.bases, strict=True):
+                        x_grad.addmm_(gradient, expanded(base, low.dtype))
+        return x_grad, low_grad, None, None, *a_grads, *b_grads
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`left @ right` in `dtype`; fp32 out of 16-bit factors without rounding in between where there is such a kernel."""
-    if left.dtype == dtype:
-        return left @ right
-    if left.is_cuda and dtype is torch.float32:
-        return torch.mm(left, right, out_dtype=dtype)
-    return (left @ right).to(dtype)
+def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    """`scale · left @ right` in `dtype`; fp32 out of 16-bit factors without rounding in between where a kernel can."""
+    if left.is_cuda and left.dtype != dtype and dtype is torch.float32:
+        product = torch.mm(left, right, out_dtype=dtype)
+    else:
+        product = (left @ right).to(dtype)
+    return product if scale == 1.0 else product.mul_(scale)

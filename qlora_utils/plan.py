@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 PARTS = ("weights", "quantization constants", "expanded weights", "head", "adapters", "gradients", "optimizer",
          "activations", "logits", "workspace")  # fmt: skip
 MEAN_TOKENS = 460  # of a conversation where nothing is known of the data: the mean of the Guanaco rows
-PASS_TOKENS = (32768, 16384, 8192, 4096, 2048, 1024, 512)
+PASS_TOKENS = (32768, 24576, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024, 512)
+CHUNK = 2**27  # bytes of fp32 logits held at a time: `loss.CHUNK_BYTES["cuda"]`
+PASS_SECONDS = 0.003  # for each decoder layer of a pass, forward and back: what a host needs to start its kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,7 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
     blocks = shape.linear_parameters // 64
     layer, kept_per_layer = _activations(shape, config, wide)
     largest = max(inside * outside for inside, outside in shape.linears)
-    logits_rows = min(tokens, 2**27 // (4 * shape.vocabulary))
+    logits_rows = min(tokens, CHUNK // (4 * shape.vocabulary))
     parts = {
         # NF4, or as they are; embeddings and norms
         "weights": (shape.linear_parameters // 2 if config.quantize else shape.linear_parameters * wide)
@@ -147,21 +149,24 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
         else blocks * 4 * config.quantize,
         "expanded weights": shape.linear_parameters * wide if config.keep_expanded and config.quantize else 0,
         "head": shape.head_parameters * wide + head_trained * 4,
-        "adapters": lora * 4,
+        "adapters": lora * (4 + (wide if config.fused else 0)),  # and a copy in the precision of products
         "gradients": trained * 4,
         "optimizer": _optimizer_bytes(config, trained),
         "activations": tokens * (kept_per_layer * shape.layers + (layer if config.gradient_checkpointing else 0)),
-        # fp32 logits of a chunk and their softmax, and the gradient in 16 bit; the head in the precision of products
-        "logits": logits_rows * shape.vocabulary * (4 + 4 + wide) + shape.head_parameters * wide * config.train_head,
+        # of a chunk: logits as they come, in fp32, and their softmax, which becomes the gradient; the head in the precision
+        # of products; hidden states of the last norm, of answers alone, and their gradient
+        "logits": logits_rows * shape.vocabulary * (wide + 4 + 4 + (wide if wide < 4 else 0))
+        + shape.head_parameters * wide * config.train_head
+        + 4 * tokens * shape.hidden * wide,
         # one weight dequantized, what flows backward through a layer
         "workspace": (0 if config.keep_expanded else largest * wide)
-        + tokens * wide * (3 * shape.intermediate + 2 * shape.hidden),
+        + tokens * wide * (shape.intermediate + shape.hidden),
     }
     fixed = sum(parts[name] for name in PARTS[:5]) + parts["optimizer"]
     gradients_before = parts["gradients"] if passes > 1 else 0
     head_gradient = 4 * head_trained
     moments = (
-        fixed + gradients_before + parts["activations"] + parts["logits"] + head_gradient,  # the loss
+        fixed + gradients_before + tokens * kept_per_layer * shape.layers + parts["logits"] + head_gradient,  # the loss
         fixed + gradients_before + parts["activations"] + head_gradient + parts["workspace"],  # the last layer
         fixed + parts["gradients"] + _step_workspace(config, trained),  # the optimizer's step
     )
@@ -183,7 +188,8 @@ def _activations(shape: Shape, config: RunConfig, wide: int) -> tuple[int, int]:
     if config.lora_dropout:
         layer += (wide + 1) * sum(inside for inside, _ in shape.linears)
     if not config.liger:
-        layer += wide * 2 * shape.hidden + 4 * 2 * shape.hidden + wide * shape.intermediate + wide * 2 * queries
+        # the norms' input in fp32 and what they made of it before the weight; the gate after SiLU
+        layer += 4 * shape.hidden + wide * shape.intermediate
     return layer, wide * shape.hidden if config.gradient_checkpointing else layer
 
 
@@ -264,8 +270,8 @@ def _on_cpu(config: RunConfig) -> RunConfig:
 def candidates(config: RunConfig) -> Iterator[RunConfig]:
     """Every way to fill in what is open for a GPU."""
     longest_step = config.batch_size * config.max_seq_len
-    for optimizer in _open(config, "optimizer", ("adamw_torch_fused", "paged_adamw_8bit")):
-        for kept in _open(config, "keep_expanded", (True, False) if config.quantize else (False,)):
+    for optimizer in _open(config, "optimizer", ("adamw_torch_fused", "adamw_8bit")):
+        for kept in _open(config, "keep_expanded", (False, True) if config.quantize else (False,)):
             for checkpointing in _open(config, "gradient_checkpointing", (False, True)):
                 # no larger than a step can be, no smaller than a conversation
                 sizes = [tokens for tokens in PASS_TOKENS if config.max_seq_len <= tokens < 2 * longest_step]
@@ -296,10 +302,10 @@ def fastest(config: RunConfig, card: Card, shape: Shape) -> tuple[RunConfig, str
             f"Take shorter conversations (max_seq_len={config.max_seq_len // 2}), a frozen head (train_head=false), a "
             f"lower rank (lora_r={max(1, config.lora_r // 2)}) or a smaller model. `qlora plan` shows each part."
         )
-    # A smaller pass where nothing is gained by a larger one.
-    best, plan = min(
-        fitting, key=lambda pair: (round(step_seconds(shape, pair[0], card), 4), pair[0].micro_batch_tokens or 0)
-    )
+    # The smallest of those that are as fast, to the hundredth.
+    times = {index: step_seconds(shape, candidate, card) for index, (candidate, _) in enumerate(fitting)}
+    good = [fitting[index] for index, seconds in times.items() if seconds <= 1.01 * min(times.values())]
+    best, plan = min(good, key=lambda pair: pair[1].peak)
     return best, f"the fastest that fits: {plan.peak / GIB:.1f} of {room(card) / GIB:.1f} GiB on {card.name}"
 
 
@@ -311,14 +317,16 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
     """
     tokens = config.batch_size * min(mean_tokens, config.max_seq_len)
     largest = max(config.micro_batch_tokens or tokens, config.max_seq_len)
-    passes = max(1.0, tokens / largest)
+    passes = max(1.0, tokens / largest + 0.5)  # steps differ in length, and packs are not quite full
     forwards = 3 if config.gradient_checkpointing else 2  # as often every weight is needed
     flops = tokens * (2 * shape.linear_parameters * forwards + 6 * shape.lora_parameters(config.lora_r))
     flops += tokens * 6 * shape.head_parameters
     expanding = 0 if config.keep_expanded or not config.quantize else 2.5 * shape.linear_parameters * forwards * passes
     trained = shape.lora_parameters(config.lora_r) + shape.head_parameters * config.train_head
     stepping = trained * (28 if config.optimizer == "adamw_torch_fused" else 60)
-    return flops / (card.matrix_rate * 2 / 3) + (expanding + stepping) / (card.bandwidth * 2 / 3)
+    busy = flops / (card.matrix_rate * 2 / 3) + (expanding + stepping) / (card.bandwidth * 2 / 3)
+    starting = passes * PASS_SECONDS * shape.layers * forwards / 2 * (1 if expanding == 0 else 1.3)
+    return max(busy, starting) + min(busy, starting) / 4  # the one mostly runs beside the other
 
 
 # ---------------------------------------------------------------------------------------------------- shown
@@ -383,7 +391,7 @@ def explorer(config: RunConfig, cards: Sequence[Card], shape: Shape) -> Widget:
         "train_head": choice("head", [("trained", True), ("frozen", False)], config.train_head),
         "gradient_checkpointing": choice("checkpointing", [("fastest", None), ("on", True), ("off", False)], None),
         "optimizer": choice(
-            "optimizer", [("fastest", "auto"), ("32 bit", "adamw_torch_fused"), ("8 bit", "paged_adamw_8bit")], "auto"
+            "optimizer", [("fastest", "auto"), ("32 bit", "adamw_torch_fused"), ("8 bit", "adamw_8bit")], "auto"
         ),
     }
     shown = widgets.Output()

@@ -125,10 +125,26 @@ def test_micro_batching_and_packing_give_one_trajectory(config, tokenizer, prepa
         assert trajectory(micro, packing) == pytest.approx(reference, rel=2e-4), (micro, packing)
 
 
-def test_micro_batches_are_sized_by_tokens_and_divide_the_batch(config):
+@pytest.mark.parametrize(
+    "change",
+    [{"fused": False}, {"attention": "dense"}, {"fused": False, "attention": "dense"}, {"micro_batch_tokens": 100},
+     {"gradient_checkpointing": True}, {"keep_expanded": True}, {"optimizer": "adamw_torch_fused"},
+     {"lora_dropout": 1e-9}],
+    ids=str,
+)  # fmt: skip
+def test_what_makes_training_faster_or_smaller_does_not_change_it(config, tokenizer, prepared, change):
+    variant = changed(config, steps=4, max_grad_norm=100.0)
+    reference = train(variant, tokenizer, prepared)[2]
+    history = train(changed(variant, run_name="changed", **change), tokenizer, prepared)[2]
+    assert losses(history) == pytest.approx(losses(reference), rel=2e-4)
+    norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in (history, reference)]
+    assert norms[0] == pytest.approx(norms[1], rel=2e-3)
+
+
+def test_what_is_measured_at_a_time_is_sized_by_tokens(config):
     short, long = [Encoded([0] * 40, [0] * 40)], [Encoded([0] * 500, [0] * 500)]
     automatic = changed(config, micro_batch_size=None, micro_batch_tokens=1024, batch_size=16)
-    assert training.micro_batch_size(automatic, short) == 16
+    assert training.micro_batch_size(automatic, short) == 16  # of 25 that would fit
     assert training.micro_batch_size(automatic, long) == 2
     assert training.micro_batch_size(changed(automatic, micro_batch_tokens=1), long) == 1
     assert training.micro_batch_size(changed(automatic, micro_batch_size=4), long) == 4
@@ -329,7 +345,9 @@ def test_every_adapter_gradient_is_the_same_after_an_evaluation(tuned_model, tok
     torch.cuda.is_available() or not torch.cpu._is_avx512_bf16_supported(), reason="the trap needs AVX512-BF16"
 )
 @pytest.mark.filterwarnings("ignore:.*gemv_4bit.*")
-def test_without_our_guard_the_gradients_would_be_lost(tuned_model, tokenizer, prepared):  # trap 18 is real here
+def test_without_our_guard_the_gradients_would_be_lost(config, tokenizer, prepared):  # trap 18 is real here
+    plain = changed(config, fused=False)  # the fused layers never call the one that repacks
+    tuned_model = lora.attach(quantization.load(plain), plain)
     for layer in tuned_model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = True

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import on_its_device
+from torch import nn
+
+from qlora_utils import loss, lora, quantization
+from qlora_utils.config import ModelError
+from qlora_utils.data import IGNORED, encode
+from qlora_utils.packing import Collator
+
+
+def problem(tokens=37, hidden=16, vocabulary=50, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    weight = torch.randn(vocabulary, hidden, generator=generator)
+    return states, weight, torch.randint(vocabulary, (tokens,), generator=generator)
+
+
+def by_definition(states, weight, targets):
+    return nn.functional.cross_entropy(states.double() @ weight.double().T, targets, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 50 * 4 * 10, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradients_are_those_of_all_logits_at_once(monkeypatch, chunk_bytes, dtype):
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", chunk_bytes)
+    states, weight, targets = problem(dtype=dtype)
+    tensors = states.requires_grad_(), weight.requires_grad_()
+    expected = by_definition(*tensors, targets)
+    wanted = torch.autograd.grad(expected / 7, tensors)
+    value = loss.linear_cross_entropy(*tensors, targets)
+    got = torch.autograd.grad(value / 7, tensors)
+    value, expected = value.detach(), expected.detach()
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    assert float(value) == pytest.approx(float(expected), rel=tolerance)
+    for one, other in zip(got, wanted, strict=True):
+        assert float((one - other).norm() / other.norm()) < tolerance
+    each = loss.token_losses(*tensors, targets)
+    assert each.shape == targets.shape
+    assert float(each.sum()) == pytest.approx(float(expected), rel=tolerance)
+
+
+def test_a_frozen_head_gets_no_gradient_and_costs_none(monkeypatch):
+    states, weight, targets = problem()
+    monkeypatch.setattr(loss, "add_product", lambda *_: pytest.fail("a gradient was computed for a frozen head"))
+    value = loss.linear_cross_entropy(states.requires_grad_(), weight, targets)
+    value.backward()
+    assert weight.grad is None
+    assert states.grad is not None
+
+
+def test_extreme_logits_stay_finite():
+    states, weight, targets = problem()
+    value = loss.linear_cross_entropy((states * 1e4).requires_grad_(), weight, targets)
+    assert torch.isfinite(value)
+
+
+def test_logits_exist_for_labelled_tokens_alone_and_a_chunk_at_a_time(tuned_model, prepared, tokenizer, monkeypatch):
+    rows = encode(prepared.train[:6], tokenizer)
+    labelled = sum(label != IGNORED for row in rows for label in row.labels[1:])
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * len(tokenizer) * 16)
+    shapes = []
+    original = torch.log_softmax
+
+    def watched(logits, dim):
+        shapes.append(tuple(logits.shape))
+        return original(logits, dim=dim)
+
+    monkeypatch.setattr(torch, "log_softmax", watched)
+    tuned_model(**on_its_device(tuned_model, Collator(0, packing=True)(rows))).loss.backward()
+    assert sum(tokens for tokens, _ in shapes) == labelled < sum(len(row.input_ids) for row in rows)
+    assert max(tokens for tokens, _ in shapes) <= 16
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("positions", [True, False])
+def test_the_model_returns_the_loss_of_the_plain_one(config, prepared, tokenizer, packing, positions):
+    batch = Collator(0, packing)(encode(prepared.train[:5], tokenizer))
+    plain = lora.attach(quantization.load(config), config.model_copy(update={"fused": False}))
+    fused = lora.attach(quantization.load(config), config)
+    expected = plain(**on_its_device(plain, {**batch, "answer_positions": None})).loss
+    if not positions:
+        batch.pop("answer_positions")
+    value = fused(**on_its_device(fused, batch)).loss
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    answers = int((batch["labels"] != IGNORED).sum())
+    summed = fused(**on_its_device(fused, batch), answer_tokens=10 * answers).loss
+    assert float(summed) == pytest.approx(float(expected) / 10, rel=1e-5)
+
+
+def test_with_the_adapter_disabled_the_loss_is_that_of_the_base_model(tuned_model, prepared, tokenizer):
+    batch = on_its_device(tuned_model, Collator(0, packing=True)(encode(prepared.train[:3], tokenizer)))
+    with torch.no_grad():
+        lora_head = tuned_model.base_model.model.lm_head.modules_to_save["default"].weight
+        with lora.base_alone(tuned_model):
+            expected = tuned_model(**batch).loss
+        lora_head.add_(0.05 * torch.randn_like(lora_head))
+        with lora.base_alone(tuned_model):
+            assert torch.equal(tuned_model(**batch).loss, expected)
+        assert not torch.allclose(tuned_model(**batch).loss, expected)
+
+
+def test_a_head_that_is_more_than_a_product_is_found_out(config):
+    base_model = quantization.load(config)
+    original = base_model.lm_head.forward
+    base_model.lm_head.forward = lambda states: torch.tanh(original(states))  # a cap, as Gemma has
+    with pytest.raises(ModelError, match="fused=false"):
+        lora.attach(base_model, config)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_utils.data import IGNORED, Encoded, encode
+from qlora_utils.packing import Collator, StepCollator, fill, filled_share
+
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
+
+
+@given(LENGTHS, st.integers(1, 400), st.none() | st.integers(1, 5))
+def test_every_conversation_is_in_one_pack_and_no_pack_overflows(lengths, tokens, limit):
+    packs = fill(lengths, tokens, limit)
+    assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
+    for pack in packs:
+        assert sum(lengths[i] for i in pack) <= tokens or len(pack) == 1
+        assert limit is None or len(pack) <= limit
+    sizes = [sum(lengths[i] for i in pack) for pack in packs]
+    assert sizes == sorted(sizes, reverse=True)  # a pass that does not fit into memory fails at once
+
+
+@given(LENGTHS)
+def test_packs_are_few(lengths):
+    """First-fit decreasing needs at most 11/9 of the best possible, plus one (Johnson, 1973)."""
+    tokens = 300
+    assert len(fill(lengths, tokens)) <= 11 / 9 * max(1, -(-sum(lengths) // tokens) * 1.5) + 1
+    if sum(lengths) <= tokens:
+        assert len(fill(lengths, tokens)) == 1
+
+
+@pytest.mark.real_data
+def test_packs_of_real_rows_are_close_to_full(llama_tokenizer, real_rows):
+    from qlora_utils.rows import parse_rows
+    from qlora_utils.sources import Row
+
+    conversations, _ = parse_rows([Row("x", n, {"text": text}) for n, text in enumerate(real_rows)])
+    lengths = [len(e.input_ids) for e in encode(conversations, llama_tokenizer, max_seq_len=2048)]
+    assert filled_share(lengths, 2048, 64) > 0.93
+    assert filled_share(lengths, 2048, 1000) > 0.99
+
+
+def rows_of(lengths):
+    return [Encoded([7] * length, [IGNORED, *[7] * (length - 1)]) for length in lengths]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_step_knows_its_tokens_and_cuts_nothing_away(packing):
+    rows = rows_of([5, 9, 3, 7, 2])
+    step = StepCollator(Collator(0, packing), tokens=14)(rows)
+    assert step["tokens"] == 26
+    assert step["answer_tokens"] == 26 - 5
+    assert sum(len(one["answer_positions"]) for one in step["passes"]) == 21
+    for one in step["passes"]:
+        assert one["input_ids"].numel() <= 14
+        targets = one["labels"].flatten()[one["answer_positions"] + 1]
+        assert (targets != IGNORED).all()
+        assert len(targets) == int((one["labels"] != IGNORED).sum())
+
+
+def test_padded_passes_hold_rows_of_like_length():
+    step = StepCollator(Collator(0, packing=False), tokens=10**6, conversations=2)(rows_of([9, 2, 8, 1]))
+    assert [tuple(one["attention_mask"].sum(1).tolist()) for one in step["passes"]] == [(9, 8), (2, 1)]
+
+
+def test_a_pack_says_where_each_conversation_begins():
+    pack = Collator(0, packing=True)(rows_of([4, 2, 3]))
+    assert pack["lengths"] == (4, 2, 3)
+    assert pack["starts"].tolist() == [0, 4, 6, 9]
+    assert pack["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
