@@ -13,7 +13,7 @@ from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared, encode
 from qlora_utils.generation import Answer, Question, Sampling, answer_all, questions_of
 from qlora_utils.lora import base_alone
-from qlora_utils.packing import Collator
+from qlora_utils.packs import Collator
 from qlora_utils.plan import settle
 from qlora_utils.rows import Conversation
 from qlora_utils.run_directory import RunDirectory, write_jsonl

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,13 +47,13 @@ def varlen(
     longest = max(lengths)
     # (1, heads, tokens, size) → (tokens, heads, size), a view: transformers made it from that layout
     flat = [tensor.transpose(1, 2)[0] for tensor in (query, key, value)]
-    attended = _varlen_attn()(*flat, starts, starts, longest, longest, scale=scale)
+    attended: torch.Tensor = _varlen_attn()(*flat, starts, starts, longest, longest, scale=scale)
     return attended.unsqueeze(0)  # (1, tokens, heads, size)
 
 
 @functools.cache
 def _varlen_attn() -> Any:
-    """torch's own entry to FlashAttention over packs, causal; how that is said changed between its versions."""
+    """Torch's own entry to FlashAttention over packs, causal; how that is said changed between its versions."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -61,7 +62,8 @@ def _varlen_attn() -> Any:
         return functools.partial(varlen_attn, **causal)
 
     def scaled(query: torch.Tensor, *rest: Any, scale: float) -> torch.Tensor:
-        return varlen_attn(query * (scale * query.shape[-1] ** 0.5), *rest, **causal)
+        attended: Any = varlen_attn(query * (scale * query.shape[-1] ** 0.5), *rest, **causal)
+        return attended  # type: ignore[no-any-return]
 
     return scaled
 
@@ -128,13 +130,13 @@ def lengths_of(position_ids: torch.Tensor) -> list[int]:
     """Tokens of each conversation of a pack, from its `position_ids` (1, tokens), which begin at 0 with each."""
     flat = position_ids.reshape(-1)
     starts = [*torch.nonzero(flat == flat[0]).flatten().tolist(), len(flat)]
-    return [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    return [end - start for start, end in pairwise(starts)]
 
 
-def _mask(*args: Any, allow_is_causal_skip: bool = True, attention_mask: Any = None, **options: Any) -> Any:
+def _mask(**options: Any) -> Any:
     """The mask of `sdpa`, except for a pack, which transformers marks by forbidding the causal short cut."""
     from transformers.masking_utils import sdpa_mask
 
-    if attention_mask is None and not allow_is_causal_skip:
+    if options.get("attention_mask") is None and not options.get("allow_is_causal_skip", True):
         return None
-    return sdpa_mask(*args, allow_is_causal_skip=allow_is_causal_skip, attention_mask=attention_mask, **options)
+    return sdpa_mask(**options)

@@ -1,4 +1,4 @@
-"""The command line: `qlora run`, `qlora presets`, `qlora ask`, `qlora ingredients`."""
+"""The command line: `qlora run`, `qlora presets`, `qlora ask`, `qlora merge`, `qlora ingredients`."""
 
 from __future__ import annotations
 
@@ -47,12 +47,46 @@ def _parser() -> argparse.ArgumentParser:
     presets.add_argument("--fields", action="store_true", help="list the fields of RunConfig instead")
     presets.set_defaults(command=_presets)
 
+    plan = commands.add_parser("plan", help="what a run will take of a GPU's memory, and the fastest that fits")
+    plan.add_argument("--preset", help="what to plan (default: llama2-7b)")
+    plan.add_argument("--run", help="or the run, by name, whose config is planned for")
+    plan.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
+    plan.add_argument("--gpu", help="T4, L4, A10, A100-40, A100-80, H100 or H200 (default: this machine's, or all)")
+    plan.add_argument(
+        "-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="any RunConfig field"
+    )
+    plan.set_defaults(command=_plan)
+
     ask = commands.add_parser("ask", help="answer a question with a run's tuned model")
     ask.add_argument("question")
     ask.add_argument("--run", required=True, help="name of the run, or path of its directory")
     ask.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
     ask.add_argument("--base", action="store_true", help="ask the base model instead")
     ask.set_defaults(command=_ask)
+
+    merge = commands.add_parser("merge", help="write a run's model as one plain 16-bit model, and check its answers")
+    merge.add_argument("--run", required=True, help="name of the run, or path of its directory")
+    merge.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
+    merge.add_argument(
+        "--into", type=Path, metavar="DIR", help="folder to write (default: merged/ in the run directory)"
+    )
+    merge.add_argument(
+        "--base",
+        choices=("quantized", "original"),
+        help="merge into the dequantized NF4 weights, which the adapter was trained on, or into those from before "
+        "quantization (default: quantized)",
+    )
+    merge.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16"),
+        default="bfloat16",
+        help="of the weights (default: bfloat16; float16 for cards without it, such as a T4)",
+    )
+    merge.add_argument(
+        "--questions", type=int, default=40, help="held-out questions for the check, 0 for none (default: 40)"
+    )
+    merge.add_argument("--force", action="store_true", help="replace what an earlier merge left there")
+    merge.set_defaults(command=_merge)
 
     ingredients = commands.add_parser("ingredients", help="measure what each ingredient of QLoRA does, over seeds")
     ingredients.add_argument("--run", help="name of the run that is varied; the result goes into its directory")
@@ -115,6 +149,32 @@ def _presets(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from qlora_utils import hardware, plan
+    from qlora_utils.config import ConfigError, RunConfig
+
+    given = _parameters(options.parameters)
+    if options.run:
+        config = RunConfig.continue_run(Path(options.output_dir) / options.run, **given)
+    else:
+        config = RunConfig.from_preset(options.preset or "llama2-7b", **given)
+    shape = plan.shape_of(config)
+    if options.gpu is None and (card := hardware.this_card()) is not None:
+        cards = [card]
+    else:
+        cards = [hardware.find_card(options.gpu)] if options.gpu else list(hardware.CARDS.values())
+    if len(cards) > 1:
+        print(plan.overview(config, cards, shape))
+        return 0
+    settled, predicted = plan.plan_for(config, cards[0], shape)
+    print(f"{config.preset} on {cards[0].name}: {config.model}\n")
+    print(settled.text(), end="\n\n")
+    print(plan.plan_table(predicted, cards[0]))
+    if not predicted.fits(cards[0]):
+        raise ConfigError(plan.too_large(config, cards[0], predicted.peak))
+    return 0
+
+
 def _ask(options: argparse.Namespace) -> int:
     from qlora_utils.config import ConfigError, RunConfig
     from qlora_utils.run_directory import RunDirectory, require_adapter
@@ -122,9 +182,7 @@ def _ask(options: argparse.Namespace) -> int:
     question = options.question.strip()
     if not question:
         raise ConfigError('the question is empty; ask one, as in qlora ask "What is the capital of Chile?" --run demo')
-    folder = Path(options.run)
-    is_run = (folder / "config.json").is_file()
-    run = RunDirectory(folder.resolve() if is_run else Path(options.output_dir) / options.run)
+    run = RunDirectory(_run_path(options))
     config = RunConfig.continue_run(run.path)
     adapter = require_adapter(run)
 
@@ -140,6 +198,31 @@ def _ask(options: argparse.Namespace) -> int:
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from qlora_utils import merge
+    from qlora_utils.config import RunConfig
+    from qlora_utils.run_directory import RunDirectory
+
+    config = RunConfig.continue_run(_run_path(options))
+    into = options.into.expanduser().resolve() if options.into else RunDirectory(config.run_dir).merged
+    record = merge.merge(
+        config,
+        into=into,
+        base=options.base,
+        dtype=options.dtype,
+        questions=options.questions,
+        force=options.force,
+    )
+    print(merge.summary(record, into))
+    return 0
+
+
+def _run_path(options: argparse.Namespace) -> Path:
+    """The run directory that `--run` means: a path to one, or the name of one in `--output-dir`."""
+    folder = Path(options.run)
+    return folder.resolve() if (folder / "config.json").is_file() else Path(options.output_dir) / options.run
 
 
 def _ingredients(options: argparse.Namespace) -> int:

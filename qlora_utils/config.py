@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 # What is settled once the rows are prepared, and what matters to the answers alone; the rest makes the training.
 DATA_FIELDS = ("model", "dataset", "train_rows", "held_out_rows", "max_seq_len", "seed")
+# What only decides how fast a training is, and how much memory it takes.
+SPEED_FIELDS = ("keep_expanded", "attention_kernel", "fused_layers", "liger")
 ANSWER_FIELDS = ("score_rows", "max_new_tokens", "answer_batch_size")
 
 EMBEDDED = "embedded:"  # prefix of a path inside the project's own data folder
@@ -57,10 +59,12 @@ class RunConfig(BaseModel):
     keep_expanded: bool | None = Field(
         None, description="keep the 4-bit weights dequantized beside them (None: where GPU memory is plenty)"
     )
-    attention: Literal["auto", "varlen", "split", "dense"] = Field(
+    attention_kernel: Literal["auto", "varlen", "split", "dense"] = Field(
         "auto", description="attention in packs: one kernel for all, one call for each conversation, or a mask"
     )
-    fused: bool = Field(True, description="each layer and its adapter as one operation, the loss without all logits")
+    fused_layers: bool = Field(
+        True, description="compute each layer and its adapter as one operation, and the loss without all logits"
+    )
     liger: bool | None = Field(None, description="Liger kernels for norms, rotation, SwiGLU (None: where they run)")
 
     # LoRA

@@ -1,8 +1,9 @@
 """Linear layers with their adapters as one operation: NF4 product and low-rank update together (notebook 03).
 
-What is computed is peft's `y = x Wᵀ + s (x Aᵀ) Bᵀ`. What is saved: casts of the input to fp32 and back, a copy of the output,
-the update as a tensor of its own, and most of the kernels: layers that read the same input, such as q, k and v, share one
-product with all their A, and their input's gradients are summed as they are made. Measured in docs/experiments.md.
+What is computed is peft's `y = x Wᵀ + s (x Aᵀ) Bᵀ`. What is saved: casts of the input to fp32 and back, a copy of the
+output, the update as a tensor of its own, and a third of the kernels: layers that read the same input, such as q, k and
+v, share one product with all their A, and their input's gradients are summed as they are made. Measured in
+docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def fuse(tuned_model: PeftModel) -> int:
     """
     from peft.tuners.lora import Linear
 
-    forms = {Linear: _fused_form(Linear)}
+    forms: dict[type, type[nn.Module]] = {Linear: _fused_form(Linear)}
     try:
         from peft.tuners.lora.bnb import Linear4bit
 
@@ -44,7 +45,8 @@ def fuse(tuned_model: PeftModel) -> int:
             together.append(Together(group))
     if together:
         # Once for each pass through the model, not once for each layer.
-        tuned_model.get_base_model().base_model.register_forward_pre_hook(_Refresh(together), with_kwargs=True)
+        causal_lm: Any = tuned_model.get_base_model()
+        causal_lm.base_model.register_forward_pre_hook(_Refresh(together), with_kwargs=True)
     return sum(len(group.layers) for group in together)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from qlora_utils.config import RunConfig
+from qlora_utils.config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as far as a plan needs to know it. Rates are the vendor's, for dense 16-bit products, and only rank choices.
+    """A GPU as far as a plan needs to know it. Rates are the vendor's, for 16-bit products; they only rank choices.
 
     `memory` is what a program can see, in bytes; `capability` the CUDA compute capability; `matrix_rate` in FLOP/s,
     `bandwidth` in bytes/s.
@@ -52,8 +52,20 @@ CARDS = {
 }
 
 
+def find_card(name: str) -> Card:
+    """The card of that name, in whatever case.
+
+    Raises:
+        ConfigError: not in `CARDS`; lists those that are.
+    """
+    for card in CARDS.values():
+        if card.name.lower() == name.lower():
+            return card
+    raise ConfigError(f"--gpu {name}: not known. Expected one of {', '.join(CARDS)}.")
+
+
 def this_card() -> Card | None:
-    """The first GPU of this machine, None if there is none. Of a kind not in `CARDS` the rates are those of a near one."""
+    """The first GPU of this machine, None if there is none. A kind that is not in `CARDS` gets a near one's rates."""
     import torch
 
     if not torch.cuda.is_available():
@@ -94,9 +106,9 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def attention_kernel(config: RunConfig, card: Card | None) -> tuple[str, str]:
-    """The kernel for packs by the name that `RunConfig.attention` has for it, and why."""
-    if config.attention != "auto":
-        return config.attention, "as given"
+    """The kernel for packs by the name that `RunConfig.attention_kernel` has for it, and why."""
+    if config.attention_kernel != "auto":
+        return config.attention_kernel, "as given"
     if card is None:
         return "split", "on a CPU one call for each conversation costs far less than a mask over the whole pack"
     if not card.bf16:

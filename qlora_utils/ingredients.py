@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import ConfigError, RunConfig, locate, project_folder
+from qlora_utils.config import SPEED_FIELDS, ConfigError, RunConfig, locate, project_folder
 from qlora_utils.run_directory import RunDirectory, hardware, read_json, read_jsonl, versions, write_json
 from qlora_utils.sources import SUFFIXES
 
@@ -40,7 +40,7 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 # What may differ between two measurements that are to be compared: nothing that training or answers depend on.
 _ASIDE = ("run_name", "output_dir", "seed", "eval_steps", "logging_steps", "save_steps", "save_total_limit", "keep",
-          "trace_rows", "resume")  # fmt: skip
+          "trace_rows", "resume", *SPEED_FIELDS)  # fmt: skip
 FIXED_SEED = 0  # of the questions drawn, the same for all trainings, so that variants can be compared
 
 

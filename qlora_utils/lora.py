@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -68,13 +68,14 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
 
 
 def speed_up(tuned_model: PeftModel, config: RunConfig) -> None:
-    """Where `config.fused` says so, compute the same in fewer operations: layers by `fused`, the loss by `loss`."""
-    if config.fused:
+    """Where the config says so, compute the same in fewer operations: layers by `fused`, the loss by `loss`."""
+    if config.fused_layers:
         fuse(tuned_model)
-        if not without_logits(tuned_model.get_base_model()):
+        causal_lm: Any = tuned_model.get_base_model()
+        if not without_logits(causal_lm):
             raise ModelError(
                 "model: its head does more than a matrix product, so the loss must be computed from all logits: "
-                "-p fused=false."
+                "-p fused_layers=false."
             )
 
 

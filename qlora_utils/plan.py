@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import ConfigError, ModelError, RunConfig, locate, model_advice
+from qlora_utils.config import ConfigError, ModelError, RunConfig, is_path, locate, model_advice
 from qlora_utils.hardware import GIB, Card, attention_kernel, liger_kernels, precision, this_card
 
 if TYPE_CHECKING:
@@ -149,12 +149,12 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
         else blocks * 4 * config.quantize,
         "expanded weights": shape.linear_parameters * wide if config.keep_expanded and config.quantize else 0,
         "head": shape.head_parameters * wide + head_trained * 4,
-        "adapters": lora * (4 + (wide if config.fused else 0)),  # and a copy in the precision of products
+        "adapters": lora * (4 + (wide if config.fused_layers else 0)),  # and a copy in the precision of products
         "gradients": trained * 4,
         "optimizer": _optimizer_bytes(config, trained),
         "activations": tokens * (kept_per_layer * shape.layers + (layer if config.gradient_checkpointing else 0)),
-        # of a chunk: logits as they come, in fp32, and their softmax, which becomes the gradient; the head in the precision
-        # of products; hidden states of the last norm, of answers alone, and their gradient
+        # of a chunk: logits as they come, in fp32, their softmax, which becomes the gradient; the head in the
+        # precision of products; hidden states of the last norm, of answers alone, and their gradient
         "logits": logits_rows * shape.vocabulary * (wide + 4 + 4 + (wide if wide < 4 else 0))
         + shape.head_parameters * wide * config.train_head
         + 4 * tokens * shape.hidden * wide,
@@ -182,7 +182,7 @@ def _activations(shape: Shape, config: RunConfig, wide: int) -> tuple[int, int]:
         + 3 * shape.intermediate  # gate, up and their product
         + 7 * config.lora_r  # x Aᵀ
     ) + 4 * (shape.heads + 2)  # fmt: skip  # the softmax's sums, the norms' scales
-    if not config.fused:  # peft: x in fp32, a copy of the base output, the output of the update
+    if not config.fused_layers:  # peft: x in fp32, a copy of the base output, the output of the update
         outs = sum(outside for _, outside in shape.linears)
         layer += 4 * sum(inside for inside, _ in shape.linears) + wide * outs
     if config.lora_dropout:
@@ -221,7 +221,7 @@ class Settled:
         return "\n".join(f"{name:<{width}}  {values[name]:<{wide}}  {why}" for name, why in self.reasons.items())
 
 
-OPEN = ("compute_dtype", "attention", "liger", "keep_expanded", "gradient_checkpointing", "micro_batch_tokens",
+OPEN = ("compute_dtype", "attention_kernel", "liger", "keep_expanded", "gradient_checkpointing", "micro_batch_tokens",
         "optimizer")  # fmt: skip
 
 
@@ -244,21 +244,44 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
     card = card or this_card()
     values: dict[str, Any] = {}
     reasons: dict[str, str] = {}
-    for name, choose in (("compute_dtype", precision), ("attention", attention_kernel), ("liger", liger_kernels)):
+    by_hardware = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels}
+    for name, choose in by_hardware.items():
         if getattr(config, name) in (None, "auto"):
             values[name], reasons[name] = choose(config, card)
     config = config.model_copy(update=values)
     if all(getattr(config, name) not in (None, "auto") for name in OPEN):
         return Settled(config, reasons)
     if card is None:
-        chosen, why = _on_cpu(config), "on a CPU speed counts, and main memory is plenty"
+        chosen = _on_cpu(config)
+        why = dict.fromkeys(OPEN, "on a CPU, where main memory is plenty, the fastest")
     else:
         shape = shape or Shape.read(config.model)
-        chosen, why = fastest(config, card, shape)
-    for name in OPEN:
-        if getattr(config, name) in (None, "auto"):
-            reasons[name] = why
+        chosen = fastest(config, card, shape)
+        why = _reasons(chosen, card, shape)
+    reasons |= {name: why[name] for name in OPEN if getattr(config, name) in (None, "auto")}
     return Settled(chosen, reasons)
+
+
+def _reasons(chosen: RunConfig, card: Card, shape: Shape) -> dict[str, str]:
+    """Why the plan chose each value, in numbers."""
+
+    def peak(**changes: Any) -> str:
+        return f"{predict(shape, chosen.model_copy(update=changes)).peak / GIB:.1f} GiB"
+
+    space = f"{room(card) / GIB:.1f} GiB of {card.name}"
+    step = f"a step of {chosen.batch_size} conversations"
+    return {
+        "keep_expanded": f"saves dequantizing every weight in every pass, and {peak()} fit into the {space}"
+        if chosen.keep_expanded
+        else f"kept dequantized they would make it {peak(keep_expanded=True)}: more than {space}, or than it saves",
+        "gradient_checkpointing": f"without it a pass would take {peak(gradient_checkpointing=False)} of the {space}"
+        if chosen.gradient_checkpointing
+        else f"{peak()} fit into the {space}: nothing needs to be computed twice",
+        "micro_batch_tokens": f"enough for {step}, or close to it; {peak()} of the {space}",
+        "optimizer": "moments in 32 bits, all weights in a few kernels"
+        if chosen.optimizer == "adamw_torch_fused"
+        else f"moments in 8 bits: in 32 they would make it {peak(optimizer='adamw_torch_fused')} of the {space}",
+    }
 
 
 def _on_cpu(config: RunConfig) -> RunConfig:
@@ -287,8 +310,8 @@ def _open(config: RunConfig, name: str, choices: tuple[Any, ...]) -> tuple[Any, 
     return choices if value in (None, "auto") else (value,)
 
 
-def fastest(config: RunConfig, card: Card, shape: Shape) -> tuple[RunConfig, str]:
-    """The candidate that takes the least time of those that fit, and why.
+def fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
+    """The candidate that takes the least time of those that fit; of those as fast, the one that takes least memory.
 
     Raises:
         ConfigError: none fits.
@@ -296,17 +319,22 @@ def fastest(config: RunConfig, card: Card, shape: Shape) -> tuple[RunConfig, str
     plans = [(candidate, predict(shape, candidate)) for candidate in candidates(config)]
     fitting = [(candidate, plan) for candidate, plan in plans if plan.fits(card)]
     if not fitting:
-        least = min(plan.peak for _, plan in plans)
-        raise ConfigError(
-            f"{card.name} has room for {room(card) / GIB:.1f} GiB, and the smallest plan takes {least / GIB:.1f} GiB. "
-            f"Take shorter conversations (max_seq_len={config.max_seq_len // 2}), a frozen head (train_head=false), a "
-            f"lower rank (lora_r={max(1, config.lora_r // 2)}) or a smaller model. `qlora plan` shows each part."
-        )
-    # The smallest of those that are as fast, to the hundredth.
-    times = {index: step_seconds(shape, candidate, card) for index, (candidate, _) in enumerate(fitting)}
-    good = [fitting[index] for index, seconds in times.items() if seconds <= 1.01 * min(times.values())]
-    best, plan = min(good, key=lambda pair: pair[1].peak)
-    return best, f"the fastest that fits: {plan.peak / GIB:.1f} of {room(card) / GIB:.1f} GiB on {card.name}"
+        raise ConfigError(too_large(config, card, min(plan.peak for _, plan in plans)))
+    times = [step_seconds(shape, candidate, card) for candidate, _ in fitting]
+    good = [pair for pair, seconds in zip(fitting, times, strict=True) if seconds <= 1.01 * min(times)]
+    return min(good, key=lambda pair: pair[1].peak)[0]
+
+
+def too_large(config: RunConfig, card: Card, least: int) -> str:
+    """What to say when even the smallest plan, of `least` bytes, does not fit, and what to change."""
+    ways = [f"shorter conversations (max_seq_len={config.max_seq_len // 2})"]
+    ways += ["a frozen head (train_head=false)"] if config.train_head else []
+    ways += ["gradient_checkpointing=true"] if config.gradient_checkpointing is False else []
+    ways += [f"a lower rank (lora_r={config.lora_r // 2})"] if config.lora_r > 8 else []
+    return (
+        f"{card.name} has room for {room(card) / GIB:.1f} GiB, and this takes {least / GIB:.1f} GiB at the least. Take "
+        f"{', '.join(ways)} or a smaller model. `qlora plan` shows each part."
+    )
 
 
 def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: int = MEAN_TOKENS) -> float:
@@ -323,7 +351,8 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
     flops += tokens * 6 * shape.head_parameters
     expanding = 0 if config.keep_expanded or not config.quantize else 2.5 * shape.linear_parameters * forwards * passes
     trained = shape.lora_parameters(config.lora_r) + shape.head_parameters * config.train_head
-    stepping = trained * (28 if config.optimizer == "adamw_torch_fused" else 60)
+    # read and written by one kernel for many weights, or by one for each
+    stepping = trained * (28 if config.optimizer == "adamw_torch_fused" else 150)
     busy = flops / (card.matrix_rate * 2 / 3) + (expanding + stepping) / (card.bandwidth * 2 / 3)
     starting = passes * PASS_SECONDS * shape.layers * forwards / 2 * (1 if expanding == 0 else 1.3)
     return max(busy, starting) + min(busy, starting) / 4  # the one mostly runs beside the other
@@ -333,11 +362,35 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
 
 
 def plan_table(plan: MemoryPlan, card: Card | None = None) -> str:
-    """The plan as lines of text, in GiB of 2^30 bytes."""
-    lines = [f"{name:<24}{size / GIB:>8.2f} GiB" for name, size in plan.parts.items() if size]
-    lines.append(f"{'at the peak':<24}{plan.peak / GIB:>8.2f} GiB")
+    """The plan as lines of text, in GiB of 2^30 bytes, or in MiB where it is small."""
+    unit, size_of = ("GiB", GIB) if plan.peak > GIB else ("MiB", 2**20)
+    lines = [f"{name:<24}{size / size_of:>8.2f} {unit}" for name, size in plan.parts.items() if size]
+    lines.append(f"{'at the peak':<24}{plan.peak / size_of:>8.2f} {unit}")
     if card is not None:
-        lines.append(f"{'room on ' + card.name:<24}{room(card) / GIB:>8.2f} GiB  {'fits' if plan.fits(card) else 'DOES NOT FIT'}")
+        verdict = "fits" if plan.fits(card) else "DOES NOT FIT"
+        lines.append(f"{'room on ' + card.name:<24}{room(card) / GIB:>8.2f} GiB  {verdict}")
+    return "\n".join(lines)
+
+
+def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> str:
+    """The choice for each card as a table: precision, attention, checkpointing, tokens for each pass, memory."""
+    lines = [
+        f"{'GPU':<9}{'compute':<10}{'attention':<11}{'recompute':<11}{'weights kept':<14}{'tokens/pass':>11}  "
+        f"{'optimizer':<19}{'GiB':>6}{'room':>7}"
+    ]
+    for card in cards:
+        try:
+            settled, plan = plan_for(config, card, shape)
+        except ConfigError as error:
+            lines.append(f"{card.name:<9}{error}")
+            continue
+        chosen = settled.config
+        lines.append(
+            f"{card.name:<9}{chosen.compute_dtype:<10}{chosen.attention_kernel:<11}"
+            f"{'yes' if chosen.gradient_checkpointing else 'no':<11}"
+            f"{'dequantized' if chosen.keep_expanded else 'in NF4':<14}{chosen.micro_batch_tokens or 0:>11,}  "
+            f"{chosen.optimizer:<19}{plan.peak / GIB:>6.1f}{room(card) / GIB:>7.1f}"
+        )
     return "\n".join(lines)
 
 
@@ -349,7 +402,7 @@ def plan_for(config: RunConfig, card: Card | None, shape: Shape) -> tuple[Settle
 
 def shape_of(config: RunConfig) -> Shape:
     """The shape of a run's base model; that of Llama-2-7b is known without a look at the gated repository."""
-    if config.model.lower().rstrip("/").endswith("llama-2-7b-hf") and "/" in config.model and not config.model.startswith(("/", ".")):
+    if not is_path(config.model) and config.model.lower().endswith(("llama-2-7b-hf", "llama-2-7b")):
         return LLAMA_2_7B
     return Shape.read(config.model)
 
@@ -400,7 +453,7 @@ def explorer(config: RunConfig, cards: Sequence[Card], shape: Shape) -> Widget:
         values = {name: control.value for name, control in controls.items()}
         card = values.pop("card")
         wanted = config.model_copy(
-            update={"compute_dtype": "auto", "attention": "auto", "keep_expanded": None, "liger": True, **values}
+            update={"compute_dtype": "auto", "attention_kernel": "auto", "keep_expanded": None, "liger": True, **values}
         )
         with shown:
             shown.clear_output(wait=True)

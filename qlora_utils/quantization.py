@@ -57,7 +57,7 @@ def load(config: RunConfig) -> PreTrainedModel:
             source,
             dtype=dtype,
             use_safetensors=True,
-            attn_implementation=KERNELS[settled.attention],
+            attn_implementation=KERNELS[settled.attention_kernel],
             device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
             **options,
         )

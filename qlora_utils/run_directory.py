@@ -44,6 +44,11 @@ class RunDirectory:
         return self.path / "adapter"
 
     @property
+    def merged(self) -> Path:
+        """Adapter and base model as one plain 16-bit model, if they were merged (`qlora merge --run NAME`)."""
+        return self.path / "merged"
+
+    @property
     def checkpoints(self) -> Path:
         """The Trainer's checkpoints."""
         return self.path / "checkpoints"

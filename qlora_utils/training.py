@@ -27,7 +27,7 @@ from qlora_utils.data import IGNORED, Encoded, Prepared, encode
 from qlora_utils.generation import Sampling, answer_all, questions_of
 from qlora_utils.lora import HEAD
 from qlora_utils.loss import answer_states, head_weight, token_losses
-from qlora_utils.packing import Collator, StepCollator
+from qlora_utils.packs import Collator, StepCollator
 from qlora_utils.plan import settle
 from qlora_utils.quantization import compute_dtype
 from qlora_utils.rows import Conversation
@@ -65,7 +65,7 @@ class Trained:
 class QLoRATrainer(Trainer):
     """transformers' Trainer with steps cut by tokens, two learning rates and a held-out loss that is exact.
 
-    To the Trainer a batch is a whole optimizer step; `packing.StepCollator` has cut it into forward passes. The loss is
+    To the Trainer a batch is a whole optimizer step; `packs.StepCollator` has cut it into forward passes. The loss is
     summed over the answer tokens of a pass and divided by those of the whole step, so that how a step is cut changes
     nothing.
     """
@@ -96,7 +96,7 @@ class QLoRATrainer(Trainer):
 
     def _pass_loss(self, model: nn.Module, one: dict[str, Any], answers: Any) -> torch.Tensor:
         """The loss of one pass, divided by the answer tokens of the step."""
-        if self.config.fused:
+        if self.config.fused_layers:
             return model(**one, answer_tokens=answers).loss
         one.pop("answer_positions")
         return model(**one, num_items_in_batch=answers).loss
@@ -133,7 +133,9 @@ class QLoRATrainer(Trainer):
         """
         assert self.model is not None
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
-        loss, _ = response_loss(self.model, rows, self.data_collator.collator, batch_size=self.args.per_device_eval_batch_size)
+        step_collator: Any = self.data_collator
+        size = self.args.per_device_eval_batch_size
+        loss, _ = response_loss(self.model, rows, step_collator.collator, batch_size=size)
         metrics = {f"{metric_key_prefix}_loss": loss}
         if self.trace is not None:
             metrics[f"{metric_key_prefix}_exact_match"] = self.trace(self.model)
@@ -167,12 +169,14 @@ def row_losses(
     Args:
         model: causal language model whose head is a matrix product, or one wrapped by peft.
         rows: encoded conversations.
-        collator: `packing.Collator`.
+        collator: `packs.Collator`.
         batch_size: conversations per forward pass.
     """
     was_training = model.training
     model.eval()
-    causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm: Any = model
+    if hasattr(model, "peft_config"):
+        causal_lm = causal_lm.get_base_model()
     device = next(model.parameters()).device
     losses: list[float] = []
     counts: list[int] = []
@@ -203,7 +207,7 @@ class HistoryWriter(TrainerCallback):
         self.training_s = 0.0
         self.tokens_before = 0
         self.seconds_before = 0.0
-        self.step_began = 0.0
+        self.began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Drop lines of steps that a resumed training is about to repeat."""
@@ -214,18 +218,23 @@ class HistoryWriter(TrainerCallback):
         self.tokens_before = int(state.num_input_tokens_seen)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock that counts training alone, not evaluation or saving."""
-        self.step_began = time.perf_counter()
+        """Start the clock that counts training alone, not evaluation or saving, if it does not run already."""
+        self.began = self.began or time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the clock; see that the first and the last step are logged, whatever the intervals."""
+        """See that the first and the last step are logged, whatever the intervals; stop the clock for pauses.
+
+        Only then the GPU is waited for: elsewhere the next step is prepared while it works.
+        """
         if state.global_step in (1, state.max_steps):
             control.should_log = True
         if state.global_step == state.max_steps:
             control.should_evaluate = True
-        if torch.cuda.is_available() and control.should_log:
-            torch.cuda.synchronize()
-        self.training_s += time.perf_counter() - self.step_began
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.training_s += time.perf_counter() - self.began
+            self.began = 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Append the line of this step; what is not a number becomes null.

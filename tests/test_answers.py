@@ -134,7 +134,7 @@ def test_evaluate_writes_answers_and_scores(config, tuned_model, tokenizer, prep
 
 def test_perplexity_is_that_of_the_held_out_loss(config, tuned_model, tokenizer, prepared, run):
     from qlora_utils.data import encode
-from qlora_utils.packing import Collator
+    from qlora_utils.packs import Collator
 
     answers.evaluate(config, tuned_model, tokenizer, prepared, run)
     rows = encode(training.scored_rows(prepared.held_out, config), tokenizer)

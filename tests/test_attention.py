@@ -7,7 +7,7 @@ from conftest import on_its_device
 from qlora_utils import attention, lora, quantization
 from qlora_utils.config import RunConfig
 from qlora_utils.data import encode
-from qlora_utils.packing import Collator
+from qlora_utils.packs import Collator
 
 LENGTHS = (5, 1, 12, 3)
 
@@ -15,7 +15,8 @@ LENGTHS = (5, 1, 12, 3)
 def random_states(seed=0, heads=4, size=16, dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     shape = (1, sum(LENGTHS), heads, size)  # laid out as transformers does
-    return [torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+    drawn = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)]
+    return [tensor.transpose(1, 2).requires_grad_() for tensor in drawn]
 
 
 def dense(query, key, value, scale):
@@ -57,7 +58,7 @@ def logits(model, batch):
 
 
 def test_a_pack_without_lengths_is_still_a_pack(config, prepared, tokenizer):
-    """Whoever lays rows end to end with position_ids alone gets the same as with a mask, never one row's words in another."""
+    """Whoever lays rows end to end with position_ids alone gets the same as with a mask."""
     model = quantization.load(config)
     pack = Collator(0, packing=True)(encode(prepared.train[:4], tokenizer))
     bare = {name: pack[name] for name in ("input_ids", "position_ids")}
@@ -86,7 +87,7 @@ def test_no_mask_is_built_for_a_pack(config, prepared, tokenizer, monkeypatch):
 def test_padded_rows_are_masked_and_generation_is_the_same(config, prepared, tokenizer, kind):
     from qlora_utils.generation import Question, Sampling, answer_all
 
-    chosen = RunConfig.build({**config.model_dump(), "attention": kind})
+    chosen = RunConfig.build({**config.model_dump(), "attention_kernel": kind})
     model = lora.attach(quantization.load(chosen), chosen)
     questions = [Question(row.turns[0].question, "") for row in prepared.held_out[:6]]
     options = {"sampling": Sampling(max_new_tokens=8)}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qlora_utils import data, rows
 from qlora_utils.config import ModelError, RunConfig, locate
 from qlora_utils.data import IGNORED
-from qlora_utils.packing import Collator
+from qlora_utils.packs import Collator
 from qlora_utils.rows import Conversation, Turn
 from qlora_utils.sources import DataError, Row
 

@@ -7,7 +7,7 @@ from conftest import on_its_device
 from qlora_utils import fused, lora, quantization
 from qlora_utils.config import RunConfig
 from qlora_utils.data import encode
-from qlora_utils.packing import Collator
+from qlora_utils.packs import Collator
 
 
 def changed(config, **changes):
@@ -23,7 +23,7 @@ def pair(config, **changes):
     """The same adapter on the same base, as peft computes it and fused, with a B that is not zero."""
     models = []
     for on in (False, True):
-        chosen = changed(config, fused=on, **changes)
+        chosen = changed(config, fused_layers=on, **changes)
         model = lora.attach(quantization.load(chosen), chosen).train()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -68,7 +68,12 @@ def test_layers_that_read_the_same_input_are_computed_together(config, batch, mo
     _, model = pair(config)
     calls = []
     original = fused._products
-    monkeypatch.setattr(fused, "_products", lambda x, low, group: calls.append(len(group.layers)) or original(x, low, group))
+
+    def watched(x, low, group):
+        calls.append(len(group.layers))
+        return original(x, low, group)
+
+    monkeypatch.setattr(fused, "_products", watched)
     loss_and_gradients(model, batch)
     assert sorted(calls) == sorted([3, 1, 2, 1] * model.config.num_hidden_layers)
 

@@ -11,8 +11,8 @@ from conftest import on_its_device
 from qlora_utils import lora, quantization, training
 from qlora_utils.config import ModelError, RunConfig
 from qlora_utils.data import encode
-from qlora_utils.packing import Collator
 from qlora_utils.lora import HEAD
+from qlora_utils.packs import Collator
 from qlora_utils.run_directory import RunDirectory, read_jsonl
 
 

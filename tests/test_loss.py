@@ -5,10 +5,10 @@ import torch
 from conftest import on_its_device
 from torch import nn
 
-from qlora_utils import loss, lora, quantization
+from qlora_utils import lora, loss, quantization
 from qlora_utils.config import ModelError
 from qlora_utils.data import IGNORED, encode
-from qlora_utils.packing import Collator
+from qlora_utils.packs import Collator
 
 
 def problem(tokens=37, hidden=16, vocabulary=50, dtype=torch.float32):
@@ -78,7 +78,7 @@ def test_logits_exist_for_labelled_tokens_alone_and_a_chunk_at_a_time(tuned_mode
 @pytest.mark.parametrize("positions", [True, False])
 def test_the_model_returns_the_loss_of_the_plain_one(config, prepared, tokenizer, packing, positions):
     batch = Collator(0, packing)(encode(prepared.train[:5], tokenizer))
-    plain = lora.attach(quantization.load(config), config.model_copy(update={"fused": False}))
+    plain = lora.attach(quantization.load(config), config.model_copy(update={"fused_layers": False}))
     fused = lora.attach(quantization.load(config), config)
     expected = plain(**on_its_device(plain, {**batch, "answer_positions": None})).loss
     if not positions:
@@ -106,5 +106,5 @@ def test_a_head_that_is_more_than_a_product_is_found_out(config):
     base_model = quantization.load(config)
     original = base_model.lm_head.forward
     base_model.lm_head.forward = lambda states: torch.tanh(original(states))  # a cap, as Gemma has
-    with pytest.raises(ModelError, match="fused=false"):
+    with pytest.raises(ModelError, match="fused_layers=false"):
         lora.attach(base_model, config)

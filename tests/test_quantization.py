@@ -92,7 +92,9 @@ def test_no_import_noise():  # trap 19
 )
 def test_compute_dtype_follows_the_hardware(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    facts = {"name": "X", "total_memory": 2**34, "major": (capability or (0, 0))[0], "minor": 0}
+    properties = type("Properties", (), facts)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # a T4 claims it, by emulation
     assert quantization.compute_dtype(RunConfig.from_preset("pocket")) is dtype
     assert quantization.compute_dtype(RunConfig.from_preset("pocket", compute_dtype="float32")) is torch.float32

@@ -11,7 +11,7 @@ from qlora_utils import lora, quantization, training
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.data import IGNORED, Encoded, encode
 from qlora_utils.generation import Answer, Question, Sampling, answer_all
-from qlora_utils.packing import Collator
+from qlora_utils.packs import Collator
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
 
 
@@ -127,9 +127,9 @@ def test_micro_batching_and_packing_give_one_trajectory(config, tokenizer, prepa
 
 @pytest.mark.parametrize(
     "change",
-    [{"fused": False}, {"attention": "dense"}, {"fused": False, "attention": "dense"}, {"micro_batch_tokens": 100},
-     {"gradient_checkpointing": True}, {"keep_expanded": True}, {"optimizer": "adamw_torch_fused"},
-     {"lora_dropout": 1e-9}],
+    [{"fused_layers": False}, {"attention_kernel": "dense"}, {"micro_batch_tokens": 100}, {"keep_expanded": True},
+     {"gradient_checkpointing": True}, {"optimizer": "adamw_torch_fused"}, {"lora_dropout": 1e-9},
+     {"fused_layers": False, "attention_kernel": "dense"}],
     ids=str,
 )  # fmt: skip
 def test_what_makes_training_faster_or_smaller_does_not_change_it(config, tokenizer, prepared, change):
@@ -346,7 +346,7 @@ def test_every_adapter_gradient_is_the_same_after_an_evaluation(tuned_model, tok
 )
 @pytest.mark.filterwarnings("ignore:.*gemv_4bit.*")
 def test_without_our_guard_the_gradients_would_be_lost(config, tokenizer, prepared):  # trap 18 is real here
-    plain = changed(config, fused=False)  # the fused layers never call the one that repacks
+    plain = changed(config, fused_layers=False)  # the fused layers never call the one that repacks
     tuned_model = lora.attach(quantization.load(plain), plain)
     for layer in tuned_model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):

@@ -91,8 +91,8 @@ def _pad(values: list[int], filler: int, length: int) -> list[int]:
 class StepCollator:
     """Makes the forward passes of one optimizer step out of its conversations.
 
-    How a step is cut into passes changes memory and speed, and nothing else: the loss is summed over the answer tokens of
-    the whole step.
+    How a step is cut into passes changes memory and speed, and nothing else: the loss is summed over the answer tokens
+    of the whole step.
 
     `tokens` and `conversations` bound one pass, as in `fill`; padded, a pass counts as many tokens as its longest
     member times its members.
@@ -124,8 +124,7 @@ def _similar(lengths: Sequence[int], tokens: int, conversations: int | None) -> 
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[groups[-1][0]] if groups else 0
         full = groups and (
-            longest * (len(groups[-1]) + 1) > tokens
-            or (conversations is not None and len(groups[-1]) >= conversations)
+            longest * (len(groups[-1]) + 1) > tokens or (conversations is not None and len(groups[-1]) >= conversations)
         )
         if not groups or full:
             groups.append([])
@@ -138,4 +137,3 @@ def filled_share(lengths: Sequence[int], tokens: int, batch_size: int) -> float:
     steps = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
     packs = sum(len(fill(step, tokens)) for step in steps)
     return sum(lengths) / max(1, packs * tokens)
-

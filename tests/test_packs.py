@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_utils.data import IGNORED, Encoded, encode
-from qlora_utils.packing import Collator, StepCollator, fill, filled_share
+from qlora_utils.packs import Collator, StepCollator, fill, filled_share
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 

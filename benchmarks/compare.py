@@ -1,0 +1,205 @@
+"""Compares ways to fine-tune with QLoRA on one machine: the same rows, the same LoRA, the same effective batch.
+
+On a GPU:  python benchmarks/compare.py --model meta-llama/Llama-2-7b-hf --dataset mlabonne/guanaco-llama2-1k
+On a CPU:  python benchmarks/compare.py --pocket meta-llama/Llama-2-7b-hf --dataset mlabonne/guanaco-llama2-1k
+
+Contenders run one after another, each in a process of its own. One that is not installed or fails stops no other: the
+table names it, with the reason. OUT holds table.md, figure.png, results.json, and the output of each contender.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import measure
+import pocket_llama
+import table
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = {"ours": "ours.py", "tutorial": "tutorial.py", "trl": "trl_sft.py", "unsloth": "unsloth_sft.py"}
+CPU_CONTENDERS = ("ours", "tutorial", "trl")  # Unsloth's kernels need a GPU
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = options.add_argument
+    model = options.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="folder or hub id of the base model")
+    model.add_argument("--pocket", metavar="TOKENIZER", help="build a pocket-sized Llama around this tokenizer instead")
+    add("--dataset", required=True, help="hub id, or local file, folder or saved dataset")
+    add("--contenders", nargs="+", choices=SCRIPTS, help="default: all that this kind of machine can run")
+    add("--rows", type=int, help="rows to train on (default: all)")
+    add("--held-out", type=int, default=50, help="rows set aside where the dataset brings none (default: 50)")
+    add("--batch-size", type=int, help="conversations per optimizer step (default: 16, on a CPU 8)")
+    add("--steps", type=int, help="optimizer steps (default: one pass over the rows)")
+    add("--warmup-steps", type=int, default=5, help="first steps that are not timed (default: 5)")
+    add("--max-seq-len", type=int, help="tokens; longer conversations are cut (default: 2048, on a CPU 1024)")
+    add("--lora-r", type=int, default=64)
+    add("--lora-alpha", type=int, default=16)
+    add("--no-head", action="store_true", help="leave the head frozen")
+    add("--learning-rate", type=float, help="default: 2e-4; of the pocket-sized model, which begins from nothing, 1e-3")
+    add("--seed", type=int, default=0)
+    add("--micro-batch", nargs="+", default=[], metavar="NAME=N", help="sequences per forward pass of a contender")
+    add("--attention", default="auto", help="kernel of the packed peer: sdpa, flex_attention, flash_attention_2, …")
+    add("-p", "--parameter", nargs="+", default=[], metavar="NAME=VALUE", help="of RunConfig, for our own contender")
+    add("--time-limit", type=float, help="seconds for one contender, loading included; then it counts as failed")
+    add("--out", default="outputs/benchmark", help="folder to write into (default: outputs/benchmark)")
+    return options
+
+
+def settings_of(arguments: argparse.Namespace) -> measure.Settings:
+    """The settings of the command line, the machine's defaults filled in, `steps` still to be settled if not given."""
+    gpu = measure.on_gpu()
+    out = Path(arguments.out)
+    return measure.Settings(
+        model=arguments.model or str(out / "pocket"),
+        dataset=arguments.dataset,
+        train_rows=arguments.rows,
+        held_out_rows=arguments.held_out,
+        batch_size=arguments.batch_size or (16 if gpu else 8),
+        steps=arguments.steps or 0,
+        warmup_steps=arguments.warmup_steps,
+        max_seq_len=arguments.max_seq_len or (2048 if gpu else 1024),
+        lora_r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        train_head=not arguments.no_head,
+        learning_rate=arguments.learning_rate or (1e-3 if arguments.pocket else 2e-4),
+        seed=arguments.seed,
+        out=arguments.out,
+        micro_batch={name: int(value) for name, value in _pairs(arguments.micro_batch).items()},
+        attention=arguments.attention,
+        ours=_pairs(arguments.parameter),
+    )
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator:
+            sys.exit(f"{text}: expected NAME=VALUE")
+        pairs[name] = value
+    return pairs
+
+
+def prepare(settings: measure.Settings) -> measure.Settings:
+    """Write rows.jsonl and held_out.jsonl, text and tokens and labels, once for all; settle the number of steps."""
+    import ours
+
+    from qlora_utils import data
+    from qlora_utils.run_directory import write_jsonl
+
+    config = ours.config_of(replace(settings, steps=settings.steps or 1))
+    tokenizer = data.load_tokenizer(config)
+    prepared = data.prepare(config, tokenizer)
+    for name, conversations in (("rows", prepared.train), ("held_out", prepared.held_out)):
+        encoded = data.encode(conversations, tokenizer, max_seq_len=config.max_seq_len)
+        write_jsonl(
+            Path(settings.out) / f"{name}.jsonl",
+            ({"text": c.text, **asdict(e)} for c, e in zip(conversations, encoded, strict=True)),
+        )
+    return settings if settings.steps else replace(settings, steps=max(1, len(prepared.train) // settings.batch_size))
+
+
+def run_contender(name: str, settings: measure.Settings, time_limit: float | None) -> dict[str, Any]:
+    """Run one contender, its output shown as it comes and kept in NAME.log; its result, or why there is none."""
+    out = Path(settings.out)
+    target, log = out / f"{name}.json", out / f"{name}.log"
+    target.unlink(missing_ok=True)
+    command = [sys.executable, "-u", str(HERE / SCRIPTS[name]), str(out / "settings.json"), str(target)]
+    print(f"\n=== {table.NAMES[name]}: {' '.join(command[2:])}", flush=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "TQDM_DISABLE": "1"},  # no bars, which would only fill the log
+    )
+    timer = threading.Timer(time_limit or threading.TIMEOUT_MAX, process.kill)
+    timer.daemon = True
+    timer.start()
+    assert process.stdout is not None
+    last = ""
+    with log.open("w", encoding="utf-8") as file:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            file.write(line)
+            last = line.strip() or last
+    code = process.wait()
+    late = not timer.is_alive()
+    timer.cancel()
+    if code == 0 and target.is_file():
+        return json.loads(target.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    if late:
+        return {"failed": f"not done after {time_limit:g} s"}
+    missing = last.removeprefix("ModuleNotFoundError: ")
+    reason = f"not installed ({missing})" if missing != last else last or "it printed nothing"
+    return {"failed": reason if code > 0 else f"exit status {code} and no result; its last line: {reason}"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the comparison; 1 if our own contender failed, or all did."""
+    options = parser().parse_args(arguments)
+    contenders = options.contenders or (list(SCRIPTS) if measure.on_gpu() else list(CPU_CONTENDERS))
+    settings = settings_of(options)
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if options.pocket:
+        pocket_llama.build(options.pocket, Path(settings.model), seed=settings.seed)
+    settings = prepare(settings)
+    settings.write(out / "settings.json")
+    results = common_facts(settings)
+    for name in contenders:
+        result = run_contender(name, settings, options.time_limit)
+        if "failed" not in result:
+            result["matrix_share"] = result["tokens_per_s"] * results["flops_per_token"] / results["matrix_rate"]
+            results["versions"] |= result["versions"]
+        results["contenders"][name] = result
+        write(results, out)  # after each, so that nothing is lost if the machine is
+    print("\n" + table.markdown(results))
+    failed = [name for name, result in results["contenders"].items() if "failed" in result]
+    return 1 if "ours" in failed or len(failed) == len(contenders) else 0
+
+
+def common_facts(settings: measure.Settings) -> dict[str, Any]:
+    """What results.json says of all contenders: settings, rows, hardware, the measured matrix rate, useful work."""
+    from qlora_utils.run_directory import hardware
+
+    rows = settings.rows("rows")
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    shape = measure.Shape.read(settings.model)
+    work = measure.useful_flops(shape, rows, lora_r=settings.lora_r, train_head=settings.train_head)
+    return {
+        "settings": asdict(settings),
+        "train_rows": len(rows),
+        "mean_tokens": round(tokens / len(rows), 1),
+        "flops_per_token": work / tokens,
+        "matrix_rate": measure.matrix_rate(),
+        "hardware": hardware(),
+        "versions": measure.versions(),
+        "contenders": {},
+    }
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """Write results.json, table.md and figure.png."""
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(table.markdown(results), encoding="utf-8")
+    table.figure(results).savefig(out / "figure.png", dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Holds the memory plan against peaks measured on this GPU: with and without checkpointing, pack lengths, both heads.
+
+    python benchmarks/memory.py --model meta-llama/Llama-2-7b-hf
+
+Each configuration trains two steps of two full packs by the Trainer of notebook 04. OUT holds memory.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+
+from qlora_utils import data, lora, plan, quantization, training
+from qlora_utils.config import RunConfig
+from qlora_utils.data import IGNORED, Encoded, Prepared
+from qlora_utils.hardware import GIB
+from qlora_utils.rows import Conversation, Turn
+from qlora_utils.run_directory import RunDirectory
+
+ROW = 512  # tokens of each made-up conversation
+
+
+def full_packs(tokens: int, vocabulary: int) -> list[Encoded]:
+    """Conversations of random words, every token but the first labelled, that fill four packs of `tokens`."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(4 * tokens // ROW):
+        ids = [draw.randrange(3, vocabulary) for _ in range(ROW)]
+        rows.append(Encoded(ids, [IGNORED, *ids[1:]]))
+    return rows
+
+
+def peak(config: RunConfig, tuned_model: Any, tokenizer: Any) -> int:
+    """Bytes allocated by PyTorch at most while this configuration trains two steps of two packs."""
+    assert config.micro_batch_tokens is not None
+    few = [Conversation((Turn("What is this?", f"A row to measure, number {n}."),)) for n in range(4)]
+    trainer = training.make_trainer(
+        config, tuned_model, tokenizer, Prepared(few, few, [], {}), RunDirectory(config.run_dir)
+    )
+    trainer.train_dataset = full_packs(config.micro_batch_tokens, tuned_model.config.vocab_size)  # type: ignore[assignment]
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    measured = torch.cuda.max_memory_allocated()
+    trainer.optimizer = None
+    del trainer
+    tuned_model.zero_grad()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return measured
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure all configurations; 1 if a prediction is off by more than a tenth."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", required=True, help="folder or hub id of the base model")
+    options.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="lengths of the packs")
+    options.add_argument("--optimizer", default="adamw_8bit", help="of RunConfig (default: adamw_8bit)")
+    options.add_argument("--out", default="outputs/benchmark", help="folder to write into")
+    given = options.parse_args(arguments)
+    if not measure.on_gpu():
+        sys.exit("benchmarks/memory.py measures GPU memory; there is no CUDA GPU here.")
+    out = Path(given.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    for head in (True, False):
+        base = RunConfig.from_preset(
+            "llama2-7b", model=given.model, train_head=head, keep_expanded=False, optimizer=given.optimizer, steps=2,
+            max_seq_len=min(given.tokens), output_dir=str(out), run_name="memory", save_steps=1000, eval_steps=1000,
+        )  # fmt: skip
+        shape = plan.Shape.read(given.model)
+        tokenizer = data.load_tokenizer(base)
+        settled = plan.settle(base).config
+        base_model = quantization.load(settled)
+        tuned_model = lora.attach(base_model, settled)
+        for checkpointing in (True, False):
+            if checkpointing:
+                base_model.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                base_model.gradient_checkpointing_disable()
+            for tokens in given.tokens:
+                config = settled.model_copy(
+                    update={"gradient_checkpointing": checkpointing, "micro_batch_tokens": tokens,
+                            "batch_size": 2 * tokens // ROW}
+                )  # fmt: skip
+                measured = peak(config, tuned_model, tokenizer)
+                predicted = plan.predict(shape, config, pass_tokens=tokens, passes=2).peak
+                results.append({"head trained": head, "checkpointing": checkpointing, "pack tokens": tokens,
+                                "measured": measured, "predicted": predicted})  # fmt: skip
+                print(_line(results[-1]), flush=True)
+        del tuned_model, base_model
+        gc.collect()
+        torch.cuda.empty_cache()
+    facts = {"gpu": torch.cuda.get_device_name(), "versions": measure.versions(), "optimizer": given.optimizer}
+    text = json.dumps({**facts, "configurations": results}, indent=2)
+    (out / "memory.json").write_text(text + "\n", encoding="utf-8")
+    (out / "memory.md").write_text("\n".join([HEAD, *map(_line, results)]) + "\n", encoding="utf-8")
+    return int(any(abs(row["predicted"] / row["measured"] - 1) > 0.1 for row in results))
+
+
+HEAD = "| head | checkpointing | pack | measured | predicted | off by |\n| --- | --- | --- | --- | --- | --- |"
+
+
+def _line(row: dict[str, Any]) -> str:
+    off = row["predicted"] / row["measured"] - 1
+    return (
+        f"| {'trained' if row['head trained'] else 'frozen'} | {'on' if row['checkpointing'] else 'off'} | "
+        f"{row['pack tokens']:,} | {row['measured'] / GIB:.2f} GiB | {row['predicted'] / GIB:.2f} GiB | {off:+.1%} |"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Contender (a): this library, by the path of notebooks 01 to 04."""
+
+from __future__ import annotations
+
+import measure
+from torch import nn
+
+from qlora_utils import data, lora, quantization, training
+from qlora_utils.config import RunConfig
+from qlora_utils.plan import settle
+from qlora_utils.run_directory import RunDirectory, read_jsonl
+
+
+def config_of(settings: measure.Settings) -> RunConfig:
+    """The preset `llama2-7b` on the model, rows and sizes of the comparison; what it leaves open, it decides itself."""
+    common = {
+        "model": settings.model,
+        "dataset": settings.dataset,
+        "train_rows": settings.train_rows,
+        "held_out_rows": settings.held_out_rows,
+        "max_seq_len": settings.max_seq_len,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "steps": settings.steps,
+        "lora_r": settings.lora_r,
+        "lora_alpha": settings.lora_alpha,
+        "train_head": settings.train_head,
+        "learning_rate": settings.learning_rate,
+        "head_learning_rate": None,  # the same for all that trains
+        "eval_steps": settings.steps,  # before the first step and after the last: neither is timed
+        "save_steps": settings.steps,
+        "keep": "last",
+        "output_dir": settings.out,
+        "run_name": "ours",
+    }
+    return RunConfig.from_preset("llama2-7b", **{**common, **settings.ours})
+
+
+def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, str]:
+    """Train by the settings."""
+    config = config_of(settings)
+    run = RunDirectory(config.run_dir)
+    run.begin(config)
+    tokenizer = data.load_tokenizer(config)
+    prepared = data.prepare(config, tokenizer)
+    encoded = data.encode(prepared.train, tokenizer, max_seq_len=config.max_seq_len)
+    if [row.input_ids for row in encoded] != [row["input_ids"] for row in settings.rows("rows")]:
+        raise RuntimeError("the rows prepared here are not those that the others train on")
+    tuned_model = lora.attach(quantization.load(config), config)
+    meter.watch(tuned_model)
+    trained = training.train(config, tuned_model, tokenizer, prepared, run)
+    speeds = [line["tokens_per_s"] for line in read_jsonl(run.history) if "loss" in line]
+    print(f"by its own history: {trained.tokens_per_s:,.0f} tokens/s (median of {len(speeds)} lines)", flush=True)
+    chosen = settle(config).config
+    notes = [
+        f"packs of up to {chosen.micro_batch_tokens:,} tokens" if chosen.packing else "padded",
+        f"attention {chosen.attention_kernel}",
+        "checkpointing" if chosen.gradient_checkpointing else "no checkpointing",
+        *(["dequantized weights kept"] if chosen.keep_expanded else []),
+        *(["Liger kernels"] if chosen.liger else []),
+        chosen.optimizer,
+    ]
+    return tuned_model, ", ".join(notes)
+
+
+if __name__ == "__main__":
+    measure.run(train)
