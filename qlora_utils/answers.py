@@ -14,7 +14,7 @@ from qlora_utils.data import Prepared, encode
 from qlora_utils.generation import Answer, Question, Sampling, answer_all, questions_of
 from qlora_utils.lora import base_alone
 from qlora_utils.packs import Collator
-from qlora_utils.plan import settle
+from qlora_utils.plan import answer_room, settle
 from qlora_utils.rows import Conversation
 from qlora_utils.run_directory import RunDirectory, write_jsonl
 from qlora_utils.scores import (
@@ -148,9 +148,12 @@ def evaluate(
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
     size = config.answer_batch_size
     pass_rows = micro_batch_size(settle(config).config, rows)
+    room = answer_room(config)
 
     def measure() -> tuple[list[dict[str, Any]], list[float], list[int]]:
-        answers = answer_all(tuned_model, tokenizer, questions, sampling=sampling, batch_size=size, on_batch=on_batch)
+        answers = answer_all(
+            tuned_model, tokenizer, questions, sampling=sampling, batch_size=size, batch_tokens=room, on_batch=on_batch
+        )
         losses, counts = row_losses(tuned_model, rows, collator, batch_size=pass_rows)
         return score(answers, questions), losses, counts
 

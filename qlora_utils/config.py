@@ -116,7 +116,7 @@ class RunConfig(BaseModel):
     # Answers
     score_rows: int = Field(200, ge=1, description="questions of each split answered by base and tuned model")
     max_new_tokens: int = Field(256, ge=1, description="tokens; the longest answer")
-    answer_batch_size: int = Field(16, ge=1, description="questions answered at a time")
+    answer_batch_size: int = Field(16, ge=1, description="questions answered at a time, at most")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -364,5 +364,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 250,
         "batch_size": 4,
         "score_rows": 50,
+        "answer_batch_size": 64,
     },
 }

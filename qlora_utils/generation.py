@@ -117,28 +117,34 @@ def answer_all(
     *,
     sampling: Sampling,
     batch_size: int,
+    batch_tokens: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Answer many questions in batches of similar length, padded on the left.
+    """Answer many questions in batches of similar length, padded on the left, with a cache of keys and values.
+
+    The longest come first, so that a batch that memory cannot hold fails at once.
 
     Args:
         model: base or tuned; answers in eval mode, and is put back afterwards.
         tokenizer: of the base model.
         questions: answered in the order given.
         sampling: how tokens are chosen and how many at most.
-        batch_size: questions at a time.
+        batch_size: questions at a time, at most.
+        batch_tokens: tokens that a batch may hold at its end, padding and answers included (None: any number).
         on_batch: called with the number of questions just answered, for a progress bar.
     """
     was_training = model.training
     prompts = [encode_prompt(question.history, question.text, tokenizer) for question in questions]
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: dict[int, Answer] = {}
     device = next(model.parameters()).device
     model.eval()
     try:
-        for start in range(0, len(by_length), batch_size):
-            members = by_length[start : start + batch_size]
-            longest = len(prompts[members[-1]])
+        while by_length:
+            longest = len(prompts[by_length[0]])
+            fitting = batch_size if batch_tokens is None else batch_tokens // (longest + sampling.max_new_tokens)
+            size = max(1, min(batch_size, fitting))
+            members, by_length = by_length[:size], by_length[size:]
             ids = [[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in members]
             mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in members]
             generated: Any = model.generate(  # type: ignore[operator]

@@ -7,6 +7,7 @@ default. Merged into the weights from before quantization, it makes up for an er
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import shutil
@@ -301,6 +302,7 @@ def save(
     shards = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for file, names in shards.filename_to_tensors.items():
         save_file({name: weights[name].make() for name in names}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors leaves it to its owner alone; a server may run as somebody else
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
@@ -323,8 +325,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """
     from transformers import GenerationConfig
 
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
+    taught = copy.deepcopy(tokenizer)
+    taught.chat_template = CHAT_TEMPLATE
+    taught.save_pretrained(folder)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids, do_sample=False).save_pretrained(folder)
 
@@ -420,7 +423,13 @@ def agreement(questions: Sequence[Question], unmerged: Asked, merged: Asked) -> 
         )
     triples = list(zip(questions, unmerged.answers, merged.answers, strict=True))
     differing = [
-        {"question": question.text, "expected": question.expected, "unmerged": before.text, "merged": after.text}
+        {
+            **({"before": _as_line(question.history[-1])} if question.history else {}),
+            "question": question.text,
+            "expected": question.expected,
+            "unmerged": before.text,
+            "merged": after.text,
+        }
         for question, before, after in triples
         if before.text != after.text
     ]
@@ -433,6 +442,10 @@ def agreement(questions: Sequence[Question], unmerged: Asked, merged: Asked) -> 
         "loss_merged": round(merged.loss, 6),
         "differing": differing[:EXAMPLES],
     }
+
+
+def _as_line(turn: Turn) -> str:
+    return f"{turn.question} → {turn.answer}"
 
 
 def summary(record: dict[str, Any], folder: Path, *, width: int = 160) -> str:

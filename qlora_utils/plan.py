@@ -325,6 +325,22 @@ def fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
     return min(good, key=lambda pair: pair[1].peak)[0]
 
 
+def answer_room(config: RunConfig) -> int | None:
+    """Tokens whose keys and values this GPU holds beside the model while it answers; None without a GPU.
+
+    Of what the model leaves, six tenths: generation copies the cache as it grows.
+    """
+    card = this_card()
+    if card is None:
+        return None
+    shape = Shape.read(config.model)
+    settled = settle(config, card, shape).config
+    parts = predict(shape, settled).parts
+    wide = 4 if settled.compute_dtype == "float32" else 2
+    token = 2 * shape.layers * shape.kv_heads * shape.head_size * wide
+    return max(1, int(0.6 * (room(card) - sum(parts[name] for name in PARTS[:5])) / token))
+
+
 def too_large(config: RunConfig, card: Card, least: int) -> str:
     """What to say when even the smallest plan, of `least` bytes, does not fit, and what to change."""
     ways = [f"shorter conversations (max_seq_len={config.max_seq_len // 2})"]

@@ -129,3 +129,23 @@ def test_answering_leaves_the_mode_of_the_model(tuned_model, tokenizer):
         tuned_model.train(training)
         generation.answer_all(tuned_model, tokenizer, QUESTIONS[:1], sampling=GREEDY, batch_size=1)
         assert tuned_model.training is training
+
+
+def test_a_batch_holds_no_more_tokens_than_it_may(tuned_model, tokenizer, prepared, monkeypatch):
+    questions = [
+        Question(row.turns[0].question, "", row.turns[: number % 2]) for number, row in enumerate(prepared.held_out)
+    ]
+    sampling = Sampling(max_new_tokens=6)
+    shapes = []
+    original = tuned_model.generate
+
+    def watched(**options):
+        shapes.append(tuple(options["input_ids"].shape))
+        return original(**options)
+
+    monkeypatch.setattr(tuned_model, "generate", watched)
+    few = generation.answer_all(tuned_model, tokenizer, questions, sampling=sampling, batch_size=16, batch_tokens=120)
+    assert len(shapes) > 2
+    assert all(rows * (longest + 6) <= 120 or rows == 1 for rows, longest in shapes)
+    assert [longest for _, longest in shapes] == sorted((longest for _, longest in shapes), reverse=True)
+    assert few == generation.answer_all(tuned_model, tokenizer, questions, sampling=sampling, batch_size=16)

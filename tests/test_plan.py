@@ -168,27 +168,26 @@ def test_the_widget_follows_its_controls():
     assert isinstance(text(), str)
 
 
+@pytest.fixture(scope="module")
+def billion(tmp_path_factory, tokenizer):
+    """A Llama of 0.7 billion parameters, random: memory does not ask what weights are."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("billion")
+    size = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 12, "num_attention_heads": 16}
+    with torch.device("cuda"):
+        LlamaForCausalLM(LlamaConfig(vocab_size=32000, **size)).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head", [True, False], ids=["head", "frozen"])
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("tokens", [1024, 2048, 4096])
-def test_predictions_hold_on_this_gpu(tmp_path, tokenizer, prepared, head, checkpointing, tokens):
-    """A Llama of 1.3 billion parameters, random: memory does not ask what weights are."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path / "model"
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            LlamaForCausalLM(
-                LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5504, num_hidden_layers=12,
-                            num_attention_heads=16)
-            ).save_pretrained(folder)  # fmt: skip
-        finally:
-            torch.set_default_dtype(torch.float32)
-    tokenizer.save_pretrained(folder)
+def test_predictions_hold_on_this_gpu(tmp_path, billion, prepared, head, checkpointing, tokens):
     given = RunConfig.from_preset(
-        "llama2-7b", model=str(folder), output_dir=str(tmp_path), run_name="plan", train_head=head, steps=2,
+        "llama2-7b", model=str(billion), output_dir=str(tmp_path), run_name="plan", train_head=head, steps=2,
         gradient_checkpointing=checkpointing, micro_batch_tokens=tokens, max_seq_len=512, keep_expanded=False,
         batch_size=2 * tokens // 512, optimizer="adamw_8bit", eval_steps=100,
     )  # fmt: skip
@@ -201,5 +200,5 @@ def test_predictions_hold_on_this_gpu(tmp_path, tokenizer, prepared, head, check
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    predicted = predict(plan.Shape.read(str(folder)), config, pass_tokens=tokens)
+    predicted = predict(plan.Shape.read(str(billion)), config, pass_tokens=tokens)
     assert predicted.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
