@@ -1,8 +1,9 @@
 """QLoRA fine-tuning for question answering: the library behind the numbered notebooks.
 
 One module per notebook, in the order of the data flow: `data`, `quantization`, `lora`, `training`, `curves`, `answers`,
-`playground`; below `data` lie `sources` and `rows`. Shared by all: `config`, `run_directory`, `runner`, `report`,
-`cli`. Importing the package loads none of them; each imports torch and its kin only when it is itself imported.
+`playground`. Below `data` lie `sources` and `rows`; below `training` `packs`, `attention`, `fused` and `loss`, where its
+speed comes from; below `answers` `generation` and `scores`. Shared by all: `config`, `hardware`, `plan`,
+`run_directory`, `runner`, `report`, `merge`, `cli`. Importing the package loads none of them; each imports torch and its kin only when it is itself imported.
 """
 
 import logging
@@ -12,3 +13,5 @@ __version__ = "0.1.0"
 # On some CPUs bitsandbytes logs, when first imported by whatever imports it, that an optional faster kernel cannot be
 # fetched. It changes nothing for us and is no news to a reader.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
+# The same of Liger Kernel, which lists each optional implementation that is made for other chips.
+logging.getLogger("liger_kernel.backends.registry").addFilter(lambda record: "could not be imported" not in record.msg)

@@ -372,6 +372,14 @@ def test_the_loss_is_that_of_the_answers_alone(tuned, tokenizer, prepared):
     assert shorter != pytest.approx(loss, rel=1e-3)  # the first token of each answer
 
 
+@pytest.mark.gpu
+def test_a_run_in_16_bit_on_a_gpu_is_merged_and_checked(tuned):
+    config, _ = tuned(compute_dtype="auto")
+    found = merge.merge(config, questions=8)["agreement"]
+    assert found["questions"] == 8
+    assert found["loss_merged"] == pytest.approx(found["loss_unmerged"], rel=0.02)
+
+
 def test_a_trained_run_is_merged_and_checked_on_the_command_line(config, tokenizer, prepared, capsys):
     """A short training, merged; greedy answers of both models on questions that were never trained on."""
     longer = RunConfig.build({**config.model_dump(), "steps": 24, "eval_steps": 24, "score_rows": 16})
