@@ -59,7 +59,7 @@ def logits(model, batch):
 
 def test_a_pack_without_lengths_is_still_a_pack(config, prepared, tokenizer):
     """Whoever lays rows end to end with position_ids alone gets the same as with a mask."""
-    model = quantization.load(config)
+    model = quantization.load(RunConfig.build({**config.model_dump(), "attention_kernel": "split"}))
     pack = Collator(0, packing=True)(encode(prepared.train[:4], tokenizer))
     bare = {name: pack[name] for name in ("input_ids", "position_ids")}
     assert model.config._attn_implementation == attention.SPLIT
