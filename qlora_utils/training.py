@@ -77,7 +77,8 @@ class QLoRATrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of every pass of a step; the step's loss, a mean over its answer tokens."""
-        model.train()
+        if not model.training:  # it walks all modules
+            model.train()
         passes = inputs["passes"]
         answers: Any = inputs["answer_tokens"]
         if self.args.world_size > 1:  # gradients are averaged over processes, whose shares of the answers differ
@@ -495,7 +496,8 @@ def train(
     save_adapter(tuned_model, tokenizer, run.adapter)
     run.record(config)
     trained = _trained(trainer, read_jsonl(run.history), kept_step, wall_s, resumed_at=step_of(last) if last else 0)
-    run.answers.unlink(missing_ok=True)  # answers and scores of an adapter that is no more
+    run.answers.unlink(missing_ok=True)  # what was made of an adapter that is no more
+    shutil.rmtree(run.merged, ignore_errors=True)
     write_json(run.metrics, {"train": vars(trained)})
     return trained
 

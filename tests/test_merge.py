@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def weights_in(folder):
 
 
 VARIANTS = [
-    {}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}, {"train_head": False},
+    {}, {"rslora": True}, {"dora": True}, {"train_head": False},
     {"lora_r": 4, "lora_alpha": 24}, {"quantize": False}, {"fused_layers": False},
 ]  # fmt: skip
 
@@ -251,6 +252,15 @@ def test_tokenizer_and_chat_template_come_along(tuned, tokenizer):  # trap 4
     check_template(RunDirectory(config.run_dir).merged, tokenizer)
 
 
+@pytest.mark.parametrize("own", [None, "{{ 'System: be brief. ' + messages[0]['content'] }}"])
+def test_whatever_template_the_base_model_had_it_is_that_of_the_training(tokenizer, tmp_path, own):
+    before = copy.deepcopy(tokenizer)
+    before.chat_template = own
+    merge.save_tokenizer(before, tmp_path)
+    assert before.chat_template == own
+    check_template(tmp_path, tokenizer)
+
+
 @pytest.mark.real_data
 def test_the_real_tokenizer_gets_the_template_that_was_trained_with(llama_tokenizer, tmp_path):
     own = llama_tokenizer.chat_template
@@ -382,7 +392,7 @@ def test_a_run_in_16_bit_on_a_gpu_is_merged_and_checked(tuned):
 
 def test_a_trained_run_is_merged_and_checked_on_the_command_line(config, tokenizer, prepared, capsys):
     """A short training, merged; greedy answers of both models on questions that were never trained on."""
-    longer = RunConfig.build({**config.model_dump(), "steps": 24, "eval_steps": 24, "score_rows": 16})
+    longer = RunConfig.build({**config.model_dump(), "steps": 16, "eval_steps": 16, "max_new_tokens": 24})
     run = RunDirectory(longer.run_dir)
     prepared.save(run)
     training.train(longer, lora.attach(quantization.load(longer), longer), tokenizer, prepared, run)
@@ -395,8 +405,8 @@ def test_a_trained_run_is_merged_and_checked_on_the_command_line(config, tokeniz
     assert found["share"] >= 0.75  # untrained, hesitant answers turn on the last bit now and then
     assert found["loss_merged"] == pytest.approx(found["loss_unmerged"], rel=0.02)
     assert f"agreement with the unmerged model: {found['same']} of 10 held-out answers identical" in printed
-    assert "adapter of step 24 merged into the dequantized NF4 weights" in printed
-    assert (record["base"], record["dtype"], record["adapter_step"]) == ("quantized", "bfloat16", 24)
+    assert "adapter of step 16 merged into the dequantized NF4 weights" in printed
+    assert (record["base"], record["dtype"], record["adapter_step"]) == ("quantized", "bfloat16", 16)
     assert {"torch", "peft", "bitsandbytes"} <= record["versions"].keys()
 
     assert cli.main(command) == 2
@@ -404,9 +414,10 @@ def test_a_trained_run_is_merged_and_checked_on_the_command_line(config, tokeniz
     assert cli.main([*command, "--force", "--dtype", "float16", "--questions", "0"]) == 0
     assert "not compared" in capsys.readouterr().out
     elsewhere = run.path.parent / "elsewhere"
-    assert cli.main(["merge", "--run", str(run.path), "--into", str(elsewhere), "--base", "original"]) == 0
+    by_path = ["merge", "--run", str(run.path), "--into", str(elsewhere), "--questions", "2"]
+    assert cli.main([*by_path, "--base", "original"]) == 0
     assert "as they were before quantization" in capsys.readouterr().out
-    assert read_json(elsewhere / "merge.json")["agreement"]["questions"] <= 40
+    assert read_json(elsewhere / "merge.json")["agreement"]["questions"] == 2
 
     runner._clear(run)  # a new run of this name replaces the model too
     assert not run.merged.exists()
