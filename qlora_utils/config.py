@@ -15,6 +15,11 @@ DATA_FIELDS = ("model", "dataset", "train_rows", "held_out_rows", "max_seq_len",
 SPEED_FIELDS = ("keep_expanded", "attention_kernel", "fused_layers", "liger")
 ANSWER_FIELDS = ("score_rows", "max_new_tokens", "answer_batch_size")
 
+# Copies of gated weights, open to all, in the same files.
+MIRRORS = {
+    "meta-llama/Llama-2-7b-hf": "NousResearch/Llama-2-7b-hf",
+    "meta-llama/Llama-2-7b-chat-hf": "NousResearch/Llama-2-7b-chat-hf",
+}
 EMBEDDED = "embedded:"  # prefix of a path inside the project's own data folder
 
 
@@ -318,7 +323,7 @@ def model_advice(source: str, error: Exception) -> str:
     if "GatedRepoError" in names or "gated" in str(error).lower():
         return (
             f"model: {source} is gated. Accept its licence on its hub page, then log in with `hf auth login`; "
-            "or give a local folder or an open mirror: -p model=…"
+            f"or give a local folder or an open mirror of the weights: -p model={MIRRORS.get(source, '…')}"
         )
     if "RepositoryNotFoundError" in names:
         return f"model: {source} is not on the hub, or private. Check the name, or log in with `hf auth login`."

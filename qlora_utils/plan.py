@@ -150,7 +150,8 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
         "expanded weights": shape.linear_parameters * wide if config.keep_expanded and config.quantize else 0,
         "head": shape.head_parameters * wide + head_trained * 4,
         "adapters": lora * (4 + (wide if config.fused_layers else 0)),  # and a copy in the precision of products
-        "gradients": trained * 4,
+        # of the whole step, and of this pass the head's, which is there before it is added
+        "gradients": (trained + (head_trained if passes > 1 else 0)) * 4,
         "optimizer": _optimizer_bytes(config, trained),
         "activations": tokens * (kept_per_layer * shape.layers + (layer if config.gradient_checkpointing else 0)),
         # of a chunk: logits as they come, in fp32, their softmax, which becomes the gradient; the head in the
@@ -163,12 +164,12 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
         + tokens * wide * (shape.intermediate + shape.hidden),
     }
     fixed = sum(parts[name] for name in PARTS[:5]) + parts["optimizer"]
-    gradients_before = parts["gradients"] if passes > 1 else 0
+    gradients_before = 4 * trained if passes > 1 else 0
     head_gradient = 4 * head_trained
     moments = (
         fixed + gradients_before + tokens * kept_per_layer * shape.layers + parts["logits"] + head_gradient,  # the loss
         fixed + gradients_before + parts["activations"] + head_gradient + parts["workspace"],  # the last layer
-        fixed + parts["gradients"] + _step_workspace(config, trained),  # the optimizer's step
+        fixed + 4 * trained + _step_workspace(config, trained),  # the optimizer's step
     )
     return MemoryPlan(parts, max(moments))
 

@@ -1,0 +1,58 @@
+"""Contender (b): the tutorial recipe, with transformers' own Trainer.
+
+The settings are those of "Fine-tune Llama 2 in Google Colab" (github.com/mlabonne/llm-course, file
+Fine_tune_Llama_2_in_Google_Colab.ipynb): batches of 4, padded, grouped by length, not packed; paged AdamW in 32 bits;
+gradient checkpointing, after peft's preparation for quantized models, which the SFTTrainer of that time made. Set
+otherwise, so that all train the same: LoRA on all linear layers and the head, loss on answers alone, no dropout, double
+quantization, bf16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import measure
+from peft import get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+PER_DEVICE = 4
+
+
+def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, str]:
+    """Train by the settings. On a CPU memory is no concern: no checkpointing there, and the Trainer's own AdamW."""
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.padding_side = "right"
+    batch = settings.split_batch("tutorial", PER_DEVICE)
+    options: dict[str, Any] = {**measure.shared_arguments(settings, "tutorial"), **batch}
+    if measure.on_gpu():
+        options |= {
+            "bf16": True,
+            "optim": "paged_adamw_32bit",
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        }
+    model = prepare_model_for_kbit_training(
+        measure.load_base(settings),
+        use_gradient_checkpointing=measure.on_gpu(),
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    tuned_model = get_peft_model(model, measure.lora_config(settings))
+    rows: Any = settings.rows("rows")  # a list of rows will do, whatever the annotation says
+    trainer: Any = Trainer(
+        model=tuned_model,
+        args=TrainingArguments(**options, max_steps=settings.steps, train_sampling_strategy="random"),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+    )
+    meter.watch(tuned_model)
+    trainer.train()
+    size, accumulated = batch.values()
+    checkpointing = "checkpointing" if measure.on_gpu() else "no checkpointing"
+    return tuned_model, f"{size} × {accumulated} padded, grouped by length, {checkpointing}, {trainer.args.optim.value}"
+
+
+if __name__ == "__main__":
+    measure.run(train)
