@@ -87,6 +87,9 @@ class RunConfig(BaseModel):
     steps: int = Field(250, ge=1, description="optimizer steps, unless epochs is set")
     epochs: float | None = Field(None, gt=0, description="passes over the training rows; replaces steps when set")
     batch_size: int = Field(16, ge=1, description="conversations per optimizer step")
+    row_order: Literal["random", "length"] = Field(
+        "random", description="which rows share a step: any, or such of like length (padded batches waste less then)"
+    )
     micro_batch_size: int | None = Field(
         None, ge=1, description="conversations per forward pass, at most; divides batch_size (None: any number)"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -116,6 +116,33 @@ class StepCollator:
             "tokens": sum(lengths),
             "answer_tokens": sum(label != IGNORED for example in examples for label in example.labels[1:]),
         }
+
+
+class LikeLengths:
+    """A sampler of rows: in random groups, within which rows of like length come one after another.
+
+    As transformers groups them (`group_by_length`), but of one seed and epoch always the same, so that a resumed
+    training goes on as it would have.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch, a resumed one too."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """The rows of an epoch, by their index."""
+        import torch
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 def _similar(lengths: Sequence[int], tokens: int, conversations: int | None) -> list[list[int]]:

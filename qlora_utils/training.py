@@ -27,7 +27,7 @@ from qlora_utils.data import IGNORED, Encoded, Prepared, encode
 from qlora_utils.generation import Sampling, answer_all, questions_of
 from qlora_utils.lora import HEAD
 from qlora_utils.loss import answer_states, head_weight, token_losses
-from qlora_utils.packs import Collator, StepCollator
+from qlora_utils.packs import Collator, LikeLengths, StepCollator
 from qlora_utils.plan import settle
 from qlora_utils.quantization import compute_dtype
 from qlora_utils.rows import Conversation
@@ -101,6 +101,13 @@ class QLoRATrainer(Trainer):
             return model(**one, answer_tokens=answers).loss
         one.pop("answer_positions")
         return model(**one, num_items_in_batch=answers).loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Rows at random, or, with `row_order` length, in random groups of like length, as transformers makes them."""
+        if self.config.row_order == "random":
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return LikeLengths([len(row.input_ids) for row in rows], self.args.train_batch_size, self.config.seed)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the Trainer would walk all parameters at every step for a number that nobody reads."""

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_utils.data import IGNORED, Encoded, encode
-from qlora_utils.packs import Collator, StepCollator, fill, filled_share
+from qlora_utils.packs import Collator, LikeLengths, StepCollator, fill, filled_share
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -69,3 +69,15 @@ def test_a_pack_says_where_each_conversation_begins():
     assert pack["lengths"] == (4, 2, 3)
     assert pack["starts"].tolist() == [0, 4, 6, 9]
     assert pack["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
+
+
+def test_like_lengths_share_a_step_and_each_epoch_has_an_order_of_its_own():
+    lengths = [(7 * n) % 101 for n in range(400)]
+    sampler = LikeLengths(lengths, batch_size=8, seed=3)
+    first, again = list(sampler), list(sampler)
+    assert sorted(first) == list(range(400))
+    assert first == again
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    spread = [max(part) - min(part) for n in range(0, 400, 8) if (part := [lengths[i] for i in first[n : n + 8]])]
+    assert sum(spread) / len(spread) < 15  # of 100 at random

@@ -230,6 +230,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, tokenizer, prepare
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_rows_in_order_of_length_are_resumed_in_the_same_order(config, tokenizer, prepared):
+    ordered = changed(config, row_order="length", steps=12)  # an epoch and a half
+    _, _, whole = train(changed(ordered, run_name="whole"), tokenizer, prepared)
+    train(changed(ordered, run_name="parts"), tokenizer, prepared, StopAt(10))
+    _, _, parts = train(changed(ordered, run_name="parts", resume=True), tokenizer, prepared)
+    assert losses(parts) == losses(whole)
+    random_order = train(changed(ordered, row_order="random", run_name="random"), tokenizer, prepared)[2]
+    assert losses(random_order) != losses(whole)
+
+
 def test_a_finished_training_is_not_resumed(config, tokenizer, prepared):
     _, run, history = train(config, tokenizer, prepared)
     before = (run.adapter / "adapter_model.safetensors").read_bytes()
