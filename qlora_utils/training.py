@@ -77,8 +77,7 @@ class QLoRATrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of every pass of a step; the step's loss, a mean over its answer tokens."""
-        if not model.training:  # it walks all modules
-            model.train()
+        model.train()  # unasked: peft's wrapper says it trains while the layers of a loaded model within do not
         passes = inputs["passes"]
         answers: Any = inputs["answer_tokens"]
         if self.args.world_size > 1:  # gradients are averaged over processes, whose shares of the answers differ
