@@ -137,6 +137,7 @@ def _mask(**options: Any) -> Any:
     """The mask of `sdpa`, except for a pack, which transformers marks by forbidding the causal short cut."""
     from transformers.masking_utils import sdpa_mask
 
-    if options.get("attention_mask") is None and not options.get("allow_is_causal_skip", True):
+    windowed = options.get("local_size") is not None  # what the kernels for packs do not know
+    if options.get("attention_mask") is None and not options.get("allow_is_causal_skip", True) and not windowed:
         return None
     return sdpa_mask(**options)

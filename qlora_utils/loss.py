@@ -83,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         (scale,) = grad_outputs
         return (
-            None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
+            None if hidden_grad is None else hidden_grad * scale,
             # nobody else holds it: scaled in place
             None if weight_grad is None else weight_grad.mul_(scale).to(ctx.weight_dtype),
             None,
