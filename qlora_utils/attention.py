@@ -69,14 +69,21 @@ def _varlen_attn() -> Any:
 
 
 def split(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float, lengths: Sequence[int], starts: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    lengths: Sequence[int],
+    starts: Any,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """One causal kernel call for each conversation: on every device, and on a CPU far cheaper than a mask.
 
-    Args and result: as `varlen`, in any precision.
+    Args and result: as `varlen`, in any precision, and with dropout on the attention's weights.
     """
     attended = [
-        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
         for q, k, v in zip(*(tensor.split(list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
     ]
     return torch.cat(attended, dim=2).transpose(1, 2)
@@ -110,19 +117,21 @@ def _attend(
     """What transformers calls: the pack's kernel for a pack, `sdpa` for everything else."""
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-    pack = attention_mask is None and query.shape[0] == 1 and query.shape[2] == key.shape[2] and not dropout
+    pack = attention_mask is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]
     if pack and lengths is None and position_ids is not None:  # a pack of somebody else's making
         lengths = lengths_of(position_ids)
-    if not pack or lengths is None or sum(lengths) != query.shape[2]:
+    if not pack or lengths is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )  # type: ignore[return-value]
+    if sum(lengths) != query.shape[2]:  # without a mask they would see each other
+        raise ValueError(f"lengths: they add up to {sum(lengths)}, and the pack holds {query.shape[2]} tokens")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # grouped-query attention
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if kernel is varlen and query.dtype not in (torch.bfloat16, torch.float16):
-        kernel = split
+    if dropout or (kernel is varlen and query.dtype not in (torch.bfloat16, torch.float16)):
+        kernel = functools.partial(split, dropout=dropout)
     return kernel(query, key, value, scale=scale, lengths=lengths, starts=starts), None
 
 

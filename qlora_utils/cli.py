@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="what a run will take of a GPU's memory, and the fastest that fits")
     plan.add_argument("--preset", help="what to plan (default: llama2-7b)")
-    plan.add_argument("--run", help="or the run, by name, whose config is planned for")
+    plan.add_argument("--run", help="or the run, by name or path, whose config is planned for")
     plan.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
     plan.add_argument("--gpu", help="T4, L4, A10, A100-40, A100-80, H100 or H200 (default: this machine's, or all)")
     plan.add_argument(
@@ -155,7 +155,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     given = _parameters(options.parameters)
     if options.run:
-        config = RunConfig.continue_run(Path(options.output_dir) / options.run, **given)
+        config = RunConfig.continue_run(_run_path(options), **given)
     else:
         config = RunConfig.from_preset(options.preset or "llama2-7b", **given)
     shape = plan.shape_of(config)
@@ -191,7 +191,7 @@ def _ask(options: argparse.Namespace) -> int:
     from qlora_utils import data, generation, lora, quantization
 
     tokenizer = data.load_tokenizer(config)
-    tuned_model = lora.reload(quantization.load(config), adapter)
+    tuned_model = lora.reload(quantization.load(config), adapter, fused=config.fused_layers)
     ask = generation.make_asker(tuned_model, tokenizer)
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
     for piece in ask(question, "base" if options.base else "tuned", sampling, threading.Event()):

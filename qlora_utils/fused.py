@@ -37,7 +37,7 @@ def fuse(tuned_model: PeftModel) -> int:
         pass
     together: list[Together] = []
     for parent in tuned_model.modules():
-        layers = {n: m for n, m in parent.named_children() if type(m) in forms and not getattr(m, "lora_variant", None)}
+        layers = {n: m for n, m in parent.named_children() if type(m) in forms and not _is_special(m)}
         groups = [[layers.pop(n) for n in names] for names in SIBLINGS if _alike([layers.get(n) for n in names])]
         for group in [*groups, *([layer] for layer in layers.values())]:
             for layer in group:
@@ -48,6 +48,11 @@ def fuse(tuned_model: PeftModel) -> int:
         causal_lm: Any = tuned_model.get_base_model()
         causal_lm.base_model.register_forward_pre_hook(_Refresh(together), with_kwargs=True)
     return sum(len(group.layers) for group in together)
+
+
+def _is_special(layer: Any) -> bool:
+    """Whether a layer computes something else: DoRA and its like, or with a weight stored the other way round."""
+    return bool(layer.lora_variant) or layer.fan_in_fan_out
 
 
 def _alike(layers: Sequence[Any]) -> bool:

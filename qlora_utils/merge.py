@@ -24,6 +24,7 @@ from qlora_utils import answers, generation, lora, quantization
 from qlora_utils.config import ConfigError, ModelError, RunConfig, first_line, locate
 from qlora_utils.data import Prepared, encode, encode_prompt, load_tokenizer
 from qlora_utils.generation import Answer, Question, Sampling
+from qlora_utils.plan import answer_room
 from qlora_utils.rows import CHAT_TEMPLATE, Conversation, Turn
 from qlora_utils.run_directory import RunDirectory, provenance, read_json, write_json
 
@@ -89,7 +90,7 @@ def merge(
         )
     tokenizer = load_tokenizer(config)
     asked = choose_questions(config, run, tokenizer, questions) if questions else []
-    tuned_model = lora.reload(quantization.load(config), run.adapter)
+    tuned_model = lora.reload(quantization.load(config), run.adapter, fused=config.fused_layers)
     unmerged = ask(tuned_model, tokenizer, asked, config) if asked else None
     source = Checkpoint(locate(config.model)) if chosen == "original" else as_loaded
     temporary = folder.with_name(f".{folder.name}.new")
@@ -100,7 +101,12 @@ def merge(
         save_tokenizer(tokenizer, temporary)
         del tuned_model
         _release_memory()
-        compared = agreement(asked, unmerged, ask(load(temporary), tokenizer, asked, config)) if unmerged else None
+        compared = None
+        try:
+            if unmerged:
+                compared = agreement(asked, unmerged, ask(load(temporary), tokenizer, asked, config))
+        except torch.cuda.OutOfMemoryError:  # it was read from NF4, and is several times as large now
+            print("the merged model does not fit into this GPU, so its answers were not compared", flush=True)
         record = {
             "run": config.run_name,
             "model": config.model,
@@ -380,7 +386,8 @@ def ask(
 ) -> Asked:
     """Put the questions to a model, greedily, as notebook 06 does, and measure its loss on the expected answers."""
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
-    given = generation.answer_all(model, tokenizer, questions, sampling=sampling, batch_size=config.answer_batch_size)
+    size, room = config.answer_batch_size, answer_room(config)
+    given = generation.answer_all(model, tokenizer, questions, sampling=sampling, batch_size=size, batch_tokens=room)
     return Asked(given, answer_loss(model, tokenizer, questions, max_seq_len=config.max_seq_len))
 
 

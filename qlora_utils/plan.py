@@ -229,7 +229,8 @@ OPEN = ("compute_dtype", "attention_kernel", "liger", "keep_expanded", "gradient
 def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = None) -> Settled:
     """Decide what the config leaves open: from the hardware, and by the fastest that fits into its memory.
 
-    A value that is given is kept. A config with nothing open comes back as it is, without a look at the model.
+    A value that is given is kept. A config with nothing open comes back as it is, without a look at the model. For a
+    model that is not like Llama, what takes the least memory is chosen.
 
     Args:
         config: the run.
@@ -237,7 +238,6 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
         shape: of the base model; None: read from `config.model`.
 
     Raises:
-        ModelError: the model's config cannot be read.
         ConfigError: nothing fits; names the smallest plan and what to change.
     """
     if all(getattr(config, name) not in (None, "auto") for name in OPEN):
@@ -256,9 +256,13 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
         chosen = _on_cpu(config)
         why = dict.fromkeys(OPEN, "on a CPU, where main memory is plenty, the fastest")
     else:
-        shape = shape or Shape.read(config.model)
-        chosen = fastest(config, card, shape)
-        why = _reasons(chosen, card, shape)
+        try:
+            shape = shape or Shape.read(config.model)
+            chosen = fastest(config, card, shape)
+            why = _reasons(chosen, card, shape)
+        except ModelError as error:
+            chosen = cautious(config)
+            why = dict.fromkeys(OPEN, f"the least memory, since nothing can be planned: {error}")
     reasons |= {name: why[name] for name in OPEN if getattr(config, name) in (None, "auto")}
     return Settled(chosen, reasons)
 
@@ -291,11 +295,28 @@ def _on_cpu(config: RunConfig) -> RunConfig:
     return config.model_copy(update={n: v for n, v in given.items() if getattr(config, n) in (None, "auto")})
 
 
+def cautious(config: RunConfig) -> RunConfig:
+    """What takes the least memory, in place of all that a plan would decide."""
+    given = {"keep_expanded": False, "gradient_checkpointing": True, "micro_batch_tokens": config.max_seq_len,
+             "optimizer": "adamw_8bit"}  # fmt: skip
+    return config.model_copy(update={n: v for n, v in given.items() if getattr(config, n) in (None, "auto")})
+
+
+def settle_to_load(config: RunConfig) -> RunConfig:
+    """The config, settled, for a model that is only to be loaded: where a training would not fit, answers may."""
+    try:
+        return settle(config).config
+    except ConfigError:
+        return settle(cautious(config)).config
+
+
 def candidates(config: RunConfig) -> Iterator[RunConfig]:
     """Every way to fill in what is open for a GPU."""
     longest_step = config.batch_size * config.max_seq_len
     for optimizer in _open(config, "optimizer", ("adamw_torch_fused", "adamw_8bit")):
-        for kept in _open(config, "keep_expanded", (False, True) if config.quantize else (False,)):
+        # peft's own layers, and those with DoRA, dequantize whatever is kept
+        useful = config.quantize and config.fused_layers and not config.dora
+        for kept in _open(config, "keep_expanded", (False, True) if useful else (False,)):
             for checkpointing in _open(config, "gradient_checkpointing", (False, True)):
                 # no larger than a step can be, no smaller than a conversation
                 sizes = [tokens for tokens in PASS_TOKENS if config.max_seq_len <= tokens < 2 * longest_step]
@@ -327,19 +348,23 @@ def fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
 
 
 def answer_room(config: RunConfig) -> int | None:
-    """Tokens whose keys and values this GPU holds beside the model while it answers; None without a GPU.
+    """Tokens whose keys and values this GPU holds now, beside the model and all else that lies there.
 
-    Of what the model leaves, six tenths: generation copies the cache as it grows.
+    Of what is free, six tenths: generation copies the cache as it grows. None without a GPU, or for a model that is not
+    like Llama.
     """
+    import torch
+
     card = this_card()
     if card is None:
         return None
-    shape = Shape.read(config.model)
-    settled = settle(config, card, shape).config
-    parts = predict(shape, settled).parts
-    wide = 4 if settled.compute_dtype == "float32" else 2
+    try:
+        shape = Shape.read(config.model)
+    except ModelError:
+        return None
+    wide = 4 if precision(config, card)[0] == "float32" else 2
     token = 2 * shape.layers * shape.kv_heads * shape.head_size * wide
-    return max(1, int(0.6 * (room(card) - sum(parts[name] for name in PARTS[:5])) / token))
+    return max(1, int(0.6 * (room(card) - torch.cuda.memory_allocated()) / token))
 
 
 def too_large(config: RunConfig, card: Card, least: int) -> str:

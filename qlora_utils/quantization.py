@@ -16,7 +16,7 @@ from qlora_utils import attention
 from qlora_utils.config import ModelError, RunConfig, locate, model_advice
 from qlora_utils.fused import keep_expanded
 from qlora_utils.hardware import compute_dtype
-from qlora_utils.plan import settle
+from qlora_utils.plan import settle_to_load
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def load(config: RunConfig) -> PreTrainedModel:
     import bitsandbytes
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    settled = settle(config).config
+    settled = settle_to_load(config)
     dtype = compute_dtype(settled)
     attention.register()
     source = locate(config.model)

@@ -16,6 +16,7 @@ from qlora_utils.config import (
     ANSWER_FIELDS,
     DATA_FIELDS,
     EMBEDDED,
+    SPEED_FIELDS,
     ConfigError,
     RunConfig,
     check_names,
@@ -110,7 +111,9 @@ def _go_on(run_dir: Path, preset: str | None, given: Mapping[str, Any], first: P
 
 def _decided_in(name: str) -> str:
     """The last notebook from which a new value of a field still takes effect."""
-    return "01_data" if name in DATA_FIELDS else "06_answers" if name in ANSWER_FIELDS else "04_training"
+    return (
+        "01_data" if name in DATA_FIELDS else "06_answers" if name in (*ANSWER_FIELDS, *SPEED_FIELDS) else "04_training"
+    )
 
 
 def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str | None = None) -> RunDirectory:

@@ -28,7 +28,7 @@ from qlora_utils.generation import Sampling, answer_all, questions_of
 from qlora_utils.lora import HEAD
 from qlora_utils.loss import answer_states, head_weight, token_losses
 from qlora_utils.packs import Collator, LikeLengths, StepCollator
-from qlora_utils.plan import settle
+from qlora_utils.plan import answer_room, settle
 from qlora_utils.quantization import compute_dtype
 from qlora_utils.rows import Conversation
 from qlora_utils.run_directory import HEADLESS, RunDirectory, read_jsonl, write_json, write_jsonl
@@ -79,7 +79,7 @@ class QLoRATrainer(Trainer):
         """Forward and backward of every pass of a step; the step's loss, a mean over its answer tokens."""
         model.train()  # unasked: peft's wrapper says it trains while the layers of a loaded model within do not
         passes = inputs["passes"]
-        answers: Any = inputs["answer_tokens"]
+        answers: Any = max(1, inputs["answer_tokens"])  # none at all, where long questions fill every row
         if self.args.world_size > 1:  # gradients are averaged over processes, whose shares of the answers differ
             counts = self.accelerator.gather(torch.tensor(answers, device=self.args.device))
             answers = counts.sum() / self.args.world_size
@@ -359,7 +359,7 @@ def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: in
     if dtype is torch.float16 and not on_gpu:
         raise ConfigError("compute_dtype: float16 needs a GPU; on a CPU take auto, float32 or bfloat16.")
     steps: dict[str, Any] = {"num_train_epochs": config.epochs} if config.epochs else {"max_steps": config.steps}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         **steps,
         # A whole step; `StepCollator` cuts it. Each of several processes takes its share.
@@ -395,6 +395,10 @@ def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: in
         seed=config.seed,
         data_seed=config.seed,
     )
+    if arguments.n_gpu > 1:
+        # Several GPUs in one process: the Trainer would multiply the batch by their number and cut packs in two.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def make_trainer(
@@ -456,7 +460,8 @@ def make_trace(
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
 
     def trace(model: PeftModel) -> float:
-        answers = answer_all(model, tokenizer, traced, sampling=sampling, batch_size=config.answer_batch_size)
+        size, room = config.answer_batch_size, answer_room(config)
+        answers = answer_all(model, tokenizer, traced, sampling=sampling, batch_size=size, batch_tokens=room)
         right = [exact_match(answer.text, asked.expected) for answer, asked in zip(answers, traced, strict=True)]
         return sum(right) / len(right) if right else 0.0
 

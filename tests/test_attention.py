@@ -68,6 +68,23 @@ def test_a_pack_without_lengths_is_still_a_pack(config, prepared, tokenizer):
     torch.testing.assert_close(without_lengths, logits(model, bare), rtol=1e-4, atol=1e-4)
 
 
+def test_lengths_that_do_not_fit_are_refused_and_dropout_keeps_conversations_apart(config):
+    model = quantization.load(config)
+    layer = model.model.layers[0].self_attn
+    states = random_states()
+    with pytest.raises(ValueError, match="add up to 20, and the pack holds 21"):
+        attention._attend(attention.split, layer, *states, None, lengths=[8, 12])
+    query, key, value = states
+    kept = {"lengths": LENGTHS, "dropout": 0.5}
+    torch.manual_seed(0)
+    one, _ = attention._attend(attention.split, layer, query, key, value, None, **kept)
+    changed_first = torch.cat([key[:, :, :5] + 1, key[:, :, 5:]], dim=2)
+    torch.manual_seed(0)
+    two, _ = attention._attend(attention.split, layer, query, changed_first, value, None, **kept)
+    assert torch.equal(one[:, 5:], two[:, 5:])
+    assert not torch.equal(one[:, :5], two[:, :5])
+
+
 def test_no_mask_is_built_for_a_pack(config, prepared, tokenizer, monkeypatch):
     model = quantization.load(config)
     seen = []

@@ -246,6 +246,19 @@ def check_template(folder, tokenizer):
     assert (again.pad_token_id, again.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
 
 
+def test_a_model_too_large_to_be_asked_is_kept_all_the_same(tuned, monkeypatch, capsys):
+    config, _ = tuned()
+
+    def too_large(folder):
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(merge, "load", too_large)
+    record = merge.merge(config, questions=2)
+    assert record["agreement"] is None
+    assert list(RunDirectory(config.run_dir).merged.glob("*.safetensors"))
+    assert "not compared" in capsys.readouterr().out
+
+
 def test_tokenizer_and_chat_template_come_along(tuned, tokenizer):  # trap 4
     config, _ = tuned()
     merge.merge(config, questions=0)

@@ -132,6 +132,31 @@ def test_a_model_that_is_no_llama_is_told(tmp_path):
         plan.Shape.read(str(tmp_path))
 
 
+def test_without_a_plan_the_least_memory_is_taken(monkeypatch):
+    def no_llama(source):
+        raise ModelError("model: its config.json has no hidden_size")
+
+    monkeypatch.setattr(plan.Shape, "read", no_llama)
+    settled = settle(LARGE, CARDS["T4"])
+    assert settled.config.gradient_checkpointing
+    assert settled.config.micro_batch_tokens == LARGE.max_seq_len
+    assert "no hidden_size" in settled.reasons["optimizer"]
+
+
+def test_a_model_can_be_loaded_where_it_could_not_be_trained(monkeypatch):
+    monkeypatch.setattr(plan, "this_card", lambda: CARDS["T4"])
+    monkeypatch.setattr(plan.Shape, "read", lambda source: LLAMA_2_7B)
+    too_long = changed(LARGE, max_seq_len=200_000)
+    with pytest.raises(ConfigError):
+        settle(too_long)
+    assert plan.settle_to_load(too_long).keep_expanded is False
+
+
+@pytest.mark.parametrize("change", [{"dora": True}, {"fused_layers": False}, {"quantize": False}], ids=str)
+def test_weights_are_kept_only_for_layers_that_use_them(change):
+    assert not settle(changed(LARGE, **change), CARDS["H200"], LLAMA_2_7B).config.keep_expanded
+
+
 def test_on_the_command_line(capsys):
     assert main(["plan"]) == 0
     table = capsys.readouterr().out
