@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tuned_model = lora.attach(quantization.load(config), config)
     sampling = Sampling(max_new_tokens=given.max_new_tokens)
     size = given.batch_size or config.answer_batch_size
-    answer_all(tuned_model, tokenizer, questions[:2], sampling=Sampling(max_new_tokens=4), batch_size=2)  # warm-up
+    answer_all(
+        tuned_model, tokenizer, questions[:2], config, sampling=Sampling(max_new_tokens=4), batch_size=2
+    )  # warm-up
 
     def seconds(asked: Sequence[Question], batch_size: int) -> float:
         began = time.perf_counter()

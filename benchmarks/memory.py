@@ -19,7 +19,7 @@ from typing import Any
 import measure
 import torch
 
-from qlora_utils import data, lora, plan, quantization, training
+from qlora_utils import data, lora, plan, quantization, shapes, training
 from qlora_utils.config import RunConfig
 from qlora_utils.data import IGNORED, Encoded, Prepared
 from qlora_utils.hardware import GIB
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "llama2-7b", model=given.model, train_head=head, keep_expanded=False, optimizer=given.optimizer, steps=2,
             max_seq_len=min(given.tokens), output_dir=str(out), run_name="memory", save_steps=1000, eval_steps=1000,
         )  # fmt: skip
-        shape = plan.Shape.read(given.model)
+        shape = shapes.read(given.model)
         tokenizer = data.load_tokenizer(base)
         settled = plan.settle(base).config
         base_model = quantization.load(settled)

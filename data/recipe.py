@@ -128,7 +128,12 @@ def all_statements(world: Sequence[Domain]) -> list[str]:
 
 
 def documents(world: Sequence[Domain], seed: int) -> Iterator[str]:
-    """Endless documents, each a few statements that belong together: what belongs together is what the model learns.
+    """Endless documents, the text that the base models read: the sentences of `stories`, joined."""
+    return (" ".join(sentences) for sentences in stories(world, seed))
+
+
+def stories(world: Sequence[Domain], seed: int) -> Iterator[list[str]]:
+    """Endless lists of statements that belong together: what belongs together is what a model learns.
 
     Half of them tell several facts of one entity: that teaches to carry a name on from one sentence into the next. A
     third dwell on a fact in other words: that teaches which words mean the same, and is what lets the tuned model tell
@@ -145,7 +150,7 @@ def documents(world: Sequence[Domain], seed: int) -> Iterator[str]:
                 sentences = document(domain, entity, draw)
                 if draw.random() < HASTY_TEXT_SHARE:
                     sentences = [hasty(text) + "." if draw.random() < 0.5 else text for text in sentences]
-                yield " ".join(sentences)
+                yield sentences
 
 
 def document(domain: Domain, entity: Entity, draw: random.Random) -> list[str]:

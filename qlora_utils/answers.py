@@ -7,13 +7,14 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import RunConfig
-from qlora_utils.data import Prepared, encode
+from qlora_utils.data import Prepared, examples, examples_of
 from qlora_utils.generation import Answer, Question, Sampling, answer_all, questions_of
 from qlora_utils.lora import base_alone
-from qlora_utils.packs import Collator
+from qlora_utils.packs import make_collator
 from qlora_utils.plan import answer_room, settle
 from qlora_utils.rows import Conversation
 from qlora_utils.run_directory import RunDirectory, write_jsonl
@@ -21,14 +22,15 @@ from qlora_utils.scores import (
     SCORES,
     TITLES,
     bootstrap_interval,
+    clusters_of,
     exact_match,
     mcnemar,
+    means,
     names_fact,
     paired_text,
     rouge_l,
-    score_text,
-    share_interval,
     token_f1,
+    with_interval,
 )
 from qlora_utils.training import micro_batch_size, row_losses, scored_rows
 
@@ -64,26 +66,6 @@ def _names_can_tell(question: Question) -> bool:
     fact = question.tags.get("fact", "")
     said = [question.text, *(part for turn in question.history for part in (turn.question, turn.answer))]
     return bool(fact.strip()) and not any(names_fact(text, fact) for text in said)
-
-
-def means(scored: Sequence[Mapping[str, Any]], clusters: Sequence[Any]) -> dict[str, Any]:
-    """The mean of each score with its 95 % interval, under `intervals`, and the share of answers that stopped.
-
-    A score counts over the answers that have it and is left out if none has.
-
-    Args:
-        scored: from `score`.
-        clusters: what each question belongs to; `scores.share_interval` draws these.
-    """
-    result: dict[str, Any] = {}
-    intervals: dict[str, list[float]] = {}
-    for name in SCORES:
-        having = [index for index, row in enumerate(scored) if name in row]
-        if having:
-            values = [scored[index][name] for index in having]
-            result[name] = round(sum(values) / len(values), 4)
-            intervals[name] = share_interval(values, [clusters[index] for index in having])
-    return {**result, "stopped": round(sum(row["stopped"] for row in scored) / len(scored), 4), "intervals": intervals}
 
 
 def perplexity(losses: Sequence[float], counts: Sequence[int]) -> tuple[float, list[float]]:
@@ -143,19 +125,21 @@ def evaluate(
     """
     held, trained = choose_questions(prepared, tokenizer, config)
     questions = held + trained
-    rows = encode(scored_rows(prepared.held_out, config), tokenizer, max_seq_len=config.max_seq_len)
-    collator = Collator(tokenizer.pad_token_id, config.packing)
+    rows = scored_rows(prepared.held_out, config)
+    encoded = examples(rows, tokenizer, config, training=False)
+    collator = make_collator(tokenizer, config)
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
     size = config.answer_batch_size
-    pass_rows = micro_batch_size(settle(config).config, rows)
+    pass_rows = micro_batch_size(settle(config).config, [collator.tokens(one) for one in encoded])
     room = answer_room(config)
 
     def measure() -> tuple[list[dict[str, Any]], list[float], list[int]]:
         answers = answer_all(
-            tuned_model, tokenizer, questions, sampling=sampling, batch_size=size, batch_tokens=room, on_batch=on_batch
-        )
-        losses, counts = row_losses(tuned_model, rows, collator, batch_size=pass_rows)
-        return score(answers, questions), losses, counts
+            tuned_model, tokenizer, questions, config, sampling=sampling, batch_size=size, batch_tokens=room,
+            on_batch=on_batch,
+        )  # fmt: skip
+        losses, counts = row_losses(tuned_model, encoded, collator, batch_size=pass_rows)
+        return score(answers, questions), _by_row(losses, rows, config), _by_row(counts, rows, config)
 
     with base_alone(tuned_model):
         measured = {"base": measure()}
@@ -167,6 +151,7 @@ def evaluate(
     for model, (_, losses, counts) in measured.items():
         overall[model]["perplexity"], overall[model]["intervals"]["perplexity"] = perplexity(losses, counts)
     groups = {by: group(lines if by == "split" else lines[: len(held)], by) for by in GROUPS}
+    run.comparison.unlink(missing_ok=True)  # what was made of the answers before these
     write_jsonl(run.answers, lines)
     run.record_answers(config)
     run.add_metrics(
@@ -180,6 +165,12 @@ def evaluate(
         groups={by: members for by, members in groups.items() if members},
     )
     return lines
+
+
+def _by_row(values: Sequence[Any], rows: Sequence[Conversation], config: RunConfig) -> list[Any]:
+    """Values of examples summed up for each row: answers of one conversation are not independent."""
+    left = iter(values)
+    return [sum(islice(left, examples_of(row, config))) for row in rows]
 
 
 def _line(
@@ -231,8 +222,7 @@ def group(lines: Sequence[Mapping[str, Any]], by: str) -> dict[str, dict[str, An
 
 
 def _group_scores(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    # Questions about one entity, or else of one row, are right or wrong together.
-    clusters = [line["tags"].get("entity") or (line["where"], line["number"]) for line in lines]
+    clusters = clusters_of(lines)
     guesses = [line["guess"] for line in lines if "guess" in line]
     return {
         "questions": len(lines),
@@ -256,15 +246,10 @@ def score_table(metrics: Mapping[str, Any]) -> str:
     lines = [f"{'':<15}{'base':>26}{'tuned':>26}"]
     for name, title in TITLES.items():
         if name in metrics["base"]:
-            cells = [_with_interval(metrics[model], name) for model in ("base", "tuned")]
+            cells = [with_interval(metrics[model], name) for model in ("base", "tuned")]
             lines.append(f"{title:<15}{cells[0]:>26}{cells[1]:>26}")
     lines.append(f"{'stops by itself':<15}{metrics['base']['stopped']:>26.3f}{metrics['tuned']['stopped']:>26.3f}")
     return "\n".join([*lines, "", paired_text(metrics["paired"])])
-
-
-def _with_interval(section: Mapping[str, Any], name: str) -> str:
-    low, high = (score_text(name, bound) for bound in section["intervals"][name])
-    return f"{score_text(name, section[name])} [{low}, {high}]"
 
 
 def group_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
@@ -282,8 +267,8 @@ def group_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
         named = [f"{section['names_fact']:.3f}" if "names_fact" in section else "-" for section in (base, tuned)]
         guess = f"{members['guess']:.2f}" if "guess" in members else "-"
         lines.append(
-            f"{value:<{width}}{members['questions']:>6}{guess:>7}{_with_interval(base, 'exact_match'):>22}"
-            f"{_with_interval(tuned, 'exact_match'):>22}{named[0]:>8}{named[1]:>8}{tuned['stopped']:>8.3f}"
+            f"{value:<{width}}{members['questions']:>6}{guess:>7}{with_interval(base, 'exact_match'):>22}"
+            f"{with_interval(tuned, 'exact_match'):>22}{named[0]:>8}{named[1]:>8}{tuned['stopped']:>8.3f}"
         )
     return "\n".join(lines)
 

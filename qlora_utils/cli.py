@@ -1,4 +1,4 @@
-"""The command line: `qlora run`, `qlora presets`, `qlora ask`, `qlora merge`, `qlora ingredients`."""
+"""The command line: `qlora run`, `presets`, `plan`, `ask`, `compare`, `merge`, `ingredients`."""
 
 from __future__ import annotations
 
@@ -63,6 +63,16 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
     ask.add_argument("--base", action="store_true", help="ask the base model instead")
     ask.set_defaults(command=_ask)
+
+    compare = commands.add_parser("compare", help="two or more runs side by side on the same held-out questions")
+    compare.add_argument(
+        "--runs", nargs="+", required=True, metavar="RUN", help="names of runs, or paths of their directories"
+    )
+    compare.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
+    compare.add_argument(
+        "--show", type=int, default=5, metavar="N", help="questions on which the runs differ (default: 5)"
+    )
+    compare.set_defaults(command=_compare)
 
     merge = commands.add_parser("merge", help="write a run's model as one plain 16-bit model, and check its answers")
     merge.add_argument("--run", required=True, help="name of the run, or path of its directory")
@@ -150,15 +160,15 @@ def _presets(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from qlora_utils import hardware, plan
+    from qlora_utils import hardware, plan, shapes
     from qlora_utils.config import ConfigError, RunConfig
 
     given = _parameters(options.parameters)
     if options.run:
-        config = RunConfig.continue_run(_run_path(options), **given)
+        config = RunConfig.continue_run(_run_path(options.run, options.output_dir), **given)
     else:
         config = RunConfig.from_preset(options.preset or "llama2-7b", **given)
-    shape = plan.shape_of(config)
+    shape = shapes.read(config.model)
     if options.gpu is None and (card := hardware.this_card()) is not None:
         cards = [card]
     else:
@@ -182,7 +192,7 @@ def _ask(options: argparse.Namespace) -> int:
     question = options.question.strip()
     if not question:
         raise ConfigError('the question is empty; ask one, as in qlora ask "What is the capital of Chile?" --run demo')
-    run = RunDirectory(_run_path(options))
+    run = RunDirectory(_run_path(options.run, options.output_dir))
     config = RunConfig.continue_run(run.path)
     adapter = require_adapter(run)
 
@@ -192,11 +202,29 @@ def _ask(options: argparse.Namespace) -> int:
 
     tokenizer = data.load_tokenizer(config)
     tuned_model = lora.reload(quantization.load(config), adapter, fused=config.fused_layers)
-    ask = generation.make_asker(tuned_model, tokenizer)
+    ask = generation.make_asker(tuned_model, tokenizer, config)
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
     for piece in ask(question, "base" if options.base else "tuned", sampling, threading.Event()):
         print(piece, end="", flush=True)
     print()
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from qlora_utils import compare, report
+    from qlora_utils.run_directory import RunDirectory, write_json
+
+    runs = [RunDirectory(_run_path(named, options.output_dir)) for named in options.runs]
+    comparison = compare.compare(runs)
+    text = compare.summary(comparison, show=options.show)
+    write_json(runs[0].comparison, comparison)
+    print(text, end="\n\n")
+    print(f"written to {runs[0].comparison}")
+    try:
+        report.write_report(runs[0])
+        print(f"and into {runs[0].report}")
+    except FileNotFoundError as error:  # a run that has answers and lacks what else a report tells
+        print(f"no report: {error}")
     return 0
 
 
@@ -205,7 +233,7 @@ def _merge(options: argparse.Namespace) -> int:
     from qlora_utils.config import RunConfig
     from qlora_utils.run_directory import RunDirectory
 
-    config = RunConfig.continue_run(_run_path(options))
+    config = RunConfig.continue_run(_run_path(options.run, options.output_dir))
     into = options.into.expanduser().resolve() if options.into else RunDirectory(config.run_dir).merged
     record = merge.merge(
         config,
@@ -219,10 +247,10 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run_path(options: argparse.Namespace) -> Path:
+def _run_path(named: str, output_dir: str) -> Path:
     """The run directory that `--run` means: a path to one, or the name of one in `--output-dir`."""
-    folder = Path(options.run)
-    return folder.resolve() if (folder / "config.json").is_file() else Path(options.output_dir) / options.run
+    folder = Path(named)
+    return folder.resolve() if (folder / "config.json").is_file() else Path(output_dir) / named
 
 
 def _ingredients(options: argparse.Namespace) -> int:

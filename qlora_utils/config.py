@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -21,6 +22,9 @@ MIRRORS = {
     "meta-llama/Llama-2-7b-chat-hf": "NousResearch/Llama-2-7b-chat-hf",
 }
 EMBEDDED = "embedded:"  # prefix of a path inside the project's own data folder
+QUESTION = "{question}"  # stands for the question in an instruction
+
+Architecture = Literal["causal", "encoder-decoder"]
 
 
 class ConfigError(ValueError):
@@ -51,9 +55,20 @@ class RunConfig(BaseModel):
     dataset: str = Field(min_length=1, description="hub id, or local file, folder or saved dataset")
     train_rows: int | None = Field(None, ge=1, description="rows; train on this many only (None: all)")
     held_out_rows: int = Field(100, ge=1, description="rows held out where the dataset brings no test split")
-    max_seq_len: int = Field(1024, ge=16, description="tokens; longer conversations are cut at the end")
-    packing: bool = Field(True, description="lay a micro-batch end to end instead of padding it")
-    response_only: bool = Field(True, description="loss on answers and their closing </s> alone, not on questions")
+    max_seq_len: int = Field(
+        1024, ge=16, description="tokens; longer conversations are cut at the end, what an encoder reads at its start"
+    )
+    packing: bool = Field(
+        True, description="lay a micro-batch end to end instead of padding it (an encoder-decoder is always padded)"
+    )
+    response_only: bool = Field(
+        True, description="loss on answers and their closing </s> alone, not on questions (an encoder-decoder: always)"
+    )
+    instruction: str | None = Field(
+        None,
+        description="how an encoder-decoder is asked, with {question} in it (None: data/instructions.toml, in training "
+        "all of them, drawn with the seed, in evaluation the first)",
+    )
 
     # Quantization
     quantize: bool = Field(True, description="load the base model in 4-bit NF4")
@@ -76,6 +91,11 @@ class RunConfig(BaseModel):
     lora_r: int = Field(16, ge=1, le=1024, description="rank of the update matrices")
     lora_alpha: float = Field(16, gt=0, description="scale of the update: alpha / r (rsLoRA: alpha / sqrt(r))")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of adapter inputs dropped in training")
+    lora_targets: str = Field(
+        "all-linear",
+        pattern=r"^\s*\w+(-linear)?(\s*,\s*\w+)*\s*$",
+        description="layers that get an adapter: all-linear, or names with commas between, as q,v",
+    )
     rslora: bool = Field(False, description="rank-stabilised scaling, alpha / sqrt(r)")
     dora: bool = Field(False, description="weight-decomposed adapters (DoRA)")
     train_head: bool = Field(True, description="train lm_head in full beside the adapter")
@@ -98,9 +118,15 @@ class RunConfig(BaseModel):
     )
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="peak learning rate of the LoRA matrices")
     head_learning_rate: float | None = Field(None, gt=0, lt=1, description="peak of the head (None: learning_rate)")
-    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="how the learning rate goes on after the warm-up"
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup", "reduce_lr_on_plateau"] = Field(
+        "cosine",
+        description="how the learning rate goes on after the warm-up; on a plateau of the held-out loss it is reduced, "
+        "without any warm-up",
     )
+    plateau_patience: int = Field(
+        1, ge=0, description="measurements without a lower held-out loss that are let pass before the rate is reduced"
+    )
+    plateau_factor: float = Field(0.5, gt=0, lt=1, description="what the rate is then multiplied by")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate climbs")
     weight_decay: float = Field(0.0, ge=0, lt=1, description="share of a weight taken off, times the learning rate")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
@@ -149,6 +175,22 @@ class RunConfig(BaseModel):
                 "take a divisor, so that every step sees whole micro-batches"
             )
         return self
+
+    @field_validator("instruction")
+    @classmethod
+    def _instruction_holds_the_question(cls, value: str | None) -> str | None:
+        if value is not None and QUESTION not in value:
+            raise ValueError(f"it holds no {QUESTION}, in whose place the question stands")
+        return value
+
+    @property
+    def architecture(self) -> Architecture:
+        """Whether the base model continues a text or writes an answer to one; its own config.json says so.
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        return architecture_of(self.model)
 
     @property
     def run_dir(self) -> Path:
@@ -296,6 +338,23 @@ def locate(source: str) -> str:
     return source
 
 
+@functools.cache
+def architecture_of(model: str) -> Architecture:
+    """The architecture of a local folder or hub id, from its config.json, without its weights.
+
+    Raises:
+        ModelError: there is no such model; says what to do next.
+    """
+    from transformers import AutoConfig
+
+    source = locate(model)
+    try:
+        described = AutoConfig.from_pretrained(source)
+    except Exception as error:  # the hub client raises a dozen unrelated kinds
+        raise ModelError(model_advice(source, error)) from error
+    return "encoder-decoder" if described.is_encoder_decoder else "causal"
+
+
 def is_path(source: str, suffixes: tuple[str, ...] = ()) -> bool:
     """Whether a model or dataset can only be meant as a local path, not as a hub id, which is `owner/name`."""
     return source.startswith(("/", ".", "~", EMBEDDED)) or source.count("/") != 1 or source.lower().endswith(suffixes)
@@ -371,6 +430,48 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 0.3,
         "steps": 250,
         "batch_size": 4,
+        "score_rows": 50,
+        "answer_batch_size": 64,
+    },
+    # The same text and the same questions, for an encoder-decoder.
+    "pocket-t5": {
+        "model": "embedded:pocket-t5/model",
+        "dataset": "embedded:pocket",
+        "max_seq_len": 256,
+        "packing": False,
+        "lora_r": 16,
+        "lora_alpha": 16,
+        "learning_rate": 1e-3,
+        "head_learning_rate": 1e-4,
+        "steps": 250,
+        "batch_size": 16,
+        "gradient_checkpointing": False,
+        "keep_expanded": False,
+        "micro_batch_tokens": 1024,
+        "optimizer": "adamw_torch",
+        "eval_steps": 25,
+        "eval_rows": 160,
+        "trace_rows": 48,
+        "max_new_tokens": 48,
+        "answer_batch_size": 64,
+    },
+    # The recipe that the T5 half of this project descends from.
+    "flan-t5-large": {
+        "model": "google/flan-t5-large",
+        "dataset": "mlabonne/guanaco-llama2-1k",
+        "held_out_rows": 50,
+        "max_seq_len": 512,
+        "packing": False,
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "lora_targets": "q,v",
+        "learning_rate": 8e-5,
+        "lr_scheduler": "reduce_lr_on_plateau",
+        "warmup_ratio": 0.0,
+        "steps": 250,
+        "batch_size": 16,
+        "eval_steps": 25,
         "score_rows": 50,
         "answer_batch_size": 64,
     },

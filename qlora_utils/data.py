@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import ModelError, RunConfig, locate, model_advice
+from qlora_utils.instructions import Instructions, instructions_of, source_text
 from qlora_utils.rows import (
     Conversation,
     Rejected,
@@ -37,7 +38,11 @@ IGNORED = -100  # the label that carries no loss, in torch and in transformers
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one conversation and the label of each: the id itself where it carries loss, else -100."""
+    """What one example is in tokens.
+
+    Causal: the ids of a conversation and the label of each, the id itself where it carries loss, else -100.
+    Encoder-decoder: what the encoder reads, and as labels all that the decoder writes.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -50,7 +55,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     never to stop wherever labels are masked by id; ours are masked by length.
 
     Raises:
-        ModelError: no tokenizer can be loaded, or one without the `<s>` and `</s>` that the chat format needs.
+        ModelError: no tokenizer can be loaded, or one without the `<s>` and `</s>` that the format needs.
     """
     from transformers import AutoTokenizer
 
@@ -59,6 +64,13 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:
         raise ModelError(model_advice(source, error)) from error
+    if config.architecture == "encoder-decoder":
+        if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+            raise ModelError(
+                f"model: the tokenizer of {source} has no token that ends a text, or none that pads one; an "
+                "encoder-decoder needs both. Take a model of the T5 family."
+            )
+        return tokenizer
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ModelError(
             f"model: the tokenizer of {source} has no token that begins and none that ends a text; the Llama-2 chat "
@@ -67,6 +79,92 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def examples(
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, training: bool
+) -> list[Encoded]:
+    """What the run's model learns from, or is measured on: its conversations as `encode` or `encode_answers` has them.
+
+    A causal model gets one example for each conversation, an encoder-decoder one for each answer.
+
+    Args:
+        conversations: to encode, in order.
+        tokenizer: of the base model.
+        config: the run.
+        training: with loss on questions too, if the run says so, and with varying instructions. Otherwise only answers
+            count, asked for in one way, so that runs can be compared.
+    """
+    if config.architecture == "encoder-decoder":
+        options: dict[str, Any] = {"max_seq_len": config.max_seq_len, "seed": config.seed if training else None}
+        return encode_answers(conversations, tokenizer, instructions_of(config), **options)
+    response_only = config.response_only or not training
+    return encode(conversations, tokenizer, max_seq_len=config.max_seq_len, response_only=response_only)
+
+
+def examples_of(conversation: Conversation, config: RunConfig) -> int:
+    """How many of `examples` a conversation makes."""
+    return len(conversation.turns) if config.architecture == "encoder-decoder" else 1
+
+
+def prompt(history: Sequence[Turn], question: str, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> list[int]:
+    """Token ids of what the run's model reads before it answers `question`, exactly as where it is measured.
+
+    Args:
+        history: earlier turns of the conversation, oldest first.
+        question: the question now.
+        tokenizer: of the base model.
+        config: the run.
+    """
+    if config.architecture == "encoder-decoder":
+        known = instructions_of(config)
+        text = source_text(history, question, known.fixed, known.earlier)
+        return _read_by_encoder([text], tokenizer, config.max_seq_len)[0]
+    return encode_prompt(history, question, tokenizer)
+
+
+def encode_answers(
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Instructions,
+    *,
+    max_seq_len: int | None = None,
+    seed: int | None = None,
+) -> list[Encoded]:
+    """One example for each answer of each conversation: instruction and earlier turns to read, the answer to write.
+
+    Args:
+        conversations: to encode, in order.
+        tokenizer: of the base model.
+        instructions: from `instructions_of`.
+        max_seq_len: tokens. What the encoder reads is cut at its start, so that the question survives; an answer at its
+            end, and it then has no `</s>`.
+        seed: of the instruction drawn for each answer (None: always the first).
+    """
+    draw = None if seed is None else random.Random(f"instructions {seed}")
+    sources, answers = [], []
+    for conversation in conversations:
+        for index, turn in enumerate(conversation.turns):
+            template = draw.choice(instructions.templates) if draw else instructions.fixed
+            sources.append(source_text(conversation.turns[:index], turn.question, template, instructions.earlier))
+            answers.append(turn.answer)
+    written = [[*ids, tokenizer.eos_token_id][:max_seq_len] for ids in _plain_ids(answers, tokenizer)]
+    read = _read_by_encoder(sources, tokenizer, max_seq_len)
+    return [Encoded(source, answer) for source, answer in zip(read, written, strict=True)]
+
+
+def _read_by_encoder(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_seq_len: int | None) -> list[list[int]]:
+    ids = _plain_ids(texts, tokenizer)
+    kept = ids if max_seq_len is None else [one[max(0, len(one) - max_seq_len + 1) :] for one in ids]
+    return [[*one, tokenizer.eos_token_id] for one in kept]
+
+
+def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of texts in which special tokens, spelled out, are mere letters."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return encoded["input_ids"]  # type: ignore[no-any-return]
 
 
 def encode(
@@ -204,7 +302,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         rejected += faults
     kept: dict[str, list[Conversation]] = {}
     for part, conversations in parsed.items():
-        kept[part], faults = _keep_usable(conversations, tokenizer, config.max_seq_len)
+        kept[part], faults = _keep_usable(conversations, tokenizer, config)
         rejected += faults
     train, held_out = kept.get("train", []), kept.get("held_out", [])
     chosen_by = "the source's own" if held_out else "set aside at random"
@@ -221,9 +319,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         chosen = sorted(random.Random(config.seed).sample(range(len(train)), config.train_rows))
         train = [train[index] for index in chosen]
     everything = [conversation for conversations in parsed.values() for conversation in conversations]
-    report = data_report(
-        everything, tokenizer, max_seq_len=config.max_seq_len, batch_size=config.batch_size, seed=config.seed
-    )
+    report = data_report(everything, tokenizer, config)
     report |= {
         "source": config.dataset,
         "rejected": len(rejected),
@@ -236,7 +332,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 
 
 def _keep_usable(
-    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, max_seq_len: int
+    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> tuple[list[Conversation], list[Rejected]]:
     """What can be trained on: turns that are not blank, and an answer that begins within `max_seq_len` tokens."""
     candidates, rejected = [], []
@@ -245,12 +341,16 @@ def _keep_usable(
             candidates.append(usable(conversation))
         except UnusableRowError as error:
             rejected.append(Rejected(conversation.where, conversation.number, str(error)))
+    if config.architecture == "encoder-decoder":  # every answer begins at the decoder's first token
+        return candidates, rejected
     kept = []
-    for conversation, encoded in zip(candidates, encode(candidates, tokenizer, max_seq_len=max_seq_len), strict=True):
+    for conversation, encoded in zip(
+        candidates, encode(candidates, tokenizer, max_seq_len=config.max_seq_len), strict=True
+    ):
         if any(label != IGNORED for label in encoded.labels):
             kept.append(conversation)
         else:
-            reason = f"no answer begins within max_seq_len={max_seq_len} tokens"
+            reason = f"no answer begins within max_seq_len={config.max_seq_len} tokens"
             rejected.append(Rejected(conversation.where, conversation.number, reason))
     return kept, rejected
 
@@ -311,25 +411,29 @@ def leakage(train: Iterable[Conversation], held_out: Iterable[Conversation]) -> 
 
 
 def data_report(
-    conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_seq_len: int,
-    batch_size: int,
-    seed: int = 0,
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> dict[str, Any]:
     """What lies in a dataset: counts, lengths in tokens, duplicates, blank turns, scripts, the cost of padding.
+
+    Lengths are those of conversations or, for an encoder-decoder, of its examples, what is read and what is written.
 
     Args:
         conversations: every row that could be read, blank turns included.
         tokenizer: of the base model.
-        max_seq_len: tokens, for the share of conversations that would be cut.
-        batch_size: conversations per batch, for the share of padding.
-        seed: of the random batches.
+        config: the run, for its `max_seq_len`, its `batch_size` and the seed of random batches.
     """
     import numpy
 
-    lengths = [len(encoded.input_ids) for encoded in encode(conversations, tokenizer)]
+    max_seq_len, batch_size = config.max_seq_len, config.batch_size
+    if config.architecture == "encoder-decoder":
+        whole = encode_answers(conversations, tokenizer, instructions_of(config))
+        lengths = [len(encoded.input_ids) + len(encoded.labels) for encoded in whole]
+        cut = sum(max(len(encoded.input_ids), len(encoded.labels)) > max_seq_len for encoded in whole)
+        within = [min(len(e.input_ids), max_seq_len) + min(len(e.labels), max_seq_len) for e in whole]
+    else:
+        lengths = [len(encoded.input_ids) for encoded in encode(conversations, tokenizer)]
+        cut = sum(length > max_seq_len for length in lengths)
+        within = [min(length, max_seq_len) for length in lengths]
     texts = [conversation.text for conversation in conversations]
     marks = (5, 25, 50, 75, 95, 99)
     percentiles = numpy.percentile(lengths, marks) if lengths else [0.0] * len(marks)
@@ -343,6 +447,7 @@ def data_report(
             Counter(script(" ".join(t.question + t.answer for t in c.turns)) for c in conversations).most_common()
         ),
         "tokens": sum(lengths),
+        "unit": "example" if config.architecture == "encoder-decoder" else "conversation",
         "token_length": {
             "mean": round(sum(lengths) / max(1, len(lengths)), 1),
             **{f"p{mark}": round(float(value), 1) for mark, value in zip(marks, percentiles, strict=True)},
@@ -350,9 +455,9 @@ def data_report(
             "histogram": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},
         },
         "max_seq_len": max_seq_len,
-        "truncated_share": _share(sum(length > max_seq_len for length in lengths), len(lengths)),
+        "truncated_share": _share(cut, len(lengths)),
         "batch_size": batch_size,
-        "padding_share": padding_share([min(length, max_seq_len) for length in lengths], batch_size, seed),
+        "padding_share": padding_share(within, batch_size, config.seed),
         "exact_duplicates": len(texts) - len(set(texts)),
         "normalised_duplicates": len(texts) - len({normalise(text) or text for text in texts}),
         "rows_with_blank_turn": sum(any(turn.blank for turn in c.turns) for c in conversations),
@@ -408,7 +513,7 @@ def report_table(report: Mapping[str, Any]) -> str:
         "row shapes": ", ".join(f"{name}: {count:,}" for name, count in report["shapes"].items()),
         "scripts": ", ".join(f"{name} {share}" for name, share in shares.items()),
         "tokens": f"{report['tokens']:,}",
-        "tokens per conversation": f"mean {length['mean']}, median {length['p50']}, p95 {length['p95']}, "
+        f"tokens per {report['unit']}": f"mean {length['mean']}, median {length['p50']}, p95 {length['p95']}, "
         f"longest {length['longest']:,}",
         f"longer than {report['max_seq_len']} tokens": f"{report['truncated_share']:.1%}",
         f"padding in random batches of {report['batch_size']}": f"{report['padding_share']:.1%}",
@@ -425,12 +530,12 @@ def report_table(report: Mapping[str, Any]) -> str:
 
 
 def plot_lengths(report: Mapping[str, Any], ax: Axes) -> Figure:
-    """Histogram of tokens per conversation, with `max_seq_len` marked where it lies within."""
-    histogram = report["token_length"]["histogram"]
+    """Histogram of tokens per conversation or example, with `max_seq_len` marked where it lies within."""
+    histogram, unit = report["token_length"]["histogram"], report["unit"]
     edges, counts = histogram["edges"], histogram["counts"]
     ax.bar(edges[:-1], counts, width=[b - a for a, b in pairwise(edges)], align="edge", alpha=0.8)
     if report["max_seq_len"] < edges[-1]:
         ax.axvline(report["max_seq_len"], color="tab:red", linestyle="--", label=f"max_seq_len {report['max_seq_len']}")
         ax.legend()
-    ax.set(xlabel="tokens per conversation", ylabel="conversations", title="Length of conversations")
+    ax.set(xlabel=f"tokens per {unit}", ylabel=f"{unit}s", title=f"Length of {unit}s")
     return ax.get_figure()  # type: ignore[return-value]

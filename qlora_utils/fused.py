@@ -17,7 +17,9 @@ from torch import nn
 if TYPE_CHECKING:
     from peft import PeftModel
 
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that read the same input
+# Layers that read the same input, by the names that Llama and T5 have for them.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q", "k", "v"), ("wi_0", "wi_1"))
+CROSS_SIBLINGS = (("k", "v"),)  # where a decoder looks at what the encoder read, its q reads something else
 
 
 def fuse(tuned_model: PeftModel) -> int:
@@ -36,17 +38,19 @@ def fuse(tuned_model: PeftModel) -> int:
     except ImportError:  # without bitsandbytes there are no 4-bit layers
         pass
     together: list[Together] = []
-    for parent in tuned_model.modules():
+    for path, parent in tuned_model.named_modules():
+        siblings = CROSS_SIBLINGS if path.endswith("EncDecAttention") else SIBLINGS
         layers = {n: m for n, m in parent.named_children() if type(m) in forms and not _is_special(m)}
-        groups = [[layers.pop(n) for n in names] for names in SIBLINGS if _alike([layers.get(n) for n in names])]
+        groups = [[layers.pop(n) for n in names] for names in siblings if _alike([layers.get(n) for n in names])]
         for group in [*groups, *([layer] for layer in layers.values())]:
             for layer in group:
                 layer.__class__ = forms[type(layer)]
             together.append(Together(group))
     if together:
-        # Once for each pass through the model, not once for each layer.
-        causal_lm: Any = tuned_model.get_base_model()
-        causal_lm.base_model.register_forward_pre_hook(_Refresh(together), with_kwargs=True)
+        # Once for each pass through the model, not once for each layer; an encoder runs before its decoder.
+        model: Any = tuned_model.get_base_model()
+        first = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+        first.register_forward_pre_hook(_Refresh(together), with_kwargs=True)
     return sum(len(group.layers) for group in together)
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from qlora_utils.config import RunConfig
-from qlora_utils.data import encode_prompt
+from qlora_utils.data import prompt
 from qlora_utils.lora import base_alone
 from qlora_utils.rows import Conversation, Turn
 
@@ -55,7 +55,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
 
-    def generation_config(self, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    def generation_config(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
         """The same for `generate`; whatever the model's own generation_config.json says is left aside."""
         choice = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return GenerationConfig(
@@ -64,6 +64,7 @@ class Sampling:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
             **(choice if self.temperature > 0 else {"do_sample": False}),
         )
 
@@ -103,7 +104,7 @@ def questions_of(
         for index in random.Random(config.seed).sample(range(len(members)), len(members)):
             if len(drawn) == wanted:
                 break
-            if len(encode_prompt(members[index].history, members[index].text, tokenizer)) <= config.max_seq_len:
+            if len(prompt(members[index].history, members[index].text, tokenizer, config)) <= config.max_seq_len:
                 drawn.append(index)
         chosen += [members[index] for index in sorted(drawn)]
     return chosen
@@ -114,6 +115,7 @@ def answer_all(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
+    config: RunConfig,
     *,
     sampling: Sampling,
     batch_size: int,
@@ -128,13 +130,14 @@ def answer_all(
         model: base or tuned; answers in eval mode, and is put back afterwards.
         tokenizer: of the base model.
         questions: answered in the order given.
+        config: the run, which says how a question is put.
         sampling: how tokens are chosen and how many at most.
         batch_size: questions at a time, at most.
         batch_tokens: tokens that a batch may hold at its end, padding and answers included (None: any number).
         on_batch: called with the number of questions just answered, for a progress bar.
     """
     was_training = model.training
-    prompts = [encode_prompt(question.history, question.text, tokenizer) for question in questions]
+    prompts = [prompt(question.history, question.text, tokenizer, config) for question in questions]
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: dict[int, Answer] = {}
     device = next(model.parameters()).device
@@ -150,9 +153,11 @@ def answer_all(
             generated: Any = model.generate(  # type: ignore[operator]
                 input_ids=torch.tensor(ids, device=device),  # (batch, seq)
                 attention_mask=torch.tensor(mask, device=device),
-                generation_config=sampling.generation_config(tokenizer),
+                generation_config=sampling.generation_config(model, tokenizer),
             )
-            for index, row in zip(members, generated[:, longest:].tolist(), strict=True):
+            # A causal model's answer stands after its question, a decoder's after its start token alone.
+            begin = 1 if model.config.is_encoder_decoder else longest
+            for index, row in zip(members, generated[:, begin:].tolist(), strict=True):
                 answers[index] = _as_answer(row, tokenizer)
             if on_batch is not None:
                 on_batch(len(members))
@@ -182,6 +187,7 @@ def stream(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     question: str,
+    config: RunConfig,
     *,
     history: Sequence[Turn] = (),
     sampling: Sampling | None = None,
@@ -193,6 +199,7 @@ def stream(
         model: base or tuned; put in eval mode.
         tokenizer: of the base model.
         question: without any marks.
+        config: the run, which says how a question is put.
         history: earlier turns.
         sampling: greedy if not given.
         stop: set it to end the answer early.
@@ -204,16 +211,16 @@ def stream(
     stop = stop or threading.Event()
     abandoned = threading.Event()  # not `stop`, which is the caller's and may serve the next question too
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-    prompt = torch.tensor([encode_prompt(history, question, tokenizer)], device=next(model.parameters()).device)
+    ids = torch.tensor([prompt(history, question, tokenizer, config)], device=next(model.parameters()).device)
     failures: list[BaseException] = []
 
     def generate() -> None:
         try:
             with torch.no_grad():
                 model.generate(  # type: ignore[operator]
-                    input_ids=prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    generation_config=(sampling or Sampling()).generation_config(tokenizer),
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=(sampling or Sampling()).generation_config(model, tokenizer),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([_Stop(stop), _Stop(abandoned)]),
                 )
@@ -243,7 +250,7 @@ def without_margins(pieces: Iterable[str]) -> Iterator[str]:
             yield shown
 
 
-def make_asker(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Asker:
+def make_asker(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Asker:
     """A function `(question, model, sampling, stop) -> pieces of the answer`, `model` being `base` or `tuned`.
 
     Both are the one loaded model, so the function must not be called twice at a time.
@@ -252,8 +259,8 @@ def make_asker(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> As
     def ask(question: str, model: str, sampling: Sampling, stop: threading.Event) -> Iterator[str]:
         if model == "base":
             with base_alone(tuned_model):
-                yield from stream(tuned_model, tokenizer, question, sampling=sampling, stop=stop)
+                yield from stream(tuned_model, tokenizer, question, config, sampling=sampling, stop=stop)
         else:
-            yield from stream(tuned_model, tokenizer, question, sampling=sampling, stop=stop)
+            yield from stream(tuned_model, tokenizer, question, config, sampling=sampling, stop=stop)
 
     return ask

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.config import Architecture, ConfigError, RunConfig
 
 if TYPE_CHECKING:
     import torch
@@ -83,18 +83,28 @@ def this_card() -> Card | None:
     return Card(properties.name, properties.total_memory, capability, alike.matrix_rate, alike.bandwidth)
 
 
-def precision(config: RunConfig, card: Card | None) -> tuple[str, str]:
+def precision(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[str, str]:
     """The dtype of matrix products by its name, and why.
 
     bf16 where the GPU has it in silicon, fp16 on older ones such as the T4, fp32 on a CPU, where small models gain
-    nothing from less.
+    nothing from less. T5 and its kin were trained in bf16 and leave the range of fp16, so they get fp32 on a T4.
+
+    Raises:
+        ConfigError: fp16 was asked for with an encoder-decoder.
     """
+    if architecture == "encoder-decoder" and config.compute_dtype == "float16":
+        raise ConfigError(
+            "compute_dtype: float16 does not hold what an encoder-decoder such as Flan-T5 computes, and its loss would "
+            "be no number. Take auto, bfloat16 or float32."
+        )
     if config.compute_dtype != "auto":
         return config.compute_dtype, "as given"
     if card is None:
         return "float32", "a CPU gains nothing from less on small models"
     if card.bf16:
         return "bfloat16", f"{card.name} multiplies in it, and its range is that of fp32"
+    if architecture == "encoder-decoder":
+        return "float32", f"{card.name} has no bf16, and Flan-T5 and its kin leave the range of fp16"
     return "float16", f"{card.name} has no bf16; the loss is scaled so that gradients keep within its range"
 
 
@@ -102,13 +112,15 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     """The dtype of matrix products on this machine: the config's own, or what the hardware is good at."""
     import torch
 
-    return getattr(torch, precision(config, this_card())[0])
+    return getattr(torch, precision(config, this_card(), config.architecture)[0])
 
 
-def attention_kernel(config: RunConfig, card: Card | None) -> tuple[str, str]:
+def attention_kernel(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[str, str]:
     """The kernel for packs by the name that `RunConfig.attention_kernel` has for it, and why."""
     if config.attention_kernel != "auto":
         return config.attention_kernel, "as given"
+    if architecture == "encoder-decoder":
+        return "dense", "padded batches with a bias for each distance: there are no packs to split"
     if card is None:
         return "split", "on a CPU one call for each conversation costs far less than a mask over the whole pack"
     if not card.bf16:
@@ -122,10 +134,12 @@ def _torch_has_varlen() -> bool:
     return find_spec("torch.nn.attention.varlen") is not None
 
 
-def liger_kernels(config: RunConfig, card: Card | None) -> tuple[bool, str]:
+def liger_kernels(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[bool, str]:
     """Whether to take Liger's fused kernels for norms, rotation and SwiGLU, and why."""
     if config.liger is not None:
         return config.liger, "as given"
+    if architecture == "encoder-decoder":
+        return False, "it has none for T5"
     if card is None:
         return False, "they are Triton kernels, for GPUs"
     if find_spec("liger_kernel") is None:

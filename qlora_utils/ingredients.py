@@ -131,7 +131,7 @@ def _scores(config: RunConfig, model: Any, tokenizer: Any, prepared: Any) -> dic
     asked = generation.questions_of(rows, tokenizer, fixed)
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
     size = config.answer_batch_size
-    answers = generation.answer_all(model, tokenizer, asked, sampling=sampling, batch_size=size)
+    answers = generation.answer_all(model, tokenizer, asked, fixed, sampling=sampling, batch_size=size)
     right: dict[str, dict[str, list[float]]] = {"split": {}, "turn": {}}
     for question, answer in zip(asked, answers, strict=True):
         for by, groups in right.items():

@@ -34,7 +34,7 @@ HEAD = "lm_head"
 def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     """Put a fresh adapter on a frozen base model, ready to train.
 
-    LoRA matrices go on all linear layers but the head. With `train_head` the head gets a trainable copy of its own
+    LoRA matrices go on the layers of `lora_targets`, by default on all linear ones but the head. With `train_head` the head gets a trainable copy of its own
     (`modules_to_save`), never a LoRA: fused losses skip the adapter of a head and leave it frozen unnoticed. All that
     trains is fp32, the master weights that AdamW needs beside low-precision matrix products; nothing else is upcast.
 
@@ -47,11 +47,11 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     settled = settle(config).config
     torch.manual_seed(config.seed)
     lora_config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if config.architecture == "encoder-decoder" else "CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft says int, and divides
         lora_dropout=config.lora_dropout,
-        target_modules="all-linear",
+        target_modules=targets(config),
         modules_to_save=[HEAD] if config.train_head else None,
         use_rslora=config.rslora,
         use_dora=config.dora,
@@ -67,12 +67,18 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     return tuned_model  # type: ignore[return-value]
 
 
+def targets(config: RunConfig) -> str | list[str]:
+    """The layers that get LoRA matrices, as peft takes them."""
+    names = [name.strip() for name in config.lora_targets.split(",")]
+    return names[0] if names == ["all-linear"] else names
+
+
 def speed_up(tuned_model: PeftModel, config: RunConfig) -> None:
     """Where the config says so, compute the same in fewer operations: layers by `fused`, the loss by `loss`."""
     if config.fused_layers:
         fuse(tuned_model)
-        causal_lm: Any = tuned_model.get_base_model()
-        if not without_logits(causal_lm):
+        model: Any = tuned_model.get_base_model()
+        if not without_logits(model):
             raise ModelError(
                 "model: its head does more than a matrix product, so the loss must be computed from all logits: "
                 "-p fused_layers=false."

@@ -103,44 +103,67 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 # ---------------------------------------------------------------------------------------------------- in the model
 
 
-def answer_states(causal_lm: PreTrainedModel, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_states(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states that predict a labelled token, (answers, hidden), and those tokens, (answers,).
 
     Args:
-        causal_lm: the model with the head, without peft's wrapping.
-        batch: from `data.Collator`. Without `answer_positions` they are looked for, which makes a GPU wait.
+        model: with its head, without peft's wrapping.
+        batch: from `packs`. Without `answer_positions` they are looked for, which makes a GPU wait.
     """
     inputs = dict(batch)
-    labels = inputs.pop("labels").flatten()  # (batch · seq)
+    labels = inputs.pop("labels")  # (batch, seq), or (batch, answer)
     positions = inputs.pop("answer_positions", None)
+    later = 0 if model.config.is_encoder_decoder else 1  # a causal model's position predicts the token after it
     if positions is None:
-        marked = batch["labels"].clone()
-        marked[:, 0] = IGNORED  # nothing stands before it
-        positions = torch.nonzero(marked.flatten() != IGNORED).flatten() - 1
-    hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state  # (batch, seq, hidden)
-    # A position predicts the token after it.
-    return hidden.flatten(0, 1).index_select(0, positions), labels.index_select(0, positions + 1)
+        marked = labels.clone()
+        marked[:, :later] = IGNORED  # nothing stands before it
+        positions = torch.nonzero(marked.flatten() != IGNORED).flatten() - later
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
+    hidden = last_hidden_state(model, inputs).flatten(0, 1)  # (batch · seq, hidden)
+    return hidden.index_select(0, positions), labels.flatten().index_select(0, positions + later)
 
 
-def head_weight(causal_lm: PreTrainedModel) -> torch.Tensor:
+def decoder_inputs(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
+    """What the decoder has before it as it writes each of `labels` (batch, answer): a start token, and those before."""
+    start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+    before = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, model.config.pad_token_id)
+    return torch.cat([start, before], dim=1)
+
+
+def last_hidden_state(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """What the head is given, (batch, seq, hidden); of an encoder-decoder that of its decoder."""
+    if not model.config.is_encoder_decoder:
+        return model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    written = inputs.pop("decoder_input_ids")
+    read = model.get_encoder()(**inputs).last_hidden_state
+    mask = inputs.get("attention_mask")
+    hidden: torch.Tensor = model.get_decoder()(
+        input_ids=written, encoder_hidden_states=read, encoder_attention_mask=mask, use_cache=False
+    ).last_hidden_state
+    # T5 before v1.1 shares head and embeddings, and scales what it gives the head
+    return hidden * model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else hidden
+
+
+def head_weight(model: PreTrainedModel) -> torch.Tensor:
     """The weight (vocabulary, hidden) of the head in use: the trained copy, or the base model's own."""
-    head: Any = causal_lm.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if hasattr(head, "modules_to_save"):  # peft's wrapper
         trained = not head.disable_adapters and head.active_adapter in head.modules_to_save
         head = head.modules_to_save[head.active_adapter] if trained else head.original_module
     return head.weight
 
 
-def without_logits(causal_lm: PreTrainedModel) -> bool:
+def without_logits(model: PreTrainedModel) -> bool:
     """Make the model, when given labels, return the loss alone, by `linear_cross_entropy`; tell whether it could.
 
     The loss is the mean over the labelled tokens or, with `answer_tokens=N`, their sum divided by N: those of the
     whole optimizer step. Without labels the model stays as it is. A model whose head does more than a matrix product
     (a bias, a cap on logits) is found out by trying, and left alone.
     """
-    if not _head_is_a_product(causal_lm):
+    if not _head_is_a_product(model):
         return False
-    original = causal_lm.forward
+    original = model.forward
 
     @functools.wraps(original)  # generation reads the signature
     def forward(*args: Any, labels: Any = None, answer_tokens: Any = None, **inputs: Any) -> Any:
@@ -151,24 +174,29 @@ def without_logits(causal_lm: PreTrainedModel) -> bool:
             return original(*args, **inputs)
         given = {name: value for name, value in inputs.items() if value is not None and name != "use_cache"}
         given |= dict(zip(("input_ids", "attention_mask"), args, strict=False))
-        hidden, targets = answer_states(causal_lm, {**given, "labels": labels})
-        loss = linear_cross_entropy(hidden, head_weight(causal_lm), targets)
+        hidden, targets = answer_states(model, {**given, "labels": labels})
+        if torch.is_autocast_enabled(hidden.device.type):  # T5 adds up its layers in fp32
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        loss = linear_cross_entropy(hidden, head_weight(model), targets)
         return CausalLMOutputWithPast(loss=loss / (len(targets) if answer_tokens is None else answer_tokens))
 
-    causal_lm.forward = forward  # type: ignore[method-assign]
+    model.forward = forward  # type: ignore[method-assign]
     return True
 
 
 @torch.no_grad()
-def _head_is_a_product(causal_lm: PreTrainedModel) -> bool:
-    was_training = causal_lm.training
-    causal_lm.eval()
+def _head_is_a_product(model: PreTrainedModel) -> bool:
+    was_training = model.training
+    model.eval()
     try:
-        weight = head_weight(causal_lm)
+        weight = head_weight(model)
         tokens = torch.arange(8, device=weight.device).unsqueeze(0)
-        logits = causal_lm(input_ids=tokens, use_cache=False).logits.float()
-        hidden = causal_lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        inputs = {"input_ids": tokens}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = tokens
+        logits = model(**inputs, use_cache=False).logits.float()
+        hidden = last_hidden_state(model, inputs)
         product = (hidden.to(weight.dtype) @ weight.T).float()
         return bool(torch.allclose(logits, product, rtol=2e-2, atol=2e-2 * float(logits.abs().max())))
     finally:
-        causal_lm.train(was_training)
+        model.train(was_training)

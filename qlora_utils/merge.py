@@ -387,7 +387,8 @@ def ask(
     """Put the questions to a model, greedily, as notebook 06 does, and measure its loss on the expected answers."""
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
     size, room = config.answer_batch_size, answer_room(config)
-    given = generation.answer_all(model, tokenizer, questions, sampling=sampling, batch_size=size, batch_tokens=room)
+    options: dict[str, Any] = {"batch_size": size, "batch_tokens": room}
+    given = generation.answer_all(model, tokenizer, questions, config, sampling=sampling, **options)
     return Asked(given, answer_loss(model, tokenizer, questions, max_seq_len=config.max_seq_len))
 
 

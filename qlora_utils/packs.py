@@ -1,13 +1,17 @@
-"""Conversations laid end to end: the packs of an optimizer step, and the tensors of one (notebooks 01 and 04)."""
+"""Conversations laid end to end, or pairs padded: the passes of an optimizer step and their tensors (notebooks 01, 04)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qlora_utils.config import RunConfig
 from qlora_utils.data import IGNORED, Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def fill(lengths: Sequence[int], tokens: int, conversations: int | None = None) -> list[list[int]]:
@@ -41,6 +45,14 @@ def fill(lengths: Sequence[int], tokens: int, conversations: int | None = None) 
     return sorted(packs, key=lambda members: -sum(lengths[i] for i in members))
 
 
+def make_collator(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Collator | PairCollator:
+    """What makes tensors of the run's examples."""
+    assert isinstance(tokenizer.pad_token_id, int)
+    if config.architecture == "encoder-decoder":
+        return PairCollator(tokenizer.pad_token_id)
+    return Collator(tokenizer.pad_token_id, config.packing)
+
+
 @dataclass(frozen=True)
 class Collator:
     """Makes the tensors of one forward pass out of encoded conversations.
@@ -53,6 +65,14 @@ class Collator:
 
     pad_token_id: int
     packing: bool
+
+    def tokens(self, example: Encoded) -> int:
+        """Tokens of an example, as a pass is bounded by them."""
+        return len(example.input_ids)
+
+    def answer_tokens(self, example: Encoded) -> int:
+        """Tokens that carry loss. Nothing predicts the first."""
+        return sum(label != IGNORED for label in example.labels[1:])
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
         """Tensors `input_ids` and `labels`, and with them either of two sets.
@@ -83,6 +103,43 @@ class Collator:
         return {**tensors, "answer_positions": labelled - 1, **({"lengths": tuple(lengths)} if self.packing else {})}
 
 
+@dataclass(frozen=True)
+class PairCollator:
+    """Makes the tensors of one forward pass of an encoder-decoder.
+
+    What the encoder reads and what the decoder writes are both padded on the right, to the longest of each, and marked
+    by length. Relative positions know nothing of packs, so there are none.
+    """
+
+    pad_token_id: int
+    packing = False
+
+    def tokens(self, example: Encoded) -> int:
+        """Tokens of an example, read and written."""
+        return len(example.input_ids) + len(example.labels)
+
+    def answer_tokens(self, example: Encoded) -> int:
+        """Tokens that carry loss: all that are written."""
+        return len(example.labels)
+
+    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
+        """`input_ids` and `attention_mask` (batch, seq), `labels` (batch, answer) and `answer_positions`.
+
+        The last are the places, counted through all labels, that carry loss.
+        """
+        import torch
+
+        read = max(len(e.input_ids) for e in examples)
+        written = max(len(e.labels) for e in examples)
+        labels = torch.tensor([_pad(e.labels, IGNORED, written) for e in examples])
+        return {
+            "input_ids": torch.tensor([_pad(e.input_ids, self.pad_token_id, read) for e in examples]),
+            "attention_mask": torch.tensor([_pad([1] * len(e.input_ids), 0, read) for e in examples]),
+            "labels": labels,
+            "answer_positions": torch.nonzero(labels.flatten() != IGNORED).flatten(),
+        }
+
+
 def _pad(values: list[int], filler: int, length: int) -> list[int]:
     return values + [filler] * (length - len(values))
 
@@ -98,13 +155,13 @@ class StepCollator:
     member times its members.
     """
 
-    collator: Collator
+    collator: Collator | PairCollator
     tokens: int
     conversations: int | None = None
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
         """`passes`: what `Collator` makes of each; `tokens` and `answer_tokens` of the step, padding left out."""
-        lengths = [len(example.input_ids) for example in examples]
+        lengths = [self.collator.tokens(example) for example in examples]
         members = (
             fill(lengths, self.tokens, self.conversations)
             if self.collator.packing
@@ -114,7 +171,7 @@ class StepCollator:
         return {
             "passes": passes,
             "tokens": sum(lengths),
-            "answer_tokens": sum(label != IGNORED for example in examples for label in example.labels[1:]),
+            "answer_tokens": sum(self.collator.answer_tokens(example) for example in examples),
         }
 
 

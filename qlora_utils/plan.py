@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import ConfigError, ModelError, RunConfig, is_path, locate, model_advice
+from qlora_utils import shapes
+from qlora_utils.config import Architecture, ConfigError, ModelError, RunConfig
 from qlora_utils.hardware import GIB, Card, attention_kernel, liger_kernels, precision, this_card
+from qlora_utils.shapes import Shape
 
 if TYPE_CHECKING:
     from ipywidgets import Widget
@@ -24,83 +26,6 @@ MEAN_TOKENS = 460  # of a conversation where nothing is known of the data: the m
 PASS_TOKENS = (32768, 24576, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024, 512)
 CHUNK = 2**27  # bytes of fp32 logits held at a time: `loss.CHUNK_BYTES["cuda"]`
 PASS_SECONDS = 0.003  # for each decoder layer of a pass, forward and back: what a host needs to start its kernels
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A causal language model of the Llama kind, as its config.json describes it."""
-
-    hidden: int
-    layers: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, model_config: Any) -> Shape:
-        """From a transformers config.
-
-        Raises:
-            ModelError: it does not name what a Llama-like model has.
-        """
-        try:
-            heads = model_config.num_attention_heads
-            return cls(
-                hidden=model_config.hidden_size,
-                layers=model_config.num_hidden_layers,
-                intermediate=model_config.intermediate_size,
-                heads=heads,
-                kv_heads=getattr(model_config, "num_key_value_heads", None) or heads,
-                head_size=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
-                vocabulary=model_config.vocab_size,
-            )
-        except AttributeError as error:
-            raise ModelError(f"model: its config.json has no {error.name}; a plan needs a model like Llama.") from None
-
-    @classmethod
-    def read(cls, source: str) -> Shape:
-        """From a local folder or hub id, without its weights.
-
-        Raises:
-            ModelError: there is no config, or none of a Llama-like model.
-        """
-        from transformers import AutoConfig
-
-        try:
-            model_config = AutoConfig.from_pretrained(locate(source))
-        except Exception as error:
-            raise ModelError(model_advice(locate(source), error)) from error
-        return cls.of(model_config)
-
-    @property
-    def linears(self) -> tuple[tuple[int, int], ...]:
-        """(in, out) of the linear layers of one decoder layer: q, k, v, o, gate, up, down."""
-        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
-        return (
-            (self.hidden, queries), (self.hidden, keys), (self.hidden, keys), (queries, self.hidden),
-            (self.hidden, self.intermediate), (self.hidden, self.intermediate), (self.intermediate, self.hidden),
-        )  # fmt: skip
-
-    @property
-    def linear_parameters(self) -> int:
-        """Weights of all linear layers but the head: what NF4 stores."""
-        return self.layers * sum(inside * outside for inside, outside in self.linears)
-
-    def lora_parameters(self, rank: int) -> int:
-        """Weights of LoRA matrices of this rank on all linear layers but the head."""
-        return self.layers * rank * sum(inside + outside for inside, outside in self.linears)
-
-    @property
-    def head_parameters(self) -> int:
-        """Weights of the head, and of the embeddings."""
-        return self.vocabulary * self.hidden
-
-
-LLAMA_2_7B = Shape(
-    hidden=4096, layers=32, intermediate=11008, heads=32, kv_heads=32, head_size=128, vocabulary=32000
-)  # that of the preset, whose config.json a plan should not need a login for
 
 
 @dataclass(frozen=True)
@@ -131,20 +56,21 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
     """
     wide = 4 if config.compute_dtype == "float32" else 2  # bytes of a hidden value
     tokens = pass_tokens or max(config.micro_batch_tokens or 0, config.max_seq_len)
-    lora = shape.lora_parameters(config.lora_r)
+    lora = shape.lora_parameters(config)
     head_trained = shape.head_parameters if config.train_head else 0
     trained = lora + head_trained
     blocks = shape.linear_parameters // 64
-    layer, kept_per_layer = _activations(shape, config, wide)
-    largest = max(inside * outside for inside, outside in shape.linears)
+    layer, kept_per_layer = shape.activations(config, wide)
+    largest = shape.largest_linear
     logits_rows = min(tokens, CHUNK // (4 * shape.vocabulary))
     parts = {
         # NF4, or as they are; embeddings and norms
         "weights": (shape.linear_parameters // 2 if config.quantize else shape.linear_parameters * wide)
         + shape.head_parameters * wide
-        + (2 * shape.layers + 1) * shape.hidden * wide,
+        + shape.fp32_parameters * 4
+        + shape.norm_parameters * wide,
         # one absolute maximum for each block of 64: a byte, and for each 256 of these another; or four bytes
-        "quantization constants": (0 if not config.quantize else blocks + blocks // 64 + 7 * shape.layers * 1100)
+        "quantization constants": (0 if not config.quantize else blocks + blocks // 64 + shape.quantized_layers * 1100)
         if config.double_quantization
         else blocks * 4 * config.quantize,
         "expanded weights": shape.linear_parameters * wide if config.keep_expanded and config.quantize else 0,
@@ -172,26 +98,6 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
         fixed + 4 * trained + _step_workspace(config, trained),  # the optimizer's step
     )
     return MemoryPlan(parts, max(moments))
-
-
-def _activations(shape: Shape, config: RunConfig, wide: int) -> tuple[int, int]:
-    """Bytes for each token of what autograd keeps in one decoder layer, and of what stays until the backward pass."""
-    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    layer = wide * (
-        4 * shape.hidden  # the residual stream before each norm, and what the norms make of it
-        + 2 * queries + 2 * keys  # q, k, v and what attention makes of them
-        + 3 * shape.intermediate  # gate, up and their product
-        + 7 * config.lora_r  # x Aᵀ
-    ) + 4 * (shape.heads + 2)  # fmt: skip  # the softmax's sums, the norms' scales
-    if not config.fused_layers:  # peft: x in fp32, a copy of the base output, the output of the update
-        outs = sum(outside for _, outside in shape.linears)
-        layer += 4 * sum(inside for inside, _ in shape.linears) + wide * outs
-    if config.lora_dropout:
-        layer += (wide + 1) * sum(inside for inside, _ in shape.linears)
-    if not config.liger:
-        # the norms' input in fp32 and what they made of it before the weight; the gate after SiLU
-        layer += 4 * shape.hidden + wide * shape.intermediate
-    return layer, wide * shape.hidden if config.gradient_checkpointing else layer
 
 
 def _optimizer_bytes(config: RunConfig, trained: int) -> int:
@@ -230,7 +136,7 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
     """Decide what the config leaves open: from the hardware, and by the fastest that fits into its memory.
 
     A value that is given is kept. A config with nothing open comes back as it is, without a look at the model. For a
-    model that is not like Llama, what takes the least memory is chosen.
+    model that is neither like Llama nor like T5, what takes the least memory is chosen.
 
     Args:
         config: the run.
@@ -245,10 +151,11 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
     card = card or this_card()
     values: dict[str, Any] = {}
     reasons: dict[str, str] = {}
+    architecture = shape.architecture if shape else _architecture(config)
     by_hardware = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels}
     for name, choose in by_hardware.items():
         if getattr(config, name) in (None, "auto"):
-            values[name], reasons[name] = choose(config, card)
+            values[name], reasons[name] = choose(config, card, architecture)
     config = config.model_copy(update=values)
     if all(getattr(config, name) not in (None, "auto") for name in OPEN):
         return Settled(config, reasons)
@@ -257,7 +164,7 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
         why = dict.fromkeys(OPEN, "on a CPU, where main memory is plenty, the fastest")
     else:
         try:
-            shape = shape or Shape.read(config.model)
+            shape = shape or shapes.read(config.model)
             chosen = fastest(config, card, shape)
             why = _reasons(chosen, card, shape)
         except ModelError as error:
@@ -265,6 +172,14 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
             why = dict.fromkeys(OPEN, f"the least memory, since nothing can be planned: {error}")
     reasons |= {name: why[name] for name in OPEN if getattr(config, name) in (None, "auto")}
     return Settled(chosen, reasons)
+
+
+def _architecture(config: RunConfig) -> Architecture:
+    """The model's own; of one that cannot be read, which loading it will say, the commoner one."""
+    try:
+        return config.architecture
+    except ModelError:
+        return "causal"
 
 
 def _reasons(chosen: RunConfig, card: Card, shape: Shape) -> dict[str, str]:
@@ -350,8 +265,8 @@ def fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
 def answer_room(config: RunConfig) -> int | None:
     """Tokens whose keys and values this GPU holds now, beside the model and all else that lies there.
 
-    Of what is free, six tenths: generation copies the cache as it grows. None without a GPU, or for a model that is not
-    like Llama.
+    Of what is free, six tenths: generation copies the cache as it grows. None without a GPU, or for a model that is neither
+    like Llama nor like T5.
     """
     import torch
 
@@ -359,11 +274,11 @@ def answer_room(config: RunConfig) -> int | None:
     if card is None:
         return None
     try:
-        shape = Shape.read(config.model)
+        shape = shapes.read(config.model)
     except ModelError:
         return None
-    wide = 4 if precision(config, card)[0] == "float32" else 2
-    token = 2 * shape.layers * shape.kv_heads * shape.head_size * wide
+    wide = 4 if precision(config, card, shape.architecture)[0] == "float32" else 2
+    token = shape.cached * wide
     return max(1, int(0.6 * (room(card) - torch.cuda.memory_allocated()) / token))
 
 
@@ -389,10 +304,12 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
     largest = max(config.micro_batch_tokens or tokens, config.max_seq_len)
     passes = max(1.0, tokens / largest + 0.5)  # steps differ in length, and packs are not quite full
     forwards = 3 if config.gradient_checkpointing else 2  # as often every weight is needed
-    flops = tokens * (2 * shape.linear_parameters * forwards + 6 * shape.lora_parameters(config.lora_r))
+    flops = tokens * (
+        2 * (shape.linear_parameters + shape.fp32_parameters) * forwards + 6 * shape.lora_parameters(config)
+    )
     flops += tokens * 6 * shape.head_parameters
     expanding = 0 if config.keep_expanded or not config.quantize else 2.5 * shape.linear_parameters * forwards * passes
-    trained = shape.lora_parameters(config.lora_r) + shape.head_parameters * config.train_head
+    trained = shape.lora_parameters(config) + shape.head_parameters * config.train_head
     # read and written by one kernel for many weights, or by one for each
     stepping = trained * (28 if config.optimizer == "adamw_torch_fused" else 150)
     busy = flops / (card.matrix_rate * 2 / 3) + (expanding + stepping) / (card.bandwidth * 2 / 3)
@@ -440,13 +357,6 @@ def plan_for(config: RunConfig, card: Card | None, shape: Shape) -> tuple[Settle
     """What a run would be on a card, and what it would take."""
     settled = settle(config, card, shape)
     return settled, predict(shape, settled.config)
-
-
-def shape_of(config: RunConfig) -> Shape:
-    """The shape of a run's base model; that of Llama-2-7b is known without a look at the gated repository."""
-    if not is_path(config.model) and config.model.lower().endswith(("llama-2-7b-hf", "llama-2-7b")):
-        return LLAMA_2_7B
-    return Shape.read(config.model)
 
 
 def plot_plan(plans: Mapping[str, MemoryPlan], ax: Axes, card: Card | None = None) -> Figure:

@@ -5,7 +5,9 @@ NF4 and double quantization: Dettmers et al., QLoRA, 2023, https://arxiv.org/abs
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +39,17 @@ def load(config: RunConfig) -> PreTrainedModel:
         ModelError: absent, gated, not safetensors, or not loadable; says what to do next.
     """
     import bitsandbytes
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
     settled = settle_to_load(config)
     dtype = compute_dtype(settled)
-    attention.register()
     source = locate(config.model)
     options: dict[str, Any] = {}
+    loader: Any = AutoModelForSeq2SeqLM
+    if config.architecture == "causal":
+        loader = AutoModelForCausalLM
+        attention.register()
+        options["attn_implementation"] = KERNELS[settled.attention_kernel]
     if config.quantize:
         # No llm_int8_skip_modules here: giving any replaces the default that keeps the head out of NF4.
         options["quantization_config"] = BitsAndBytesConfig(
@@ -53,16 +59,18 @@ def load(config: RunConfig) -> PreTrainedModel:
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation=KERNELS[settled.attention_kernel],
-            device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
-            **options,
-        )
+        with _without_word_of_ties():
+            model: PreTrainedModel = loader.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
+                **options,
+            )
     except Exception as error:  # the loader and the hub client raise a dozen unrelated kinds
         raise ModelError(model_advice(source, error)) from error
+    for layer in parts_in_fp32(model):
+        layer.float()
     for layer in model.modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 a forward pass in eval mode would repack the weight into a layout that has no
@@ -75,6 +83,31 @@ def load(config: RunConfig) -> PreTrainedModel:
     # Generation asks for its cache itself.
     model.config.use_cache = False
     return model
+
+
+def parts_in_fp32(model: PreTrainedModel) -> list[nn.Linear]:
+    """The layers that stay out of NF4 and in fp32, as the model's own class asks: of T5 `wo`, whose outputs grow large.
+
+    Flan-T5 overflows in fp16 there; `hardware.precision` therefore never picks fp16 for an encoder-decoder.
+    """
+    names = getattr(model, "_keep_in_fp32_modules", None) or []
+    found = (layer for path, layer in model.named_modules() if path.rpartition(".")[2] in names)
+    return [layer for layer in found if isinstance(layer, nn.Linear)]
+
+
+@contextmanager
+def _without_word_of_ties() -> Iterator[None]:
+    """Transformers 5 takes every T5 for one whose head is tied to its embeddings, and says at length if it is not."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def quiet(record: logging.LogRecord) -> bool:
+        return "NOT tie them" not in record.getMessage()
+
+    logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        logger.removeFilter(quiet)
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -119,14 +152,15 @@ def memory_by_part(model: nn.Module) -> list[PartMemory]:
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter of a Llama-like model belongs to, by its name."""
-    if "lm_head" in name:
+    """The part that a parameter of a model like Llama or T5 belongs to, by its name."""
+    lower = name.lower()
+    if "lm_head" in lower:
         return "head"
-    if "norm" in name:
+    if "norm" in lower:
         return "norms"
-    if "embed" in name:
+    if "embed" in lower or lower.startswith("shared."):
         return "embeddings"
-    return "attention" if "attn" in name or "attention" in name else "feed-forward"
+    return "attention" if "attn" in lower or "attention" in lower else "feed-forward"
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:

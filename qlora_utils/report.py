@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import random
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_utils import compare
 from qlora_utils.curves import column, lowest, turned
 from qlora_utils.data import report_table
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_text
@@ -83,8 +85,9 @@ def write_report(run: RunDirectory) -> None:
         f"{metrics['train']['steps']} steps.</p>",
         "<h2>Scores on held-out questions</h2>",
         *([_scores(metrics), *_groups(metrics.get("groups", {}))] if "tuned" in metrics else [_NOT_YET]),
+        *(["<h2>Beside other runs</h2>", _beside(read_json(run.comparison))] if run.comparison.is_file() else []),
         "<h2>Figures</h2>",
-        *(_figure(path) for path in sorted(run.figures.glob("*.png"))),
+        *(_figure(path.read_bytes(), path.stem.replace("_", " ")) for path in sorted(run.figures.glob("*.png"))),
         *(["<h2>Answers</h2>", _answers(read_jsonl(run.answers))] if run.answers.is_file() else []),
         "<h2>Data</h2>",
         f"<pre>{html.escape(report_table(read_json(run.data / 'report.json')))}</pre>",
@@ -167,23 +170,66 @@ def _groups(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return tables
 
 
-def _figure(path: Any) -> str:
-    encoded = base64.b64encode(path.read_bytes()).decode()
-    name = html.escape(path.stem.replace("_", " "))
+def _beside(comparison: Mapping[str, Any], count: int = 12) -> str:
+    """The comparison with other runs: what they are, scores, figure, paired tests, some disagreements."""
+    names = [run["name"] for run in comparison["runs"]]
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    rows = [
+        f"<tr><th>{html.escape(title)}</th>{''.join(f'<td>{html.escape(text)}</td>' for text in texts)}</tr>"
+        for title, texts in (compare.facts(comparison) | compare.score_rows(comparison)).items()
+    ]
+    found = comparison["disagreements"]
+    shown = compare.evenly(found["shown"], count)
+    asked = ""
+    for line in shown:
+        said = [("✓ " if given["right"] else "✗ ") + given["answer"] for given in line["answers"].values()]
+        texts = (line["split"], _question(line), line["expected"], *said)
+        asked += "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in texts) + "</tr>"
+    parts = [
+        f"<p>{html.escape(compare.questions_text(comparison))}</p>",
+        f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>",
+        _figure(_drawn(comparison), "exact match of each run, with 95 % intervals"),
+        "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in compare.pair_texts(comparison)) + "</ul>",
+        f"<p>{html.escape(compare.caveat(comparison))}</p>",
+        f"<h3>Where they differ</h3><p>{found['count']} questions that some of these runs answer exactly and others "
+        f"do not; {len(shown)} of them:</p><table><tr><th>split</th><th>question</th><th>expected</th>{head}</tr>"
+        f"{asked}</table>"
+        if shown
+        else "<p>There is no question that only some of these runs answer exactly.</p>",
+    ]
+    return "\n".join(parts)
+
+
+def _drawn(comparison: Mapping[str, Any]) -> bytes:
+    """The figure of the comparison. It is no file among `figures`, where it would outlive what it shows."""
+    from matplotlib.figure import Figure
+
+    groups, runs = len(comparison["splits"]) + 1, len(comparison["runs"])
+    figure = Figure(figsize=(9, 1.2 + 0.25 * groups * (runs + 1)), layout="constrained")
+    compare.plot(comparison, figure.add_subplot())
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png")
+    return image.getvalue()
+
+
+def _figure(image: bytes, name: str) -> str:
+    encoded, name = base64.b64encode(image).decode(), html.escape(name)
     return f'<figure><img alt="{name}" src="data:image/png;base64,{encoded}"><figcaption>{name}</figcaption></figure>'
+
+
+def _question(line: Mapping[str, Any]) -> str:
+    """A question, a follow-up under the turn before it."""
+    before = [f"{turn['question']} → {turn['answer']}\n" for turn in line["history"][-1:]]
+    return "".join(before) + line["text"]
 
 
 def _answers(lines: list[dict[str, Any]], count: int = 20) -> str:
     """A table of some questions, follow-ups under the turn before them."""
     shown = random.Random(0).sample(lines, min(count, len(lines)))
-
-    def asked(line: Mapping[str, Any]) -> str:
-        before = [f"{turn['question']} → {turn['answer']}\n" for turn in line["history"][-1:]]
-        return "".join(before) + line["text"]
-
     rows = ""
     for line in shown:
-        texts = (line.get("split", ""), asked(line), line["expected"], line["base"]["answer"], line["tuned"]["answer"])
+        answers = (line[model]["answer"] for model in ("base", "tuned"))
+        texts = (line.get("split", ""), _question(line), line["expected"], *answers)
         rows += "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in texts) + "</tr>"
     return f"<table><tr><th>split</th><th>question</th><th>expected</th><th>base</th><th>tuned</th></tr>{rows}</table>"
 

@@ -74,6 +74,11 @@ class RunDirectory:
         return self.path / "ingredients.json"
 
     @property
+    def comparison(self) -> Path:
+        """This run beside others on the same held-out questions, if that was asked for (`qlora compare --runs …`)."""
+        return self.path / "comparison.json"
+
+    @property
     def figures(self) -> Path:
         """PNG figures."""
         return self.path / "figures"

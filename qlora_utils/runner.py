@@ -195,7 +195,7 @@ def _say_if_no_gpu(config: RunConfig) -> None:
 def _clear(run: RunDirectory) -> None:
     """Remove what an earlier run of the same name left, and nothing else that may lie there."""
     left = [run.config, run.data, run.adapter, run.merged, run.checkpoints, run.history, run.answers, run.metrics,
-            run.figures, run.notebooks, run.report]  # fmt: skip
+            run.comparison, run.figures, run.notebooks, run.report]  # fmt: skip
     present = [path for path in left if path.exists()]
     if present:
         print(f"replacing the earlier run in {run.path}", flush=True)

@@ -20,14 +20,21 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm as notebook_tqdm
 from tqdm.std import tqdm as text_tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from qlora_utils.config import ConfigError, RunConfig
-from qlora_utils.data import IGNORED, Encoded, Prepared, encode
+from qlora_utils.data import Encoded, Prepared, examples
 from qlora_utils.generation import Sampling, answer_all, questions_of
 from qlora_utils.lora import HEAD
 from qlora_utils.loss import answer_states, head_weight, token_losses
-from qlora_utils.packs import Collator, LikeLengths, StepCollator
+from qlora_utils.packs import LikeLengths, StepCollator, make_collator
 from qlora_utils.plan import answer_room, settle
 from qlora_utils.quantization import compute_dtype
 from qlora_utils.rows import Conversation
@@ -62,8 +69,8 @@ class Trained:
     peak_memory_bytes: int
 
 
-class QLoRATrainer(Trainer):
-    """transformers' Trainer with steps cut by tokens, two learning rates and a held-out loss that is exact.
+class Steps(Trainer):
+    """What both trainers below share: steps cut by tokens, two learning rates and a held-out loss that is exact.
 
     To the Trainer a batch is a whole optimizer step; `packs.StepCollator` has cut it into forward passes. The loss is
     summed over the answer tokens of a pass and divided by those of the whole step, so that how a step is cut changes
@@ -106,7 +113,12 @@ class QLoRATrainer(Trainer):
         if self.config.row_order == "random":
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        return LikeLengths([len(row.input_ids) for row in rows], self.args.train_batch_size, self.config.seed)
+        tokens = self._collator().tokens
+        return LikeLengths([tokens(row) for row in rows], self.args.train_batch_size, self.config.seed)
+
+    def _collator(self) -> Any:
+        step_collator: Any = self.data_collator
+        return step_collator.collator
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the Trainer would walk all parameters at every step for a number that nobody reads."""
@@ -133,6 +145,7 @@ class QLoRATrainer(Trainer):
         eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
+        **_: Any,
     ) -> dict[str, float]:
         """The mean loss over all held-out answer tokens, and exact match on the questions traced.
 
@@ -140,9 +153,8 @@ class QLoRATrainer(Trainer):
         """
         assert self.model is not None
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
-        step_collator: Any = self.data_collator
         size = self.args.per_device_eval_batch_size
-        loss, _ = response_loss(self.model, rows, step_collator.collator, batch_size=size)
+        loss, _tokens = response_loss(self.model, rows, self._collator(), batch_size=size)
         metrics = {f"{metric_key_prefix}_loss": loss}
         if self.trace is not None:
             metrics[f"{metric_key_prefix}_exact_match"] = self.trace(self.model)
@@ -152,6 +164,14 @@ class QLoRATrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class QLoRATrainer(Steps):
+    """transformers' Trainer for a causal model."""
+
+
+class QLoRASeq2SeqTrainer(Steps, Seq2SeqTrainer):
+    """transformers' trainer for an encoder-decoder: what it predicts, it generates."""
 
 
 def response_loss(model: nn.Module, rows: Sequence[Encoded], collator: Any, *, batch_size: int) -> tuple[float, int]:
@@ -174,16 +194,16 @@ def row_losses(
     answer tokens at a time. The model's mode is put back afterwards.
 
     Args:
-        model: causal language model whose head is a matrix product, or one wrapped by peft.
-        rows: encoded conversations.
-        collator: `packs.Collator`.
-        batch_size: conversations per forward pass.
+        model: language model whose head is a matrix product, or one wrapped by peft.
+        rows: from `data.examples`.
+        collator: from `packs.make_collator`.
+        batch_size: rows per forward pass.
     """
     was_training = model.training
     model.eval()
-    causal_lm: Any = model
+    plain: Any = model
     if hasattr(model, "peft_config"):
-        causal_lm = causal_lm.get_base_model()
+        plain = plain.get_base_model()
     device = next(model.parameters()).device
     losses: list[float] = []
     counts: list[int] = []
@@ -191,10 +211,10 @@ def row_losses(
         for start in range(0, len(rows), batch_size):
             members = rows[start : start + batch_size]
             batch = {name: _on(device, value) for name, value in collator(members).items()}
-            hidden, targets = answer_states(causal_lm, batch)
-            each = token_losses(hidden, head_weight(causal_lm), targets)
+            hidden, targets = answer_states(plain, batch)
+            each = token_losses(hidden, head_weight(plain), targets)
             # Packed or padded, the answers come row by row.
-            sizes = [sum(label != IGNORED for label in row.labels[1:]) for row in members]
+            sizes = [collator.answer_tokens(row) for row in members]
             losses += [float(part) for part in torch.stack([part.sum() for part in each.double().split(sizes)])]
             counts += sizes
     finally:
@@ -310,17 +330,17 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
-def micro_batch_size(config: RunConfig, rows: Sequence[Encoded]) -> int:
-    """Conversations per forward pass where nothing is trained: as many of mean length as a training pass holds.
+def micro_batch_size(config: RunConfig, lengths: Sequence[int]) -> int:
+    """Examples per forward pass where nothing is trained: as many of mean length as a training pass holds.
 
     Args:
         config: the run, settled.
-        rows: whose lengths count.
+        lengths: tokens of each example.
     """
     if config.micro_batch_size is not None:
         return config.micro_batch_size
     assert config.micro_batch_tokens is not None
-    mean = sum(len(row.input_ids) for row in rows) / max(1, len(rows))
+    mean = sum(lengths) / max(1, len(lengths))
     return max(1, min(config.batch_size, int(config.micro_batch_tokens / max(1.0, mean))))
 
 
@@ -359,7 +379,14 @@ def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: in
     if dtype is torch.float16 and not on_gpu:
         raise ConfigError("compute_dtype: float16 needs a GPU; on a CPU take auto, float32 or bfloat16.")
     steps: dict[str, Any] = {"num_train_epochs": config.epochs} if config.epochs else {"max_steps": config.steps}
-    arguments = TrainingArguments(
+    options: dict[str, Any] = {}
+    if config.lr_scheduler == "reduce_lr_on_plateau":
+        # Measurements are few: a fall that is too small to matter should not pass for one. threshold is relative.
+        options["lr_scheduler_kwargs"] = {"factor": config.plateau_factor, "patience": config.plateau_patience}
+    kind: type[TrainingArguments] = TrainingArguments
+    if config.architecture == "encoder-decoder":
+        kind, options["predict_with_generate"] = Seq2SeqTrainingArguments, True
+    arguments = kind(
         output_dir=str(run.checkpoints),
         **steps,
         # A whole step; `StepCollator` cuts it. Each of several processes takes its share.
@@ -384,7 +411,7 @@ def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: in
         # With a limit of 1 transformers would keep the best alone, and a finished training could not be told from one
         # that stopped there.
         save_total_limit=max(config.save_total_limit, 2 if config.keep == "best" else 1),
-        metric_for_best_model="eval_loss" if config.keep == "best" else None,
+        metric_for_best_model="eval_loss" if config.keep == "best" or "plateau" in config.lr_scheduler else None,
         use_liger_kernel=bool(config.liger),
         # The loss is `qlora_utils.loss`: Liger's computes logits for tokens without a label too.
         liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False} if config.liger else None,
@@ -394,6 +421,7 @@ def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: in
         report_to="none",
         seed=config.seed,
         data_seed=config.seed,
+        **options,
     )
     if arguments.n_gpu > 1:
         # Several GPUs in one process: the Trainer would multiply the batch by their number and cut packs in two.
@@ -407,24 +435,24 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     prepared: Prepared,
     run: RunDirectory,
-) -> QLoRATrainer:
+) -> Steps:
     """The Trainer of a run: rows encoded, optimizer and schedule set, history and progress attached.
 
     Raises:
         ConfigError: fp16 without a GPU.
     """
     config = settle(config).config
-    limit = config.max_seq_len
-    train_rows = encode(prepared.train, tokenizer, max_seq_len=limit, response_only=config.response_only)
-    arguments = training_arguments(config, run, micro_batch_size(config, train_rows))
-    collator = Collator(tokenizer.pad_token_id, config.packing)
-    trainer = QLoRATrainer(
+    train_rows = examples(prepared.train, tokenizer, config, training=True)
+    collator = make_collator(tokenizer, config)
+    arguments = training_arguments(config, run, micro_batch_size(config, [collator.tokens(row) for row in train_rows]))
+    kind = QLoRASeq2SeqTrainer if config.architecture == "encoder-decoder" else QLoRATrainer
+    trainer = kind(
         config=config,
         model=tuned_model,
         args=arguments,
         train_dataset=train_rows,
         # The held-out loss is always that of the answers, so that runs can be compared.
-        eval_dataset=encode(measured_rows(prepared.held_out, config), tokenizer, max_seq_len=limit),
+        eval_dataset=examples(measured_rows(prepared.held_out, config), tokenizer, config, training=False),
         trace=make_trace(prepared.held_out, tokenizer, config) if config.trace_rows else None,
         data_collator=StepCollator(collator, config.micro_batch_tokens or config.max_seq_len, config.micro_batch_size),
         callbacks=[HistoryWriter(run.history), Progress()],
@@ -461,7 +489,7 @@ def make_trace(
 
     def trace(model: PeftModel) -> float:
         size, room = config.answer_batch_size, answer_room(config)
-        answers = answer_all(model, tokenizer, traced, sampling=sampling, batch_size=size, batch_tokens=room)
+        answers = answer_all(model, tokenizer, traced, config, sampling=sampling, batch_size=size, batch_tokens=room)
         right = [exact_match(answer.text, asked.expected) for answer, asked in zip(answers, traced, strict=True)]
         return sum(right) / len(right) if right else 0.0
 
@@ -508,13 +536,14 @@ def train(
     run.record(config)
     trained = _trained(trainer, read_jsonl(run.history), kept_step, wall_s, resumed_at=step_of(last) if last else 0)
     run.answers.unlink(missing_ok=True)  # what was made of an adapter that is no more
+    run.comparison.unlink(missing_ok=True)
     shutil.rmtree(run.merged, ignore_errors=True)
     write_json(run.metrics, {"train": vars(trained)})
     return trained
 
 
 def _trained(
-    trainer: QLoRATrainer, history: Sequence[Mapping[str, Any]], kept_step: int, wall_s: float, *, resumed_at: int
+    trainer: Steps, history: Sequence[Mapping[str, Any]], kept_step: int, wall_s: float, *, resumed_at: int
 ) -> Trained:
     """What a training left behind, from its `history.jsonl`; `wall_s` counts from step `resumed_at`."""
     lines = [line for line in history if "loss" in line]
@@ -542,7 +571,7 @@ def _training_s(lines: Sequence[Mapping[str, Any]]) -> float:
     )
 
 
-def keep_adapter(trainer: QLoRATrainer, tuned_model: PeftModel) -> int:
+def keep_adapter(trainer: Steps, tuned_model: PeftModel) -> int:
     """Give the adapter, head included, the weights that `config.keep` asks for; return the step they come from."""
     last_step = trainer.state.global_step
     best = trainer.state.best_model_checkpoint

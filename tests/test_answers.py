@@ -147,7 +147,7 @@ def test_saved_and_reloaded_answers_are_the_same(config, tuned_model, tokenizer,
         for parameter in tuned_model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
-    before = answer_all(tuned_model, tokenizer, QUESTIONS, sampling=GREEDY, batch_size=3)
+    before = answer_all(tuned_model, tokenizer, QUESTIONS, config, sampling=GREEDY, batch_size=3)
     training.save_adapter(tuned_model, tokenizer, tmp_path / "adapter")
     again = lora.reload(quantization.load(config), tmp_path / "adapter")
-    assert answer_all(again, tokenizer, QUESTIONS, sampling=GREEDY, batch_size=3) == before
+    assert answer_all(again, tokenizer, QUESTIONS, config, sampling=GREEDY, batch_size=3) == before

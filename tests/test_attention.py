@@ -108,6 +108,6 @@ def test_padded_rows_are_masked_and_generation_is_the_same(config, prepared, tok
     model = lora.attach(quantization.load(chosen), chosen)
     questions = [Question(row.turns[0].question, "") for row in prepared.held_out[:6]]
     options = {"sampling": Sampling(max_new_tokens=8)}
-    together = answer_all(model, tokenizer, questions, batch_size=6, **options)
-    alone = answer_all(model, tokenizer, questions, batch_size=1, **options)
+    together = answer_all(model, tokenizer, questions, config, batch_size=6, **options)
+    alone = answer_all(model, tokenizer, questions, config, batch_size=1, **options)
     assert [answer.text for answer in together] == [answer.text for answer in alone]

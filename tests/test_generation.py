@@ -53,13 +53,13 @@ def by_hand(model, tokenizer, question, limit):
 
 def test_batched_answers_equal_answers_one_by_one(tuned_model, tokenizer):
     tuned_model.eval()
-    batched = generation.answer_all(tuned_model, tokenizer, QUESTIONS, sampling=GREEDY, batch_size=3)
+    batched = generation.answer_all(tuned_model, tokenizer, QUESTIONS, config, sampling=GREEDY, batch_size=3)
     assert batched == [by_hand(tuned_model, tokenizer, q, 12) for q in QUESTIONS]
-    assert batched == generation.answer_all(tuned_model, tokenizer, QUESTIONS, sampling=GREEDY, batch_size=1)
+    assert batched == generation.answer_all(tuned_model, tokenizer, QUESTIONS, config, sampling=GREEDY, batch_size=1)
 
 
 def test_streamed_equals_batched(tuned_model, tokenizer):
-    whole = generation.answer_all(tuned_model, tokenizer, QUESTIONS, sampling=GREEDY, batch_size=3)
+    whole = generation.answer_all(tuned_model, tokenizer, QUESTIONS, config, sampling=GREEDY, batch_size=3)
     for question, answer in zip(QUESTIONS, whole, strict=True):
         pieces = generation.stream(tuned_model, tokenizer, question.text, history=question.history, sampling=GREEDY)
         assert "".join(pieces) == answer.text
@@ -101,10 +101,12 @@ def test_a_failure_while_streaming_reaches_the_caller(tuned_model, tokenizer, mo
 
 
 def test_make_asker_switches_between_base_and_tuned(config, tuned_model, tokenizer):
-    plain = generation.answer_all(quantization.load(config), tokenizer, QUESTIONS[:1], sampling=GREEDY, batch_size=1)
+    plain = generation.answer_all(
+        quantization.load(config), tokenizer, QUESTIONS[:1], config, sampling=GREEDY, batch_size=1
+    )
     with torch.no_grad():
         tuned_model.base_model.model.lm_head.modules_to_save["default"].weight.neg_()
-    ask = generation.make_asker(tuned_model, tokenizer)
+    ask = generation.make_asker(tuned_model, tokenizer, config)
     said = {m: "".join(ask(QUESTIONS[0].text, m, GREEDY, threading.Event())).strip() for m in generation.MODELS}
     assert said["base"] == plain[0].text
     assert said["tuned"] != said["base"]
@@ -127,7 +129,7 @@ def test_each_turn_has_its_own_tags(config, tokenizer):
 def test_answering_leaves_the_mode_of_the_model(tuned_model, tokenizer):
     for training in (True, False):
         tuned_model.train(training)
-        generation.answer_all(tuned_model, tokenizer, QUESTIONS[:1], sampling=GREEDY, batch_size=1)
+        generation.answer_all(tuned_model, tokenizer, QUESTIONS[:1], config, sampling=GREEDY, batch_size=1)
         assert tuned_model.training is training
 
 
@@ -144,8 +146,10 @@ def test_a_batch_holds_no_more_tokens_than_it_may(tuned_model, tokenizer, prepar
         return original(**options)
 
     monkeypatch.setattr(tuned_model, "generate", watched)
-    few = generation.answer_all(tuned_model, tokenizer, questions, sampling=sampling, batch_size=16, batch_tokens=120)
+    few = generation.answer_all(
+        tuned_model, tokenizer, questions, config, sampling=sampling, batch_size=16, batch_tokens=120
+    )
     assert len(shapes) > 2
     assert all(rows * (longest + 6) <= 120 or rows == 1 for rows, longest in shapes)
     assert [longest for _, longest in shapes] == sorted((longest for _, longest in shapes), reverse=True)
-    assert few == generation.answer_all(tuned_model, tokenizer, questions, sampling=sampling, batch_size=16)
+    assert few == generation.answer_all(tuned_model, tokenizer, questions, config, sampling=sampling, batch_size=16)

@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TOPICS = ["data", "quantization", "lora", "training", "curves", "answers", "playground"]
 SHARED_MODULES = {
     "config", "rows", "run_directory", "sources", "packs", "hardware", "plan", "attention", "fused", "loss",
-    "generation", "scores", "ingredients", "merge", "runner", "report", "cli",
+    "generation", "scores", "ingredients", "merge", "compare", "runner", "report", "cli",
 }  # fmt: skip
 PER_NOTEBOOK = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

@@ -5,13 +5,14 @@ import gc
 import pytest
 import torch
 
-from qlora_utils import lora, plan, quantization, training
+from qlora_utils import lora, plan, quantization, shapes, training
 from qlora_utils.cli import main
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.data import IGNORED, Encoded, load_tokenizer
 from qlora_utils.hardware import CARDS, GIB
-from qlora_utils.plan import LLAMA_2_7B, OPEN, candidates, plan_for, predict, settle
+from qlora_utils.plan import OPEN, candidates, plan_for, predict, settle
 from qlora_utils.run_directory import RunDirectory
+from qlora_utils.shapes import LLAMA_2_7B
 
 LARGE = RunConfig.from_preset("llama2-7b", liger=True)
 
@@ -22,23 +23,23 @@ def changed(config, **changes):
 
 def test_the_shape_of_llama_2_7b_gives_its_known_numbers():
     assert LLAMA_2_7B.linear_parameters + 2 * LLAMA_2_7B.head_parameters + 65 * 4096 == 6_738_415_616
-    assert LLAMA_2_7B.lora_parameters(64) == 159_907_840
+    assert LLAMA_2_7B.lora_parameters(LARGE) == 159_907_840
     assert LLAMA_2_7B.head_parameters == 131_072_000
 
 
 def test_the_shape_of_a_model_is_read_from_its_config(config):
-    shape = plan.Shape.read(config.model)
+    shape = shapes.read(config.model)
     model = quantization.load(config)
     parts = {part.part: part.parameters for part in quantization.memory_by_part(model)}
     assert shape.linear_parameters == parts["attention"] + parts["feed-forward"]
     assert shape.head_parameters == parts["head"] == parts["embeddings"]
     tuned_model = lora.attach(model, config)
     counted = sum(p.numel() for name, p in tuned_model.named_parameters() if "lora_" in name)
-    assert shape.lora_parameters(config.lora_r) == counted
+    assert shape.lora_parameters(config) == counted
 
 
 def test_weights_and_constants_are_those_that_lie_in_memory(config):
-    predicted = predict(plan.Shape.read(config.model), settle(config).config).parts
+    predicted = predict(shapes.read(config.model), settle(config).config).parts
     model = quantization.load(config)
     loaded = sum(part.loaded for part in quantization.memory_by_part(model))
     assert predicted["weights"] + predicted["quantization constants"] + 4 * 2048 * 192 == pytest.approx(
@@ -124,19 +125,19 @@ def test_what_cannot_fit_is_refused_with_what_to_change():
         settle(hopeless, CARDS["T4"], LLAMA_2_7B)
 
 
-def test_a_model_that_is_no_llama_is_told(tmp_path):
+def test_a_model_that_is_neither_llama_nor_t5_is_told(tmp_path):
     from transformers import ViTConfig
 
     ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="needs a model like Llama"):
-        plan.Shape.read(str(tmp_path))
+    with pytest.raises(ModelError, match="needs a model like Llama or T5"):
+        shapes.read(str(tmp_path))
 
 
 def test_without_a_plan_the_least_memory_is_taken(monkeypatch):
     def no_llama(source):
         raise ModelError("model: its config.json has no hidden_size")
 
-    monkeypatch.setattr(plan.Shape, "read", no_llama)
+    monkeypatch.setattr(shapes, "read", no_llama)
     settled = settle(LARGE, CARDS["T4"])
     assert settled.config.gradient_checkpointing
     assert settled.config.micro_batch_tokens == LARGE.max_seq_len
@@ -145,7 +146,7 @@ def test_without_a_plan_the_least_memory_is_taken(monkeypatch):
 
 def test_a_model_can_be_loaded_where_it_could_not_be_trained(monkeypatch):
     monkeypatch.setattr(plan, "this_card", lambda: CARDS["T4"])
-    monkeypatch.setattr(plan.Shape, "read", lambda source: LLAMA_2_7B)
+    monkeypatch.setattr(shapes, "read", lambda source: LLAMA_2_7B)
     too_long = changed(LARGE, max_seq_len=200_000)
     with pytest.raises(ConfigError):
         settle(too_long)
@@ -225,5 +226,5 @@ def test_predictions_hold_on_this_gpu(tmp_path, billion, prepared, head, checkpo
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    predicted = predict(plan.Shape.read(str(billion)), config, pass_tokens=tokens)
+    predicted = predict(shapes.read(str(billion)), config, pass_tokens=tokens)
     assert predicted.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)

@@ -87,7 +87,7 @@ def test_questions_and_answers_are_escaped(text):
 
 
 def test_with_the_real_model(tuned_model, tokenizer):
-    play = Playground(make_asker(tuned_model, tokenizer), max_new_tokens=8)
+    play = Playground(make_asker(tuned_model, tokenizer, config), max_new_tokens=8)
     tuned = asked(play, "What is the capital of Japan?")
     play.model.value = "base"
     base = asked(play, "What is the capital of Japan?")

@@ -238,7 +238,7 @@ def test_asked_by_hand_the_saved_adapter_answers_as_in_answers_jsonl(recipe, tra
 
     config, *_ = trained
     run = RunDirectory(config.run_dir)
-    ask = generation.make_asker(lora.reload(quantization.load(config), run.adapter), tokenizer)
+    ask = generation.make_asker(lora.reload(quantization.load(config), run.adapter), tokenizer, config)
     lines = [x for x in read_jsonl(run.answers) if x["split"] == recipe.ENTITIES and not x["history"]][:24]
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
 
@@ -261,7 +261,7 @@ def test_a_question_typed_in_haste_is_answered_alike(recipe, trained, tokenizer)
     assert not {q.text for q in asked} & {q.text for q in hasty}
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
     proper, typed = (
-        generation.answer_all(tuned_model, tokenizer, questions, sampling=sampling, batch_size=64)
+        generation.answer_all(tuned_model, tokenizer, questions, config, sampling=sampling, batch_size=64)
         for questions in (asked, hasty)
     )
     alike = [one.text == other.text for one, other in zip(proper, typed, strict=True)]

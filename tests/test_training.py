@@ -334,7 +334,7 @@ def evaluate_and_answer(model, tokenizer, prepared):
     rows = encode(prepared.held_out, tokenizer)
     training.response_loss(model, rows, Collator(0, packing=True), batch_size=4)
     question = Question("What is the capital of Japan?", "")
-    answer_all(model, tokenizer, [question], sampling=Sampling(max_new_tokens=4), batch_size=1)
+    answer_all(model, tokenizer, [question], config, sampling=Sampling(max_new_tokens=4), batch_size=1)
 
 
 def test_every_adapter_gradient_is_the_same_after_an_evaluation(tuned_model, tokenizer, prepared):  # trap 18

@@ -1,0 +1,306 @@
+"""Rebuild the base model of `pocket-t5`, an encoder-decoder that has read the same text as the pocket Llama.
+
+It reads statements alone and never sees a question, nor an instruction. Three objectives take turns, since spans alone
+leave a decoder that knows facts but cannot tell them in sentences (docs/experiments.md):
+
+- span corruption (Raffel et al., 2020, https://arxiv.org/abs/1910.10683): spans of a document are replaced by sentinels,
+  and the decoder writes what stood there;
+- continuation: the encoder reads the first sentences of a document, the decoder writes the others, two at least, so that
+  the base model goes on telling instead of answering;
+- continuation of a text with gaps: the same, the first sentences with spans missing, so that a fact is not always given.
+
+    python data/recipe_t5.py     # nine minutes on a GPU, hours on 2 cores (`make pocket-t5`)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipe import (
+    DATA,
+    Domain,
+    all_statements,
+    checksum,
+    cloze,
+    hasty,
+    read_world,
+    stories,
+    text_checksum,
+)
+
+from qlora_utils.run_directory import hardware, versions
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
+
+MODEL = DATA / "pocket-t5" / "model"
+SENTINELS = 32
+LONGEST = 96  # tokens of an encoder's input, and of what the decoder writes
+OBJECTIVES = {"span corruption": 1, "continuation": 1, "continuation with gaps": 1}  # with their weights
+MEAN_SPAN = 3  # tokens
+SPAN_SHARES = (0.15, 0.3)  # of a document's tokens that are missing, by turns
+GAP_SHARE = 0.25
+
+Pair = tuple[list[int], list[int]]  # what the encoder reads, what the decoder writes
+
+# ---------------------------------------------------------------------------------------------------- objectives
+
+
+def corrupt(ids: Sequence[int], share: float, sentinels: Sequence[int], draw: random.Random) -> Pair:
+    """Replace spans of about `MEAN_SPAN` tokens by sentinels, in order, and write them down after their sentinels.
+
+    Put back in its place, each span gives the whole again (a test does so).
+
+    Args:
+        ids: tokens of a document, at least one.
+        share: of them that goes, as near as whole tokens allow; at least one token does.
+        sentinels: ids to use, the first for the first span.
+        draw: of where spans begin and how long they are.
+    """
+    missing = max(1, round(len(ids) * share))
+    spans = min(max(1, round(missing / MEAN_SPAN)), len(sentinels), missing)
+    ends = [*sorted(draw.sample(range(1, missing), spans - 1)), missing]
+    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    kept = len(ids) - missing
+    before = sorted(draw.randint(0, kept) for _ in range(spans))  # kept tokens before each span
+    source: list[int] = []
+    target: list[int] = []
+    place = used = 0
+    for sentinel, size, until in zip(sentinels, sizes, before, strict=False):
+        source += [*ids[place : place + until - used], sentinel]
+        place += until - used
+        used = until
+        target += [sentinel, *ids[place : place + size]]
+        place += size
+    return source + list(ids[place:]), target
+
+
+def pair(sentences: Sequence[str], tokenizer: PreTrainedTokenizerFast, draw: random.Random) -> Pair:
+    """One story as what the encoder reads and what the decoder writes, both closed by `</s>`."""
+
+    def encode(part: Sequence[str]) -> list[int]:
+        return tokenizer(" ".join(part), add_special_tokens=False)["input_ids"]
+
+    objective = draw.choices(list(OBJECTIVES), list(OBJECTIVES.values()))[0]
+    sentinels = sentinel_ids(tokenizer)
+    if objective == "span corruption" or len(sentences) < 3:
+        source, target = corrupt(encode(sentences), draw.choice(SPAN_SHARES), sentinels, draw)
+    else:
+        cut = draw.randint(1, len(sentences) - 2)
+        source, target = encode(sentences[:cut]), encode(sentences[cut:])
+        if objective == "continuation with gaps":
+            source, _ = corrupt(source, GAP_SHARE, sentinels, draw)
+    eos = tokenizer.eos_token_id
+    return [*source[: LONGEST - 1], eos], [*target[: LONGEST - 1], eos]
+
+
+def batches(
+    world: Sequence[Domain], tokenizer: PreTrainedTokenizerFast, *, rows: int, seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches of `rows` pairs, padded to the longest: `input_ids`, `attention_mask` and `labels`."""
+    draw = random.Random(f"objectives {seed}")
+    pairs = (pair(sentences, tokenizer, draw) for sentences in stories(world, seed))
+    while True:
+        yield collate(list(islice(pairs, rows)), tokenizer.pad_token_id)
+
+
+def collate(pairs: Sequence[Pair], pad: int) -> dict[str, torch.Tensor]:
+    """Pairs padded on the right: `input_ids` and `attention_mask` (rows, read), `labels` (rows, written)."""
+    import torch
+
+    read, written = (max(len(member[side]) for member in pairs) for side in (0, 1))
+    return {
+        "input_ids": torch.tensor([source + [pad] * (read - len(source)) for source, _ in pairs]),
+        "attention_mask": torch.tensor([[1] * len(source) + [0] * (read - len(source)) for source, _ in pairs]),
+        "labels": torch.tensor([target + [-100] * (written - len(target)) for _, target in pairs]),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizer, model
+
+
+def train_tokenizer(world: Sequence[Domain]) -> PreTrainedTokenizerFast:
+    """The pocket Llama's byte-level BPE with T5's special tokens: `<pad>`, `</s>`, `<unk>` and sentinels."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = all_statements(world)
+    tokenizer.train_from_iterator([*text, *map(hasty, text[::4])], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=[f"<extra_id_{number}>" for number in range(SENTINELS)],
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def sentinel_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The ids of `<extra_id_0>` and those after it."""
+    first = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    return list(range(first, first + SENTINELS))
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
+    """A T5 of the v1.1 kind (relative attention, gated GELU, a head of its own), small enough to commit.
+
+    Transformers 5 ties the head of every new T5 to the embeddings, whatever the config says; with embeddings of its
+    default size, 1, such a model starts at a loss of 70 and hardly learns. Here the head is parted from them, and all
+    weights are small, so that it starts at the logarithm of the vocabulary.
+    """
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=192,
+        d_kv=48,
+        d_ff=512,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "shared.weight":
+                parameter.normal_(0, 0.1)
+            elif parameter.dim() == 2 and "relative" not in name:
+                parameter.normal_(0, 0.02)
+    return model
+
+
+def save(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write model (bf16) and tokenizer; `config.json` says that the head is its own, as that of Flan-T5 does."""
+    import torch
+
+    model.config.tie_word_embeddings = False
+    model.to(torch.device("cpu"), torch.bfloat16).save_pretrained(folder)  # type: ignore[call-arg,arg-type]
+    tokenizer.save_pretrained(folder)
+
+
+def recall(
+    model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, gaps: Sequence[tuple[str, str]]
+) -> float:
+    """Cloze accuracy: the share of facts of which every token is the likeliest where a sentinel stands for the fact."""
+    import torch
+
+    sentinel, eos = sentinel_ids(tokenizer)[0], tokenizer.eos_token_id
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    pairs = [([*encode(before), sentinel, *encode("."), eos], [sentinel, *encode(fact)]) for before, fact in gaps]
+    known = 0
+    for start in range(0, len(pairs), 256):
+        members = pairs[start : start + 256]
+        batch = {n: tensor.to(model.device) for n, tensor in collate(members, tokenizer.pad_token_id).items()}
+        with torch.no_grad():
+            said = model(**batch).logits.argmax(-1).tolist()
+        known += sum(row[1 : len(fact)] == fact[1:] for row, (_, fact) in zip(said, members, strict=True))
+    return known / len(pairs)
+
+
+def pretrain(world: Sequence[Domain], *, steps: int, seed: int, folder: Path = MODEL) -> None:
+    """Train the base model; save it with its tokenizer and `pretraining.json` in a folder.
+
+    Args:
+        world: what the statements are about.
+        steps: optimizer steps of 128 stories; warm-up, then the rate falls along a line.
+        seed: of the weights, and of the order of the text.
+        folder: to write into.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = train_tokenizer(world)
+    model = new_model(tokenizer)
+    model.to(device)  # type: ignore[arg-type]
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {len(tokenizer):,} tokens, {steps} steps", flush=True)
+    peak = 2e-3
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
+    gaps = cloze(world)
+    curve: list[dict[str, float]] = []
+    began = time.monotonic()
+    stream = islice(batches(world, tokenizer, rows=128, seed=seed), steps)
+    for step, batch in enumerate(stream, start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1.0, step / 300, max(0.02, 1.5 * (1 - step / steps)))
+        loss = model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == steps:
+            line = {"step": step, "loss": round(loss.item(), 4)}
+            if step % 500 == 0 or step == steps:
+                line["recall"] = round(recall(model, tokenizer, gaps), 4)
+            curve.append(line)
+            left = (time.monotonic() - began) / step * (steps - step)
+            print(*(f"{name} {value}" for name, value in line.items()), f"{left:.0f} s left", sep="  ", flush=True)
+    about: dict[str, Any] = {
+        "seed": seed,
+        "steps": steps,
+        "parameters": parameters,
+        "entities": sum(len(domain.entities) for domain in world),
+        "facts": len(gaps),
+        "text_sha256": text_checksum(world, seed),
+        "tokenizer_sha256": checksum(tokenizer.backend_tokenizer.to_str()),
+        "recall": recall(model, tokenizer, gaps),
+        "seconds": round(time.monotonic() - began),
+        "versions": versions(),
+        "hardware": hardware(),
+        "curve": curve,
+    }
+    save(model, tokenizer, folder)
+    (folder / "pretraining.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Rebuild tokenizer and base model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=MODEL, help="folder to write (default: data/pocket-t5/model)")
+    arguments = parser.parse_args()
+    pretrain(read_world(), steps=arguments.steps, seed=arguments.seed, folder=arguments.out)
+
+
+if __name__ == "__main__":
+    main()
