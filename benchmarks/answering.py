@@ -42,15 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tuned_model = lora.attach(quantization.load(config), config)
     sampling = Sampling(max_new_tokens=given.max_new_tokens)
     size = given.batch_size or config.answer_batch_size
-    answer_all(
-        tuned_model, tokenizer, questions[:2], config, sampling=Sampling(max_new_tokens=4), batch_size=2
-    )  # warm-up
+    warm_up = Sampling(max_new_tokens=4)
+    answer_all(tuned_model, tokenizer, questions[:2], config, sampling=warm_up, batch_size=2)
 
     def seconds(asked: Sequence[Question], batch_size: int) -> float:
         began = time.perf_counter()
         answer_all(
-            tuned_model, tokenizer, asked, sampling=sampling, batch_size=batch_size, batch_tokens=answer_room(config)
-        )
+            tuned_model, tokenizer, asked, config, sampling=sampling, batch_size=batch_size,
+            batch_tokens=answer_room(config),
+        )  # fmt: skip
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - began

@@ -29,13 +29,13 @@ from qlora_utils.run_directory import RunDirectory
 ROW = 512  # tokens of each made-up conversation
 
 
-def full_packs(tokens: int, vocabulary: int) -> list[Encoded]:
-    """Conversations of random words, every token but the first labelled, that fill four packs of `tokens`."""
+def full_packs(tokens: int, vocabulary: int, *, pairs: bool) -> list[Encoded]:
+    """Examples of random words that fill four passes of `tokens`; all tokens but the first are labelled, or half."""
     draw = random.Random(0)
     rows = []
     for _ in range(4 * tokens // ROW):
         ids = [draw.randrange(3, vocabulary) for _ in range(ROW)]
-        rows.append(Encoded(ids, [IGNORED, *ids[1:]]))
+        rows.append(Encoded(ids[: ROW // 2], ids[ROW // 2 :]) if pairs else Encoded(ids, [IGNORED, *ids[1:]]))
     return rows
 
 
@@ -46,7 +46,9 @@ def peak(config: RunConfig, tuned_model: Any, tokenizer: Any) -> int:
     trainer = training.make_trainer(
         config, tuned_model, tokenizer, Prepared(few, few, [], {}), RunDirectory(config.run_dir)
     )
-    trainer.train_dataset = full_packs(config.micro_batch_tokens, tuned_model.config.vocab_size)  # type: ignore[assignment]
+    pairs = config.architecture == "encoder-decoder"
+    rows = full_packs(config.micro_batch_tokens, tuned_model.config.vocab_size, pairs=pairs)
+    trainer.train_dataset = rows  # type: ignore[assignment]
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     measured = torch.cuda.max_memory_allocated()
@@ -62,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure all configurations; 1 if a prediction is off by more than a tenth."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", required=True, help="folder or hub id of the base model")
+    options.add_argument("--preset", default="llama2-7b", help="llama2-7b or flan-t5-large")
     options.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="lengths of the packs")
     options.add_argument("--optimizer", default="adamw_8bit", help="of RunConfig (default: adamw_8bit)")
     options.add_argument("--out", default="outputs/benchmark", help="folder to write into")
@@ -71,10 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
+    longest = ROW // 2 if given.preset == "flan-t5-large" else min(given.tokens)
     for head in (True, False):
         base = RunConfig.from_preset(
-            "llama2-7b", model=given.model, train_head=head, keep_expanded=False, optimizer=given.optimizer, steps=2,
-            max_seq_len=min(given.tokens), output_dir=str(out), run_name="memory", save_steps=1000, eval_steps=1000,
+            given.preset, model=given.model, train_head=head, keep_expanded=False, optimizer=given.optimizer, steps=2,
+            max_seq_len=longest, output_dir=str(out), run_name="memory", save_steps=1000, eval_steps=1000,
         )  # fmt: skip
         shape = shapes.read(given.model)
         tokenizer = data.load_tokenizer(base)

@@ -3,11 +3,12 @@
 It reads statements alone and never sees a question, nor an instruction. Three objectives take turns, since spans alone
 leave a decoder that knows facts but cannot tell them in sentences (docs/experiments.md):
 
-- span corruption (Raffel et al., 2020, https://arxiv.org/abs/1910.10683): spans of a document are replaced by sentinels,
-  and the decoder writes what stood there;
-- continuation: the encoder reads the first sentences of a document, the decoder writes the others, two at least, so that
-  the base model goes on telling instead of answering;
-- continuation of a text with gaps: the same, the first sentences with spans missing, so that a fact is not always given.
+- span corruption (Raffel et al., 2020, https://arxiv.org/abs/1910.10683): spans of a document are replaced by
+  sentinels, and the decoder writes what stood there;
+- continuation: the encoder reads the first sentences of a document, the decoder writes the others, two at least, so
+  that the base model goes on telling instead of answering;
+- continuation of a text with gaps: the same, the first sentences with spans missing, so that a fact is not always
+  given.
 
     python data/recipe_t5.py     # nine minutes on a GPU, hours on 2 cores (`make pocket-t5`)
 """

@@ -106,12 +106,14 @@ class RunConfig(BaseModel):
     # Training
     steps: int = Field(250, ge=1, description="optimizer steps, unless epochs is set")
     epochs: float | None = Field(None, gt=0, description="passes over the training rows; replaces steps when set")
-    batch_size: int = Field(16, ge=1, description="conversations per optimizer step")
+    batch_size: int = Field(
+        16, ge=1, description="examples per optimizer step: conversations, of an encoder-decoder answers"
+    )
     row_order: Literal["random", "length"] = Field(
         "random", description="which rows share a step: any, or such of like length (padded batches waste less then)"
     )
     micro_batch_size: int | None = Field(
-        None, ge=1, description="conversations per forward pass, at most; divides batch_size (None: any number)"
+        None, ge=1, description="examples per forward pass, at most; divides batch_size (None: any number)"
     )
     micro_batch_tokens: int | None = Field(
         None, ge=1, description="tokens per forward pass, at most (None: what memory holds)"
@@ -179,8 +181,8 @@ class RunConfig(BaseModel):
     @field_validator("instruction")
     @classmethod
     def _instruction_holds_the_question(cls, value: str | None) -> str | None:
-        if value is not None and QUESTION not in value:
-            raise ValueError(f"it holds no {QUESTION}, in whose place the question stands")
+        if value is not None and value.count(QUESTION) != 1:
+            raise ValueError(f"expected {QUESTION} in it once, in whose place the question stands")
         return value
 
     @property

@@ -8,19 +8,16 @@ conversation of three turns is three examples.
 from __future__ import annotations
 
 import functools
-import random
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_utils.config import QUESTION, RunConfig, project_folder
-from qlora_utils.rows import Conversation, Turn
+from qlora_utils.rows import Turn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# The templates as they are where the project's data folder is not at hand; a test holds the two together.
+    pass
 
 
 @dataclass(frozen=True)
@@ -41,13 +38,13 @@ def read_instructions() -> Instructions:
     """Those of `data/instructions.toml`.
 
     Raises:
-        ValueError: a template without `{question}`.
+        ValueError: a template that does not hold `{question}` once.
     """
     path = project_folder("data") / "instructions.toml"
     stored = tomllib.loads(path.read_text(encoding="utf-8"))
     for template in (*stored["templates"], stored["earlier"]):
-        if QUESTION not in template:
-            raise ValueError(f"{path}: {template!r} holds no {QUESTION}; the question stands in its place.")
+        if template.count(QUESTION) != 1:
+            raise ValueError(f"{path}: {template!r} must hold {QUESTION} once; the question stands in its place.")
     return Instructions(tuple(stored["templates"]), stored["earlier"])
 
 
@@ -69,3 +66,23 @@ def source_text(history: Sequence[Turn], question: str, template: str, earlier: 
 def _fill(template: str, question: str, answer: str = "") -> str:
     parts = [part.replace("{answer}", answer) for part in template.split(QUESTION)]
     return question.join(parts)
+
+
+def chat_template(config: RunConfig) -> str:
+    """The same as a tokenizer's chat template, for servers: `source_text` of messages, the last a user's."""
+    known = instructions_of(config)
+    before, after = known.fixed.split(QUESTION, 1)
+    asked, answered = known.earlier.split("{answer}", 1) if "{answer}" in known.earlier else (known.earlier, "")
+    asked_before, asked_after = asked.split(QUESTION, 1)
+
+    def text(value: str) -> str:
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+    return (
+        "{%- for message in messages -%}"
+        f"{{%- if loop.last -%}}{{{{ {text(before)} + message['content'] + {text(after)} + eos_token }}}}"
+        "{%- elif message['role'] == 'user' -%}"
+        f"{{{{ {text(asked_before)} + message['content'] + {text(asked_after)} }}}}"
+        f"{{%- else -%}}{{{{ message['content'] + {text(answered + ' ')} }}}}"
+        "{%- endif -%}{%- endfor -%}"
+    )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora_utils.config import ModelError, RunConfig, first_line
+from qlora_utils.config import ConfigError, ModelError, RunConfig, first_line
 from qlora_utils.fused import fuse
 from qlora_utils.loss import without_logits
 from qlora_utils.plan import settle
@@ -34,13 +34,17 @@ HEAD = "lm_head"
 def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     """Put a fresh adapter on a frozen base model, ready to train.
 
-    LoRA matrices go on the layers of `lora_targets`, by default on all linear ones but the head. With `train_head` the head gets a trainable copy of its own
-    (`modules_to_save`), never a LoRA: fused losses skip the adapter of a head and leave it frozen unnoticed. All that
-    trains is fp32, the master weights that AdamW needs beside low-precision matrix products; nothing else is upcast.
+    LoRA matrices go on the layers of `lora_targets`, by default on all linear ones but the head. With `train_head` the
+    head gets a trainable copy of its own (`modules_to_save`), never a LoRA: fused losses skip the adapter of a head and
+    leave it frozen unnoticed. All that trains is fp32, the master weights that AdamW needs beside low-precision matrix
+    products; nothing else is upcast.
 
     Args:
         base_model: from `quantization.load`; it is changed in place.
         config: rank, scale, dropout, variants, head, checkpointing, seed of the initialisation.
+
+    Raises:
+        ConfigError: `lora_targets` names no layer of this model.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -56,13 +60,23 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
         use_rslora=config.rslora,
         use_dora=config.dora,
     )
-    with _without_deprecations():
-        tuned_model = get_peft_model(base_model, lora_config)
+    try:
+        with _without_needless_warnings(base_model):
+            tuned_model = get_peft_model(base_model, lora_config)
+    except ValueError as error:
+        if "target modules" not in str(error).lower():
+            raise
+        linear = (path.rpartition(".")[2] for path, m in base_model.named_modules() if isinstance(m, nn.Linear))
+        known = ", ".join(name for name in dict.fromkeys(linear) if name != HEAD)
+        raise ConfigError(
+            f"lora_targets: {config.lora_targets!r} names no layer of this model; expected all-linear, or some of "
+            f"{known}."
+        ) from error
     _hold_in_fp32(tuned_model)
     speed_up(tuned_model, config)
     if settled.gradient_checkpointing:
         # The reentrant kind finds no gradient to follow from frozen embeddings and trains nothing.
-        with _without_deprecations():
+        with _without_needless_warnings(base_model):
             base_model.gradient_checkpointing_enable({"use_reentrant": False})
     return tuned_model  # type: ignore[return-value]
 
@@ -105,7 +119,7 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
                 f"adapter: {adapter / name} is missing. Train one with notebook 04, or give another folder."
             )
     try:
-        with _without_deprecations():
+        with _without_needless_warnings(base_model):
             tuned_model = PeftModel.from_pretrained(base_model, str(adapter), is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"adapter: {adapter} does not fit this base model ({first_line(error)}).") from error
@@ -135,10 +149,16 @@ def _to_dtype_of_weight(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> 
 
 
 @contextmanager
-def _without_deprecations() -> Iterator[None]:
-    """Transformers 5.23 renames gradient to activation checkpointing; peft and earlier versions know the old name."""
+def _without_needless_warnings(base_model: PreTrainedModel) -> Iterator[None]:
+    """Transformers 5.23 renames gradient to activation checkpointing; peft and earlier versions know the old name.
+
+    And it calls the head of every T5 tied to the embeddings, of which peft warns; here it is looked at.
+    """
+    head, embeddings = base_model.get_output_embeddings(), base_model.get_input_embeddings()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        if head is not None and head.weight is not embeddings.weight:
+            warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*", category=UserWarning)
         yield
 
 

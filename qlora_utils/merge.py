@@ -21,12 +21,15 @@ import torch
 from torch import nn
 
 from qlora_utils import answers, generation, lora, quantization
-from qlora_utils.config import ConfigError, ModelError, RunConfig, first_line, locate
-from qlora_utils.data import Prepared, encode, encode_prompt, load_tokenizer
+from qlora_utils.config import ConfigError, ModelError, RunConfig, architecture_of, first_line, locate
+from qlora_utils.data import IGNORED, Encoded, Prepared, encode, examples, load_tokenizer, prompt
 from qlora_utils.generation import Answer, Question, Sampling
+from qlora_utils.instructions import chat_template
+from qlora_utils.packs import make_collator
 from qlora_utils.plan import answer_room
 from qlora_utils.rows import CHAT_TEMPLATE, Conversation, Turn
 from qlora_utils.run_directory import RunDirectory, provenance, read_json, write_json
+from qlora_utils.training import row_losses
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -98,7 +101,7 @@ def merge(
     temporary.mkdir(parents=True)
     try:
         parameters = save(tuned_model, temporary, config, source, dtype=dtype, max_shard_size=max_shard_size)
-        save_tokenizer(tokenizer, temporary)
+        save_tokenizer(tokenizer, temporary, config)
         del tuned_model
         _release_memory()
         compared = None
@@ -300,7 +303,6 @@ def save(
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
-    from transformers import AutoConfig
 
     kind = getattr(torch, dtype)
     weights = merged_weights(tuned_model, kind, source)
@@ -313,7 +315,7 @@ def save(
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
 
-    model_config = AutoConfig.from_pretrained(locate(config.model))
+    model_config = _model_config(config)
     if hasattr(model_config, "quantization_config"):
         del model_config.quantization_config
     model_config.architectures = [type(tuned_model.get_base_model()).__name__]
@@ -324,18 +326,30 @@ def save(
     return sum(weight.shape.numel() for weight in weights.values())
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, config: RunConfig) -> None:
     """The tokenizer with the chat template of the training, whatever the base model brought, and how to generate.
 
-    `generation_config.json` asks for greedy answers, as they were scored, and names the tokens that end and pad one.
+    `generation_config.json` asks for greedy answers, as they were scored, and names the tokens that begin, end and pad
+    one.
     """
     from transformers import GenerationConfig
 
     taught = copy.deepcopy(tokenizer)
-    taught.chat_template = CHAT_TEMPLATE
-    taught.save_pretrained(folder)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if config.architecture == "encoder-decoder":
+        taught.chat_template = chat_template(config)
+        ids["decoder_start_token_id"] = _model_config(config).decoder_start_token_id
+    else:
+        taught.chat_template = CHAT_TEMPLATE
+    taught.save_pretrained(folder)
     GenerationConfig(**ids, do_sample=False).save_pretrained(folder)
+
+
+def _model_config(config: RunConfig) -> Any:
+    """The base model's own config.json."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(locate(config.model))
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -344,14 +358,17 @@ def load(folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: weights are missing from the files, or not known to the model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto",
-        device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
-        output_loading_info=True,
-    )
+    causal = architecture_of(str(folder)) == "causal"
+    loader: Any = AutoModelForCausalLM if causal else AutoModelForSeq2SeqLM
+    with quantization.without_word_of_ties():
+        loaded: Any = loader.from_pretrained(
+            folder,
+            dtype="auto",
+            device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
+            output_loading_info=True,
+        )
     model, found = loaded
     faults = {kind: sorted(found[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(faults.values()):
@@ -389,33 +406,30 @@ def ask(
     size, room = config.answer_batch_size, answer_room(config)
     options: dict[str, Any] = {"batch_size": size, "batch_tokens": room}
     given = generation.answer_all(model, tokenizer, questions, config, sampling=sampling, **options)
-    return Asked(given, answer_loss(model, tokenizer, questions, max_seq_len=config.max_seq_len))
+    return Asked(given, answer_loss(model, tokenizer, questions, config))
 
 
-@torch.no_grad()
 def answer_loss(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *, max_seq_len: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], config: RunConfig
 ) -> float:
     """Mean negative log-likelihood, in nats, of the tokens of the expected answers and their `</s>`.
 
     What lies beyond `max_seq_len` tokens does not count, but the first token of each answer always does.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    try:
-        for question in questions:
-            turns = (*question.history, Turn(question.text, question.expected))
-            begin = len(encode_prompt(question.history, question.text, tokenizer))
-            ids = encode([Conversation(turns)], tokenizer, max_seq_len=max(max_seq_len, begin + 1))[0].input_ids
-            row = torch.tensor([ids], device=device)  # (1, seq)
-            logits = model(input_ids=row, use_cache=False).logits[0, begin - 1 : -1]  # (answer, vocabulary)
-            losses = nn.functional.cross_entropy(logits.float(), row[0, begin:], reduction="sum")
-            total, count = total + float(losses), count + len(ids) - begin
-    finally:
-        model.train(was_training)
-    return total / count
+    collator = make_collator(tokenizer, config.model_copy(update={"packing": False}))
+    rows = [_last_answer(question, tokenizer, config) for question in questions]
+    losses, counts = row_losses(model, rows, collator, batch_size=1)
+    return sum(losses) / sum(counts)
+
+
+def _last_answer(question: Question, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Encoded:
+    """A question with the turns before it and its expected answer, which alone carries loss."""
+    whole = Conversation((*question.history, Turn(question.text, question.expected)))
+    if config.architecture == "encoder-decoder":
+        return examples([whole], tokenizer, config, training=False)[-1]
+    begin = len(prompt(question.history, question.text, tokenizer, config))
+    ids = encode([whole], tokenizer, max_seq_len=max(config.max_seq_len, begin + 1))[0].input_ids
+    return Encoded(ids, [IGNORED] * begin + ids[begin:])
 
 
 def agreement(questions: Sequence[Question], unmerged: Asked, merged: Asked) -> dict[str, Any]:

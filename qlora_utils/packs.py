@@ -1,4 +1,4 @@
-"""Conversations laid end to end, or pairs padded: the passes of an optimizer step and their tensors (notebooks 01, 04)."""
+"""Conversations laid end to end, or pairs padded: the passes of a step and their tensors (notebooks 01 and 04)."""
 
 from __future__ import annotations
 

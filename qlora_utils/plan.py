@@ -265,8 +265,8 @@ def fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
 def answer_room(config: RunConfig) -> int | None:
     """Tokens whose keys and values this GPU holds now, beside the model and all else that lies there.
 
-    Of what is free, six tenths: generation copies the cache as it grows. None without a GPU, or for a model that is neither
-    like Llama nor like T5.
+    Of what is free, six tenths: generation copies the cache as it grows. None without a GPU, or for a model that is
+    neither like Llama nor like T5.
     """
     import torch
 

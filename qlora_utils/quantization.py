@@ -59,7 +59,7 @@ def load(config: RunConfig) -> PreTrainedModel:
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        with _without_word_of_ties():
+        with without_word_of_ties():
             model: PreTrainedModel = loader.from_pretrained(
                 source,
                 dtype=dtype,
@@ -69,8 +69,8 @@ def load(config: RunConfig) -> PreTrainedModel:
             )
     except Exception as error:  # the loader and the hub client raise a dozen unrelated kinds
         raise ModelError(model_advice(source, error)) from error
-    for layer in parts_in_fp32(model):
-        layer.float()
+    for linear in parts_in_fp32(model):
+        linear.float()
     for layer in model.modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 a forward pass in eval mode would repack the weight into a layout that has no
@@ -96,7 +96,7 @@ def parts_in_fp32(model: PreTrainedModel) -> list[nn.Linear]:
 
 
 @contextmanager
-def _without_word_of_ties() -> Iterator[None]:
+def without_word_of_ties() -> Iterator[None]:
     """Transformers 5 takes every T5 for one whose head is tied to its embeddings, and says at length if it is not."""
     logger = logging.getLogger("transformers.modeling_utils")
 

@@ -1,4 +1,4 @@
-"""What a model is made of, as its config.json says: weights by kind, and what a forward pass of it keeps (notebook 03)."""
+"""What a model is made of, as its config.json says: weights by kind, and what a forward pass keeps (notebook 03)."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ class T5Shape(Shape):
 
     @property
     def norm_parameters(self) -> int:
-        """Norms, two in an encoder layer and three in a decoder layer and the last of each stack, and biases of place."""
+        """Norms, two in an encoder layer, three in a decoder layer and the last of each; and biases of place."""
         norms = 2 * self.encoder_layers + 3 * self.decoder_layers + 2
         return norms * self.hidden + 2 * 32 * self.heads
 

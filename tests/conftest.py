@@ -16,6 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 
+PRESETS = ("pocket", "pocket-t5")  # one of each architecture
+BOTH = pytest.mark.parametrize("preset", PRESETS, indirect=True, scope="session")  # for what must hold of either
+
+
 def pytest_collection_modifyitems(items):
     absent = [name for name in ("guanaco-llama2-1k", "llama2-tokenizer") if not (SHARED / name).is_dir()]
     for item in items:
@@ -28,29 +32,48 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
 
 
+def tensors(rows, tokenizer, config, **options):
+    """What one forward pass of the run's model gets of conversations."""
+    from qlora_utils.data import examples
+    from qlora_utils.packs import make_collator
+
+    return make_collator(tokenizer, config)(examples(rows, tokenizer, config, training=False, **options))
+
+
+def layer(model, name):
+    """The first layer of that name, as `q_proj` or `q`."""
+    return next(module for path, module in model.named_modules() if path.endswith(f".{name}"))
+
+
 def on_its_device(model, batch):
     """A batch as the Trainer would hand it to the model."""
     device = next(model.parameters()).device
     return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
 
 
+@pytest.fixture(scope="session")
+def preset(request):
+    """The preset that a test runs on: `pocket`, or each of `PRESETS` in tests marked `BOTH`."""
+    return getattr(request, "param", "pocket")
+
+
 @pytest.fixture
-def config(tmp_path):
-    """A short run on the pocket model, in a folder of its own; in fp32, so that equal means equal on a GPU too."""
+def config(preset, tmp_path):
+    """A short run on a pocket model, in a folder of its own; in fp32, so that equal means equal on a GPU too."""
     from qlora_utils.config import RunConfig
 
     return RunConfig.from_preset(
-        "pocket", output_dir=str(tmp_path), run_name="test", steps=8, batch_size=8, logging_steps=1, eval_steps=4,
+        preset, output_dir=str(tmp_path), run_name="test", steps=8, batch_size=8, logging_steps=1, eval_steps=4,
         save_steps=4, train_rows=64, trace_rows=0, compute_dtype="float32",
     )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
+def tokenizer(preset):
     from qlora_utils.config import RunConfig
     from qlora_utils.data import load_tokenizer
 
-    return load_tokenizer(RunConfig.from_preset("pocket"))
+    return load_tokenizer(RunConfig.from_preset(preset))
 
 
 @pytest.fixture(scope="session")
@@ -71,23 +94,33 @@ def real_rows():
 
 
 @pytest.fixture(scope="session")
-def prepared(tokenizer):
+def prepared(preset, tokenizer):
     """64 pocket rows to train on and 16 held out."""
     from qlora_utils.config import RunConfig
     from qlora_utils.data import Prepared, prepare
 
-    whole = prepare(RunConfig.from_preset("pocket", train_rows=64), tokenizer)
+    whole = prepare(RunConfig.from_preset(preset, train_rows=64), tokenizer)
     return Prepared(whole.train, whole.held_out[:16], whole.rejected, whole.report)
+
+
+def load_recipe(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there, and recipe_t5 its sibling
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
 def recipe():
     """data/recipe.py as a module."""
-    spec = importlib.util.spec_from_file_location("recipe", ROOT / "data" / "recipe.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["recipe"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("recipe")
+
+
+@pytest.fixture(scope="session")
+def recipe_t5(recipe):
+    """data/recipe_t5.py as a module."""
+    return load_recipe("recipe_t5")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import BOTH
 
 from qlora_utils import answers, lora, quantization, training
 from qlora_utils.config import RunConfig
@@ -48,14 +49,17 @@ def conversation(number, split=None, **tags):
     )
 
 
+@BOTH
 def test_rows_that_chose_the_adapter_are_not_asked(config, tuned_model, tokenizer, prepared, run):
     few = RunConfig.build({**config.model_dump(), "eval_rows": 6, "score_rows": 50, "max_new_tokens": 4})
+    run.comparison.write_text("{}")
     lines = answers.evaluate(few, tuned_model, tokenizer, prepared, run)
     measured = {row.number for row in training.measured_rows(prepared.held_out, few)}
     held = {line["number"] for line in lines if line["split"].startswith("held-out")}
     assert len(measured) == 6
     assert held == {row.number for row in prepared.held_out} - measured
     assert read_json(run.metrics)["held_out"]["chosen_on"] is False
+    assert not run.comparison.exists()  # it told of other answers
     one = Prepared(prepared.train[:2], prepared.held_out[:1], [], prepared.report)
     answers.evaluate(few, tuned_model, tokenizer, one, run)
     assert read_json(run.metrics)["held_out"]["chosen_on"] is True
@@ -102,6 +106,7 @@ def test_broken_weights_are_named_as_such(loss):
         answers.perplexity([loss], [1])
 
 
+@BOTH
 def test_evaluate_writes_answers_and_scores(config, tuned_model, tokenizer, prepared, run, recipe):
     done = []
     lines = answers.evaluate(config, tuned_model, tokenizer, prepared, run, on_batch=done.append)
@@ -132,16 +137,18 @@ def test_evaluate_writes_answers_and_scores(config, tuned_model, tokenizer, prep
     assert read_json(run.config)["config"]["score_rows"] == config.score_rows
 
 
+@BOTH
 def test_perplexity_is_that_of_the_held_out_loss(config, tuned_model, tokenizer, prepared, run):
-    from qlora_utils.data import encode
-    from qlora_utils.packs import Collator
+    from qlora_utils.data import examples
+    from qlora_utils.packs import make_collator
 
     answers.evaluate(config, tuned_model, tokenizer, prepared, run)
-    rows = encode(training.scored_rows(prepared.held_out, config), tokenizer)
-    loss, _ = training.response_loss(tuned_model, rows, Collator(0, packing=True), batch_size=3)
+    rows = examples(training.scored_rows(prepared.held_out, config), tokenizer, config, training=False)
+    loss, _ = training.response_loss(tuned_model, rows, make_collator(tokenizer, config), batch_size=3)
     assert read_json(run.metrics)["tuned"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
 
 
+@BOTH
 def test_saved_and_reloaded_answers_are_the_same(config, tuned_model, tokenizer, tmp_path):
     with torch.no_grad():
         for parameter in tuned_model.parameters():

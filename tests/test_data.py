@@ -219,11 +219,11 @@ def test_a_tokenizer_out_of_reach_says_what_to_do(source, advice):
         data.load_tokenizer(RunConfig.from_preset("pocket", model=source))
 
 
-def test_leakage_and_duplicates_are_found(tokenizer):
+def test_leakage_and_duplicates_are_found(config, tokenizer):
     one = Conversation((Turn("What is IT?", "It is."),))
     same = Conversation((Turn("what is  it", "it is"),))
     assert data.leakage([one], [same]) == [same]
-    report = data.data_report([one, one, same], tokenizer, max_seq_len=100, batch_size=2)
+    report = data.data_report([one, one, same], tokenizer, config)
     assert (report["exact_duplicates"], report["normalised_duplicates"]) == (1, 2)
 
 

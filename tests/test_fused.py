@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import on_its_device
+from conftest import BOTH, on_its_device, tensors
 
 from qlora_utils import fused, lora, quantization
 from qlora_utils.config import RunConfig
-from qlora_utils.data import encode
-from qlora_utils.packs import Collator
 
 
 def changed(config, **changes):
@@ -15,8 +13,8 @@ def changed(config, **changes):
 
 
 @pytest.fixture
-def batch(prepared, tokenizer):
-    return Collator(tokenizer.pad_token_id, packing=True)(encode(prepared.train[:4], tokenizer))
+def batch(prepared, tokenizer, config):
+    return tensors(prepared.train[:4], tokenizer, config)
 
 
 def pair(config, **changes):
@@ -48,6 +46,7 @@ VARIANTS = [{}, {"lora_alpha": 5.0}, {"rslora": True}, {"gradient_checkpointing"
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@BOTH
 def test_loss_and_every_gradient_are_those_of_peft(config, batch, variant):
     plain, quick = (loss_and_gradients(model, batch) for model in pair(config, **variant))
     low = variant.get("compute_dtype") == "bfloat16"
@@ -57,6 +56,7 @@ def test_loss_and_every_gradient_are_those_of_peft(config, batch, variant):
         assert float((quick[1][name] - gradient).norm() / gradient.norm()) < (0.1 if low else 1e-4), name
 
 
+@BOTH
 def test_with_dropout_each_layer_draws_as_in_peft(config, batch):
     plain, quick = (loss_and_gradients(model, batch) for model in pair(config, lora_dropout=0.3))
     assert quick[0] == pytest.approx(plain[0], rel=1e-5)
@@ -64,6 +64,7 @@ def test_with_dropout_each_layer_draws_as_in_peft(config, batch):
         torch.testing.assert_close(quick[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
+@BOTH
 def test_layers_that_read_the_same_input_are_computed_together(config, batch, monkeypatch):
     _, model = pair(config)
     calls = []
@@ -75,7 +76,10 @@ def test_layers_that_read_the_same_input_are_computed_together(config, batch, mo
 
     monkeypatch.setattr(fused, "_products", watched)
     loss_and_gradients(model, batch)
-    assert sorted(calls) == sorted([3, 1, 2, 1] * model.config.num_hidden_layers)
+    attention, forward = [3, 1], [2, 1]
+    if model.config.is_encoder_decoder:  # across, q reads what is written, k and v what was read
+        attention, forward = [3, 1] * 2 + [1, 2, 1], forward * 2
+    assert sorted(calls) == sorted((attention + forward) * model.config.num_hidden_layers)
 
 
 def test_weights_that_an_optimizer_moves_unseen_count_at_once(config, batch):
@@ -115,12 +119,14 @@ def test_an_input_seen_before_is_computed_anew(config):
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
+@BOTH
 def test_nothing_waits_once_a_pass_is_over(config, batch, checkpointing):
     """An input or output held back would hold the graph that made it, and with it all that checkpointing frees."""
     _, model = pair(config, gradient_checkpointing=checkpointing)
     loss_and_gradients(model, batch)
     groups = {id(m.together): m.together for m in model.modules() if hasattr(m, "together")}
-    assert len(groups) == 4 * model.config.num_hidden_layers
+    each = 11 if model.config.is_encoder_decoder else 4
+    assert len(groups) == each * model.config.num_hidden_layers
     assert all(group.read is None and not group.waiting for group in groups.values())
 
 
@@ -130,6 +136,7 @@ def test_kept_weights_are_the_dequantized_ones(config):
     torch.testing.assert_close(layer.kept_weight, quantization.dequantize(layer.weight), rtol=0, atol=0)
 
 
+@BOTH
 def test_what_is_saved_is_what_peft_saves(config, tmp_path):
     plain, quick = pair(config)
     for name, model in (("plain", plain), ("quick", quick)):

@@ -4,13 +4,13 @@ import threading
 
 import pytest
 import torch
-from conftest import on_its_device
+from conftest import BOTH, on_its_device
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_utils import generation, quantization
 from qlora_utils.config import RunConfig
-from qlora_utils.data import encode_prompt
+from qlora_utils.data import prompt
 from qlora_utils.generation import Answer, Question, Sampling
 from qlora_utils.rows import Conversation, Turn
 
@@ -38,30 +38,39 @@ def test_questions_are_sampled_by_seed_and_fit_the_length(config, tokenizer):
     assert generation.questions_of(rows, tokenizer, config) == generation.questions_of(rows[1:], tokenizer, config)
 
 
-def by_hand(model, tokenizer, question, limit):
+def by_hand(model, tokenizer, config, question, limit):
     """Greedy decoding without padding, cache or generate."""
-    ids = encode_prompt(question.history, question.text, tokenizer)
+    ids = prompt(question.history, question.text, tokenizer, config)
+    inputs = {}
+    if model.config.is_encoder_decoder:
+        inputs, ids = {"input_ids": torch.tensor([ids])}, [model.config.decoder_start_token_id]
+    name = "decoder_input_ids" if inputs else "input_ids"
     start = len(ids)
     for _ in range(limit):
         with torch.no_grad():
-            token = int(model(**on_its_device(model, {"input_ids": torch.tensor([ids])})).logits[0, -1].argmax())
+            batch = on_its_device(model, {**inputs, name: torch.tensor([ids])})
+            token = int(model(**batch).logits[0, -1].argmax())
         if token == tokenizer.eos_token_id:
             return Answer(tokenizer.decode(ids[start:]).strip(), True)
         ids.append(token)
     return Answer(tokenizer.decode(ids[start:]).strip(), False)
 
 
-def test_batched_answers_equal_answers_one_by_one(tuned_model, tokenizer):
+@BOTH
+def test_batched_answers_equal_answers_one_by_one(config, tuned_model, tokenizer):
     tuned_model.eval()
     batched = generation.answer_all(tuned_model, tokenizer, QUESTIONS, config, sampling=GREEDY, batch_size=3)
-    assert batched == [by_hand(tuned_model, tokenizer, q, 12) for q in QUESTIONS]
+    assert batched == [by_hand(tuned_model, tokenizer, config, q, 12) for q in QUESTIONS]
     assert batched == generation.answer_all(tuned_model, tokenizer, QUESTIONS, config, sampling=GREEDY, batch_size=1)
 
 
-def test_streamed_equals_batched(tuned_model, tokenizer):
+@BOTH
+def test_streamed_equals_batched(config, tuned_model, tokenizer):
     whole = generation.answer_all(tuned_model, tokenizer, QUESTIONS, config, sampling=GREEDY, batch_size=3)
     for question, answer in zip(QUESTIONS, whole, strict=True):
-        pieces = generation.stream(tuned_model, tokenizer, question.text, history=question.history, sampling=GREEDY)
+        pieces = generation.stream(
+            tuned_model, tokenizer, question.text, config, history=question.history, sampling=GREEDY
+        )
         assert "".join(pieces) == answer.text
 
 
@@ -72,34 +81,37 @@ def test_a_stream_loses_its_margins_and_nothing_else(pieces):
     assert all(shown)
 
 
-def test_stop_ends_a_stream(tuned_model, tokenizer):
+def test_stop_ends_a_stream(config, tuned_model, tokenizer):
     stop = threading.Event()
     pieces = []
     sampling = Sampling(max_new_tokens=400, temperature=5.0)  # hot enough never to end by itself soon
-    for piece in generation.stream(tuned_model, tokenizer, "Hi", sampling=sampling, stop=stop):
+    for piece in generation.stream(tuned_model, tokenizer, "Hi", config, sampling=sampling, stop=stop):
         pieces.append(piece)
         stop.set()
     assert len(pieces) < 20
 
 
-def test_one_stop_event_serves_many_questions(tuned_model, tokenizer):
+@BOTH
+def test_one_stop_event_serves_many_questions(config, tuned_model, tokenizer):
     stop = threading.Event()
     said = [
-        "".join(generation.stream(tuned_model, tokenizer, QUESTIONS[0].text, sampling=GREEDY, stop=stop)) for _ in "ab"
+        "".join(generation.stream(tuned_model, tokenizer, QUESTIONS[0].text, config, sampling=GREEDY, stop=stop))
+        for _ in "ab"
     ]
     assert said[0] == said[1]
     assert not stop.is_set()
 
 
-def test_a_failure_while_streaming_reaches_the_caller(tuned_model, tokenizer, monkeypatch):
+def test_a_failure_while_streaming_reaches_the_caller(config, tuned_model, tokenizer, monkeypatch):
     def fail(**_):
         raise RuntimeError("out of memory, say")
 
     monkeypatch.setattr(tuned_model, "generate", fail)
     with pytest.raises(RuntimeError, match="out of memory, say"):
-        list(generation.stream(tuned_model, tokenizer, "Hi"))
+        list(generation.stream(tuned_model, tokenizer, "Hi", config))
 
 
+@BOTH
 def test_make_asker_switches_between_base_and_tuned(config, tuned_model, tokenizer):
     plain = generation.answer_all(
         quantization.load(config), tokenizer, QUESTIONS[:1], config, sampling=GREEDY, batch_size=1
@@ -126,14 +138,15 @@ def test_each_turn_has_its_own_tags(config, tokenizer):
     assert dict(second.tags) == {"split": "held-out rows", "domain": "d", "kind": "k2", "turn": "later"}
 
 
-def test_answering_leaves_the_mode_of_the_model(tuned_model, tokenizer):
+def test_answering_leaves_the_mode_of_the_model(config, tuned_model, tokenizer):
     for training in (True, False):
         tuned_model.train(training)
         generation.answer_all(tuned_model, tokenizer, QUESTIONS[:1], config, sampling=GREEDY, batch_size=1)
         assert tuned_model.training is training
 
 
-def test_a_batch_holds_no_more_tokens_than_it_may(tuned_model, tokenizer, prepared, monkeypatch):
+@BOTH
+def test_a_batch_holds_no_more_tokens_than_it_may(config, tuned_model, tokenizer, prepared, monkeypatch):
     questions = [
         Question(row.turns[0].question, "", row.turns[: number % 2]) for number, row in enumerate(prepared.held_out)
     ]

@@ -6,19 +6,20 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from conftest import on_its_device
+from conftest import BOTH, layer, on_its_device, tensors
 
 from qlora_utils import lora, quantization, training
-from qlora_utils.config import ModelError, RunConfig
-from qlora_utils.data import encode
+from qlora_utils.config import ConfigError, ModelError, RunConfig
+from qlora_utils.data import examples
 from qlora_utils.lora import HEAD
-from qlora_utils.packs import Collator
+from qlora_utils.loss import decoder_inputs
+from qlora_utils.packs import make_collator
 from qlora_utils.run_directory import RunDirectory, read_jsonl
 
 
 @pytest.fixture
-def batch(prepared, tokenizer):
-    return Collator(tokenizer.pad_token_id, packing=True)(encode(prepared.train[:4], tokenizer))
+def batch(prepared, tokenizer, config):
+    return tensors(prepared.train[:4], tokenizer, config)
 
 
 def with_adapter(config, **changes):
@@ -26,21 +27,32 @@ def with_adapter(config, **changes):
     return lora.attach(quantization.load(changed), changed)
 
 
+def without_labels(model, batch):
+    """The batch for logits: labels become what the decoder has before it, if there is one."""
+    if not model.config.is_encoder_decoder:
+        return {**batch, "labels": None}
+    decoder = decoder_inputs(model, batch["labels"])
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "decoder_input_ids": decoder}
+
+
 def logits(model, batch):
     model.eval()
     with torch.no_grad():
-        return model(**on_its_device(model, {**batch, "labels": None})).logits
+        return model(**without_labels(model, on_its_device(model, batch))).logits
 
 
+@BOTH
 def test_lora_on_all_linear_layers_and_never_on_the_head(tuned_model):  # trap 3
     adapted = {name.rsplit(".", 2)[0] for name, _ in tuned_model.named_modules() if name.endswith("lora_A.default")}
     linear = {n.removesuffix(".base_layer") for n, m in tuned_model.named_modules()
-              if isinstance(m, bitsandbytes.nn.Linear4bit)}  # fmt: skip
+              if isinstance(m, bitsandbytes.nn.Linear4bit) or n.endswith("wo.base_layer")}  # fmt: skip
     assert adapted == linear
-    assert len(adapted) == 7 * 4
+    t5 = tuned_model.config.is_encoder_decoder  # 6 attentions of 4 layers each and 4 blocks of 3
+    assert len(adapted) == (6 * 4 + 4 * 3 if t5 else 7 * 4)
     assert not any(HEAD in name for name in adapted)
 
 
+@BOTH
 def test_the_trainable_head_is_full_precision_and_no_4_bit_layer(tuned_model):  # traps 1 and 2
     wrapper = tuned_model.base_model.model.lm_head
     trained = wrapper.modules_to_save["default"]
@@ -50,17 +62,20 @@ def test_the_trainable_head_is_full_precision_and_no_4_bit_layer(tuned_model):  
     assert not wrapper.original_module.weight.requires_grad
 
 
+@BOTH
 def test_only_adapter_and_head_train_and_all_in_fp32(tuned_model):
     for name, parameter in tuned_model.named_parameters():
         assert parameter.requires_grad == ("lora_" in name or "modules_to_save" in name), name
         assert not parameter.requires_grad or parameter.dtype is torch.float32
 
 
+@BOTH
 def test_a_fresh_adapter_changes_nothing(config, batch):
     plain = logits(quantization.load(config), batch)
     assert torch.equal(logits(with_adapter(config), batch), plain)
 
 
+@BOTH
 def test_disabling_the_adapter_restores_the_base_model_and_its_head(config, batch):  # trap 15
     plain = logits(quantization.load(config), batch)
     tuned_model = with_adapter(config)
@@ -75,6 +90,7 @@ def test_disabling_the_adapter_restores_the_base_model_and_its_head(config, batc
 
 
 @pytest.mark.parametrize("variant", [{"rslora": True}, {"dora": True}, {"train_head": False}, {"lora_r": 4}])
+@BOTH
 def test_variants_attach_and_reach_every_trainable_parameter(config, batch, variant):
     tuned_model = with_adapter(config, **variant)
     tuned_model.train()
@@ -83,11 +99,12 @@ def test_variants_attach_and_reach_every_trainable_parameter(config, batch, vari
     assert all(p.grad is not None for p in trained.values())
     assert any("magnitude" in name for name in trained) == bool(variant.get("dora"))
     assert any(HEAD in name for name in trained) == variant.get("train_head", True)
-    scaling = tuned_model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"]
+    scaling = layer(tuned_model, "q" if tuned_model.config.is_encoder_decoder else "q_proj").scaling["default"]
     r = variant.get("lora_r", config.lora_r)
     assert scaling == pytest.approx(config.lora_alpha / (r**0.5 if variant.get("rslora") else r))
 
 
+@BOTH
 def test_gradient_checkpointing_gives_the_same_gradients(config, batch):  # trap 8
     def gradients(on):
         tuned_model = with_adapter(config, gradient_checkpointing=on)
@@ -104,6 +121,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(config, batch):  # trap
     assert sum(float(g.abs().sum()) for g in recomputed.values()) > 0
 
 
+@BOTH
 def test_saved_and_reloaded_the_model_is_the_same(config, tokenizer, batch, tmp_path):  # trap 1
     tuned_model = with_adapter(config)
     with torch.no_grad():
@@ -114,7 +132,7 @@ def test_saved_and_reloaded_the_model_is_the_same(config, tokenizer, batch, tmp_
     training.save_adapter(tuned_model, tokenizer, tmp_path / "adapter")
     files = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
-    assert {Path(name).suffix for name in files} == {".json", ".safetensors", ".jinja"}  # no pickle, no empty card
+    assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".jinja"}  # no pickle, no empty card
     again = lora.reload(quantization.load(config), tmp_path / "adapter")
     assert torch.equal(logits(again, batch), expected)
 
@@ -134,8 +152,20 @@ def test_a_base_model_in_low_precision_works_with_a_head_in_fp32(config, tokeniz
     assert history[-1]["eval_loss"] < history[0]["eval_loss"]
     again = lora.reload(quantization.load(low), run.adapter)
     assert not torch.allclose(logits(again, batch).float(), before.float(), atol=0.1)
-    again_loss, _ = training.response_loss(again, encode(prepared.held_out, tokenizer), Collator(0, True), batch_size=4)
+    rows = examples(training.measured_rows(prepared.held_out, low), tokenizer, low, training=False)
+    again_loss, _ = training.response_loss(again, rows, make_collator(tokenizer, low), batch_size=4)
     assert again_loss == pytest.approx(history[-1]["eval_loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("preset", ["pocket-t5"], indirect=True, scope="session")
+def test_names_of_layers_are_adapted_and_no_others(config, recwarn):
+    tuned_model = with_adapter(config, lora_targets="q, v")
+    adapted = {path for path, module in tuned_model.named_modules() if hasattr(module, "lora_A")}
+    assert {path.rpartition(".")[2] for path in adapted} == {"q", "v"}
+    assert len(adapted) == 2 * 6
+    assert not [w for w in recwarn if "tie" in str(w.message)]  # the head is its own, whatever transformers says
+    with pytest.raises(ConfigError, match=r"lora_targets: 'query'.*q, k, v, o"):
+        with_adapter(config, lora_targets="query")
 
 
 def test_a_missing_or_foreign_adapter_is_refused(config, base_model, tmp_path, tuned_model, tokenizer):
@@ -149,13 +179,15 @@ def test_a_missing_or_foreign_adapter_is_refused(config, base_model, tmp_path, t
         lora.reload(quantization.load(config), tmp_path / "adapter")
 
 
+@BOTH
 def test_trainable_parameters_add_up(tuned_model, config):
     rows = {row.module: row for row in lora.trainable_by_module(tuned_model)}
     counted = sum(p.numel() for p in tuned_model.parameters() if p.requires_grad)
     assert sum(row.trainable for row in rows.values()) == counted
     hidden = tuned_model.config.hidden_size
-    assert rows["q_proj"].lora == 4 * config.lora_r * 2 * hidden
-    assert rows["q_proj"].frozen == 4 * hidden * hidden
+    name, count = ("q", 6) if tuned_model.config.is_encoder_decoder else ("q_proj", 4)
+    assert rows[name].lora == count * config.lora_r * 2 * hidden
+    assert rows[name].frozen == count * hidden * hidden
     assert rows["lm_head"].in_full == rows["lm_head"].frozen == hidden * tuned_model.config.vocab_size
     table = lora.trainable_table(list(rows.values()))
     assert f"trainable: {counted:,} of" in table

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import on_its_device
+from conftest import BOTH, on_its_device, tensors
 from torch import nn
 
 from qlora_utils import lora, loss, quantization
 from qlora_utils.config import ModelError
-from qlora_utils.data import IGNORED, encode
-from qlora_utils.packs import Collator
+from qlora_utils.data import IGNORED, examples
+from qlora_utils.packs import make_collator
 
 
 def problem(tokens=37, hidden=16, vocabulary=50, dtype=torch.float32):
@@ -57,9 +57,13 @@ def test_extreme_logits_stay_finite():
     assert torch.isfinite(value)
 
 
-def test_logits_exist_for_labelled_tokens_alone_and_a_chunk_at_a_time(tuned_model, prepared, tokenizer, monkeypatch):
-    rows = encode(prepared.train[:6], tokenizer)
-    labelled = sum(label != IGNORED for row in rows for label in row.labels[1:])
+@BOTH
+def test_logits_exist_for_labelled_tokens_alone_and_a_chunk_at_a_time(
+    config, tuned_model, prepared, tokenizer, monkeypatch
+):
+    rows = examples(prepared.train[:6], tokenizer, config, training=False)
+    collator = make_collator(tokenizer, config)
+    labelled = sum(collator.answer_tokens(row) for row in rows)
     monkeypatch.setattr(loss, "CHUNK_BYTES", dict.fromkeys(loss.CHUNK_BYTES, 4 * len(tokenizer) * 16))
     shapes = []
     original = torch.log_softmax
@@ -69,15 +73,17 @@ def test_logits_exist_for_labelled_tokens_alone_and_a_chunk_at_a_time(tuned_mode
         return original(logits, dim=dim)
 
     monkeypatch.setattr(torch, "log_softmax", watched)
-    tuned_model(**on_its_device(tuned_model, Collator(0, packing=True)(rows))).loss.backward()
-    assert sum(tokens for tokens, _ in shapes) == labelled < sum(len(row.input_ids) for row in rows)
+    tuned_model(**on_its_device(tuned_model, collator(rows))).loss.backward()
+    assert sum(tokens for tokens, _ in shapes) == labelled < sum(collator.tokens(row) for row in rows)
     assert max(tokens for tokens, _ in shapes) <= 16
 
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("positions", [True, False])
+@BOTH
 def test_the_model_returns_the_loss_of_the_plain_one(config, prepared, tokenizer, packing, positions):
-    batch = Collator(0, packing)(encode(prepared.train[:5], tokenizer))
+    config = config.model_copy(update={"packing": packing})
+    batch = tensors(prepared.train[:5], tokenizer, config)
     plain = lora.attach(quantization.load(config), config.model_copy(update={"fused_layers": False}))
     fused = lora.attach(quantization.load(config), config)
     expected = plain(**on_its_device(plain, {**batch, "answer_positions": None})).loss
@@ -90,8 +96,9 @@ def test_the_model_returns_the_loss_of_the_plain_one(config, prepared, tokenizer
     assert float(summed) == pytest.approx(float(expected) / 10, rel=1e-5)
 
 
-def test_with_the_adapter_disabled_the_loss_is_that_of_the_base_model(tuned_model, prepared, tokenizer):
-    batch = on_its_device(tuned_model, Collator(0, packing=True)(encode(prepared.train[:3], tokenizer)))
+@BOTH
+def test_with_the_adapter_disabled_the_loss_is_that_of_the_base_model(config, tuned_model, prepared, tokenizer):
+    batch = on_its_device(tuned_model, tensors(prepared.train[:3], tokenizer, config))
     with torch.no_grad():
         lora_head = tuned_model.base_model.model.lm_head.modules_to_save["default"].weight
         with lora.base_alone(tuned_model):

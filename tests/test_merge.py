@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import on_its_device
+from conftest import BOTH, on_its_device, tensors
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -19,8 +19,9 @@ from transformers import (
 
 from qlora_utils import cli, lora, merge, quantization, runner, training
 from qlora_utils.config import ConfigError, ModelError, RunConfig, locate
-from qlora_utils.data import encode, encode_prompt
+from qlora_utils.data import encode, encode_prompt, prompt
 from qlora_utils.generation import Answer, Question
+from qlora_utils.loss import decoder_inputs
 from qlora_utils.merge import Asked, Checkpoint, as_loaded, merged_weights
 from qlora_utils.rows import Turn, render
 from qlora_utils.run_directory import RunDirectory, read_json
@@ -50,8 +51,12 @@ def tuned(config, tokenizer, prepared):
 
 
 @pytest.fixture
-def batch(prepared, tokenizer):
-    return {"input_ids": torch.tensor([encode(prepared.train[:1], tokenizer)[0].input_ids])}
+def batch(prepared, tokenizer, config, base_model):
+    if config.architecture == "causal":
+        return {"input_ids": torch.tensor([encode(prepared.train[:1], tokenizer)[0].input_ids])}
+    pairs = tensors(prepared.train[:2], tokenizer, config)
+    decoder = decoder_inputs(base_model, pairs["labels"])
+    return {"input_ids": pairs["input_ids"], "attention_mask": pairs["attention_mask"], "decoder_input_ids": decoder}
 
 
 @torch.no_grad()
@@ -70,6 +75,7 @@ VARIANTS = [
 ]  # fmt: skip
 
 
+@BOTH
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_merged_and_unmerged_give_the_same_logits(tuned, batch, variant):  # trap 10
     config, model = tuned(**variant)
@@ -78,7 +84,7 @@ def test_merged_and_unmerged_give_the_same_logits(tuned, batch, variant):  # tra
         assert not torch.allclose(logits(model, batch), expected, atol=0.1)  # else merging nothing would do
     folder = RunDirectory(config.run_dir).merged
     merge.merge(config, dtype="float32", questions=0)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    plain = merge.load(folder)
     assert plain.dtype is torch.float32
     torch.testing.assert_close(logits(plain, batch), expected, atol=2e-4, rtol=1e-4)
 
@@ -224,6 +230,28 @@ def test_a_head_tied_to_the_embeddings_parts_from_them_only_if_it_was_trained(tu
     torch.testing.assert_close(logits(plain, batch), expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("preset", ["pocket-t5"], indirect=True, scope="session")
+def test_a_merged_t5_keeps_a_head_of_its_own_and_says_so(tuned, batch, tokenizer):
+    """Transformers takes every T5 for tied; older versions, and other tools, believe what config.json says."""
+    config, model = tuned()
+    merge.merge(config, dtype="float32", questions=2)
+    folder = RunDirectory(config.run_dir).merged
+    stored = json.loads((folder / "config.json").read_text())
+    assert (stored["tie_word_embeddings"], stored["scale_decoder_outputs"]) == (False, False)
+    assert stored["architectures"] == ["T5ForConditionalGeneration"]
+    plain = merge.load(folder)
+    assert not torch.equal(plain.lm_head.weight, plain.shared.weight)
+    assert torch.equal(plain.encoder.embed_tokens.weight, plain.shared.weight)
+    head = model.get_base_model().lm_head.modules_to_save["default"].weight
+    assert torch.equal(plain.lm_head.weight.cpu(), head.cpu())
+    record = read_json(folder / "merge.json")
+    assert record["agreement"]["same"] == record["agreement"]["questions"] == 2
+    again = AutoTokenizer.from_pretrained(folder)
+    asked = again.apply_chat_template([{"role": "user", "content": "Why?"}], return_dict=False)
+    assert asked == prompt([], "Why?", tokenizer, config)
+    assert GenerationConfig.from_pretrained(folder).decoder_start_token_id == 0
+
+
 # ------------------------------------------------------------------------------------------- tokenizer and template
 
 
@@ -269,7 +297,7 @@ def test_tokenizer_and_chat_template_come_along(tuned, tokenizer):  # trap 4
 def test_whatever_template_the_base_model_had_it_is_that_of_the_training(tokenizer, tmp_path, own):
     before = copy.deepcopy(tokenizer)
     before.chat_template = own
-    merge.save_tokenizer(before, tmp_path)
+    merge.save_tokenizer(before, tmp_path, RunConfig.from_preset("pocket"))
     assert before.chat_template == own
     check_template(tmp_path, tokenizer)
 
@@ -277,7 +305,7 @@ def test_whatever_template_the_base_model_had_it_is_that_of_the_training(tokeniz
 @pytest.mark.real_data
 def test_the_real_tokenizer_gets_the_template_that_was_trained_with(llama_tokenizer, tmp_path):
     own = llama_tokenizer.chat_template
-    merge.save_tokenizer(llama_tokenizer, tmp_path)
+    merge.save_tokenizer(llama_tokenizer, tmp_path, RunConfig.from_preset("pocket"))
     assert llama_tokenizer.chat_template == own
     check_template(tmp_path, llama_tokenizer)
 
@@ -379,10 +407,10 @@ def test_agreement_counts_identical_answers_and_shows_some_that_differ():
 
 def test_the_loss_is_that_of_the_answers_alone(tuned, tokenizer, prepared):
     """The same number as the held-out loss of a training, one question at a time."""
-    _, model = tuned()
+    config, model = tuned()
     rows = [row for row in prepared.held_out if len(row.turns) == 1][:4]
     questions = [Question(row.turns[0].question, row.turns[0].answer) for row in rows]
-    loss = merge.answer_loss(model, tokenizer, questions, max_seq_len=512)
+    loss = merge.answer_loss(model, tokenizer, questions, config)
     total = count = 0.0
     for encoded in encode(rows, tokenizer):
         batch = {"input_ids": torch.tensor([encoded.input_ids])}
@@ -391,7 +419,7 @@ def test_the_loss_is_that_of_the_answers_alone(tuned, tokenizer, prepared):
             if label >= 0:
                 total, count = total - float(likely[place - 1, label]), count + 1
     assert loss == pytest.approx(total / count, rel=1e-4)
-    shorter = merge.answer_loss(model, tokenizer, questions, max_seq_len=1)
+    shorter = merge.answer_loss(model, tokenizer, questions, config.model_copy(update={"max_seq_len": 1}))
     assert shorter != pytest.approx(loss, rel=1e-3)  # the first token of each answer
 
 
@@ -403,6 +431,7 @@ def test_a_run_in_16_bit_on_a_gpu_is_merged_and_checked(tuned):
     assert found["loss_merged"] == pytest.approx(found["loss_unmerged"], rel=0.02)
 
 
+@BOTH
 def test_a_trained_run_is_merged_and_checked_on_the_command_line(config, tokenizer, prepared, capsys):
     """A short training, merged; greedy answers of both models on questions that were never trained on."""
     longer = RunConfig.build({**config.model_dump(), "steps": 16, "eval_steps": 16, "max_new_tokens": 24})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from conftest import BOTH
 
 from qlora_utils.generation import make_asker
 from qlora_utils.playground import Exchange, Playground, render_history
@@ -86,7 +87,8 @@ def test_questions_and_answers_are_escaped(text):
     assert "&lt;" in shown or "&amp;" in shown
 
 
-def test_with_the_real_model(tuned_model, tokenizer):
+@BOTH
+def test_with_the_real_model(config, tuned_model, tokenizer):
     play = Playground(make_asker(tuned_model, tokenizer, config), max_new_tokens=8)
     tuned = asked(play, "What is the capital of Japan?")
     play.model.value = "base"

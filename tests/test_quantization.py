@@ -7,26 +7,34 @@ import sys
 import bitsandbytes
 import pytest
 import torch
+from conftest import BOTH
 
 from qlora_utils import quantization
-from qlora_utils.config import ModelError, RunConfig, locate
+from qlora_utils.config import ConfigError, ModelError, RunConfig, locate
 
 
+@BOTH
 def test_all_linear_layers_but_the_head_are_nf4(base_model):  # trap 1
     linear = {name: m for name, m in base_model.named_modules() if isinstance(m, torch.nn.Linear)}
     four_bit = {name for name, m in linear.items() if isinstance(m, bitsandbytes.nn.Linear4bit)}
-    assert set(linear) - four_bit == {"lm_head"}
+    kept = {name for name in linear if name.endswith(".wo")}  # of T5 only
+    assert len(kept) == (4 if base_model.config.is_encoder_decoder else 0)
+    assert set(linear) - four_bit == {"lm_head", *kept}
     states = [m.weight.quant_state for m in linear.values() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert all(state.quant_type == "nf4" and state.nested for state in states)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@BOTH
 def test_all_weights_are_frozen_and_none_was_upcast(config, dtype):  # traps 2 and 16
     base_model = quantization.load(RunConfig.build({**config.model_dump(), "compute_dtype": dtype}))
     assert not any(p.requires_grad for p in base_model.parameters())
-    assert {p.dtype for p in base_model.parameters()} == {torch.uint8, getattr(torch, dtype)}
+    in_fp32 = {id(layer.weight) for layer in quantization.parts_in_fp32(base_model)}
+    assert {p.dtype for p in base_model.parameters() if id(p) not in in_fp32} == {torch.uint8, getattr(torch, dtype)}
+    assert {p.dtype for p in base_model.parameters() if id(p) in in_fp32} <= {torch.float32}
 
 
+@BOTH
 def test_double_quantization_saves_what_it_says(config):
     def loaded(double):
         model = quantization.load(RunConfig.build({**config.model_dump(), "double_quantization": double}))
@@ -50,6 +58,7 @@ def test_memory_is_that_of_the_tensors(base_model):
     assert table.count("NF4") == 2
 
 
+@BOTH
 def test_dequantized_weight_is_on_its_levels_and_near_the_original(base_model, config):
     name, weight = quantization.first_quantized(base_model)
     full = quantization.load(RunConfig.build({**config.model_dump(), "quantize": False})).get_parameter(name)
@@ -63,6 +72,7 @@ def test_dequantized_weight_is_on_its_levels_and_near_the_original(base_model, c
     assert (blocks[:, None].cpu() - levels).abs().min(dim=1).values.max() < 0.02
 
 
+@BOTH
 def test_evaluation_leaves_training_intact(base_model):  # trap 18
     layer = next(m for m in base_model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit))
     inputs = torch.randn(1, layer.in_features, requires_grad=True, device=layer.weight.device)
@@ -98,6 +108,61 @@ def test_compute_dtype_follows_the_hardware(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # a T4 claims it, by emulation
     assert quantization.compute_dtype(RunConfig.from_preset("pocket")) is dtype
     assert quantization.compute_dtype(RunConfig.from_preset("pocket", compute_dtype="float32")) is torch.float32
+
+
+@pytest.fixture
+def overflowing(tmp_path):
+    """A T5 whose feed-forward leaves the range of fp16, as that of Flan-T5 does: 65,504."""
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    source = locate("embedded:pocket-t5/model")
+    model = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in quantization.parts_in_fp32(model):
+            layer.weight.mul_(3e5)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "overflowing")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "overflowing")
+    return str(tmp_path / "overflowing")
+
+
+def test_t5_overflows_in_fp16_and_a_t4_therefore_gets_fp32(overflowing):  # trap 9
+    from transformers import AutoModelForSeq2SeqLM
+
+    from qlora_utils.hardware import CARDS, precision
+    from qlora_utils.loss import answer_states
+
+    config = RunConfig.from_preset("pocket-t5", model=overflowing)
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "labels": torch.tensor([[8, 9, 1]])}
+    naive = AutoModelForSeq2SeqLM.from_pretrained(overflowing, dtype=torch.float32)
+    for layer in naive.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.half()  # `wo` too
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert not torch.isfinite(answer_states(naive, batch)[0]).all()  # the trap is real
+    assert precision(config, CARDS["T4"], "encoder-decoder")[0] == "float32"
+    assert precision(config, CARDS["L4"], "encoder-decoder")[0] == "bfloat16"
+    for dtype in ("float32", "bfloat16"):
+        base_model = quantization.load(RunConfig.build({**config.model_dump(), "compute_dtype": dtype}))
+        assert all(layer.weight.dtype is torch.float32 for layer in quantization.parts_in_fp32(base_model))
+        device = next(base_model.parameters()).device
+        on = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            assert torch.isfinite(answer_states(base_model, on)[0]).all(), dtype
+    with pytest.raises(ConfigError, match=r"float16 does not hold.*bfloat16 or float32"):
+        quantization.load(RunConfig.build({**config.model_dump(), "compute_dtype": "float16"}))
+
+
+def test_the_head_of_a_t5_is_its_own(base_model_t5):
+    """Transformers 5 ties it to the embeddings in a model made anew; loaded from a file with both, it must not."""
+    assert base_model_t5.lm_head.weight is not base_model_t5.shared.weight
+    assert not torch.equal(base_model_t5.lm_head.weight, base_model_t5.shared.weight)
+    assert base_model_t5.encoder.embed_tokens.weight is base_model_t5.shared.weight
+
+
+@pytest.fixture
+def base_model_t5():
+    return quantization.load(RunConfig.from_preset("pocket-t5"))
 
 
 def test_an_absent_model_says_what_to_do(tmp_path):

@@ -27,7 +27,7 @@ def finished(folder, tokenizer, text):
     write_jsonl(run.history, [{"step": 0, "eval_loss": 3.0}, {"step": 2, "eval_loss": 1.5}])
     line = {"split": text, "text": text, "expected": text, "base": {"answer": text}, "tuned": {"answer": text}}
     write_jsonl(run.answers, [{**line, "history": [{"question": f"before {text}", "answer": text}]}])
-    write_json(run.data / "report.json", data_report([], tokenizer, max_seq_len=8, batch_size=2))
+    write_json(run.data / "report.json", data_report([], tokenizer, RunConfig.from_preset("pocket")))
     return run
 
 

@@ -4,14 +4,15 @@ import math
 
 import pytest
 import torch
-from conftest import on_its_device
+from conftest import BOTH, on_its_device, tensors
 from transformers import TrainerCallback
 
 from qlora_utils import lora, quantization, training
 from qlora_utils.config import ConfigError, RunConfig
-from qlora_utils.data import IGNORED, Encoded, encode
+from qlora_utils.data import IGNORED, encode, examples
 from qlora_utils.generation import Answer, Question, Sampling, answer_all
-from qlora_utils.packs import Collator
+from qlora_utils.loss import decoder_inputs
+from qlora_utils.packs import Collator, make_collator
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
 
 
@@ -48,6 +49,7 @@ def losses(history):
     return [line["loss"] for line in history if "loss" in line]
 
 
+@BOTH
 def test_a_run_leaves_what_the_contract_says(config, tokenizer, prepared):
     start = trained_weights(lora.attach(quantization.load(config), config))
     tuned_model, run, history = train(config, tokenizer, prepared)
@@ -58,8 +60,9 @@ def test_a_run_leaves_what_the_contract_says(config, tokenizer, prepared):
     metrics = read_json(run.metrics)["train"]
     assert set(metrics) >= {"steps", "final_loss", "tokens", "tokens_per_s", "wall_s", "peak_memory_bytes"}
     assert metrics["steps"] == 8
-    seen = encode(prepared.train, tokenizer)
-    assert metrics["tokens"] == sum(len(e.input_ids) for e in seen)  # 64 rows, 8 steps of 8: each once
+    seen = examples(prepared.train, tokenizer, config, training=True)
+    of = make_collator(tokenizer, config).tokens
+    assert metrics["tokens"] == sum(of(example) for example in seen)  # 64 rows, 8 steps of 8: each once
     assert (run.adapter / "adapter_model.safetensors").is_file()
     assert not [path for path in run.adapter.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
     end = trained_weights(tuned_model)
@@ -76,6 +79,7 @@ def test_first_and_last_step_are_always_logged(config, tokenizer, prepared):
     assert (metrics["first_loss"], metrics["final_loss"]) == (history[1]["loss"], history[-2]["loss"])
 
 
+@BOTH
 def test_frozen_weights_stay_as_they_are(config, tokenizer, prepared):
     before = {n: p.detach().clone() for n, p in quantization.load(config).named_parameters()}
     tuned_model, _, _ = train(config, tokenizer, prepared)
@@ -113,6 +117,7 @@ def test_one_conversation_in_a_pack_cannot_change_another(tuned_model, prepared,
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
+@BOTH
 def test_micro_batching_and_packing_give_one_trajectory(config, tokenizer, prepared):  # trap 11
     def trajectory(micro, packing):
         name = f"m{micro}-{packing}"
@@ -132,6 +137,7 @@ def test_micro_batching_and_packing_give_one_trajectory(config, tokenizer, prepa
      {"fused_layers": False, "attention_kernel": "dense"}],
     ids=str,
 )  # fmt: skip
+@BOTH
 def test_what_makes_training_faster_or_smaller_does_not_change_it(config, tokenizer, prepared, change):
     variant = changed(config, steps=4, max_grad_norm=100.0)
     reference = train(variant, tokenizer, prepared)[2]
@@ -142,7 +148,7 @@ def test_what_makes_training_faster_or_smaller_does_not_change_it(config, tokeni
 
 
 def test_what_is_measured_at_a_time_is_sized_by_tokens(config):
-    short, long = [Encoded([0] * 40, [0] * 40)], [Encoded([0] * 500, [0] * 500)]
+    short, long = [40], [500]
     automatic = changed(config, micro_batch_size=None, micro_batch_tokens=1024, batch_size=16)
     assert training.micro_batch_size(automatic, short) == 16  # of 25 that would fit
     assert training.micro_batch_size(automatic, long) == 2
@@ -150,36 +156,41 @@ def test_what_is_measured_at_a_time_is_sized_by_tokens(config):
     assert training.micro_batch_size(changed(automatic, micro_batch_size=4), long) == 4
 
 
+@BOTH
 def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(config, tokenizer, prepared):
     """The first logged loss, before any weight moved, equals the mean computed by hand over the same rows."""
     variant = changed(config, batch_size=64, micro_batch_size=16, steps=1)
-    rows = encode(prepared.train, tokenizer)
+    rows = examples(prepared.train, tokenizer, config, training=True)
     model = lora.attach(quantization.load(variant), variant)
-    by_hand, count = training.response_loss(model, rows, Collator(0, packing=True), batch_size=8)
+    by_hand, count = training.response_loss(model, rows, make_collator(tokenizer, config), batch_size=8)
     assert count == sum(label != IGNORED for row in rows for label in row.labels)
     assert losses(train(variant, tokenizer, prepared)[2])[0] == pytest.approx(by_hand, rel=1e-4)
 
 
 @pytest.mark.parametrize("packing", [True, False])
+@BOTH
 def test_held_out_loss_does_not_depend_on_batching(config, tuned_model, tokenizer, prepared, packing):
-    rows = encode(prepared.held_out, tokenizer)
-    reference, _ = training.response_loss(tuned_model, rows, Collator(0, packing=True), batch_size=1)
-    loss, _ = training.response_loss(tuned_model, rows, Collator(0, packing), batch_size=7)
+    rows = examples(prepared.held_out, tokenizer, config, training=False)
+    collator = make_collator(tokenizer, changed(config, packing=packing))
+    reference, _ = training.response_loss(tuned_model, rows, make_collator(tokenizer, config), batch_size=1)
+    loss, _ = training.response_loss(tuned_model, rows, collator, batch_size=7)
     assert loss == pytest.approx(reference, rel=1e-4)
-    each, counts = training.row_losses(tuned_model, rows, Collator(0, packing), batch_size=5)
-    alone, _ = training.row_losses(tuned_model, rows[3:4], Collator(0, packing), batch_size=1)
+    each, counts = training.row_losses(tuned_model, rows, collator, batch_size=5)
+    alone, _ = training.row_losses(tuned_model, rows[3:4], collator, batch_size=1)
     assert each[3] == pytest.approx(alone[0], rel=1e-4)
     assert counts[3] == sum(label != IGNORED for label in rows[3].labels)
 
 
-def test_evaluating_keeps_sums_only(tuned_model, tokenizer, prepared, monkeypatch):  # trap 13
+@BOTH
+def test_evaluating_keeps_sums_only(config, tuned_model, tokenizer, prepared, monkeypatch):  # trap 13
     """While the held-out loss is measured, the logits of no more than one batch are alive at any time."""
     import gc
 
-    rows = encode(prepared.held_out, tokenizer)
+    rows = examples(prepared.held_out, tokenizer, config, training=False)
     vocabulary = len(tokenizer)
     alive = []
-    original = Collator.__call__
+    kind = type(make_collator(tokenizer, config))
+    original = kind.__call__
 
     def counting(self, examples):
         gc.collect()
@@ -189,12 +200,13 @@ def test_evaluating_keeps_sums_only(tuned_model, tokenizer, prepared, monkeypatc
         alive.append(len({tensor.untyped_storage().data_ptr() for tensor in tensors}))
         return original(self, examples)
 
-    monkeypatch.setattr(Collator, "__call__", counting)
-    training.response_loss(tuned_model, rows, Collator(0, packing=True), batch_size=2)
-    assert len(alive) == 8
+    monkeypatch.setattr(kind, "__call__", counting)
+    training.response_loss(tuned_model, rows, make_collator(tokenizer, config), batch_size=2)
+    assert len(alive) == math.ceil(len(rows) / 2)
     assert max(alive) <= 1
 
 
+@BOTH
 def test_evaluating_often_changes_nothing(config, tokenizer, prepared):  # trap 18
     seldom = train(changed(config, eval_steps=8, run_name="seldom"), tokenizer, prepared)
     often = train(changed(config, eval_steps=1, run_name="often"), tokenizer, prepared)
@@ -213,6 +225,7 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
+@BOTH
 def test_interrupted_and_resumed_equals_uninterrupted(config, tokenizer, prepared):  # trap 14
     dropout = changed(config, lora_dropout=0.1, steps=12)  # dropout, so that the random state matters too
     whole, _, whole_history = train(changed(dropout, run_name="whole"), tokenizer, prepared)
@@ -230,6 +243,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, tokenizer, prepare
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@BOTH
 def test_rows_in_order_of_length_are_resumed_in_the_same_order(config, tokenizer, prepared):
     ordered = changed(config, row_order="length", steps=12)  # an epoch and a half
     _, _, whole = train(changed(ordered, run_name="whole"), tokenizer, prepared)
@@ -255,9 +269,11 @@ def test_scores_of_the_adapter_before_are_dropped(config, tokenizer, prepared):
     run = RunDirectory(config.run_dir)
     run.add_metrics(tuned={"f1": 1.0})
     run.answers.write_text("{}\n")
+    run.comparison.write_text("{}\n")
     train(config, tokenizer, prepared)
     assert set(read_json(run.metrics)) == {"train"}
     assert not run.answers.exists()
+    assert not run.comparison.exists()
 
 
 def test_a_checkpoint_cut_off_in_writing_is_passed_over(tmp_path):
@@ -286,6 +302,7 @@ def test_a_training_that_diverges_stops_and_keeps_the_earlier_adapter(config, to
     assert "nan" not in run.history.read_text().lower()
 
 
+@BOTH
 def test_the_head_has_its_own_learning_rate(config, tokenizer, prepared, run):  # trap 2
     variant = changed(config, head_learning_rate=1e-5, weight_decay=0.01)
     trainer = training.make_trainer(variant, lora.attach(quantization.load(variant), variant), tokenizer, prepared, run)
@@ -319,26 +336,31 @@ def test_fp16_without_a_gpu_is_refused(config, tokenizer, prepared, run, tuned_m
 # ------------------------------------------------------------------------------------------------ evaluation, best
 
 
-def adapter_gradients(model, rows):
+def adapter_gradients(model, batch):
     """Gradient of every trained weight for one pack of rows."""
     model.train()
     model.zero_grad()
-    batch = on_its_device(model, Collator(0, packing=True)(rows))
+    batch = on_its_device(model, batch)
     labels = batch.pop("labels")
+    later = 1
+    if model.config.is_encoder_decoder:
+        later, batch["decoder_input_ids"] = 0, decoder_inputs(model, labels)
     logits = model(**batch, use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=IGNORED).backward()
+    logits = logits[:, : logits.shape[1] - later].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, labels[:, later:].flatten(), ignore_index=IGNORED).backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def evaluate_and_answer(model, tokenizer, prepared):
-    rows = encode(prepared.held_out, tokenizer)
-    training.response_loss(model, rows, Collator(0, packing=True), batch_size=4)
+def evaluate_and_answer(model, config, tokenizer, prepared):
+    rows = examples(prepared.held_out, tokenizer, config, training=False)
+    training.response_loss(model, rows, make_collator(tokenizer, config), batch_size=4)
     question = Question("What is the capital of Japan?", "")
     answer_all(model, tokenizer, [question], config, sampling=Sampling(max_new_tokens=4), batch_size=1)
 
 
-def test_every_adapter_gradient_is_the_same_after_an_evaluation(tuned_model, tokenizer, prepared):  # trap 18
-    rows = encode(prepared.train[:4], tokenizer)
+@BOTH
+def test_every_adapter_gradient_is_the_same_after_an_evaluation(config, tuned_model, tokenizer, prepared):  # trap 18
+    rows = tensors(prepared.train[:4], tokenizer, config)
     with torch.no_grad():
         for name, parameter in tuned_model.named_parameters():
             if "lora_B" in name:  # zero at first, which would hide the gradient of lora_A
@@ -346,7 +368,7 @@ def test_every_adapter_gradient_is_the_same_after_an_evaluation(tuned_model, tok
     before = adapter_gradients(tuned_model, rows)
     assert before.keys() == {n for n, p in tuned_model.named_parameters() if p.requires_grad}
     assert all(gradient.abs().max() > 0 for gradient in before.values())
-    evaluate_and_answer(tuned_model, tokenizer, prepared)
+    evaluate_and_answer(tuned_model, config, tokenizer, prepared)
     after = adapter_gradients(tuned_model, rows)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -361,9 +383,9 @@ def test_without_our_guard_the_gradients_would_be_lost(config, tokenizer, prepar
     for layer in tuned_model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = True
-    rows = encode(prepared.train[:4], tokenizer)
+    rows = tensors(prepared.train[:4], tokenizer, config)
     before = adapter_gradients(tuned_model, rows)
-    evaluate_and_answer(tuned_model, tokenizer, prepared)
+    evaluate_and_answer(tuned_model, config, tokenizer, prepared)
     after = adapter_gradients(tuned_model, rows)
     assert any(name not in after or not torch.equal(before[name], after[name]) for name in before)
 
@@ -383,6 +405,7 @@ class Spoil(TrainerCallback):
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
+@BOTH
 def test_the_adapter_of_the_lowest_held_out_loss_is_kept(config, tokenizer, prepared, keep):
     # save_steps lies beyond the end: the best is saved nevertheless.
     variant = changed(config, keep=keep, eval_steps=2, save_steps=100, steps=8)
@@ -392,10 +415,10 @@ def test_the_adapter_of_the_lowest_held_out_loss_is_kept(config, tokenizer, prep
     assert best == 4
     kept = {"best": best, "last": 8}[keep]
     assert read_json(run.metrics)["train"]["kept_step"] == kept
-    rows = encode(training.measured_rows(prepared.held_out, variant), tokenizer)
+    rows = examples(training.measured_rows(prepared.held_out, variant), tokenizer, config, training=False)
     reloaded = lora.reload(quantization.load(variant), run.adapter)
     for model in (tuned_model, reloaded):
-        loss, _ = training.response_loss(model, rows, Collator(0, packing=True), batch_size=8)
+        loss, _ = training.response_loss(model, rows, make_collator(tokenizer, config), batch_size=8)
         assert loss == pytest.approx(measured[kept], rel=1e-4)
     assert read_json(run.metrics)["train"]["kept_loss"] == measured[kept]
 
@@ -426,6 +449,7 @@ def test_the_best_adapter_survives_an_interruption(config, tokenizer, prepared, 
     assert read_json(run.metrics)["train"]["kept_step"] == 4
 
 
+@BOTH
 def test_the_held_out_score_is_traced(config, tokenizer, prepared):
     _, _, history = train(changed(config, trace_rows=5, eval_rows=8, max_new_tokens=4), tokenizer, prepared)
     traced = [line for line in history if "eval_exact_match" in line]
@@ -437,7 +461,7 @@ def test_tracing_counts_right_answers(config, tuned_model, tokenizer, prepared, 
     trace = training.make_trace(prepared.held_out, tokenizer, changed(config, trace_rows=4))
     said = []
 
-    def half_right(model, tokenizer, questions, **_):
+    def half_right(model, tokenizer, questions, config, **_):
         said.append([q.text for q in questions])
         return [Answer(q.expected if i % 2 else "no", True) for i, q in enumerate(questions)]
 

@@ -1,0 +1,107 @@
+"""Build a model at its true shape with random weights: for speed and memory where the real weights are not at hand.
+
+    python benchmarks/true_shape.py --like flan-t5-large --rows path/to/rows --out /tmp/flan-t5-large
+    python benchmarks/true_shape.py --like llama2-7b --tokenizer path/to/tokenizer --out /tmp/llama2-7b
+
+What such a model answers says nothing. Without `--tokenizer` one of T5's kind is trained on the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from qlora_utils.rows import parse_rows
+from qlora_utils.shapes import FLAN_T5_LARGE, LLAMA_2_7B
+from qlora_utils.sources import read_source
+
+
+def llama2_7b() -> Any:
+    """Llama-2-7b, 6,738,415,616 parameters."""
+    shape = LLAMA_2_7B
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.decoder_layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+def flan_t5_large() -> Any:
+    """Flan-T5-Large, 783,150,080 parameters, its head parted from the embeddings."""
+    shape = FLAN_T5_LARGE
+    more: dict[str, Any] = {"tie_word_embeddings": False, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=shape.vocabulary, d_model=shape.hidden, d_kv=shape.head_size, d_ff=shape.intermediate,
+            num_layers=shape.encoder_layers, num_decoder_layers=shape.decoder_layers, num_heads=shape.heads,
+            feed_forward_proj="gated-gelu", **more,
+        )
+    )  # fmt: skip
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * shape.hidden**-0.5)
+    model.config.tie_word_embeddings = False
+    return model
+
+
+MODELS = {"llama2-7b": llama2_7b, "flan-t5-large": flan_t5_large}
+
+
+def tokenizer_of(rows: str) -> Any:
+    """A Unigram tokenizer with T5's special tokens, trained on what people wrote in the rows."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    conversations, _ = parse_rows(row for part in read_source(rows).values() for row in part)
+    text = [said for c in conversations for turn in c.turns for said in (turn.question, turn.answer)]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=32000, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=[f"<extra_id_{number}>" for number in range(100)],
+        model_max_length=512,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build one and say how large it is."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--like", required=True, choices=MODELS)
+    options.add_argument("--tokenizer", help="folder of the real tokenizer")
+    options.add_argument("--rows", help="or rows to train one on")
+    options.add_argument("--out", required=True, type=Path, help="folder to write")
+    given = options.parse_args(arguments)
+    if not (given.tokenizer or given.rows):
+        options.error("give --tokenizer or --rows")
+    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer) if given.tokenizer else tokenizer_of(given.rows)
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = MODELS[given.like]()
+    finally:
+        torch.set_default_dtype(before)
+    model.save_pretrained(given.out, max_shard_size="5GB")
+    tokenizer.save_pretrained(given.out)
+    print(f"{given.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
