@@ -342,13 +342,17 @@ def locate(source: str) -> str:
 
 @functools.cache
 def architecture_of(model: str) -> Architecture:
-    """The architecture of a local folder or hub id, from its config.json, without its weights.
+    """The architecture of a local folder or hub id, from its config.json; those of the presets are known without it.
 
     Raises:
         ModelError: there is no such model; says what to do next.
     """
     from transformers import AutoConfig
 
+    from qlora_utils.shapes import known
+
+    if shape := known(model):
+        return shape.architecture
     source = locate(model)
     try:
         described = AutoConfig.from_pretrained(source)

@@ -64,17 +64,11 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:
         raise ModelError(model_advice(source, error)) from error
-    if config.architecture == "encoder-decoder":
-        if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-            raise ModelError(
-                f"model: the tokenizer of {source} has no token that ends a text, or none that pads one; an "
-                "encoder-decoder needs both. Take a model of the T5 family."
-            )
-        return tokenizer
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+    begins = tokenizer.bos_token_id is not None or config.architecture == "encoder-decoder"  # a decoder has its own
+    if not begins or tokenizer.eos_token_id is None:
         raise ModelError(
-            f"model: the tokenizer of {source} has no token that begins and none that ends a text; the Llama-2 chat "
-            "format needs both. Take a model of the Llama family."
+            f"model: the tokenizer of {source} has no token that begins a text, or none that ends one; the Llama-2 "
+            "chat format needs both, an encoder-decoder the second. Take a model of the Llama or the T5 family."
         )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -121,6 +115,16 @@ def prompt(history: Sequence[Turn], question: str, tokenizer: PreTrainedTokenize
         text = source_text(history, question, known.fixed, known.earlier)
         return _read_by_encoder([text], tokenizer, config.max_seq_len)[0]
     return encode_prompt(history, question, tokenizer)
+
+
+def token_table(example: Encoded, tokenizer: PreTrainedTokenizerBase, config: RunConfig, count: int = 40) -> str:
+    """The first tokens of an example as lines of text: its id, its letters, and whether it carries loss."""
+    if config.architecture == "encoder-decoder":
+        rows = [(token, "read") for token in example.input_ids] + [(token, "answer") for token in example.labels]
+    else:
+        marks = ["·" if label == IGNORED else "answer" for label in example.labels]
+        rows = list(zip(example.input_ids, marks, strict=True))
+    return "\n".join(f"{token:>6} {tokenizer.decode([token])!r:<14} {mark}" for token, mark in rows[:count])
 
 
 def encode_answers(

@@ -172,6 +172,18 @@ def base_alone(tuned_model: PeftModel) -> Iterator[PeftModel]:
 # ---------------------------------------------------------------------------------------------------- what trains
 
 
+def first_adapted(tuned_model: PeftModel) -> tuple[str, nn.Module]:
+    """Name and module of the first layer that has an adapter.
+
+    Raises:
+        ValueError: none has.
+    """
+    for path, module in tuned_model.get_base_model().named_modules():
+        if hasattr(module, "lora_A"):
+            return path, module
+    raise ValueError("no layer of this model has an adapter; was it attached?")
+
+
 @dataclass(frozen=True)
 class ModuleParameters:
     """Parameters of all modules of one name, over all layers: how many there are, and how many of them train."""

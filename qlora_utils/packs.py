@@ -216,8 +216,38 @@ def _similar(lengths: Sequence[int], tokens: int, conversations: int | None) -> 
     return groups
 
 
-def filled_share(lengths: Sequence[int], tokens: int, batch_size: int) -> float:
-    """Share of the room in the packs of `tokens` tokens that is used, steps of `batch_size` taken in order."""
+def filled_share(lengths: Sequence[int], tokens: int, batch_size: int, *, packed: bool = True) -> float:
+    """Share of the room in the passes that is used, steps of `batch_size` taken in order.
+
+    Args:
+        lengths: tokens of each example.
+        tokens: that a pass may hold.
+        batch_size: examples in a step.
+        packed: the room is that of packs of `tokens`; otherwise that of passes padded to their longest example.
+    """
     steps = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
-    packs = sum(len(fill(step, tokens)) for step in steps)
-    return sum(lengths) / max(1, packs * tokens)
+    if packed:
+        room = tokens * sum(len(fill(step, tokens)) for step in steps)
+    else:
+        room = sum(step[group[0]] * len(group) for step in steps for group in _similar(step, tokens, None))
+    return sum(lengths) / max(1, room)
+
+
+def passes_text(step: dict[str, Any]) -> str:
+    """The passes of a step, from `StepCollator`, as lines of text: what lies in each."""
+    lines = []
+    for number, one in enumerate(step["passes"], start=1):
+        rows, width = one["input_ids"].shape
+        if "lengths" in one:
+            lines.append(f"pass {number}: {width} tokens, conversations of {list(one['lengths'])}")
+            continue
+        held = int(one["attention_mask"].sum())
+        written = ""
+        if one["labels"].shape[1] != width:
+            written = f", {rows} × {one['labels'].shape[1]} written"
+            held += len(one["answer_positions"])
+        share = held / (rows * width + (one["labels"].numel() if written else 0))
+        lines.append(
+            f"pass {number}: {rows} × {width} tokens{' read' * bool(written)}{written}, {share:.0%} not padding"
+        )
+    return "\n".join(lines)

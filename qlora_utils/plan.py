@@ -79,7 +79,9 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
         # of the whole step, and of this pass the head's, which is there before it is added
         "gradients": (trained + (head_trained if passes > 1 else 0)) * 4,
         "optimizer": _optimizer_bytes(config, trained),
-        "activations": tokens * (kept_per_layer * shape.layers + (layer if config.gradient_checkpointing else 0)),
+        # and weights kept in fp32, as the products of this pass see them
+        "activations": tokens * (kept_per_layer * shape.layers + (layer if config.gradient_checkpointing else 0))
+        + (0 if config.gradient_checkpointing or wide == 4 else shape.fp32_parameters * wide),
         # of a chunk: logits as they come, in fp32, their softmax, which becomes the gradient; the head in the
         # precision of products; hidden states of the last norm, of answers alone, and their gradient
         "logits": logits_rows * shape.vocabulary * (wide + 4 + 4 + (wide if wide < 4 else 0))
@@ -89,11 +91,12 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
         "workspace": (0 if config.keep_expanded else largest * wide)
         + tokens * wide * (shape.intermediate + shape.hidden),
     }
+    kept = parts["activations"] - (tokens * layer if config.gradient_checkpointing else 0)
     fixed = sum(parts[name] for name in PARTS[:5]) + parts["optimizer"]
     gradients_before = 4 * trained if passes > 1 else 0
     head_gradient = 4 * head_trained
     moments = (
-        fixed + gradients_before + tokens * kept_per_layer * shape.layers + parts["logits"] + head_gradient,  # the loss
+        fixed + gradients_before + kept + parts["logits"] + head_gradient,  # the loss
         fixed + gradients_before + parts["activations"] + head_gradient + parts["workspace"],  # the last layer
         fixed + 4 * trained + _step_workspace(config, trained),  # the optimizer's step
     )

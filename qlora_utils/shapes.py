@@ -224,8 +224,8 @@ class T5Shape(Shape):
             sizes = [adapted[name] for name in names if name in adapted]
             return wide * config.lora_r * len(sizes) + _adapter_activations(sizes, config, wide)
 
-        # the norm's input, in fp32 too, and what it made of it before and after its weight; dropout's mask
-        norm = (2 * wide + 8 + 1) * self.hidden
+        # the norm's input, in fp32 too, what it made of it in fp32, before and after its weight; dropout's mask
+        norm = (3 * wide + 8 + 1) * self.hidden
         # the scores' bias, which holds the mask too, for each pair of tokens; the softmax's sums
         pairs = self.heads * config.max_seq_len * wide + 4 * self.heads
         attention = norm + wide * 4 * inner + pairs + adapter(("q", "k", "v", "o"))
@@ -295,6 +295,11 @@ def of(model_config: Any) -> Shape:
         ) from None
 
 
+def known(source: str) -> Shape | None:
+    """The shape of a hub id that is one of the presets, or a copy of one under another owner."""
+    return None if is_path(source) else KNOWN.get(source.lower().rpartition("/")[2])
+
+
 def read(source: str) -> Shape:
     """The shape of a local folder or hub id, without its weights; those of the presets are known without a look.
 
@@ -303,8 +308,8 @@ def read(source: str) -> Shape:
     """
     from transformers import AutoConfig
 
-    if not is_path(source) and (known := KNOWN.get(source.lower().rpartition("/")[2])):
-        return known
+    if shape := known(source):
+        return shape
     try:
         model_config = AutoConfig.from_pretrained(locate(source))
     except Exception as error:

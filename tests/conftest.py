@@ -95,12 +95,18 @@ def real_rows():
 
 @pytest.fixture(scope="session")
 def prepared(preset, tokenizer):
-    """64 pocket rows to train on and 16 held out."""
+    """Pocket rows that make 64 examples to train on, and 16 rows held out."""
     from qlora_utils.config import RunConfig
-    from qlora_utils.data import Prepared, prepare
+    from qlora_utils.data import Prepared, examples_of, prepare
 
-    whole = prepare(RunConfig.from_preset(preset, train_rows=64), tokenizer)
-    return Prepared(whole.train, whole.held_out[:16], whole.rejected, whole.report)
+    config = RunConfig.from_preset(preset, train_rows=64)
+    whole = prepare(config, tokenizer)
+    train, count = [], 0
+    for row in whole.train:
+        if count + examples_of(row, config) <= 64:
+            train.append(row)
+            count += examples_of(row, config)
+    return Prepared(train, whole.held_out[:16], whole.rejected, whole.report)
 
 
 def load_recipe(name):

@@ -177,5 +177,5 @@ def test_as_a_chat_template_it_gives_the_same_tokens(tokenizer, instruction):
     ]
     messages.append({"role": "user", "content": "Why?"})
     for chat, history in ((messages, HISTORY), (messages[-1:], ())):
-        ids = tokenizer.apply_chat_template(chat, instructions.chat_template(config), return_dict=False)
+        ids = tokenizer.apply_chat_template(chat, chat_template=instructions.chat_template(config), return_dict=False)
         assert ids == data.prompt(history, "Why?", tokenizer, config)
