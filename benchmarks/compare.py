@@ -98,14 +98,14 @@ def prepare(settings: measure.Settings) -> measure.Settings:
     """Write rows.jsonl and held_out.jsonl, text and tokens and labels, once for all; settle the number of steps."""
     import ours
 
-    from qlora_utils import data
+    from qlora_utils import data, formats
     from qlora_utils.run_directory import write_jsonl
 
     config = ours.config_of(replace(settings, steps=settings.steps or 1))
     tokenizer = data.load_tokenizer(config)
     prepared = data.prepare(config, tokenizer)
     for name, conversations in (("rows", prepared.train), ("held_out", prepared.held_out)):
-        encoded = data.encode(conversations, tokenizer, max_seq_len=config.max_seq_len)
+        encoded = formats.encode(conversations, tokenizer, max_seq_len=config.max_seq_len)
         write_jsonl(
             Path(settings.out) / f"{name}.jsonl",
             ({"text": c.text, **asdict(e)} for c, e in zip(conversations, encoded, strict=True)),

@@ -21,7 +21,8 @@ import torch
 
 from qlora_utils import data, lora, plan, quantization, shapes, training
 from qlora_utils.config import RunConfig
-from qlora_utils.data import IGNORED, Encoded, Prepared
+from qlora_utils.data import Prepared
+from qlora_utils.formats import IGNORED, Encoded
 from qlora_utils.hardware import GIB
 from qlora_utils.rows import Conversation, Turn
 from qlora_utils.run_directory import RunDirectory

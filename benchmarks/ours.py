@@ -5,7 +5,7 @@ from __future__ import annotations
 import measure
 from torch import nn
 
-from qlora_utils import data, lora, quantization, training
+from qlora_utils import data, formats, lora, quantization, training
 from qlora_utils.config import RunConfig
 from qlora_utils.plan import settle
 from qlora_utils.run_directory import RunDirectory, read_jsonl
@@ -43,7 +43,7 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     run.begin(config)
     tokenizer = data.load_tokenizer(config)
     prepared = data.prepare(config, tokenizer)
-    encoded = data.encode(prepared.train, tokenizer, max_seq_len=config.max_seq_len)
+    encoded = formats.encode(prepared.train, tokenizer, max_seq_len=config.max_seq_len)
     if [row.input_ids for row in encoded] != [row["input_ids"] for row in settings.rows("rows")]:
         raise RuntimeError("the rows prepared here are not those that the others train on")
     tuned_model = lora.attach(quantization.load(config), config)

@@ -11,7 +11,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import RunConfig
-from qlora_utils.data import Prepared, examples, examples_of
+from qlora_utils.data import Prepared
+from qlora_utils.formats import format_of
 from qlora_utils.generation import Answer, Question, Sampling, answer_all, questions_of
 from qlora_utils.lora import base_alone
 from qlora_utils.packs import make_collator
@@ -126,7 +127,9 @@ def evaluate(
     held, trained = choose_questions(prepared, tokenizer, config)
     questions = held + trained
     rows = scored_rows(prepared.held_out, config)
-    encoded = examples(rows, tokenizer, config, training=False)
+    form = format_of(tokenizer, config)
+    encoded = form.examples(rows, training=False)
+    made = [form.count(row) for row in rows]
     collator = make_collator(tokenizer, config)
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
     size = config.answer_batch_size
@@ -139,7 +142,7 @@ def evaluate(
             on_batch=on_batch,
         )  # fmt: skip
         losses, counts = row_losses(tuned_model, encoded, collator, batch_size=pass_rows)
-        return score(answers, questions), _by_row(losses, rows, config), _by_row(counts, rows, config)
+        return score(answers, questions), _by_row(losses, made), _by_row(counts, made)
 
     with base_alone(tuned_model):
         measured = {"base": measure()}
@@ -167,10 +170,10 @@ def evaluate(
     return lines
 
 
-def _by_row(values: Sequence[Any], rows: Sequence[Conversation], config: RunConfig) -> list[Any]:
-    """Values of examples summed up for each row: answers of one conversation are not independent."""
+def _by_row(values: Sequence[Any], made: Sequence[int]) -> list[Any]:
+    """Values of examples summed up for each row, of which each made some: its answers are not independent."""
     left = iter(values)
-    return [sum(islice(left, examples_of(row, config))) for row in rows]
+    return [sum(islice(left, count)) for count in made]
 
 
 def _line(

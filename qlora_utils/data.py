@@ -1,4 +1,4 @@
-"""Conversations made ready to train on: response-only labels, packing, held-out rows, the data report (notebook 01)."""
+"""Conversations made ready to train on: read, checked, held out, reported on (notebook 01)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import ModelError, RunConfig, locate, model_advice
-from qlora_utils.instructions import Instructions, instructions_of, source_text
+from qlora_utils.formats import format_of
 from qlora_utils.rows import (
     Conversation,
     Rejected,
     Turn,
     UnusableRowError,
     parse_rows,
-    prompt_text,
-    turn_text,
     usable,
 )
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
@@ -30,22 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that carries no loss, in torch and in transformers
-
-
 # ---------------------------------------------------------------------------------------------------- tokens
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What one example is in tokens.
-
-    Causal: the ids of a conversation and the label of each, the id itself where it carries loss, else -100.
-    Encoder-decoder: what the encoder reads, and as labels all that the decoder writes.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -73,174 +56,6 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
-
-
-def examples(
-    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, training: bool
-) -> list[Encoded]:
-    """What the run's model learns from, or is measured on: its conversations as `encode` or `encode_answers` has them.
-
-    A causal model gets one example for each conversation, an encoder-decoder one for each answer.
-
-    Args:
-        conversations: to encode, in order.
-        tokenizer: of the base model.
-        config: the run.
-        training: with loss on questions too, if the run says so, and with varying instructions. Otherwise only answers
-            count, asked for in one way, so that runs can be compared.
-    """
-    if config.architecture == "encoder-decoder":
-        options: dict[str, Any] = {"max_seq_len": config.max_seq_len, "seed": config.seed if training else None}
-        return encode_answers(conversations, tokenizer, instructions_of(config), **options)
-    response_only = config.response_only or not training
-    return encode(conversations, tokenizer, max_seq_len=config.max_seq_len, response_only=response_only)
-
-
-def examples_of(conversation: Conversation, config: RunConfig) -> int:
-    """How many of `examples` a conversation makes."""
-    return len(conversation.turns) if config.architecture == "encoder-decoder" else 1
-
-
-def prompt(history: Sequence[Turn], question: str, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> list[int]:
-    """Token ids of what the run's model reads before it answers `question`, exactly as where it is measured.
-
-    Args:
-        history: earlier turns of the conversation, oldest first.
-        question: the question now.
-        tokenizer: of the base model.
-        config: the run.
-    """
-    if config.architecture == "encoder-decoder":
-        known = instructions_of(config)
-        text = source_text(history, question, known.fixed, known.earlier)
-        return _read_by_encoder([text], tokenizer, config.max_seq_len)[0]
-    return encode_prompt(history, question, tokenizer)
-
-
-def token_table(example: Encoded, tokenizer: PreTrainedTokenizerBase, config: RunConfig, count: int = 40) -> str:
-    """The first tokens of an example as lines of text: its id, its letters, and whether it carries loss."""
-    if config.architecture == "encoder-decoder":
-        rows = [(token, "read") for token in example.input_ids] + [(token, "answer") for token in example.labels]
-    else:
-        marks = ["·" if label == IGNORED else "answer" for label in example.labels]
-        rows = list(zip(example.input_ids, marks, strict=True))
-    return "\n".join(f"{token:>6} {tokenizer.decode([token])!r:<14} {mark}" for token, mark in rows[:count])
-
-
-def encode_answers(
-    conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    instructions: Instructions,
-    *,
-    max_seq_len: int | None = None,
-    seed: int | None = None,
-) -> list[Encoded]:
-    """One example for each answer of each conversation: instruction and earlier turns to read, the answer to write.
-
-    Args:
-        conversations: to encode, in order.
-        tokenizer: of the base model.
-        instructions: from `instructions_of`.
-        max_seq_len: tokens. What the encoder reads is cut at its start, so that the question survives; an answer at its
-            end, and it then has no `</s>`.
-        seed: of the instruction drawn for each answer (None: always the first).
-    """
-    draw = None if seed is None else random.Random(f"instructions {seed}")
-    sources, answers = [], []
-    for conversation in conversations:
-        for index, turn in enumerate(conversation.turns):
-            template = draw.choice(instructions.templates) if draw else instructions.fixed
-            sources.append(source_text(conversation.turns[:index], turn.question, template, instructions.earlier))
-            answers.append(turn.answer)
-    written = [[*ids, tokenizer.eos_token_id][:max_seq_len] for ids in _plain_ids(answers, tokenizer)]
-    read = _read_by_encoder(sources, tokenizer, max_seq_len)
-    return [Encoded(source, answer) for source, answer in zip(read, written, strict=True)]
-
-
-def _read_by_encoder(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_seq_len: int | None) -> list[list[int]]:
-    ids = _plain_ids(texts, tokenizer)
-    kept = ids if max_seq_len is None else [one[max(0, len(one) - max_seq_len + 1) :] for one in ids]
-    return [[*one, tokenizer.eos_token_id] for one in kept]
-
-
-def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of texts in which special tokens, spelled out, are mere letters."""
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return encoded["input_ids"]  # type: ignore[no-any-return]
-
-
-def encode(
-    conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_seq_len: int | None = None,
-    response_only: bool = True,
-) -> list[Encoded]:
-    """Tokenize segment by segment, so that labels follow from where a token comes from and not from a search.
-
-    Each turn is `<s>` + prompt + answer + `</s>`; both marks are added by id, never as text, so that a question which
-    spells `</s>` cannot close a turn. The answer and its `</s>` carry loss, the prompt none.
-
-    Args:
-        conversations: to encode, in order.
-        tokenizer: of the base model.
-        max_seq_len: tokens; what lies beyond is cut off (None: nothing is).
-        response_only: False gives every token but each `<s>` a label.
-
-    Raises:
-        DataError: the tokenizer merges prompt and answer into one token, so that no boundary exists.
-    """
-    turns = [turn for conversation in conversations for turn in conversation.turns]
-    prompts = _turn_ids(tokenizer, [prompt_text(turn.question) for turn in turns])
-    wholes = _turn_ids(tokenizer, [turn_text(turn) for turn in turns])
-    eos = tokenizer.eos_token_id
-    encoded, index = [], 0
-    for conversation in conversations:
-        input_ids: list[int] = []
-        labels: list[int] = []
-        for _ in conversation.turns:
-            prompt, whole = prompts[index], wholes[index]
-            index += 1
-            if whole[: len(prompt)] != prompt:
-                raise DataError(
-                    f"{conversation.where} row {conversation.number}: the tokenizer joins the end of the question "
-                    "and the start of the answer in one token; response-only labels need a boundary there."
-                )
-            answer = [*whole[len(prompt) :], eos]
-            input_ids += prompt + answer
-            labels += ([IGNORED] * len(prompt) if response_only else [IGNORED, *prompt[1:]]) + answer
-        encoded.append(Encoded(input_ids[:max_seq_len], labels[:max_seq_len]))
-    return encoded
-
-
-def encode_prompt(history: Sequence[Turn], question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of what the model reads before it answers `question`, exactly as in training.
-
-    Args:
-        history: earlier turns of the conversation, oldest first.
-        question: the question now.
-        tokenizer: of the base model.
-    """
-    earlier = encode([Conversation(tuple(history))], tokenizer)[0].input_ids if history else []
-    return earlier + _turn_ids(tokenizer, [prompt_text(question)])[0]
-
-
-def _turn_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """`<s>` and the ids of each text, which begins with `[INST]` and in which `<s>` or `</s>` are mere letters."""
-    if not texts:
-        return []
-    # sentencepiece gives a text's first word a leading space, but not after a special token: `[INST]` is tokenized
-    # once as it stands after `<s>` and put in the place of the opening that each text was given.
-    opening = tokenizer("[INST]", add_special_tokens=False)["input_ids"]
-    after_bos = tokenizer(f"{tokenizer.bos_token}[INST]", add_special_tokens=False)["input_ids"]
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    if any(ids[: len(opening)] != opening for ids in encoded):
-        raise DataError(
-            "the tokenizer joins [INST] with what follows it; the Llama-2 chat format needs a boundary there."
-        )
-    return [after_bos + ids[len(opening) :] for ids in encoded]
 
 
 # ---------------------------------------------------------------------------------------------------- preparation
@@ -345,13 +160,9 @@ def _keep_usable(
             candidates.append(usable(conversation))
         except UnusableRowError as error:
             rejected.append(Rejected(conversation.where, conversation.number, str(error)))
-    if config.architecture == "encoder-decoder":  # every answer begins at the decoder's first token
-        return candidates, rejected
     kept = []
-    for conversation, encoded in zip(
-        candidates, encode(candidates, tokenizer, max_seq_len=config.max_seq_len), strict=True
-    ):
-        if any(label != IGNORED for label in encoded.labels):
+    for conversation, answered in zip(candidates, format_of(tokenizer, config).answered(candidates), strict=True):
+        if answered:
             kept.append(conversation)
         else:
             reason = f"no answer begins within max_seq_len={config.max_seq_len} tokens"
@@ -429,15 +240,11 @@ def data_report(
     import numpy
 
     max_seq_len, batch_size = config.max_seq_len, config.batch_size
-    if config.architecture == "encoder-decoder":
-        whole = encode_answers(conversations, tokenizer, instructions_of(config))
-        lengths = [len(encoded.input_ids) + len(encoded.labels) for encoded in whole]
-        cut = sum(max(len(encoded.input_ids), len(encoded.labels)) > max_seq_len for encoded in whole)
-        within = [min(len(e.input_ids), max_seq_len) + min(len(e.labels), max_seq_len) for e in whole]
-    else:
-        lengths = [len(encoded.input_ids) for encoded in encode(conversations, tokenizer)]
-        cut = sum(length > max_seq_len for length in lengths)
-        within = [min(length, max_seq_len) for length in lengths]
+    form = format_of(tokenizer, config)
+    sizes = form.lengths(conversations)
+    lengths = [sum(size) for size in sizes]
+    within = [sum(min(length, max_seq_len) for length in size) for size in sizes]
+    cut = sum(max(size) > max_seq_len for size in sizes)
     texts = [conversation.text for conversation in conversations]
     marks = (5, 25, 50, 75, 95, 99)
     percentiles = numpy.percentile(lengths, marks) if lengths else [0.0] * len(marks)
@@ -451,7 +258,7 @@ def data_report(
             Counter(script(" ".join(t.question + t.answer for t in c.turns)) for c in conversations).most_common()
         ),
         "tokens": sum(lengths),
-        "unit": "example" if config.architecture == "encoder-decoder" else "conversation",
+        "unit": form.unit,
         "token_length": {
             "mean": round(sum(lengths) / max(1, len(lengths)), 1),
             **{f"p{mark}": round(float(value), 1) for mark, value in zip(marks, percentiles, strict=True)},
@@ -517,8 +324,8 @@ def report_table(report: Mapping[str, Any]) -> str:
         "row shapes": ", ".join(f"{name}: {count:,}" for name, count in report["shapes"].items()),
         "scripts": ", ".join(f"{name} {share}" for name, share in shares.items()),
         "tokens": f"{report['tokens']:,}",
-        f"tokens per {report['unit']}": f"mean {length['mean']}, median {length['p50']}, p95 {length['p95']}, "
-        f"longest {length['longest']:,}",
+        f"tokens per {report.get('unit', 'conversation')}": f"mean {length['mean']}, median {length['p50']}, "
+        f"p95 {length['p95']}, longest {length['longest']:,}",
         f"longer than {report['max_seq_len']} tokens": f"{report['truncated_share']:.1%}",
         f"padding in random batches of {report['batch_size']}": f"{report['padding_share']:.1%}",
         "duplicates": f"{report['exact_duplicates']} exact, {report['normalised_duplicates']} after normalising",
@@ -535,7 +342,7 @@ def report_table(report: Mapping[str, Any]) -> str:
 
 def plot_lengths(report: Mapping[str, Any], ax: Axes) -> Figure:
     """Histogram of tokens per conversation or example, with `max_seq_len` marked where it lies within."""
-    histogram, unit = report["token_length"]["histogram"], report["unit"]
+    histogram, unit = report["token_length"]["histogram"], report.get("unit", "conversation")
     edges, counts = histogram["edges"], histogram["counts"]
     ax.bar(edges[:-1], counts, width=[b - a for a, b in pairwise(edges)], align="edge", alpha=0.8)
     if report["max_seq_len"] < edges[-1]:

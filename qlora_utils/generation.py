@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from qlora_utils.config import RunConfig
-from qlora_utils.data import prompt
+from qlora_utils.formats import format_of
 from qlora_utils.lora import base_alone
 from qlora_utils.rows import Conversation, Turn
 
@@ -90,6 +90,7 @@ def questions_of(
         count: of questions; by default `score_rows`.
     """
     wanted = config.score_rows if count is None else count
+    form = format_of(tokenizer, config)
     by_split: dict[str, list[Question]] = {}
     for conversation in conversations:
         for index, turn in enumerate(conversation.turns):
@@ -104,7 +105,7 @@ def questions_of(
         for index in random.Random(config.seed).sample(range(len(members)), len(members)):
             if len(drawn) == wanted:
                 break
-            if len(prompt(members[index].history, members[index].text, tokenizer, config)) <= config.max_seq_len:
+            if len(form.prompt(members[index].history, members[index].text)) <= config.max_seq_len:
                 drawn.append(index)
         chosen += [members[index] for index in sorted(drawn)]
     return chosen
@@ -137,7 +138,8 @@ def answer_all(
         on_batch: called with the number of questions just answered, for a progress bar.
     """
     was_training = model.training
-    prompts = [prompt(question.history, question.text, tokenizer, config) for question in questions]
+    form = format_of(tokenizer, config)
+    prompts = [form.prompt(question.history, question.text) for question in questions]
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: dict[int, Answer] = {}
     device = next(model.parameters()).device
@@ -211,7 +213,8 @@ def stream(
     stop = stop or threading.Event()
     abandoned = threading.Event()  # not `stop`, which is the caller's and may serve the next question too
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-    ids = torch.tensor([prompt(history, question, tokenizer, config)], device=next(model.parameters()).device)
+    prompt = format_of(tokenizer, config).prompt(history, question)
+    ids = torch.tensor([prompt], device=next(model.parameters()).device)
     failures: list[BaseException] = []
 
     def generate() -> None:

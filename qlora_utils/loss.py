@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora_utils.data import IGNORED
+from qlora_utils.formats import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -190,12 +190,13 @@ def _head_is_a_product(model: PreTrainedModel) -> bool:
     model.eval()
     try:
         weight = head_weight(model)
+        given: list[torch.Tensor] = []
+        head: Any = model.get_output_embeddings()
+        watching = head.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
         tokens = torch.arange(8, device=weight.device).unsqueeze(0)
-        inputs = {"input_ids": tokens}
-        if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = tokens
-        logits = model(**inputs, use_cache=False).logits.float()
-        hidden = last_hidden_state(model, inputs)
+        logits = model(input_ids=tokens, labels=tokens, use_cache=False).logits.float()
+        watching.remove()
+        (hidden,) = given
         product = (hidden.to(weight.dtype) @ weight.T).float()
         return bool(torch.allclose(logits, product, rtol=2e-2, atol=2e-2 * float(logits.abs().max())))
     finally:

@@ -22,12 +22,12 @@ from torch import nn
 
 from qlora_utils import answers, generation, lora, quantization
 from qlora_utils.config import ConfigError, ModelError, RunConfig, architecture_of, first_line, locate
-from qlora_utils.data import IGNORED, Encoded, Prepared, encode, examples, load_tokenizer, prompt
+from qlora_utils.data import Prepared, load_tokenizer
+from qlora_utils.formats import format_of
 from qlora_utils.generation import Answer, Question, Sampling
-from qlora_utils.instructions import chat_template
 from qlora_utils.packs import make_collator
 from qlora_utils.plan import answer_room
-from qlora_utils.rows import CHAT_TEMPLATE, Conversation, Turn
+from qlora_utils.rows import Conversation, Turn
 from qlora_utils.run_directory import RunDirectory, provenance, read_json, write_json
 from qlora_utils.training import row_losses
 
@@ -336,11 +336,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, config: Run
 
     taught = copy.deepcopy(tokenizer)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if config.architecture == "encoder-decoder":
-        taught.chat_template = chat_template(config)
-        ids["decoder_start_token_id"] = _model_config(config).decoder_start_token_id
-    else:
-        taught.chat_template = CHAT_TEMPLATE
+    taught.chat_template = format_of(tokenizer, config).chat_template
+    ids["decoder_start_token_id"] = getattr(_model_config(config), "decoder_start_token_id", None)
     taught.save_pretrained(folder)
     GenerationConfig(**ids, do_sample=False).save_pretrained(folder)
 
@@ -358,10 +355,7 @@ def load(folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: weights are missing from the files, or not known to the model.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    causal = architecture_of(str(folder)) == "causal"
-    loader: Any = AutoModelForCausalLM if causal else AutoModelForSeq2SeqLM
+    loader = quantization.loader_of(architecture_of(str(folder)))
     with quantization.without_word_of_ties():
         loaded: Any = loader.from_pretrained(
             folder,
@@ -417,19 +411,10 @@ def answer_loss(
     What lies beyond `max_seq_len` tokens does not count, but the first token of each answer always does.
     """
     collator = make_collator(tokenizer, config.model_copy(update={"packing": False}))
-    rows = [_last_answer(question, tokenizer, config) for question in questions]
+    wholes = [Conversation((*q.history, Turn(q.text, q.expected))) for q in questions]
+    rows = [format_of(tokenizer, config).last_answer(whole) for whole in wholes]
     losses, counts = row_losses(model, rows, collator, batch_size=1)
     return sum(losses) / sum(counts)
-
-
-def _last_answer(question: Question, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Encoded:
-    """A question with the turns before it and its expected answer, which alone carries loss."""
-    whole = Conversation((*question.history, Turn(question.text, question.expected)))
-    if config.architecture == "encoder-decoder":
-        return examples([whole], tokenizer, config, training=False)[-1]
-    begin = len(prompt(question.history, question.text, tokenizer, config))
-    ids = encode([whole], tokenizer, max_seq_len=max(config.max_seq_len, begin + 1))[0].input_ids
-    return Encoded(ids, [IGNORED] * begin + ids[begin:])
 
 
 def agreement(questions: Sequence[Question], unmerged: Asked, merged: Asked) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import RunConfig
-from qlora_utils.data import IGNORED, Encoded
+from qlora_utils.formats import IGNORED, Encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +70,10 @@ class Collator:
         """Tokens of an example, as a pass is bounded by them."""
         return len(example.input_ids)
 
+    def sizes(self, example: Encoded) -> tuple[int, ...]:
+        """Its lengths as they are padded."""
+        return (len(example.input_ids),)
+
     def answer_tokens(self, example: Encoded) -> int:
         """Tokens that carry loss. Nothing predicts the first."""
         return sum(label != IGNORED for label in example.labels[1:])
@@ -118,6 +122,10 @@ class PairCollator:
         """Tokens of an example, read and written."""
         return len(example.input_ids) + len(example.labels)
 
+    def sizes(self, example: Encoded) -> tuple[int, ...]:
+        """Its lengths as they are padded: read, written."""
+        return len(example.input_ids), len(example.labels)
+
     def answer_tokens(self, example: Encoded) -> int:
         """Tokens that carry loss: all that are written."""
         return len(example.labels)
@@ -151,8 +159,7 @@ class StepCollator:
     How a step is cut into passes changes memory and speed, and nothing else: the loss is summed over the answer tokens
     of the whole step.
 
-    `tokens` and `conversations` bound one pass, as in `fill`; padded, a pass counts as many tokens as its longest
-    member times its members.
+    `tokens` and `conversations` bound one pass, as in `fill`, or, where it is padded, as in `groups`.
     """
 
     collator: Collator | PairCollator
@@ -165,7 +172,7 @@ class StepCollator:
         members = (
             fill(lengths, self.tokens, self.conversations)
             if self.collator.packing
-            else _similar(lengths, self.tokens, self.conversations)
+            else groups([self.collator.sizes(example) for example in examples], self.tokens, self.conversations)
         )
         passes = [self.collator([examples[index] for index in group]) for group in members]
         return {
@@ -202,35 +209,49 @@ class LikeLengths:
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-def _similar(lengths: Sequence[int], tokens: int, conversations: int | None) -> list[list[int]]:
-    """Groups of neighbours by length, the longest first, none larger than `tokens` once padded."""
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[groups[-1][0]] if groups else 0
-        full = groups and (
-            longest * (len(groups[-1]) + 1) > tokens or (conversations is not None and len(groups[-1]) >= conversations)
-        )
-        if not groups or full:
-            groups.append([])
-        groups[-1].append(index)
-    return groups
-
-
-def filled_share(lengths: Sequence[int], tokens: int, batch_size: int, *, packed: bool = True) -> float:
-    """Share of the room in the passes that is used, steps of `batch_size` taken in order.
+def groups(sizes: Sequence[tuple[int, ...]], tokens: int, examples: int | None = None) -> list[list[int]]:
+    """Put examples into passes that are padded: each begins with the largest left, and takes in what is most like it.
 
     Args:
-        lengths: tokens of each example.
-        tokens: that a pass may hold.
-        batch_size: examples in a step.
-        packed: the room is that of packs of `tokens`; otherwise that of passes padded to their longest example.
+        sizes: of each example, one length for each of its padded dimensions: (tokens,), or (read, written).
+        tokens: that a pass may hold, padding included; an example larger than that gets a pass of its own.
+        examples: that a pass may hold (None: any number).
+
+    Returns:
+        The passes, each the indices of its examples.
     """
+    left = sorted(range(len(sizes)), key=lambda i: -sum(sizes[i]))
+    passes = []
+    while left:
+        members = [left.pop(0)]
+        widest = list(sizes[members[0]])
+        while left and (examples is None or len(members) < examples):
+            # what the pass would be as wide as, with each of those left; the narrowest, and of these the fullest
+            wider = [[max(pair) for pair in zip(widest, sizes[index], strict=True)] for index in left]
+            best = min(range(len(left)), key=lambda n: (sum(wider[n]), -sum(sizes[left[n]])))
+            if sum(wider[best]) * (len(members) + 1) > tokens:
+                break
+            widest = wider[best]
+            members.append(left.pop(best))
+        passes.append(members)
+    return passes
+
+
+def filled_share(lengths: Sequence[int], tokens: int, batch_size: int) -> float:
+    """Share of the room in the packs of `tokens` tokens that is used, steps of `batch_size` taken in order."""
     steps = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
-    if packed:
-        room = tokens * sum(len(fill(step, tokens)) for step in steps)
-    else:
-        room = sum(step[group[0]] * len(group) for step in steps for group in _similar(step, tokens, None))
-    return sum(lengths) / max(1, room)
+    packs = sum(len(fill(step, tokens)) for step in steps)
+    return sum(lengths) / max(1, packs * tokens)
+
+
+def real_share(sizes: Sequence[tuple[int, ...]], tokens: int, batch_size: int) -> float:
+    """Share of padded passes that is no padding, steps of `batch_size` taken in order. Args as `groups`."""
+    room = 0
+    for start in range(0, len(sizes), batch_size):
+        step = sizes[start : start + batch_size]
+        for group in groups(step, tokens):
+            room += len(group) * sum(map(max, zip(*(step[index] for index in group), strict=True)))
+    return sum(map(sum, sizes)) / max(1, room)
 
 
 def passes_text(step: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qlora_utils import attention
-from qlora_utils.config import ModelError, RunConfig, locate, model_advice
+from qlora_utils.config import Architecture, ModelError, RunConfig, locate, model_advice
 from qlora_utils.fused import keep_expanded
 from qlora_utils.hardware import compute_dtype
 from qlora_utils.plan import settle_to_load
@@ -39,15 +39,13 @@ def load(config: RunConfig) -> PreTrainedModel:
         ModelError: absent, gated, not safetensors, or not loadable; says what to do next.
     """
     import bitsandbytes
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     settled = settle_to_load(config)
     dtype = compute_dtype(settled)
     source = locate(config.model)
     options: dict[str, Any] = {}
-    loader: Any = AutoModelForSeq2SeqLM
-    if config.architecture == "causal":
-        loader = AutoModelForCausalLM
+    if config.architecture == "causal":  # an encoder-decoder is never packed
         attention.register()
         options["attn_implementation"] = KERNELS[settled.attention_kernel]
     if config.quantize:
@@ -60,7 +58,7 @@ def load(config: RunConfig) -> PreTrainedModel:
         )
     try:
         with without_word_of_ties():
-            model: PreTrainedModel = loader.from_pretrained(
+            model: PreTrainedModel = loader_of(config.architecture).from_pretrained(
                 source,
                 dtype=dtype,
                 use_safetensors=True,
@@ -83,6 +81,13 @@ def load(config: RunConfig) -> PreTrainedModel:
     # Generation asks for its cache itself.
     model.config.use_cache = False
     return model
+
+
+def loader_of(architecture: Architecture) -> Any:
+    """The class of transformers that loads such models."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return {"causal": AutoModelForCausalLM, "encoder-decoder": AutoModelForSeq2SeqLM}[architecture]
 
 
 def parts_in_fp32(model: PreTrainedModel) -> list[nn.Linear]:

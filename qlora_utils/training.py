@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from qlora_utils.config import ConfigError, RunConfig
-from qlora_utils.data import Encoded, Prepared, examples
+from qlora_utils.config import Architecture, ConfigError, RunConfig
+from qlora_utils.data import Prepared
+from qlora_utils.formats import Encoded, format_of
 from qlora_utils.generation import Sampling, answer_all, questions_of
 from qlora_utils.lora import HEAD
 from qlora_utils.loss import answer_states, head_weight, token_losses
@@ -174,6 +176,13 @@ class QLoRASeq2SeqTrainer(Steps, Seq2SeqTrainer):
     """transformers' trainer for an encoder-decoder: what it predicts, it generates."""
 
 
+# What trains each architecture, and what that takes as its arguments.
+TRAINERS: dict[Architecture, tuple[type[Steps], Callable[..., TrainingArguments]]] = {
+    "causal": (QLoRATrainer, TrainingArguments),
+    "encoder-decoder": (QLoRASeq2SeqTrainer, partial(Seq2SeqTrainingArguments, predict_with_generate=True)),
+}
+
+
 def response_loss(model: nn.Module, rows: Sequence[Encoded], collator: Any, *, batch_size: int) -> tuple[float, int]:
     """Mean negative log-likelihood, in nats, of all labelled tokens, and their number. Its `exp` is the perplexity.
 
@@ -195,7 +204,7 @@ def row_losses(
 
     Args:
         model: language model whose head is a matrix product, or one wrapped by peft.
-        rows: from `data.examples`.
+        rows: from `formats.Format.examples`.
         collator: from `packs.make_collator`.
         batch_size: rows per forward pass.
     """
@@ -383,10 +392,8 @@ def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: in
     if config.lr_scheduler == "reduce_lr_on_plateau":
         # Measurements are few: a fall that is too small to matter should not pass for one. threshold is relative.
         options["lr_scheduler_kwargs"] = {"factor": config.plateau_factor, "patience": config.plateau_patience}
-    kind: type[TrainingArguments] = TrainingArguments
-    if config.architecture == "encoder-decoder":
-        kind, options["predict_with_generate"] = Seq2SeqTrainingArguments, True
-    arguments = kind(
+    _, arguments_of = TRAINERS[config.architecture]
+    arguments: TrainingArguments = arguments_of(
         output_dir=str(run.checkpoints),
         **steps,
         # A whole step; `StepCollator` cuts it. Each of several processes takes its share.
@@ -442,17 +449,18 @@ def make_trainer(
         ConfigError: fp16 without a GPU.
     """
     config = settle(config).config
-    train_rows = examples(prepared.train, tokenizer, config, training=True)
+    form = format_of(tokenizer, config)
+    train_rows = form.examples(prepared.train, training=True)
     collator = make_collator(tokenizer, config)
     arguments = training_arguments(config, run, micro_batch_size(config, [collator.tokens(row) for row in train_rows]))
-    kind = QLoRASeq2SeqTrainer if config.architecture == "encoder-decoder" else QLoRATrainer
-    trainer = kind(
+    trainer_of, _ = TRAINERS[config.architecture]
+    trainer = trainer_of(
         config=config,
         model=tuned_model,
         args=arguments,
         train_dataset=train_rows,
         # The held-out loss is always that of the answers, so that runs can be compared.
-        eval_dataset=examples(measured_rows(prepared.held_out, config), tokenizer, config, training=False),
+        eval_dataset=form.examples(measured_rows(prepared.held_out, config), training=False),
         trace=make_trace(prepared.held_out, tokenizer, config) if config.trace_rows else None,
         data_collator=StepCollator(collator, config.micro_batch_tokens or config.max_seq_len, config.micro_batch_size),
         callbacks=[HistoryWriter(run.history), Progress()],

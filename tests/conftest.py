@@ -32,12 +32,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
 
 
-def tensors(rows, tokenizer, config, **options):
+def tensors(rows, tokenizer, config):
     """What one forward pass of the run's model gets of conversations."""
-    from qlora_utils.data import examples
+    from qlora_utils.formats import format_of
     from qlora_utils.packs import make_collator
 
-    return make_collator(tokenizer, config)(examples(rows, tokenizer, config, training=False, **options))
+    return make_collator(tokenizer, config)(format_of(tokenizer, config).examples(rows, training=False))
 
 
 def layer(model, name):
@@ -97,15 +97,16 @@ def real_rows():
 def prepared(preset, tokenizer):
     """Pocket rows that make 64 examples to train on, and 16 rows held out."""
     from qlora_utils.config import RunConfig
-    from qlora_utils.data import Prepared, examples_of, prepare
+    from qlora_utils.data import Prepared, prepare
+    from qlora_utils.formats import format_of
 
     config = RunConfig.from_preset(preset, train_rows=64)
     whole = prepare(config, tokenizer)
     train, count = [], 0
     for row in whole.train:
-        if count + examples_of(row, config) <= 64:
+        if count + format_of(tokenizer, config).count(row) <= 64:
             train.append(row)
-            count += examples_of(row, config)
+            count += format_of(tokenizer, config).count(row)
     return Prepared(train, whole.held_out[:16], whole.rejected, whole.report)
 
 

@@ -139,11 +139,11 @@ def test_evaluate_writes_answers_and_scores(config, tuned_model, tokenizer, prep
 
 @BOTH
 def test_perplexity_is_that_of_the_held_out_loss(config, tuned_model, tokenizer, prepared, run):
-    from qlora_utils.data import examples
+    from qlora_utils.formats import format_of
     from qlora_utils.packs import make_collator
 
     answers.evaluate(config, tuned_model, tokenizer, prepared, run)
-    rows = examples(training.scored_rows(prepared.held_out, config), tokenizer, config, training=False)
+    rows = format_of(tokenizer, config).examples(training.scored_rows(prepared.held_out, config), training=False)
     loss, _ = training.response_loss(tuned_model, rows, make_collator(tokenizer, config), batch_size=3)
     assert read_json(run.metrics)["tuned"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
 

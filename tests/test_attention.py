@@ -6,7 +6,7 @@ from conftest import on_its_device
 
 from qlora_utils import attention, lora, quantization
 from qlora_utils.config import RunConfig
-from qlora_utils.data import encode
+from qlora_utils.formats import encode
 from qlora_utils.packs import Collator
 
 LENGTHS = (5, 1, 12, 3)

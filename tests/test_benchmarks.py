@@ -130,7 +130,7 @@ def test_a_step_is_split_into_equal_passes():
 
 
 def test_the_held_out_loss_is_the_librarys(tuned_model, prepared, tokenizer):
-    from qlora_utils.data import encode
+    from qlora_utils.formats import encode
     from qlora_utils.packs import Collator
     from qlora_utils.training import response_loss
 

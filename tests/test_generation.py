@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qlora_utils import generation, quantization
 from qlora_utils.config import RunConfig
-from qlora_utils.data import prompt
+from qlora_utils.formats import format_of
 from qlora_utils.generation import Answer, Question, Sampling
 from qlora_utils.rows import Conversation, Turn
 
@@ -40,7 +40,7 @@ def test_questions_are_sampled_by_seed_and_fit_the_length(config, tokenizer):
 
 def by_hand(model, tokenizer, config, question, limit):
     """Greedy decoding without padding, cache or generate."""
-    ids = prompt(question.history, question.text, tokenizer, config)
+    ids = format_of(tokenizer, config).prompt(question.history, question.text)
     inputs = {}
     if model.config.is_encoder_decoder:
         inputs, ids = {"input_ids": torch.tensor([ids])}, [model.config.decoder_start_token_id]

@@ -7,7 +7,7 @@ from torch import nn
 
 from qlora_utils import lora, loss, quantization
 from qlora_utils.config import ModelError
-from qlora_utils.data import IGNORED, examples
+from qlora_utils.formats import IGNORED, format_of
 from qlora_utils.packs import make_collator
 
 
@@ -61,7 +61,7 @@ def test_extreme_logits_stay_finite():
 def test_logits_exist_for_labelled_tokens_alone_and_a_chunk_at_a_time(
     config, tuned_model, prepared, tokenizer, monkeypatch
 ):
-    rows = examples(prepared.train[:6], tokenizer, config, training=False)
+    rows = format_of(tokenizer, config).examples(prepared.train[:6], training=False)
     collator = make_collator(tokenizer, config)
     labelled = sum(collator.answer_tokens(row) for row in rows)
     monkeypatch.setattr(loss, "CHUNK_BYTES", dict.fromkeys(loss.CHUNK_BYTES, 4 * len(tokenizer) * 16))

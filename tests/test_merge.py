@@ -19,7 +19,7 @@ from transformers import (
 
 from qlora_utils import cli, lora, merge, quantization, runner, training
 from qlora_utils.config import ConfigError, ModelError, RunConfig, locate
-from qlora_utils.data import encode, encode_prompt, prompt
+from qlora_utils.formats import encode, encode_prompt, format_of
 from qlora_utils.generation import Answer, Question
 from qlora_utils.loss import decoder_inputs
 from qlora_utils.merge import Asked, Checkpoint, as_loaded, merged_weights
@@ -248,7 +248,7 @@ def test_a_merged_t5_keeps_a_head_of_its_own_and_says_so(tuned, batch, tokenizer
     assert record["agreement"]["same"] == record["agreement"]["questions"] == 2
     again = AutoTokenizer.from_pretrained(folder)
     asked = again.apply_chat_template([{"role": "user", "content": "Why?"}], return_dict=False)
-    assert asked == prompt([], "Why?", tokenizer, config)
+    assert asked == format_of(tokenizer, config).prompt([], "Why?")
     assert GenerationConfig.from_pretrained(folder).decoder_start_token_id == 0
 
 

@@ -14,7 +14,7 @@ from qlora_utils.config import RunConfig
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TOPICS = ["data", "quantization", "lora", "training", "curves", "answers", "playground"]
 SHARED_MODULES = {
-    "config", "rows", "run_directory", "sources", "instructions", "packs", "hardware", "shapes", "plan",
+    "config", "rows", "run_directory", "sources", "instructions", "formats", "packs", "hardware", "shapes", "plan",
     "attention", "fused", "loss", "generation", "scores", "ingredients", "merge", "compare", "runner", "report", "cli",
 }  # fmt: skip
 PER_NOTEBOOK = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

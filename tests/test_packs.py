@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_utils.data import IGNORED, Encoded, encode
-from qlora_utils.packs import Collator, LikeLengths, StepCollator, fill, filled_share
+from qlora_utils.formats import IGNORED, Encoded, encode
+from qlora_utils.packs import Collator, LikeLengths, StepCollator, fill, filled_share, groups, real_share
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -19,6 +19,28 @@ def test_every_conversation_is_in_one_pack_and_no_pack_overflows(lengths, tokens
         assert limit is None or len(pack) <= limit
     sizes = [sum(lengths[i] for i in pack) for pack in packs]
     assert sizes == sorted(sizes, reverse=True)  # a pass that does not fit into memory fails at once
+
+
+SIZES = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=40)
+
+
+@given(SIZES, st.integers(1, 2000), st.none() | st.integers(1, 5))
+def test_every_pair_is_in_one_pass_and_none_overflows_once_padded(sizes, tokens, limit):
+    """What is read and what is written are padded apart: a long question beside a long answer takes room for both."""
+    passes = groups(sizes, tokens, limit)
+    assert sorted(index for members in passes for index in members) == list(range(len(sizes)))
+    for members in passes:
+        read, written = (max(sizes[i][side] for i in members) for side in (0, 1))
+        assert (read + written) * len(members) <= tokens or len(members) == 1
+        assert limit is None or len(members) <= limit
+    assert 0 < real_share(sizes, tokens, 16) <= 1
+
+
+def test_like_goes_with_like():
+    asked, told = [(300, 10)] * 4, [(10, 300)] * 4
+    passes = groups([pair for two in zip(asked, told, strict=True) for pair in two], 4 * 310)
+    assert sorted(map(sorted, passes)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert real_share([*asked, *told], 4 * 310, 8) == 1
 
 
 @given(LENGTHS)

@@ -8,7 +8,8 @@ import torch
 from qlora_utils import lora, plan, quantization, shapes, training
 from qlora_utils.cli import main
 from qlora_utils.config import ConfigError, ModelError, RunConfig
-from qlora_utils.data import IGNORED, Encoded, load_tokenizer
+from qlora_utils.data import load_tokenizer
+from qlora_utils.formats import IGNORED, Encoded
 from qlora_utils.hardware import CARDS, GIB
 from qlora_utils.plan import OPEN, candidates, plan_for, predict, settle
 from qlora_utils.run_directory import RunDirectory

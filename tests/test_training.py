@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from qlora_utils import lora, quantization, training
 from qlora_utils.config import ConfigError, RunConfig
-from qlora_utils.data import IGNORED, encode, examples
+from qlora_utils.formats import IGNORED, encode, format_of
 from qlora_utils.generation import Answer, Question, Sampling, answer_all
 from qlora_utils.loss import decoder_inputs
 from qlora_utils.packs import Collator, make_collator
@@ -60,7 +60,7 @@ def test_a_run_leaves_what_the_contract_says(config, tokenizer, prepared):
     metrics = read_json(run.metrics)["train"]
     assert set(metrics) >= {"steps", "final_loss", "tokens", "tokens_per_s", "wall_s", "peak_memory_bytes"}
     assert metrics["steps"] == 8
-    seen = examples(prepared.train, tokenizer, config, training=True)
+    seen = format_of(tokenizer, config).examples(prepared.train, training=True)
     of = make_collator(tokenizer, config).tokens
     assert metrics["tokens"] == sum(of(example) for example in seen)  # 64 rows, 8 steps of 8: each once
     assert (run.adapter / "adapter_model.safetensors").is_file()
@@ -160,7 +160,7 @@ def test_what_is_measured_at_a_time_is_sized_by_tokens(config):
 def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(config, tokenizer, prepared):
     """The first logged loss, before any weight moved, equals the mean computed by hand over the same rows."""
     variant = changed(config, batch_size=64, micro_batch_size=16, steps=1)
-    rows = examples(prepared.train, tokenizer, config, training=True)
+    rows = format_of(tokenizer, config).examples(prepared.train, training=True)
     model = lora.attach(quantization.load(variant), variant)
     by_hand, count = training.response_loss(model, rows, make_collator(tokenizer, config), batch_size=8)
     assert count == sum(label != IGNORED for row in rows for label in row.labels)
@@ -170,7 +170,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(config, tokenizer
 @pytest.mark.parametrize("packing", [True, False])
 @BOTH
 def test_held_out_loss_does_not_depend_on_batching(config, tuned_model, tokenizer, prepared, packing):
-    rows = examples(prepared.held_out, tokenizer, config, training=False)
+    rows = format_of(tokenizer, config).examples(prepared.held_out, training=False)
     collator = make_collator(tokenizer, changed(config, packing=packing))
     reference, _ = training.response_loss(tuned_model, rows, make_collator(tokenizer, config), batch_size=1)
     loss, _ = training.response_loss(tuned_model, rows, collator, batch_size=7)
@@ -186,7 +186,7 @@ def test_evaluating_keeps_sums_only(config, tuned_model, tokenizer, prepared, mo
     """While the held-out loss is measured, the logits of no more than one batch are alive at any time."""
     import gc
 
-    rows = examples(prepared.held_out, tokenizer, config, training=False)
+    rows = format_of(tokenizer, config).examples(prepared.held_out, training=False)
     vocabulary = len(tokenizer)
     alive = []
     kind = type(make_collator(tokenizer, config))
@@ -252,6 +252,26 @@ def test_rows_in_order_of_length_are_resumed_in_the_same_order(config, tokenizer
     assert losses(parts) == losses(whole)
     random_order = train(changed(ordered, row_order="random", run_name="random"), tokenizer, prepared)[2]
     assert losses(random_order) != losses(whole)
+
+
+@BOTH
+def test_on_a_plateau_the_rate_of_every_group_is_reduced_and_a_resumed_training_knows_it(config, tokenizer, prepared):
+    flat = changed(
+        config, lr_scheduler="reduce_lr_on_plateau", plateau_patience=1, plateau_factor=0.5, eval_steps=1, steps=8,
+        learning_rate=1e-9, head_learning_rate=1e-10, keep="last", save_steps=1,
+    )  # fmt: skip
+    _, _, whole = train(changed(flat, run_name="whole"), tokenizer, prepared)
+    rates = [line["lr"] for line in whole if "lr" in line]
+    assert rates[0] == 1e-9  # no warm-up
+    assert sorted(rates, reverse=True) == rates
+    assert rates[-1] == pytest.approx(1e-9 / 8)  # every second measurement without a fall
+    _, run, _ = train(changed(flat, run_name="parts"), tokenizer, prepared, StopAt(5))
+    _, _, parts = train(changed(flat, run_name="parts", resume=True), tokenizer, prepared)
+    assert [line["lr"] for line in parts if "lr" in line] == rates
+    state = torch.load(training.last_checkpoint(run.checkpoints) / "optimizer.pt", weights_only=True)
+    assert [group["lr"] for group in state["param_groups"]] == pytest.approx([rates[-1], rates[-1] / 10], rel=0.51)
+    falling = changed(flat, learning_rate=1e-3, head_learning_rate=1e-4, run_name="falling")
+    assert {line["lr"] for line in train(falling, tokenizer, prepared)[2] if "lr" in line} == {1e-3}
 
 
 def test_a_finished_training_is_not_resumed(config, tokenizer, prepared):
@@ -352,7 +372,7 @@ def adapter_gradients(model, batch):
 
 
 def evaluate_and_answer(model, config, tokenizer, prepared):
-    rows = examples(prepared.held_out, tokenizer, config, training=False)
+    rows = format_of(tokenizer, config).examples(prepared.held_out, training=False)
     training.response_loss(model, rows, make_collator(tokenizer, config), batch_size=4)
     question = Question("What is the capital of Japan?", "")
     answer_all(model, tokenizer, [question], config, sampling=Sampling(max_new_tokens=4), batch_size=1)
@@ -415,7 +435,7 @@ def test_the_adapter_of_the_lowest_held_out_loss_is_kept(config, tokenizer, prep
     assert best == 4
     kept = {"best": best, "last": 8}[keep]
     assert read_json(run.metrics)["train"]["kept_step"] == kept
-    rows = examples(training.measured_rows(prepared.held_out, variant), tokenizer, config, training=False)
+    rows = format_of(tokenizer, config).examples(training.measured_rows(prepared.held_out, variant), training=False)
     reloaded = lora.reload(quantization.load(variant), run.adapter)
     for model in (tuned_model, reloaded):
         loss, _ = training.response_loss(model, rows, make_collator(tokenizer, config), batch_size=8)

@@ -1,0 +1,316 @@
+"""From conversations to tokens: one format for each architecture (notebook 01).
+
+A causal model such as Llama goes on with a text: a conversation is one sequence in Llama-2 chat format, in which the
+answers carry loss. An encoder-decoder such as Flan-T5 reads one text and writes another: each answer of a conversation
+is an example of its own, with an instruction, the question and the turns before it to read.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_utils.config import RunConfig
+from qlora_utils.instructions import Instructions, chat_template, instructions_of, source_text
+from qlora_utils.rows import CHAT_TEMPLATE, Conversation, Turn, prompt_text, turn_text
+from qlora_utils.sources import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label that carries no loss, in torch and in transformers
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one example is in tokens.
+
+    Causal: the ids of a conversation and the label of each, the id itself where it carries loss, else -100.
+    Encoder-decoder: what the encoder reads, and as labels all that the decoder writes.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def format_of(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Format:
+    """The format of the run's base model."""
+    kind = {"causal": ChatFormat, "encoder-decoder": InstructionFormat}[config.architecture]
+    return kind(tokenizer, config)
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """How the run's model is given conversations."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: RunConfig
+    unit = "example"  # what one example is called
+
+    @abstractmethod
+    def examples(self, conversations: Sequence[Conversation], *, training: bool) -> list[Encoded]:
+        """What the model learns from, or is measured on.
+
+        Args:
+            conversations: to encode, in order.
+            training: with loss on questions too, if the run says so, and with varying instructions. Otherwise only
+                answers count, asked for in one way, so that runs can be compared.
+        """
+
+    @abstractmethod
+    def count(self, conversation: Conversation) -> int:
+        """How many examples a conversation makes."""
+
+    @abstractmethod
+    def prompt(self, history: Sequence[Turn], question: str) -> list[int]:
+        """Token ids of what the model reads before it answers `question`, exactly as where it is measured.
+
+        Args:
+            history: earlier turns of the conversation, oldest first.
+            question: the question now.
+        """
+
+    @abstractmethod
+    def last_answer(self, conversation: Conversation) -> Encoded:
+        """The conversation with loss on its last answer alone, of which at least the first token counts."""
+
+    @abstractmethod
+    def answered(self, conversations: Sequence[Conversation]) -> list[bool]:
+        """Of each conversation whether an answer begins within `max_seq_len` tokens, so that something carries loss."""
+
+    @abstractmethod
+    def lengths(self, conversations: Sequence[Conversation]) -> list[tuple[int, ...]]:
+        """Tokens of each example if nothing is cut; of an encoder-decoder (read, written)."""
+
+    @abstractmethod
+    def marked(self, example: Encoded) -> list[tuple[int, str]]:
+        """Each token of an example and what it is: `answer` if it carries loss."""
+
+    @property
+    @abstractmethod
+    def chat_template(self) -> str:
+        """The same as a chat template, for servers."""
+
+    def table(self, example: Encoded, count: int = 40) -> str:
+        """The first tokens of an example as lines of text: id, letters, and what it is."""
+        rows = self.marked(example)[:count]
+        return "\n".join(f"{token:>6} {self.tokenizer.decode([token])!r:<14} {mark}" for token, mark in rows)
+
+
+# ---------------------------------------------------------------------------------------------------- causal
+
+
+class ChatFormat(Format):
+    """Llama-2 chat: a conversation is one sequence."""
+
+    unit = "conversation"
+
+    def examples(self, conversations: Sequence[Conversation], *, training: bool) -> list[Encoded]:
+        """As `encode`."""
+        response_only = self.config.response_only or not training
+        return encode(conversations, self.tokenizer, max_seq_len=self.config.max_seq_len, response_only=response_only)
+
+    def count(self, conversation: Conversation) -> int:
+        """One."""
+        return 1
+
+    def prompt(self, history: Sequence[Turn], question: str) -> list[int]:
+        """As `encode_prompt`."""
+        return encode_prompt(history, question, self.tokenizer)
+
+    def last_answer(self, conversation: Conversation) -> Encoded:
+        """The whole conversation, cut at its end."""
+        *history, last = conversation.turns
+        begin = len(self.prompt(history, last.question))
+        limit = max(self.config.max_seq_len, begin + 1)
+        ids = encode([conversation], self.tokenizer, max_seq_len=limit)[0].input_ids
+        return Encoded(ids, [IGNORED] * begin + ids[begin:])
+
+    def answered(self, conversations: Sequence[Conversation]) -> list[bool]:
+        """A question may fill it all."""
+        encoded = self.examples(conversations, training=False)
+        return [any(label != IGNORED for label in example.labels) for example in encoded]
+
+    def lengths(self, conversations: Sequence[Conversation]) -> list[tuple[int, ...]]:
+        """(tokens,) of each conversation."""
+        return [(len(encoded.input_ids),) for encoded in encode(conversations, self.tokenizer)]
+
+    def marked(self, example: Encoded) -> list[tuple[int, str]]:
+        """`·` for what carries no loss."""
+        marks = ["·" if label == IGNORED else "answer" for label in example.labels]
+        return list(zip(example.input_ids, marks, strict=True))
+
+    @property
+    def chat_template(self) -> str:
+        """`rows.CHAT_TEMPLATE`."""
+        return CHAT_TEMPLATE
+
+
+def encode(
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_seq_len: int | None = None,
+    response_only: bool = True,
+) -> list[Encoded]:
+    """Tokenize segment by segment, so that labels follow from where a token comes from and not from a search.
+
+    Each turn is `<s>` + prompt + answer + `</s>`; both marks are added by id, never as text, so that a question which
+    spells `</s>` cannot close a turn. The answer and its `</s>` carry loss, the prompt none.
+
+    Args:
+        conversations: to encode, in order.
+        tokenizer: of the base model.
+        max_seq_len: tokens; what lies beyond is cut off (None: nothing is).
+        response_only: False gives every token but each `<s>` a label.
+
+    Raises:
+        DataError: the tokenizer merges prompt and answer into one token, so that no boundary exists.
+    """
+    turns = [turn for conversation in conversations for turn in conversation.turns]
+    prompts = _turn_ids(tokenizer, [prompt_text(turn.question) for turn in turns])
+    wholes = _turn_ids(tokenizer, [turn_text(turn) for turn in turns])
+    eos = tokenizer.eos_token_id
+    encoded, index = [], 0
+    for conversation in conversations:
+        input_ids: list[int] = []
+        labels: list[int] = []
+        for _ in conversation.turns:
+            prompt, whole = prompts[index], wholes[index]
+            index += 1
+            if whole[: len(prompt)] != prompt:
+                raise DataError(
+                    f"{conversation.where} row {conversation.number}: the tokenizer joins the end of the question "
+                    "and the start of the answer in one token; response-only labels need a boundary there."
+                )
+            answer = [*whole[len(prompt) :], eos]
+            input_ids += prompt + answer
+            labels += ([IGNORED] * len(prompt) if response_only else [IGNORED, *prompt[1:]]) + answer
+        encoded.append(Encoded(input_ids[:max_seq_len], labels[:max_seq_len]))
+    return encoded
+
+
+def encode_prompt(history: Sequence[Turn], question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of what the model reads before it answers `question`, exactly as in training.
+
+    Args:
+        history: earlier turns of the conversation, oldest first.
+        question: the question now.
+        tokenizer: of the base model.
+    """
+    earlier = encode([Conversation(tuple(history))], tokenizer)[0].input_ids if history else []
+    return earlier + _turn_ids(tokenizer, [prompt_text(question)])[0]
+
+
+def _turn_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """`<s>` and the ids of each text, which begins with `[INST]` and in which `<s>` or `</s>` are mere letters."""
+    if not texts:
+        return []
+    # sentencepiece gives a text's first word a leading space, but not after a special token: `[INST]` is tokenized
+    # once as it stands after `<s>` and put in the place of the opening that each text was given.
+    opening = tokenizer("[INST]", add_special_tokens=False)["input_ids"]
+    after_bos = tokenizer(f"{tokenizer.bos_token}[INST]", add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    if any(ids[: len(opening)] != opening for ids in encoded):
+        raise DataError(
+            "the tokenizer joins [INST] with what follows it; the Llama-2 chat format needs a boundary there."
+        )
+    return [after_bos + ids[len(opening) :] for ids in encoded]
+
+
+# ---------------------------------------------------------------------------------------------------- encoder-decoder
+
+
+class InstructionFormat(Format):
+    """An instruction to read, an answer to write: an example for each answer."""
+
+    def examples(self, conversations: Sequence[Conversation], *, training: bool) -> list[Encoded]:
+        """As `encode_answers`."""
+        seed = self.config.seed if training else None
+        return encode_answers(
+            conversations, self.tokenizer, self.instructions, max_seq_len=self.config.max_seq_len, seed=seed
+        )
+
+    @property
+    def instructions(self) -> Instructions:
+        """The run's own, or those of `data/instructions.toml`."""
+        return instructions_of(self.config)
+
+    def count(self, conversation: Conversation) -> int:
+        """Its answers."""
+        return len(conversation.turns)
+
+    def prompt(self, history: Sequence[Turn], question: str) -> list[int]:
+        """The fixed instruction, closed by `</s>`."""
+        text = source_text(history, question, self.instructions.fixed, self.instructions.earlier)
+        return read_by_encoder([text], self.tokenizer, self.config.max_seq_len)[0]
+
+    def last_answer(self, conversation: Conversation) -> Encoded:
+        """The last of its examples."""
+        return self.examples([conversation], training=False)[-1]
+
+    def answered(self, conversations: Sequence[Conversation]) -> list[bool]:
+        """Always: every answer begins at the decoder's first token."""
+        return [True] * len(conversations)
+
+    def lengths(self, conversations: Sequence[Conversation]) -> list[tuple[int, ...]]:
+        """(read, written) for each answer."""
+        encoded = encode_answers(conversations, self.tokenizer, self.instructions)
+        return [(len(example.input_ids), len(example.labels)) for example in encoded]
+
+    def marked(self, example: Encoded) -> list[tuple[int, str]]:
+        """`read` for what the encoder is given."""
+        return [(token, "read") for token in example.input_ids] + [(token, "answer") for token in example.labels]
+
+    @property
+    def chat_template(self) -> str:
+        """As `instructions.chat_template`."""
+        return chat_template(self.config)
+
+
+def encode_answers(
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Instructions,
+    *,
+    max_seq_len: int | None = None,
+    seed: int | None = None,
+) -> list[Encoded]:
+    """One example for each answer of each conversation: instruction and earlier turns to read, the answer to write.
+
+    Args:
+        conversations: to encode, in order.
+        tokenizer: of the base model.
+        instructions: from `instructions_of`.
+        max_seq_len: tokens. What the encoder reads is cut at its start, so that the question survives; an answer at its
+            end, and it then has no `</s>`.
+        seed: of the instruction drawn for each answer (None: always the first).
+    """
+    draw = None if seed is None else random.Random(f"instructions {seed}")
+    sources, answers = [], []
+    for conversation in conversations:
+        for index, turn in enumerate(conversation.turns):
+            template = draw.choice(instructions.templates) if draw else instructions.fixed
+            sources.append(source_text(conversation.turns[:index], turn.question, template, instructions.earlier))
+            answers.append(turn.answer)
+    written = [[*ids, tokenizer.eos_token_id][:max_seq_len] for ids in _plain_ids(answers, tokenizer)]
+    read = read_by_encoder(sources, tokenizer, max_seq_len)
+    return [Encoded(source, answer) for source, answer in zip(read, written, strict=True)]
+
+
+def read_by_encoder(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_seq_len: int | None) -> list[list[int]]:
+    """Token ids of texts, each closed by `</s>` and at most `max_seq_len` long, cut at its start."""
+    ids = _plain_ids(texts, tokenizer)
+    kept = ids if max_seq_len is None else [one[max(0, len(one) - max_seq_len + 1) :] for one in ids]
+    return [[*one, tokenizer.eos_token_id] for one in kept]
+
+
+def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of texts in which special tokens, spelled out, are mere letters."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return encoded["input_ids"]  # type: ignore[no-any-return]
