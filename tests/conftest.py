@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 
-PRESETS = ("pocket", "pocket-t5")  # one of each architecture
-BOTH = pytest.mark.parametrize("preset", PRESETS, indirect=True, scope="session")  # for what must hold of either
+# For what must hold of either architecture. None is what tests without this mark get, so that these share fixtures.
+BOTH = pytest.mark.parametrize("preset", [pytest.param(None, id="pocket"), "pocket-t5"], indirect=True, scope="session")
 
 
 def pytest_collection_modifyitems(items):
@@ -53,8 +53,8 @@ def on_its_device(model, batch):
 
 @pytest.fixture(scope="session")
 def preset(request):
-    """The preset that a test runs on: `pocket`, or each of `PRESETS` in tests marked `BOTH`."""
-    return getattr(request, "param", "pocket")
+    """The preset that a test runs on: `pocket`, and in tests marked `BOTH` the pocket T5 too."""
+    return getattr(request, "param", None) or "pocket"
 
 
 @pytest.fixture

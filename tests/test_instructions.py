@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from qlora_utils import instructions
 from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.formats import format_of
 from qlora_utils.instructions import read_instructions, source_text
 from qlora_utils.rows import Conversation, Turn
 

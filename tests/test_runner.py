@@ -4,6 +4,7 @@ import json
 
 import nbformat
 import pytest
+from conftest import BOTH
 
 from qlora_utils import cli, report, runner
 from qlora_utils.config import ConfigError, RunConfig
@@ -120,15 +121,22 @@ def test_ask_without_a_run_says_what_to_do(tmp_path, capsys):
     assert "no such run" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+@pytest.fixture(scope="session")
+def finished(preset, tmp_path_factory):
     """One quick run of the whole series, in a folder whose name has a space."""
     folder = tmp_path_factory.mktemp("run directories") / "a b"
-    status = cli.main(["run", "--preset", "pocket", "--run-name", "quick", "--output-dir", str(folder), *QUICK])
+    status = cli.main(["run", "--preset", preset, "--run-name", "quick", "--output-dir", str(folder), *QUICK])
     assert status == 0
     return RunDirectory(folder / "quick")
 
 
+def only(monkeypatch, *stems):
+    """Let the series be these notebooks alone: each that is run costs ten seconds."""
+    chosen = [path for path in runner.series() if path.stem in stems]
+    monkeypatch.setattr(runner, "series", lambda: chosen)
+
+
+@BOTH
 def test_the_seven_notebooks_run_and_leave_the_run_directory(finished):
     for path in (finished.config, finished.history, finished.metrics, finished.answers, finished.report,
                  finished.adapter / "adapter_model.safetensors", finished.data / "report.json"):  # fmt: skip
@@ -147,6 +155,7 @@ def test_the_seven_notebooks_run_and_leave_the_run_directory(finished):
         assert not [line for line in errors if "warning" in line.lower() or "gemm_4bit" in line]
 
 
+@BOTH
 def test_metrics_have_the_promised_shape(finished):
     metrics = read_json(finished.metrics)
     for model in ("base", "tuned"):
@@ -167,6 +176,7 @@ def test_the_parameters_given_are_those_used(finished):
     assert (stored["steps"], stored["train_rows"], stored["max_new_tokens"]) == (6, 48, 8)
 
 
+@BOTH
 def test_ask_answers_on_the_terminal(finished, capsys):
     expected = read_jsonl(finished.answers)
     line = next(line for line in expected if not line["history"])
@@ -174,6 +184,7 @@ def test_ask_answers_on_the_terminal(finished, capsys):
     assert capsys.readouterr().out == line["tuned"]["answer"] + "\n"
 
 
+@BOTH
 def test_summary_names_place_losses_and_scores(finished):
     text = report.summary(finished)
     assert str(finished.path) in text
@@ -181,7 +192,8 @@ def test_summary_names_place_losses_and_scores(finished):
         assert word in text
 
 
-def test_from_a_later_notebook_uses_what_is_there(finished):
+def test_from_a_later_notebook_uses_what_is_there(finished, monkeypatch):
+    only(monkeypatch, "01_data", "04_training", "05_curves", "06_answers")
     before = finished.history.read_bytes()
     arguments = ["run", "--run-name", "quick", "--output-dir", str(finished.path.parent), "--from", "05"]
     assert cli.main(arguments) == 0
@@ -204,8 +216,9 @@ def test_a_failing_cell_exits_1_and_keeps_the_notebook(tmp_path, capsys):
     assert any(o.output_type == "error" for c in copy.cells if c.cell_type == "code" for o in c.outputs)
 
 
-def test_started_again_from_01_the_run_keeps_its_parameters(tmp_path):
+def test_started_again_from_01_the_run_keeps_its_parameters(tmp_path, monkeypatch):
     """Also: a first row that cannot be used stops nothing."""
+    only(monkeypatch, "01_data", "04_training")
     pairs = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(12)]
     lines = ["{oops", '{"question": "q", "answer": null}', *map(json.dumps, pairs)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
@@ -221,7 +234,8 @@ def test_started_again_from_01_the_run_keeps_its_parameters(tmp_path):
     assert again[2]["final_loss"] == first[2]["final_loss"]
 
 
-def test_started_again_from_04_with_new_values_the_run_tells_of_them(finished):
+def test_started_again_from_04_with_new_values_the_run_tells_of_them(finished, monkeypatch):
+    only(monkeypatch, "01_data", "04_training", "06_answers")
     place = ["--run-name", "quick", "--output-dir", str(finished.path.parent)]
     assert cli.main(["run", *place, "--from", "04", "-p", "steps=8", "-p", "resume=true"]) == 0
     metrics, config = read_json(finished.metrics), read_json(finished.config)["config"]
@@ -236,14 +250,16 @@ def test_an_unknown_notebook_is_refused():
 
 
 @pytest.mark.real_data
-def test_the_series_runs_on_the_real_rows(tmp_path):
-    """Thin, for time's sake: four steps of the pocket model on the real rows, all seven notebooks."""
+@BOTH
+def test_the_series_runs_on_the_real_rows(preset, tmp_path, monkeypatch):
+    """Thin, for time's sake: four steps on the real rows, from rows to answers."""
     from conftest import SHARED
 
+    only(monkeypatch, "01_data", "04_training", "06_answers")
     source = str(SHARED / "guanaco-llama2-1k")
     arguments = ["-p", f"dataset={source}", "-p", "steps=4", "-p", "eval_steps=2", "-p", "held_out_rows=8",
                  "-p", "score_rows=2", "-p", "max_new_tokens=4", "-p", "max_seq_len=256"]  # fmt: skip
-    assert cli.main(["run", "--preset", "pocket", "--run-name", "g", "--output-dir", str(tmp_path), *arguments]) == 0
+    assert cli.main(["run", "--preset", preset, "--run-name", "g", "--output-dir", str(tmp_path), *arguments]) == 0
     run = RunDirectory(tmp_path / "g")
     assert read_json(run.data / "report.json")["turns"] == 1380
     held_out = [line["eval_loss"] for line in read_jsonl(run.history) if "eval_loss" in line]
