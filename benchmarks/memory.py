@@ -27,20 +27,23 @@ from qlora_utils.hardware import GIB
 from qlora_utils.rows import Conversation, Turn
 from qlora_utils.run_directory import RunDirectory
 
-ROW = 512  # tokens of each made-up conversation
 
+def full_packs(tokens: int, vocabulary: int, row: int, *, pairs: bool) -> list[Encoded]:
+    """Examples of random words that fill four passes of `tokens`; all tokens but the first are labelled, or half.
 
-def full_packs(tokens: int, vocabulary: int, *, pairs: bool) -> list[Encoded]:
-    """Examples of random words that fill four passes of `tokens`; all tokens but the first are labelled, or half."""
+    Of pairs every other one reads a token less, so that there is a padding to mask, as there is in a real pass.
+    """
     draw = random.Random(0)
     rows = []
-    for _ in range(4 * tokens // ROW):
-        ids = [draw.randrange(3, vocabulary) for _ in range(ROW)]
-        rows.append(Encoded(ids[: ROW // 2], ids[ROW // 2 :]) if pairs else Encoded(ids, [IGNORED, *ids[1:]]))
+    for number in range(4 * tokens // row):
+        ids = [draw.randrange(3, vocabulary) for _ in range(row)]
+        rows.append(
+            Encoded(ids[number % 2 : row // 2], ids[row // 2 :]) if pairs else Encoded(ids, [IGNORED, *ids[1:]])
+        )
     return rows
 
 
-def peak(config: RunConfig, tuned_model: Any, tokenizer: Any) -> int:
+def peak(config: RunConfig, tuned_model: Any, tokenizer: Any, row: int) -> int:
     """Bytes allocated by PyTorch at most while this configuration trains two steps of two packs."""
     assert config.micro_batch_tokens is not None
     few = [Conversation((Turn("What is this?", f"A row to measure, number {n}."),)) for n in range(4)]
@@ -48,7 +51,7 @@ def peak(config: RunConfig, tuned_model: Any, tokenizer: Any) -> int:
         config, tuned_model, tokenizer, Prepared(few, few, [], {}), RunDirectory(config.run_dir)
     )
     pairs = config.architecture == "encoder-decoder"
-    rows = full_packs(config.micro_batch_tokens, tuned_model.config.vocab_size, pairs=pairs)
+    rows = full_packs(config.micro_batch_tokens, tuned_model.config.vocab_size, row, pairs=pairs)
     trainer.train_dataset = rows  # type: ignore[assignment]
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", required=True, help="folder or hub id of the base model")
     options.add_argument("--preset", default="llama2-7b", help="llama2-7b or flan-t5-large")
+    options.add_argument("--row", type=int, default=512, help="tokens of each made-up example")
     options.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="lengths of the packs")
     options.add_argument("--optimizer", default="adamw_8bit", help="of RunConfig (default: adamw_8bit)")
     options.add_argument("--out", default="outputs/benchmark", help="folder to write into")
@@ -75,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
-    longest = ROW // 2 if given.preset == "flan-t5-large" else min(given.tokens)
+    longest = given.row // 2 if given.preset == "flan-t5-large" else min(given.tokens)
     for head in (True, False):
         base = RunConfig.from_preset(
             given.preset, model=given.model, train_head=head, keep_expanded=False, optimizer=given.optimizer, steps=2,
@@ -94,9 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for tokens in given.tokens:
                 config = settled.model_copy(
                     update={"gradient_checkpointing": checkpointing, "micro_batch_tokens": tokens,
-                            "batch_size": 2 * tokens // ROW}
+                            "batch_size": 2 * tokens // given.row}
                 )  # fmt: skip
-                measured = peak(config, tuned_model, tokenizer)
+                measured = peak(config, tuned_model, tokenizer, given.row)
                 predicted = plan.predict(shape, config, pass_tokens=tokens, passes=2).peak
                 results.append({"head trained": head, "checkpointing": checkpointing, "pack tokens": tokens,
                                 "measured": measured, "predicted": predicted})  # fmt: skip

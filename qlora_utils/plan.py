@@ -25,7 +25,6 @@ PARTS = ("weights", "quantization constants", "expanded weights", "head", "adapt
 MEAN_TOKENS = 460  # of a conversation where nothing is known of the data: the mean of the Guanaco rows
 PASS_TOKENS = (32768, 24576, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024, 512)
 CHUNK = 2**27  # bytes of fp32 logits held at a time: `loss.CHUNK_BYTES["cuda"]`
-PASS_SECONDS = 0.003  # for each decoder layer of a pass, forward and back: what a host needs to start its kernels
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,11 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
     Args:
         shape: of the base model.
         config: the run, settled: nothing in it left open.
-        pass_tokens: of the largest forward pass; None: `micro_batch_tokens`, or one conversation that is longer.
+        pass_tokens: of the largest forward pass; None: `micro_batch_tokens`, or one example that is longer.
         passes: forward passes in a step. With a second one, the gradients of the first lie beside its activations.
     """
     wide = 4 if config.compute_dtype == "float32" else 2  # bytes of a hidden value
-    tokens = pass_tokens or max(config.micro_batch_tokens or 0, config.max_seq_len)
+    tokens = pass_tokens or max(config.micro_batch_tokens or 0, shape.longest(config))
     lora = shape.lora_parameters(config)
     head_trained = shape.head_parameters if config.train_head else 0
     trained = lora + head_trained
@@ -228,17 +227,17 @@ def settle_to_load(config: RunConfig) -> RunConfig:
         return settle(cautious(config)).config
 
 
-def candidates(config: RunConfig) -> Iterator[RunConfig]:
+def candidates(config: RunConfig, shape: Shape) -> Iterator[RunConfig]:
     """Every way to fill in what is open for a GPU."""
-    longest_step = config.batch_size * config.max_seq_len
+    longest = shape.longest(config)
     for optimizer in _open(config, "optimizer", ("adamw_torch_fused", "adamw_8bit")):
         # peft's own layers, and those with DoRA, dequantize whatever is kept
         useful = config.quantize and config.fused_layers and not config.dora
         for kept in _open(config, "keep_expanded", (False, True) if useful else (False,)):
             for checkpointing in _open(config, "gradient_checkpointing", (False, True)):
-                # no larger than a step can be, no smaller than a conversation
-                sizes = [tokens for tokens in PASS_TOKENS if config.max_seq_len <= tokens < 2 * longest_step]
-                for tokens in _open(config, "micro_batch_tokens", tuple(sizes) or (config.max_seq_len,)):
+                # hardly larger than a step can be, no smaller than an example
+                sizes = [tokens for tokens in PASS_TOKENS if longest <= tokens < 1.5 * config.batch_size * longest]
+                for tokens in _open(config, "micro_batch_tokens", tuple(sizes) or (longest,)):
                     yield config.model_copy(
                         update={"optimizer": optimizer, "keep_expanded": kept, "micro_batch_tokens": tokens,
                                 "gradient_checkpointing": checkpointing}
@@ -258,7 +257,7 @@ def fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
     Raises:
         ConfigError: none fits.
     """
-    plans = [(candidate, predict(shape, candidate)) for candidate in candidates(config)]
+    plans = [(candidate, predict(shape, candidate)) for candidate in candidates(config, shape)]
     fitting = [(candidate, plan) for candidate, plan in plans if plan.fits(card)]
     if not fitting:
         raise ConfigError(too_large(config, card, min(plan.peak for _, plan in plans)))
@@ -305,8 +304,8 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
     Products at two thirds of the vendor's rate; bytes of dequantization and of the optimizer at two thirds of its
     bandwidth.
     """
-    tokens = config.batch_size * min(mean_tokens, config.max_seq_len)
-    largest = max(config.micro_batch_tokens or tokens, config.max_seq_len)
+    tokens = int(shape.padding * config.batch_size * min(mean_tokens, config.max_seq_len))
+    largest = max(config.micro_batch_tokens or tokens, shape.longest(config))
     passes = max(1.0, tokens / largest + 0.5)  # steps differ in length, and packs are not quite full
     forwards = 3 if config.gradient_checkpointing else 2  # as often every weight is needed
     flops = tokens * (
@@ -318,7 +317,7 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
     # read and written by one kernel for many weights, or by one for each
     stepping = trained * (28 if config.optimizer == "adamw_torch_fused" else 150)
     busy = flops / (card.matrix_rate * 2 / 3) + (expanding + stepping) / (card.bandwidth * 2 / 3)
-    starting = passes * PASS_SECONDS * shape.layers * forwards / 2 * (1 if expanding == 0 else 1.3)
+    starting = passes * shape.layer_seconds * shape.layers * forwards / 2 * (1 if expanding == 0 else 1.3)
     return max(busy, starting) + min(busy, starting) / 4  # the one mostly runs beside the other
 
 
