@@ -23,8 +23,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## run the seven notebooks on the pocket model; leaves outputs/demo
 	$(BIN)/qlora run --preset pocket --run-name demo
 
-test: $(READY) ## run the tests
-	$(BIN)/python -m pytest
+test: $(READY) ## run the tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 gpu-check: $(READY) ## on a GPU: its tests and the seven notebooks; MODEL= and DATA= for llama2-7b
 	@PYTHON=$(BIN)/python bash .ci/gpu-check

@@ -6,6 +6,7 @@ all runs were asked the same ones.
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -79,7 +80,7 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
     clusters = clusters_of(first)
     return {
         "runs": [
-            {"name": name, "preset": config["preset"], "asked": len(held), **_training(run)}
+            {"name": name, "preset": config["preset"], "asked": len(held), **_answers(run), **_training(run)}
             for name, config, held, run in zip(names, configs, asked, runs, strict=True)
         ],
         "differences": _differences(names, configs),
@@ -92,6 +93,25 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
         "pairs": _pairs(lines, clusters),
         "disagreements": _disagreements(lines),
     }
+
+
+def _answers(run: RunDirectory) -> dict[str, str]:
+    """Where a run's answers lie, and what they are now."""
+    return {"answers": str(run.answers.resolve()), "answers_sha256": _checksum(run.answers)}
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def outdated(comparison: Mapping[str, Any]) -> list[str]:
+    """Names of the runs whose answers are others by now, or gone: what was compared is not what they would say."""
+    return [
+        run["name"]
+        for run in comparison["runs"]
+        if "answers" in run
+        and not (Path(run["answers"]).is_file() and _checksum(Path(run["answers"])) == run["answers_sha256"])
+    ]
 
 
 def held_out(run: RunDirectory) -> list[Line]:

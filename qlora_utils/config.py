@@ -178,6 +178,13 @@ class RunConfig(BaseModel):
             )
         return self
 
+    @field_validator("lora_targets")
+    @classmethod
+    def _head_is_no_target(cls, value: str) -> str:
+        if "lm_head" in [name.strip() for name in value.split(",")]:
+            raise ValueError("lm_head gets no LoRA; train_head trains it in full")
+        return value
+
     @field_validator("instruction")
     @classmethod
     def _instruction_holds_the_question(cls, value: str | None) -> str | None:
@@ -478,6 +485,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 250,
         "batch_size": 16,
         "eval_steps": 25,
+        "trace_rows": 16,
         "score_rows": 50,
         "answer_batch_size": 64,
     },

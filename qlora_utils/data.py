@@ -246,6 +246,7 @@ def data_report(
     within = [sum(min(length, max_seq_len) for length in size) for size in sizes]
     cut = sum(max(size) > max_seq_len for size in sizes)
     texts = [conversation.text for conversation in conversations]
+    answers = [turn.answer for conversation in conversations for turn in conversation.turns]
     marks = (5, 25, 50, 75, 95, 99)
     percentiles = numpy.percentile(lengths, marks) if lengths else [0.0] * len(marks)
     counts, edges = numpy.histogram(lengths, bins=30)
@@ -267,6 +268,7 @@ def data_report(
         },
         "max_seq_len": max_seq_len,
         "truncated_share": _share(cut, len(lengths)),
+        "unknown_share": unknown_share(answers, tokenizer),
         "batch_size": batch_size,
         "padding_share": padding_share(within, batch_size, config.seed),
         "exact_duplicates": len(texts) - len(set(texts)),
@@ -274,6 +276,17 @@ def data_report(
         "rows_with_blank_turn": sum(any(turn.blank for turn in c.turns) for c in conversations),
         "rows_ending_unanswered": sum(conversation.unanswered for conversation in conversations),
     }
+
+
+def unknown_share(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> float:
+    """Share of tokens that stand for what the tokenizer cannot spell; a model learns to write them, and nobody reads.
+
+    Tokenizers that fall back on bytes, such as Llama's, spell everything; T5's knows no line break and no Chinese.
+    """
+    if tokenizer.unk_token_id is None or not texts:
+        return 0.0
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return _share(sum(ids.count(tokenizer.unk_token_id) for ids in encoded), sum(map(len, encoded)))
 
 
 def _share(part: int, whole: int) -> float:
@@ -327,6 +340,7 @@ def report_table(report: Mapping[str, Any]) -> str:
         f"tokens per {report.get('unit', 'conversation')}": f"mean {length['mean']}, median {length['p50']}, "
         f"p95 {length['p95']}, longest {length['longest']:,}",
         f"longer than {report['max_seq_len']} tokens": f"{report['truncated_share']:.1%}",
+        "answer tokens that are <unk>": f"{report.get('unknown_share', 0.0):.1%}",
         f"padding in random batches of {report['batch_size']}": f"{report['padding_share']:.1%}",
         "duplicates": f"{report['exact_duplicates']} exact, {report['normalised_duplicates']} after normalising",
         "rows with a blank turn": str(report["rows_with_blank_turn"]),

@@ -14,8 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_utils.config import RunConfig
-from qlora_utils.instructions import Instructions, chat_template, instructions_of, source_text
+from qlora_utils.instructions import (
+    Instructions,
+    chat_template,
+    instructions_of,
+    known_instructions,
+    source_text,
+)
 from qlora_utils.rows import CHAT_TEMPLATE, Conversation, Turn, prompt_text, turn_text
+from qlora_utils.run_directory import RunDirectory, write_text
 from qlora_utils.sources import DataError
 
 if TYPE_CHECKING:
@@ -89,6 +96,10 @@ class Format(ABC):
     def marked(self, example: Encoded) -> list[tuple[int, str]]:
         """Each token of an example and what it is: `answer` if it carries loss."""
 
+    @abstractmethod
+    def record(self, run: RunDirectory) -> None:
+        """Leave in the run directory what the format depends on besides the config, for a training that begins."""
+
     @property
     @abstractmethod
     def chat_template(self) -> str:
@@ -142,6 +153,9 @@ class ChatFormat(Format):
         """`·` for what carries no loss."""
         marks = ["·" if label == IGNORED else "answer" for label in example.labels]
         return list(zip(example.input_ids, marks, strict=True))
+
+    def record(self, run: RunDirectory) -> None:
+        """Nothing."""
 
     @property
     def chat_template(self) -> str:
@@ -233,6 +247,10 @@ class InstructionFormat(Format):
         return encode_answers(
             conversations, self.tokenizer, self.instructions, max_seq_len=self.config.max_seq_len, seed=seed
         )
+
+    def record(self, run: RunDirectory) -> None:
+        """The instructions as they are now: a file that is changed later must not change what this run is asked."""
+        write_text(run.instructions, known_instructions().read_text(encoding="utf-8"))
 
     @property
     def instructions(self) -> Instructions:

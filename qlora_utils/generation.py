@@ -80,7 +80,7 @@ def questions_of(
     """Every turn as a question with the turns before it as context; at most `count` of each split.
 
     Which ones, the run's seed decides. A question that with its context is longer than `max_seq_len` is not asked:
-    nothing of that length was trained on.
+    nothing of that length was trained on. (An encoder's is cut at its start instead.)
 
     Args:
         conversations: rows, whose column `split`, if they have one, says what kind of test each is.
@@ -123,7 +123,7 @@ def answer_all(
     batch_tokens: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Answer many questions in batches of similar length, padded on the left, with a cache of keys and values.
+    """Answer many questions in batches of similar length, with a cache of keys and values.
 
     The longest come first, so that a batch that memory cannot hold fails at once.
 
@@ -150,15 +150,20 @@ def answer_all(
             fitting = batch_size if batch_tokens is None else batch_tokens // (longest + sampling.max_new_tokens)
             size = max(1, min(batch_size, fitting))
             members, by_length = by_length[:size], by_length[size:]
-            ids = [[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in members]
-            mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in members]
+            # A causal model's answer stands after its question, so padding comes before; a decoder's answer stands by
+            # itself after a start token, and what its encoder reads is padded as in training.
+            apart = model.config.is_encoder_decoder
+            begin = 1 if apart else longest
+            padding = [[tokenizer.pad_token_id] * (longest - len(prompts[i])) for i in members]
+            pairs = list(zip(padding, (prompts[i] for i in members), strict=True))
+            ids = [text + filler if apart else filler + text for filler, text in pairs]
+            masks = [([0] * len(filler), [1] * len(text)) for filler, text in pairs]
+            mask = [one + zero if apart else zero + one for zero, one in masks]
             generated: Any = model.generate(  # type: ignore[operator]
                 input_ids=torch.tensor(ids, device=device),  # (batch, seq)
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=sampling.generation_config(model, tokenizer),
             )
-            # A causal model's answer stands after its question, a decoder's after its start token alone.
-            begin = 1 if model.config.is_encoder_decoder else longest
             for index, row in zip(members, generated[:, begin:].tolist(), strict=True):
                 answers[index] = _as_answer(row, tokenizer)
             if on_batch is not None:

@@ -1,9 +1,4 @@
-"""What an encoder-decoder reads and writes: instructions, earlier turns, answers (notebook 01).
-
-A causal model continues a conversation; its format lies in `rows`. An encoder-decoder such as Flan-T5 is told what to
-do: the encoder reads the earlier turns and an instruction with the question, the decoder writes the answer. So a
-conversation of three turns is three examples.
-"""
+"""How a question is put to an encoder-decoder: instructions as data, and the turns before it (notebook 01)."""
 
 from __future__ import annotations
 
@@ -11,13 +6,13 @@ import functools
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from qlora_utils.config import QUESTION, RunConfig, project_folder
 from qlora_utils.rows import Turn
+from qlora_utils.run_directory import RunDirectory
 
-if TYPE_CHECKING:
-    pass
+ANSWER = "{answer}"  # stands for the answer of an earlier turn
 
 
 @dataclass(frozen=True)
@@ -33,25 +28,34 @@ class Instructions:
         return self.templates[0]
 
 
-@functools.cache
-def read_instructions() -> Instructions:
-    """Those of `data/instructions.toml`.
-
-    Raises:
-        ValueError: a template that does not hold `{question}` once.
-    """
-    path = project_folder("data") / "instructions.toml"
-    stored = tomllib.loads(path.read_text(encoding="utf-8"))
-    for template in (*stored["templates"], stored["earlier"]):
-        if template.count(QUESTION) != 1:
-            raise ValueError(f"{path}: {template!r} must hold {QUESTION} once; the question stands in its place.")
-    return Instructions(tuple(stored["templates"]), stored["earlier"])
+def known_instructions() -> Path:
+    """`data/instructions.toml` of the project."""
+    return project_folder("data") / "instructions.toml"
 
 
 def instructions_of(config: RunConfig) -> Instructions:
-    """The run's own template, if it has one, or else those of `data/instructions.toml`."""
-    known = read_instructions()
+    """How the run asks: by its own template, or those it was trained with, or those of `data/instructions.toml`."""
+    trained_with = RunDirectory(config.run_dir).instructions
+    path = trained_with if trained_with.is_file() else known_instructions()
+    known = read_instructions(path, path.stat().st_mtime_ns)
     return known if config.instruction is None else Instructions((config.instruction,), known.earlier)
+
+
+@functools.cache
+def read_instructions(path: Path, modified: int = 0) -> Instructions:
+    """The instructions in a file, which is read again when it was `modified`.
+
+    Raises:
+        ValueError: a template that does not hold `{question}` once, or an earlier turn without question and answer.
+    """
+    stored = tomllib.loads(path.read_text(encoding="utf-8"))
+    templates, earlier = tuple(stored["templates"]), stored["earlier"]
+    for template in templates:
+        if template.count(QUESTION) != 1:
+            raise ValueError(f"{path}: {template!r} must hold {QUESTION} once; the question stands in its place.")
+    if (earlier.count(QUESTION), earlier.count(ANSWER)) != (1, 1) or earlier.index(QUESTION) > earlier.index(ANSWER):
+        raise ValueError(f"{path}: earlier, {earlier!r}, must hold {QUESTION} once and after it {ANSWER} once.")
+    return Instructions(templates, earlier)
 
 
 def source_text(history: Sequence[Turn], question: str, template: str, earlier: str) -> str:
@@ -64,16 +68,16 @@ def source_text(history: Sequence[Turn], question: str, template: str, earlier: 
 
 
 def _fill(template: str, question: str, answer: str = "") -> str:
-    parts = [part.replace("{answer}", answer) for part in template.split(QUESTION)]
+    parts = [part.replace(ANSWER, answer) for part in template.split(QUESTION)]
     return question.join(parts)
 
 
 def chat_template(config: RunConfig) -> str:
     """The same as a tokenizer's chat template, for servers: `source_text` of messages, the last a user's."""
     known = instructions_of(config)
-    before, after = known.fixed.split(QUESTION, 1)
-    asked, answered = known.earlier.split("{answer}", 1) if "{answer}" in known.earlier else (known.earlier, "")
-    asked_before, asked_after = asked.split(QUESTION, 1)
+    before, after = known.fixed.split(QUESTION)
+    asked, answered = known.earlier.split(ANSWER)
+    asked_before, asked_after = asked.split(QUESTION)
 
     def text(value: str) -> str:
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

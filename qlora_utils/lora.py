@@ -44,7 +44,7 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
         config: rank, scale, dropout, variants, head, checkpointing, seed of the initialisation.
 
     Raises:
-        ConfigError: `lora_targets` names no layer of this model.
+        ConfigError: `lora_targets` names a layer that this model does not have.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -55,23 +55,13 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft says int, and divides
         lora_dropout=config.lora_dropout,
-        target_modules=targets(config),
+        target_modules=targets(config, base_model),
         modules_to_save=[HEAD] if config.train_head else None,
         use_rslora=config.rslora,
         use_dora=config.dora,
     )
-    try:
-        with _without_needless_warnings(base_model):
-            tuned_model = get_peft_model(base_model, lora_config)
-    except ValueError as error:
-        if "target modules" not in str(error).lower():
-            raise
-        linear = (path.rpartition(".")[2] for path, m in base_model.named_modules() if isinstance(m, nn.Linear))
-        known = ", ".join(name for name in dict.fromkeys(linear) if name != HEAD)
-        raise ConfigError(
-            f"lora_targets: {config.lora_targets!r} names no layer of this model; expected all-linear, or some of "
-            f"{known}."
-        ) from error
+    with _without_needless_warnings(base_model):
+        tuned_model = get_peft_model(base_model, lora_config)
     _hold_in_fp32(tuned_model)
     speed_up(tuned_model, config)
     if settled.gradient_checkpointing:
@@ -81,10 +71,24 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     return tuned_model  # type: ignore[return-value]
 
 
-def targets(config: RunConfig) -> str | list[str]:
-    """The layers that get LoRA matrices, as peft takes them."""
+def targets(config: RunConfig, base_model: nn.Module) -> str | list[str]:
+    """The layers that get LoRA matrices, as peft takes them.
+
+    Raises:
+        ConfigError: a name that no linear layer has. peft would pass over it, as long as another name fits.
+    """
     names = [name.strip() for name in config.lora_targets.split(",")]
-    return names[0] if names == ["all-linear"] else names
+    if names == ["all-linear"]:
+        return names[0]
+    linear = (path.rpartition(".")[2] for path, m in base_model.named_modules() if isinstance(m, nn.Linear))
+    known = [name for name in dict.fromkeys(linear) if name != HEAD]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"lora_targets: {name!r} names no layer of this model; expected all-linear, or some of "
+                f"{', '.join(known)}."
+            )
+    return names
 
 
 def speed_up(tuned_model: PeftModel, config: RunConfig) -> None:

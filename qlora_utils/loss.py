@@ -196,8 +196,12 @@ def _head_is_a_product(model: PreTrainedModel) -> bool:
         tokens = torch.arange(8, device=weight.device).unsqueeze(0)
         logits = model(input_ids=tokens, labels=tokens, use_cache=False).logits.float()
         watching.remove()
-        (hidden,) = given
-        product = (hidden.to(weight.dtype) @ weight.T).float()
+        (seen,) = given
+        product = (seen.to(weight.dtype) @ weight.T).float()
+        # and it is given what `answer_states` finds: some models scale it, or add to it, on the way
+        hidden, _ = answer_states(model, {"input_ids": tokens, "labels": tokens})
+        if not torch.allclose(hidden.float(), seen[0, : len(hidden)].float(), rtol=2e-2, atol=2e-2):
+            return False
         return bool(torch.allclose(logits, product, rtol=2e-2, atol=2e-2 * float(logits.abs().max())))
     finally:
         model.train(was_training)

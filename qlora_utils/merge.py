@@ -82,6 +82,8 @@ def merge(
     """
     run = RunDirectory(config.run_dir)
     folder = into or run.merged
+    if dtype == "float16" and config.architecture == "encoder-decoder":
+        raise ConfigError("dtype: float16 does not hold what Flan-T5 and its kin compute; take bfloat16.")
     chosen = _chosen_base(config, base)
     if questions < 0:
         raise ConfigError(f"questions: {questions} is not allowed; expected 0 or more.")

@@ -78,6 +78,13 @@ class Collator:
         """Tokens that carry loss. Nothing predicts the first."""
         return sum(label != IGNORED for label in example.labels[1:])
 
+    def text(self, one: dict[str, Any]) -> str:
+        """What lies in a pass, in words."""
+        rows, width = one["input_ids"].shape
+        if self.packing:
+            return f"{width} tokens, conversations of {list(one['lengths'])}"
+        return f"{rows} × {width} tokens, {int(one['attention_mask'].sum()) / (rows * width):.0%} not padding"
+
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
         """Tensors `input_ids` and `labels`, and with them either of two sets.
 
@@ -129,6 +136,13 @@ class PairCollator:
     def answer_tokens(self, example: Encoded) -> int:
         """Tokens that carry loss: all that are written."""
         return len(example.labels)
+
+    def text(self, one: dict[str, Any]) -> str:
+        """What lies in a pass, in words."""
+        (rows, read), written = one["input_ids"].shape, one["labels"].shape[1]
+        held = int(one["attention_mask"].sum()) + len(one["answer_positions"])
+        share = held / (rows * (read + written))
+        return f"{rows} × {read} tokens read, {rows} × {written} written, {share:.0%} not padding"
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
         """`input_ids` and `attention_mask` (batch, seq), `labels` (batch, answer) and `answer_positions`.
@@ -254,21 +268,6 @@ def real_share(sizes: Sequence[tuple[int, ...]], tokens: int, batch_size: int) -
     return sum(map(sum, sizes)) / max(1, room)
 
 
-def passes_text(step: dict[str, Any]) -> str:
+def passes_text(step: dict[str, Any], collator: Collator | PairCollator) -> str:
     """The passes of a step, from `StepCollator`, as lines of text: what lies in each."""
-    lines = []
-    for number, one in enumerate(step["passes"], start=1):
-        rows, width = one["input_ids"].shape
-        if "lengths" in one:
-            lines.append(f"pass {number}: {width} tokens, conversations of {list(one['lengths'])}")
-            continue
-        held = int(one["attention_mask"].sum())
-        written = ""
-        if one["labels"].shape[1] != width:
-            written = f", {rows} × {one['labels'].shape[1]} written"
-            held += len(one["answer_positions"])
-        share = held / (rows * width + (one["labels"].numel() if written else 0))
-        lines.append(
-            f"pass {number}: {rows} × {width} tokens{' read' * bool(written)}{written}, {share:.0%} not padding"
-        )
-    return "\n".join(lines)
+    return "\n".join(f"pass {number}: {collator.text(one)}" for number, one in enumerate(step["passes"], start=1))

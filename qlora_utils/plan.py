@@ -154,6 +154,7 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
     values: dict[str, Any] = {}
     reasons: dict[str, str] = {}
     architecture = shape.architecture if shape else _architecture(config)
+    precision(config, card, architecture)  # refuses what the model cannot be computed in, given or not
     by_hardware = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels}
     for name, choose in by_hardware.items():
         if getattr(config, name) in (None, "auto"):
@@ -190,8 +191,9 @@ def _reasons(chosen: RunConfig, card: Card, shape: Shape) -> dict[str, str]:
     def peak(**changes: Any) -> str:
         return f"{predict(shape, chosen.model_copy(update=changes)).peak / GIB:.1f} GiB"
 
+    unit = "conversations" if shape.architecture == "causal" else "examples"
     space = f"{room(card) / GIB:.1f} GiB of {card.name}"
-    step = f"a step of {chosen.batch_size} conversations"
+    step = f"a step of {chosen.batch_size} {unit}"
     return {
         "keep_expanded": f"saves dequantizing every weight in every pass, and {peak()} fit into the {space}"
         if chosen.keep_expanded
@@ -288,7 +290,7 @@ def answer_room(config: RunConfig) -> int | None:
 
 def too_large(config: RunConfig, card: Card, least: int) -> str:
     """What to say when even the smallest plan, of `least` bytes, does not fit, and what to change."""
-    ways = [f"shorter conversations (max_seq_len={config.max_seq_len // 2})"]
+    ways = [f"shorter examples (max_seq_len={config.max_seq_len // 2})"]
     ways += ["a frozen head (train_head=false)"] if config.train_head else []
     ways += ["gradient_checkpointing=true"] if config.gradient_checkpointing is False else []
     ways += [f"a lower rank (lora_r={config.lora_r // 2})"] if config.lora_r > 8 else []

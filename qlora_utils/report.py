@@ -185,7 +185,10 @@ def _beside(comparison: Mapping[str, Any], count: int = 12) -> str:
         said = [("✓ " if given["right"] else "✗ ") + given["answer"] for given in line["answers"].values()]
         texts = (line["split"], _question(line), line["expected"], *said)
         asked += "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in texts) + "</tr>"
+    outdated = compare.outdated(comparison)
+    warning = f"<p><b>Out of date:</b> {html.escape(', '.join(outdated))} answered anew, or is gone. Compare again.</p>"
     parts = [
+        warning if outdated else "",
         f"<p>{html.escape(compare.questions_text(comparison))}</p>",
         f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>",
         _figure(_drawn(comparison), "exact match of each run, with 95 % intervals"),

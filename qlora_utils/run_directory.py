@@ -39,6 +39,11 @@ class RunDirectory:
         return self.path / "data"
 
     @property
+    def instructions(self) -> Path:
+        """How the questions were put to an encoder-decoder in training."""
+        return self.data / "instructions.toml"
+
+    @property
     def adapter(self) -> Path:
         """The trained adapter: LoRA weights and head, safetensors."""
         return self.path / "adapter"

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +106,11 @@ class Steps(Trainer):
         """The loss of one pass, divided by the answer tokens of the step."""
         if self.config.fused_layers:
             return model(**one, answer_tokens=answers).loss
-        one.pop("answer_positions")
-        return model(**one, num_items_in_batch=answers).loss
+        # transformers' own: the mean over the pass, which not every model divides by a number that it is given
+        answered = len(one.pop("answer_positions"))
+        return (
+            model(**one).loss * (answered / answers) if answered else model(**{**one, "labels": None}).logits.sum() * 0
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Rows at random, or, with `row_order` length, in random groups of like length, as transformers makes them."""
@@ -173,13 +175,13 @@ class QLoRATrainer(Steps):
 
 
 class QLoRASeq2SeqTrainer(Steps, Seq2SeqTrainer):
-    """transformers' trainer for an encoder-decoder: what it predicts, it generates."""
+    """transformers' trainer for an encoder-decoder. In its evaluation answers are generated (`make_trace`)."""
 
 
 # What trains each architecture, and what that takes as its arguments.
-TRAINERS: dict[Architecture, tuple[type[Steps], Callable[..., TrainingArguments]]] = {
+TRAINERS: dict[Architecture, tuple[type[Steps], type[TrainingArguments]]] = {
     "causal": (QLoRATrainer, TrainingArguments),
-    "encoder-decoder": (QLoRASeq2SeqTrainer, partial(Seq2SeqTrainingArguments, predict_with_generate=True)),
+    "encoder-decoder": (QLoRASeq2SeqTrainer, Seq2SeqTrainingArguments),
 }
 
 
@@ -389,8 +391,8 @@ def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: in
         raise ConfigError("compute_dtype: float16 needs a GPU; on a CPU take auto, float32 or bfloat16.")
     steps: dict[str, Any] = {"num_train_epochs": config.epochs} if config.epochs else {"max_steps": config.steps}
     options: dict[str, Any] = {}
-    if config.lr_scheduler == "reduce_lr_on_plateau":
-        # Measurements are few: a fall that is too small to matter should not pass for one. threshold is relative.
+    plateau = config.lr_scheduler == "reduce_lr_on_plateau"
+    if plateau:
         options["lr_scheduler_kwargs"] = {"factor": config.plateau_factor, "patience": config.plateau_patience}
     _, arguments_of = TRAINERS[config.architecture]
     arguments: TrainingArguments = arguments_of(
@@ -417,8 +419,8 @@ def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: in
         save_steps=config.save_steps,
         # With a limit of 1 transformers would keep the best alone, and a finished training could not be told from one
         # that stopped there.
-        save_total_limit=max(config.save_total_limit, 2 if config.keep == "best" else 1),
-        metric_for_best_model="eval_loss" if config.keep == "best" or "plateau" in config.lr_scheduler else None,
+        save_total_limit=max(config.save_total_limit, 2 if config.keep == "best" or plateau else 1),
+        metric_for_best_model="eval_loss" if config.keep == "best" or plateau else None,
         use_liger_kernel=bool(config.liger),
         # The loss is `qlora_utils.loss`: Liger's computes logits for tokens without a label too.
         liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False} if config.liger else None,
@@ -527,6 +529,8 @@ def train(
     if not config.resume:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     run.path.mkdir(parents=True, exist_ok=True)
+    if not config.resume:
+        format_of(tokenizer, config).record(run)
     last = last_checkpoint(run.checkpoints) if config.resume else None
     if last and not config.epochs and step_of(last) >= config.steps:
         raise ConfigError(

@@ -288,3 +288,13 @@ def test_a_new_run_of_the_name_leaves_no_comparison(pair):
     write_json(pair[0].comparison, compare.compare(pair))
     runner._clear(pair[0])
     assert not pair[0].comparison.exists()
+
+
+def test_a_comparison_knows_when_answers_have_changed(pair):
+    found = compare.compare(pair)
+    assert compare.outdated(found) == []
+    write_jsonl(pair[1].answers, answered(3, 0.5))
+    assert compare.outdated(found) == ["two"]
+    assert "Out of date:</b> two" in report._beside(found)
+    pair[0].answers.unlink()
+    assert compare.outdated(found) == ["one", "two"]

@@ -138,6 +138,20 @@ def test_padding_share_of_known_lengths():
     assert data.padding_share([10, 30], 2) == pytest.approx(20 / 60, abs=1e-4)
 
 
+def test_what_a_tokenizer_cannot_spell_is_counted(tokenizer):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    few = Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1, "no": 2}, unk_token="<unk>"))
+    few.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert (
+        data.unknown_share(["yes no", "yes 好"], PreTrainedTokenizerFast(tokenizer_object=few, unk_token="<unk>"))
+        == 0.25
+    )
+    assert data.unknown_share(["yes 好"], tokenizer) == 0  # falls back on bytes
+    assert data.unknown_share([], tokenizer) == 0
+
+
 def test_scripts():
     assert data.script("Hello") == "Latin"
     assert data.script("Привет, world") == "Cyrillic"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qlora_utils import data, formats
 from qlora_utils.config import RunConfig
 from qlora_utils.formats import IGNORED, format_of
-from qlora_utils.instructions import read_instructions
+from qlora_utils.instructions import known_instructions, read_instructions
 from qlora_utils.packs import Collator, PairCollator, StepCollator
 from qlora_utils.rows import Conversation, Turn, parse
 from qlora_utils.sources import Row
@@ -192,10 +192,10 @@ def test_training_varies_the_instruction_with_the_seed_and_measuring_does_not(to
     used = {
         template
         for ids in read(True)
-        for template in read_instructions().templates
+        for template in read_instructions(known_instructions()).templates
         if template.split("{question}")[0] in tokenizer.decode(ids)
     }
-    assert len(used) == len(read_instructions().templates)
+    assert len(used) == len(read_instructions(known_instructions()).templates)
     own = read(True, instruction="Tell me: {question}")
     assert own == read(False, instruction="Tell me: {question}")
     assert all("Tell me: " in tokenizer.decode(ids) for ids in own)

@@ -164,8 +164,11 @@ def test_names_of_layers_are_adapted_and_no_others(config, recwarn):
     assert {path.rpartition(".")[2] for path in adapted} == {"q", "v"}
     assert len(adapted) == 2 * 6
     assert not [w for w in recwarn if "tie" in str(w.message)]  # the head is its own, whatever transformers says
-    with pytest.raises(ConfigError, match=r"lora_targets: 'query'.*q, k, v, o"):
-        with_adapter(config, lora_targets="query")
+    for wrong in ("query", "q,vv"):  # peft passes over a name, as long as another fits
+        with pytest.raises(ConfigError, match=r"lora_targets: '(query|vv)' names no layer.*q, k, v, o"):
+            with_adapter(config, lora_targets=wrong)
+    with pytest.raises(ConfigError, match=r"lora_targets.*train_head trains it in full"):  # trap 3
+        with_adapter(config, lora_targets="q,lm_head")
 
 
 def test_a_missing_or_foreign_adapter_is_refused(config, base_model, tmp_path, tuned_model, tokenizer):

@@ -109,6 +109,15 @@ def test_with_the_adapter_disabled_the_loss_is_that_of_the_base_model(config, tu
         assert not torch.allclose(tuned_model(**batch).loss, expected)
 
 
+@BOTH
+def test_states_that_are_scaled_on_their_way_to_the_head_are_found_out(config):
+    """As in UMT5, whose config does not say so where T5's does; the loss would be that of other logits."""
+    base_model = quantization.load(config)
+    base_model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.25,))
+    with pytest.raises(ModelError, match="fused_layers=false"):
+        lora.attach(base_model, config)
+
+
 def test_a_head_that_is_more_than_a_product_is_found_out(config):
     base_model = quantization.load(config)
     original = base_model.lm_head.forward

@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_utils.formats import IGNORED, Encoded, encode
-from qlora_utils.packs import Collator, LikeLengths, StepCollator, fill, filled_share, groups, real_share
+from qlora_utils.packs import (
+    Collator,
+    LikeLengths,
+    PairCollator,
+    StepCollator,
+    fill,
+    filled_share,
+    groups,
+    passes_text,
+    real_share,
+)
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -34,6 +44,18 @@ def test_every_pair_is_in_one_pass_and_none_overflows_once_padded(sizes, tokens,
         assert (read + written) * len(members) <= tokens or len(members) == 1
         assert limit is None or len(members) <= limit
     assert 0 < real_share(sizes, tokens, 16) <= 1
+
+
+def test_a_pass_says_what_lies_in_it():
+    collator = PairCollator(0)
+    step = StepCollator(collator, tokens=100)([Encoded([7] * 10, [7] * 10), Encoded([7] * 10, [7])])
+    assert passes_text(step, collator) == "pass 1: 2 × 10 tokens read, 2 × 10 written, 78% not padding"
+    packed = Collator(0, packing=True)
+    assert (
+        passes_text(StepCollator(packed, 100)(rows_of([4, 2])), packed) == "pass 1: 6 tokens, conversations of [4, 2]"
+    )
+    padded = Collator(0, packing=False)
+    assert passes_text(StepCollator(padded, 100)(rows_of([4, 2])), padded) == "pass 1: 2 × 4 tokens, 75% not padding"
 
 
 def test_like_goes_with_like():

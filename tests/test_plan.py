@@ -87,6 +87,12 @@ def test_flan_t5_large_fits_every_card(card):
     assert all(getattr(settled.config, name) not in (None, "auto") for name in OPEN)
 
 
+def test_a_plan_in_fp16_is_refused_for_t5():
+    flan = RunConfig.from_preset("flan-t5-large", compute_dtype="float16")
+    with pytest.raises(ConfigError, match="float16 does not hold"):
+        plan_for(flan, CARDS["T4"], FLAN_T5_LARGE)
+
+
 def test_nothing_is_left_open_and_what_is_given_is_kept():
     settled = settle(LARGE, CARDS["T4"], LLAMA_2_7B)
     assert all(getattr(settled.config, name) not in (None, "auto") for name in OPEN)
@@ -192,7 +198,7 @@ def test_on_the_command_line(capsys):
     assert main(["plan", "--gpu", "T5"]) == 2
     assert "A100-40" in capsys.readouterr().err
     assert main(["plan", "--gpu", "T4", "-p", "max_seq_len=200000"]) == 2
-    assert "Take shorter conversations" in capsys.readouterr().err
+    assert "Take shorter examples" in capsys.readouterr().err
     too_much = {"gradient_checkpointing": "false", "micro_batch_tokens": "8192", "keep_expanded": "true",
                 "optimizer": "adamw_torch", "compute_dtype": "float16"}  # fmt: skip
     settings = [part for name in too_much for part in ("-p", f"{name}={too_much[name]}")]

@@ -140,8 +140,8 @@ def test_micro_batching_and_packing_give_one_trajectory(config, tokenizer, prepa
 )  # fmt: skip
 @BOTH
 def test_what_makes_training_faster_or_smaller_does_not_change_it(config, tokenizer, prepared, change):
-    variant = changed(config, steps=4, max_grad_norm=100.0)
-    reference = train(variant, tokenizer, prepared)[2]
+    variant = changed(config, steps=4, max_grad_norm=100.0, micro_batch_size=2)
+    reference = train(changed(variant, micro_batch_size=8), tokenizer, prepared)[2]
     history = train(changed(variant, run_name="changed", **change), tokenizer, prepared)[2]
     assert losses(history) == pytest.approx(losses(reference), rel=2e-4)
     norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in (history, reference)]
@@ -455,6 +455,16 @@ class CrashAt(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == self.step:
             raise OSError("machine lost")
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_newest_checkpoint_is_kept_beside_the_best(config, tokenizer, prepared, keep):
+    """With a plateau transformers knows a best one too, and with a limit of 1 it would keep that alone."""
+    few = changed(
+        config, keep=keep, lr_scheduler="reduce_lr_on_plateau", eval_steps=2, save_steps=2, save_total_limit=1
+    )
+    _, run, _ = train(few, tokenizer, prepared, Spoil(3))
+    assert training.last_checkpoint(run.checkpoints).name == "checkpoint-8"
 
 
 @pytest.mark.parametrize("limit", [1, 3])
