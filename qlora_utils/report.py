@@ -106,7 +106,7 @@ _PAGE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
 img {{ max-width: 100% }} table {{ border-collapse: collapse; width: 100% }}
 th, td {{ text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid #ddd }}
-pre {{ overflow-x: auto }} td {{ overflow-wrap: anywhere; white-space: pre-wrap }}
+pre {{ overflow-x: auto }} td {{ overflow-wrap: anywhere; white-space: pre-wrap }} td:first-child {{ min-width: 6rem }}
 </style></head><body>
 {body}
 </body></html>
