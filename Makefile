@@ -66,7 +66,7 @@ lab: $(READY) ## open the notebooks in JupyterLab
 pocket: $(READY) ## rebuild the pocket model and its questions from data/world (half an hour)
 	$(BIN)/python data/recipe.py
 
-pocket-t5: $(READY) ## rebuild the base model of pocket-t5 (nine minutes on a GPU, two hours on two cores)
+pocket-t5: $(READY) ## rebuild the base model of pocket-t5 (eight minutes on a GPU, hours on two cores)
 	$(BIN)/python data/recipe_t5.py
 
 ingredients: $(READY) ## measure again what each ingredient does, three seeds each (20 minutes)

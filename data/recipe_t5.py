@@ -10,7 +10,7 @@ leave a decoder that knows facts but cannot tell them in sentences (docs/experim
 - continuation of a text with gaps: the same, the first sentences with spans missing, so that a fact is not always
   given.
 
-    python data/recipe_t5.py     # nine minutes on a GPU, hours on 2 cores (`make pocket-t5`)
+    python data/recipe_t5.py     # eight minutes on a GPU, hours on 2 cores (`make pocket-t5`)
 """
 
 from __future__ import annotations
