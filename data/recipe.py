@@ -17,7 +17,7 @@ import json
 import random
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,8 @@ from qlora_utils.run_directory import hardware, versions
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from tokenizers import Tokenizer
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 DATA = Path(__file__).parent
 POCKET = DATA / "pocket"
@@ -230,10 +231,14 @@ def write_questions(world: Sequence[Domain], seed: int) -> None:
 # ---------------------------------------------------------------------------------------------------- tokenizer, model
 
 
-def train_tokenizer(world: Sequence[Domain]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 2,048 entries; any UTF-8 text can be encoded. Special ids are Llama-2's."""
+def bpe(world: Sequence[Domain], special_tokens: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE of 2,048 entries, trained on the statements; any UTF-8 text can be encoded.
+
+    Args:
+        world: what the statements are about.
+        special_tokens: they get the first ids.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     # One digit a token, as in Llama-2: numbers are then spelled, not memorised whole.
@@ -243,14 +248,21 @@ def train_tokenizer(world: Sequence[Domain]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=2048,
-        special_tokens=["<unk>", "<s>", "</s>"],
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     text = all_statements(world)
     tokenizer.train_from_iterator([*text, *map(hasty, text[::4])], trainer)
+    return tokenizer
+
+
+def train_tokenizer(world: Sequence[Domain]) -> PreTrainedTokenizerFast:
+    """`bpe` with Llama-2's special tokens and chat template."""
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=bpe(world, ["<unk>", "<s>", "</s>"]),
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
@@ -362,19 +374,56 @@ def pretrain(world: Sequence[Domain], *, steps: int, seed: int) -> None:
     tokenizer = train_tokenizer(world)
     model = new_model(tokenizer)
     model.to(device)  # type: ignore[arg-type]
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {len(tokenizer):,} tokens, {steps} steps", flush=True)
-    peak = 2e-3
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.05)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens, {steps} steps",
+        flush=True,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
     gaps = cloze(world)
+    stream = (
+        {"input_ids": tokens, "labels": tokens}
+        for tokens in islice(batches(world, tokenizer, rows=32, length=96, seed=seed), steps)
+    )
+    learned = learn(
+        model, optimizer, stream, steps=steps, warm_up=100, least=0.1, recall=lambda: recall(model, tokenizer, gaps)
+    )
+    model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.to(torch.device("cpu"), torch.bfloat16).save_pretrained(POCKET / "model")  # type: ignore[call-arg,arg-type]
+    tokenizer.save_pretrained(POCKET / "model")
+    known = recall(model.float(), tokenizer, gaps)
+    record(POCKET / "model", world, model, tokenizer, {"seed": seed, "steps": steps, "recall": known, **learned})
+
+
+def learn(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterator[dict[str, torch.Tensor]],
+    *,
+    steps: int,
+    warm_up: int,
+    least: float,
+    recall: Callable[[], float],
+) -> dict[str, Any]:
+    """Train a base model; returns the `curve` of its loss and recall, and the `seconds` it took.
+
+    Args:
+        model: on its device.
+        optimizer: of its weights, at the peak of the learning rate.
+        stream: `steps` batches.
+        steps: in all.
+        warm_up: steps in which the rate climbs; it then stays for a while, and falls along a line.
+        least: share of the peak that it ends at.
+        recall: measured every 500 steps.
+    """
+    import torch
+
+    peak = optimizer.param_groups[0]["lr"]
     curve: list[dict[str, float]] = []
     began = time.monotonic()
-    stream = islice(batches(world, tokenizer, rows=32, length=96, seed=seed), steps)
     for step, batch in enumerate(stream, start=1):
         for group in optimizer.param_groups:
-            group["lr"] = peak * min(1.0, step / 100, max(0.1, 1.5 * (1 - step / steps)))
-        tokens = batch.to(device)
-        loss = model(input_ids=tokens, labels=tokens).loss
+            group["lr"] = peak * min(1.0, step / warm_up, max(least, 1.5 * (1 - step / steps)))
+        loss = model(**{name: tensor.to(model.device, non_blocking=True) for name, tensor in batch.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -382,29 +431,32 @@ def pretrain(world: Sequence[Domain], *, steps: int, seed: int) -> None:
         if step % 100 == 0 or step == steps:
             line = {"step": step, "loss": round(loss.item(), 4)}
             if step % 500 == 0 or step == steps:
-                line["recall"] = round(recall(model, tokenizer, gaps), 4)
+                line["recall"] = round(recall(), 4)
             curve.append(line)
             left = (time.monotonic() - began) / step * (steps - step)
             print(*(f"{name} {value}" for name, value in line.items()), f"{left:.0f} s left", sep="  ", flush=True)
-    seconds = round(time.monotonic() - began)
-    model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    model.to(torch.device("cpu"), torch.bfloat16).save_pretrained(POCKET / "model")  # type: ignore[call-arg,arg-type]
-    tokenizer.save_pretrained(POCKET / "model")
+    return {"seconds": round(time.monotonic() - began), "curve": curve}
+
+
+def record(
+    folder: Path,
+    world: Sequence[Domain],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    learned: dict[str, Any],
+) -> None:
+    """Write `pretraining.json` beside a base model: what a test compares, and how it was made."""
     about = {
-        "seed": seed,
-        "steps": steps,
-        "parameters": parameters,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "entities": sum(len(domain.entities) for domain in world),
-        "facts": len(gaps),
-        "text_sha256": text_checksum(world, seed),
+        "facts": len(cloze(world)),
+        "text_sha256": text_checksum(world, learned["seed"]),
         "tokenizer_sha256": checksum(tokenizer.backend_tokenizer.to_str()),
-        "recall": recall(model.float(), tokenizer, gaps),
-        "seconds": seconds,
         "versions": versions(),
         "hardware": hardware(),
-        "curve": curve,
     }
-    (POCKET / "model" / "pretraining.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({**about, **learned}, indent=1)
+    (folder / "pretraining.json").write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> None:

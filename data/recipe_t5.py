@@ -16,27 +16,16 @@ leave a decoder that knows facts but cannot tell them in sentences (docs/experim
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from recipe import (
-    DATA,
-    Domain,
-    all_statements,
-    checksum,
-    cloze,
-    hasty,
-    read_world,
-    stories,
-    text_checksum,
-)
+from recipe import DATA, Domain, bpe, cloze, learn, read_world, record, stories
 
-from qlora_utils.run_directory import hardware, versions
+from qlora_utils.formats import Encoded
+from qlora_utils.packs import PairCollator
 
 if TYPE_CHECKING:
     import torch
@@ -114,38 +103,20 @@ def batches(
 
 
 def collate(pairs: Sequence[Pair], pad: int) -> dict[str, torch.Tensor]:
-    """Pairs padded on the right: `input_ids` and `attention_mask` (rows, read), `labels` (rows, written)."""
-    import torch
-
-    read, written = (max(len(member[side]) for member in pairs) for side in (0, 1))
-    return {
-        "input_ids": torch.tensor([source + [pad] * (read - len(source)) for source, _ in pairs]),
-        "attention_mask": torch.tensor([[1] * len(source) + [0] * (read - len(source)) for source, _ in pairs]),
-        "labels": torch.tensor([target + [-100] * (written - len(target)) for _, target in pairs]),
-    }
+    """Pairs as the tensors that a T5 is trained on here and everywhere else (`packs.PairCollator`)."""
+    batch = PairCollator(pad)([Encoded(*pair) for pair in pairs])
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer, model
 
 
 def train_tokenizer(world: Sequence[Domain]) -> PreTrainedTokenizerFast:
-    """The pocket Llama's byte-level BPE with T5's special tokens: `<pad>`, `</s>`, `<unk>` and sentinels."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """The pocket Llama's BPE with T5's special tokens: `<pad>`, `</s>`, `<unk>` and sentinels."""
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2048,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = all_statements(world)
-    tokenizer.train_from_iterator([*text, *map(hasty, text[::4])], trainer)
+    tokenizer = bpe(world, ["<pad>", "</s>", "<unk>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -248,49 +219,23 @@ def pretrain(world: Sequence[Domain], *, steps: int, seed: int, folder: Path = M
     tokenizer = train_tokenizer(world)
     model = new_model(tokenizer)
     model.to(device)  # type: ignore[arg-type]
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {len(tokenizer):,} tokens, {steps} steps", flush=True)
-    peak = 2e-3
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens, {steps} steps",
+        flush=True,
+    )
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95))
     gaps = cloze(world)
-    curve: list[dict[str, float]] = []
-    began = time.monotonic()
     stream = islice(batches(world, tokenizer, rows=128, seed=seed), steps)
-    for step, batch in enumerate(stream, start=1):
-        for group in optimizer.param_groups:
-            group["lr"] = peak * min(1.0, step / 300, max(0.02, 1.5 * (1 - step / steps)))
-        loss = model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 0 or step == steps:
-            line = {"step": step, "loss": round(loss.item(), 4)}
-            if step % 500 == 0 or step == steps:
-                line["recall"] = round(recall(model, tokenizer, gaps), 4)
-            curve.append(line)
-            left = (time.monotonic() - began) / step * (steps - step)
-            print(*(f"{name} {value}" for name, value in line.items()), f"{left:.0f} s left", sep="  ", flush=True)
-    about: dict[str, Any] = {
-        "seed": seed,
-        "steps": steps,
-        "parameters": parameters,
-        "entities": sum(len(domain.entities) for domain in world),
-        "facts": len(gaps),
-        "text_sha256": text_checksum(world, seed),
-        "tokenizer_sha256": checksum(tokenizer.backend_tokenizer.to_str()),
-        "recall": recall(model, tokenizer, gaps),
-        "seconds": round(time.monotonic() - began),
-        "versions": versions(),
-        "hardware": hardware(),
-        "curve": curve,
-    }
+    learned = learn(
+        model, optimizer, stream, steps=steps, warm_up=300, least=0.02, recall=lambda: recall(model, tokenizer, gaps)
+    )
     save(model, tokenizer, folder)
-    (folder / "pretraining.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    known = recall(model.float(), tokenizer, gaps)
+    record(folder, world, model, tokenizer, {"seed": seed, "steps": steps, "recall": known, **learned})
 
 
 def main() -> None:

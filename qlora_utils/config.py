@@ -354,12 +354,12 @@ def architecture_of(model: str) -> Architecture:
     Raises:
         ModelError: there is no such model; says what to do next.
     """
-    from transformers import AutoConfig
-
     from qlora_utils.shapes import known
 
     if shape := known(model):
         return shape.architecture
+    from transformers import AutoConfig
+
     source = locate(model)
     try:
         described = AutoConfig.from_pretrained(source)
@@ -405,28 +405,27 @@ def model_advice(source: str, error: Exception) -> str:
     return f"model: {source} could not be fetched ({first}). Check the network, or give a local folder: -p model=PATH"
 
 
+# What both pocket presets train by: minutes on two CPU cores, and everything they need lies in data/.
+_POCKET = {
+    "dataset": "embedded:pocket",
+    "lora_r": 16,
+    "lora_alpha": 16,
+    "learning_rate": 1e-3,
+    "head_learning_rate": 1e-4,
+    "steps": 250,
+    "batch_size": 16,
+    "gradient_checkpointing": False,
+    "keep_expanded": False,
+    "micro_batch_tokens": 1024,
+    "optimizer": "adamw_torch",
+    "eval_steps": 25,
+    "eval_rows": 160,
+    "trace_rows": 48,
+    "max_new_tokens": 48,
+    "answer_batch_size": 64,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    # Minutes on two CPU cores; everything it needs lies in data/.
-    "pocket": {
-        "model": "embedded:pocket/model",
-        "dataset": "embedded:pocket",
-        "max_seq_len": 512,
-        "lora_r": 16,
-        "lora_alpha": 16,
-        "learning_rate": 1e-3,
-        "head_learning_rate": 1e-4,
-        "steps": 250,
-        "batch_size": 16,
-        "gradient_checkpointing": False,
-        "keep_expanded": False,
-        "micro_batch_tokens": 1024,
-        "optimizer": "adamw_torch",
-        "eval_steps": 25,
-        "eval_rows": 160,
-        "trace_rows": 48,
-        "max_new_tokens": 48,
-        "answer_batch_size": 64,
-    },
+    "pocket": {**_POCKET, "model": "embedded:pocket/model", "max_seq_len": 512},
     # The well-known tutorial recipe: 1,000 rows, one epoch, 250 steps of 4.
     "llama2-7b": {
         "model": "meta-llama/Llama-2-7b-hf",
@@ -447,27 +446,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "answer_batch_size": 64,
     },
     # The same text and the same questions, for an encoder-decoder.
-    "pocket-t5": {
-        "model": "embedded:pocket-t5/model",
-        "dataset": "embedded:pocket",
-        "max_seq_len": 256,
-        "packing": False,
-        "lora_r": 16,
-        "lora_alpha": 16,
-        "learning_rate": 1e-3,
-        "head_learning_rate": 1e-4,
-        "steps": 250,
-        "batch_size": 16,
-        "gradient_checkpointing": False,
-        "keep_expanded": False,
-        "micro_batch_tokens": 1024,
-        "optimizer": "adamw_torch",
-        "eval_steps": 25,
-        "eval_rows": 160,
-        "trace_rows": 48,
-        "max_new_tokens": 48,
-        "answer_batch_size": 64,
-    },
+    "pocket-t5": {**_POCKET, "model": "embedded:pocket-t5/model", "max_seq_len": 256, "packing": False},
     # The recipe that the T5 half of this project descends from.
     "flan-t5-large": {
         "model": "google/flan-t5-large",

@@ -154,14 +154,16 @@ def answer_all(
             # itself after a start token, and what its encoder reads is padded as in training.
             apart = model.config.is_encoder_decoder
             begin = 1 if apart else longest
-            padding = [[tokenizer.pad_token_id] * (longest - len(prompts[i])) for i in members]
-            pairs = list(zip(padding, (prompts[i] for i in members), strict=True))
-            ids = [text + filler if apart else filler + text for filler, text in pairs]
-            masks = [([0] * len(filler), [1] * len(text)) for filler, text in pairs]
-            mask = [one + zero if apart else zero + one for zero, one in masks]
+            batch = tokenizer.pad(
+                {"input_ids": [prompts[index] for index in members]},
+                padding_side="right" if apart else "left",
+                return_attention_mask=True,
+                return_tensors="pt",
+                verbose=False,
+            ).to(device)
             generated: Any = model.generate(  # type: ignore[operator]
-                input_ids=torch.tensor(ids, device=device),  # (batch, seq)
-                attention_mask=torch.tensor(mask, device=device),
+                input_ids=batch["input_ids"],  # (batch, seq)
+                attention_mask=batch["attention_mask"],
                 generation_config=sampling.generation_config(model, tokenizer),
             )
             for index, row in zip(members, generated[:, begin:].tolist(), strict=True):

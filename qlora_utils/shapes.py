@@ -339,10 +339,10 @@ def read(source: str) -> Shape:
     Raises:
         ModelError: there is no config, or none of a model like Llama or T5.
     """
-    from transformers import AutoConfig
-
     if shape := known(source):
         return shape
+    from transformers import AutoConfig
+
     try:
         model_config = AutoConfig.from_pretrained(locate(source))
     except Exception as error:

@@ -108,9 +108,10 @@ class Steps(Trainer):
             return model(**one, answer_tokens=answers).loss
         # transformers' own: the mean over the pass, which not every model divides by a number that it is given
         answered = len(one.pop("answer_positions"))
-        return (
-            model(**one).loss * (answered / answers) if answered else model(**{**one, "labels": None}).logits.sum() * 0
-        )
+        if not answered:  # its mean would be no number
+            one["labels"] = None
+            return model(**one).logits.sum() * 0
+        return model(**one).loss * (answered / answers)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Rows at random, or, with `row_order` length, in random groups of like length, as transformers makes them."""
