@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qlora_utils.config import ConfigError
+from qlora_utils.config import PLACE_FIELDS, ConfigError
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
 from qlora_utils.scores import (
     SCORES,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KEPT = 200  # disagreements that are kept; all of them could be as large as the answers themselves
-_ASIDE = ("preset", "run_name", "output_dir", "resume")  # of a config: told apart from it, or no difference at all
 _NEEDED = {"text", "history", "expected", "where", "number", "tags", "tuned"}
 
 Line = Mapping[str, Any]  # of answers.jsonl
@@ -211,7 +210,7 @@ def _differences(names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> 
     return {
         field: {name: config[field] for name, config in zip(names, configs, strict=True)}
         for field in configs[0]
-        if field not in _ASIDE
+        if field not in PLACE_FIELDS
         and all(field in config for config in configs)
         and any(config[field] != configs[0][field] for config in configs)
     }

@@ -15,6 +15,12 @@ DATA_FIELDS = ("model", "dataset", "train_rows", "held_out_rows", "max_seq_len",
 # What only decides how fast a training is, and how much memory it takes.
 SPEED_FIELDS = ("keep_expanded", "attention_kernel", "fused_layers", "liger")
 ANSWER_FIELDS = ("score_rows", "max_new_tokens", "answer_batch_size")
+# Where a run lies, what it is called, and what holds for one training only: not what makes it that run.
+PLACE_FIELDS = ("preset", "run_name", "output_dir", "fresh")
+# What a training that goes on may be given anew: how long it lasts, what memory it takes, what is kept and shown.
+GO_ON_FIELDS = (*SPEED_FIELDS, *ANSWER_FIELDS, "steps", "epochs", "gradient_checkpointing", "micro_batch_size",
+                "micro_batch_tokens", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "keep",
+                "trace_rows")  # fmt: skip
 
 # Copies of gated weights, open to all, in the same files.
 MIRRORS = {
@@ -147,7 +153,10 @@ class RunConfig(BaseModel):
     )
     eval_rows: int | None = Field(None, ge=1, description="held-out rows measured in training, at most half")
     trace_rows: int = Field(0, ge=0, description="held-out questions asked at each of these measurements (0: none)")
-    resume: bool = Field(False, description="continue from the last checkpoint of the run directory")
+    fresh: bool = Field(
+        False,
+        description="start over, in place of what an earlier training left; otherwise it goes on where it stopped",
+    )
 
     # Answers
     score_rows: int = Field(200, ge=1, description="questions of each split answered by base and tuned model")
@@ -257,7 +266,7 @@ class RunConfig(BaseModel):
 
     @classmethod
     def continue_run(cls, run_dir: Path | str, **overrides: Any) -> Self:
-        """The config that a run directory holds, with some values replaced. `resume` holds for one training only.
+        """The config that a run directory holds, with some values replaced. `fresh` holds for one training only.
 
         Raises:
             FileNotFoundError: `run_dir` holds no config.json.
@@ -269,7 +278,8 @@ class RunConfig(BaseModel):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such run. `qlora run --run-name {Path(run_dir).name}` makes it.")
         stored = json.loads(path.read_text(encoding="utf-8"))["config"]
-        here = {"output_dir": str(Path(run_dir).parent), "run_name": Path(run_dir).name, "resume": False}
+        stored.pop("resume", None)  # of version 0.1 before it went on by default
+        here = {"output_dir": str(Path(run_dir).parent), "run_name": Path(run_dir).name, "fresh": False}
         return cls.build({**stored, **here, **_steps_or_epochs(overrides)})
 
     def differences(self) -> dict[str, tuple[Any, Any]]:

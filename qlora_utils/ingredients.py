@@ -40,7 +40,7 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 # What may differ between two measurements that are to be compared: nothing that training or answers depend on.
 _ASIDE = ("run_name", "output_dir", "seed", "eval_steps", "logging_steps", "save_steps", "save_total_limit", "keep",
-          "trace_rows", "resume", *SPEED_FIELDS)  # fmt: skip
+          "trace_rows", "fresh", *SPEED_FIELDS)  # fmt: skip
 FIXED_SEED = 0  # of the questions drawn, the same for all trainings, so that variants can be compared
 
 
@@ -159,7 +159,7 @@ def measure_one(config: RunConfig) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         few = {"output_dir": folder, "run_name": "one", "eval_steps": config.steps, "save_steps": config.steps,
-               "save_total_limit": 1, "keep": "last", "trace_rows": 0, "resume": False}  # fmt: skip
+               "save_total_limit": 1, "keep": "last", "trace_rows": 0, "fresh": False}  # fmt: skip
         config = RunConfig.build({**config.model_dump(), **few})
         run = RunDirectory(config.run_dir)
         tokenizer = data.load_tokenizer(config)

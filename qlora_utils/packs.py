@@ -78,6 +78,10 @@ class Collator:
         """Tokens that carry loss. Nothing predicts the first."""
         return sum(label != IGNORED for label in example.labels[1:])
 
+    def room(self, one: dict[str, Any]) -> int:
+        """Tokens of a pass, padding included."""
+        return int(one["input_ids"].numel())
+
     def text(self, one: dict[str, Any]) -> str:
         """What lies in a pass, in words."""
         rows, width = one["input_ids"].shape
@@ -137,6 +141,10 @@ class PairCollator:
         """Tokens that carry loss: all that are written."""
         return len(example.labels)
 
+    def room(self, one: dict[str, Any]) -> int:
+        """Tokens of a pass, read and written, padding included."""
+        return int(one["input_ids"].numel() + one["labels"].numel())
+
     def text(self, one: dict[str, Any]) -> str:
         """What lies in a pass, in words."""
         (rows, read), written = one["input_ids"].shape, one["labels"].shape[1]
@@ -166,14 +174,15 @@ def _pad(values: list[int], filler: int, length: int) -> list[int]:
     return values + [filler] * (length - len(values))
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepCollator:
     """Makes the forward passes of one optimizer step out of its conversations.
 
     How a step is cut into passes changes memory and speed, and nothing else: the loss is summed over the answer tokens
     of the whole step.
 
-    `tokens` and `conversations` bound one pass, as in `fill`, or, where it is padded, as in `groups`.
+    `tokens` and `conversations` bound one pass, as in `fill`, or, where it is padded, as in `groups`. Both shrink where
+    memory runs out (`halve`); the steps stay what they are.
     """
 
     collator: Collator | PairCollator
@@ -181,7 +190,10 @@ class StepCollator:
     conversations: int | None = None
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
-        """`passes`: what `Collator` makes of each; `tokens` and `answer_tokens` of the step, padding left out."""
+        """`passes`: what `Collator` makes of each; `tokens` and `answer_tokens` of the step, padding left out.
+
+        And the `examples` themselves, with the `bounds` by which they were cut, in case they must be cut smaller.
+        """
         lengths = [self.collator.tokens(example) for example in examples]
         members = (
             fill(lengths, self.tokens, self.conversations)
@@ -193,7 +205,19 @@ class StepCollator:
             "passes": passes,
             "tokens": sum(lengths),
             "answer_tokens": sum(self.collator.answer_tokens(example) for example in examples),
+            "examples": list(examples),
+            "bounds": (self.tokens, self.conversations),
         }
+
+    def halve(self, step: dict[str, Any]) -> bool:
+        """Bound passes by half of what the largest of this step holds; False if each holds one example already."""
+        sizes = [self.collator.room(one) for one in step["passes"]]
+        if len(step["passes"]) >= len(step["examples"]):
+            return False
+        self.tokens = max(1, min(self.tokens, max(sizes)) // 2)
+        if self.conversations is not None:
+            self.conversations = max(1, self.conversations // 2)
+        return True
 
 
 class LikeLengths:

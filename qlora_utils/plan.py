@@ -6,13 +6,16 @@ Every part is counted from the model's shape: what is stored, and what autograd 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils import shapes
 from qlora_utils.config import Architecture, ConfigError, ModelError, RunConfig
 from qlora_utils.hardware import GIB, Card, attention_kernel, liger_kernels, precision, this_card
+from qlora_utils.run_directory import read_jsonl
 from qlora_utils.shapes import Shape
 
 if TYPE_CHECKING:
@@ -290,14 +293,60 @@ def answer_room(config: RunConfig) -> int | None:
 
 def too_large(config: RunConfig, card: Card, least: int) -> str:
     """What to say when even the smallest plan, of `least` bytes, does not fit, and what to change."""
-    ways = [f"shorter examples (max_seq_len={config.max_seq_len // 2})"]
-    ways += ["a frozen head (train_head=false)"] if config.train_head else []
-    ways += ["gradient_checkpointing=true"] if config.gradient_checkpointing is False else []
-    ways += [f"a lower rank (lora_r={config.lora_r // 2})"] if config.lora_r > 8 else []
     return (
         f"{card.name} has room for {room(card) / GIB:.1f} GiB, and this takes {least / GIB:.1f} GiB at the least. Take "
-        f"{', '.join(ways)} or a smaller model. `qlora plan` shows each part."
+        f"{_ways(config)}. `qlora plan` shows each part."
     )
+
+
+def _ways(config: RunConfig) -> str:
+    ways = [f"shorter examples (max_seq_len={config.max_seq_len // 2})"]
+    ways += ["a frozen head (train_head=false)"] if config.train_head else []
+    ways += ["gradient_checkpointing=true"] if not config.gradient_checkpointing else []
+    ways += [f"a lower rank (lora_r={config.lora_r // 2})"] if config.lora_r > 8 else []
+    return f"{', '.join(ways)} or a smaller model"
+
+
+# ---------------------------------------------------------------------------------------------------- what was learned
+
+LEARNED = ".memory.jsonl"  # in the folder of run directories
+_ALIKE = ("model", "quantize", "train_head", "lora_r", "lora_targets", "compute_dtype", "optimizer", "keep_expanded",
+          "gradient_checkpointing", "attention_kernel", "fused_layers", "liger")  # fmt: skip
+
+
+def learn(config: RunConfig, tokens: int) -> None:
+    """Note that a pass of so many tokens ran out of memory on this machine, for this run and those that come.
+
+    Args:
+        config: the run, settled.
+        tokens: of the pass, padding included.
+    """
+    path = Path(config.output_dir) / LEARNED
+    line = {"machine": _machine(), "tokens": tokens, **{name: getattr(config, name) for name in _ALIKE}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def within_learned(config: RunConfig, tokens: int) -> int:
+    """The bound for a pass, or half of the smallest that is known to have run out of memory here, if that is less."""
+    path = Path(config.output_dir) / LEARNED
+    if not path.is_file():
+        return tokens
+    alike = {"machine": _machine(), **{name: getattr(config, name) for name in _ALIKE}}
+    failed = [line["tokens"] for line in read_jsonl(path) if {n: line.get(n) for n in alike} == alike]
+    return max(1, min([tokens, *(size // 2 for size in failed)]))
+
+
+def _machine() -> str:
+    card = this_card()
+    return f"{card.name}, {card.memory} bytes" if card else "CPU"
+
+
+def too_large_at_last(config: RunConfig) -> str:
+    """What to change when not even one example at a time fits into memory."""
+    card = this_card()
+    return f"{'This machine' if card is None else card.name} has too little memory for this. Take {_ways(config)}."
 
 
 def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: int = MEAN_TOKENS) -> float:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import os
 import random
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,37 +16,36 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm as notebook_tqdm
-from tqdm.std import tqdm as text_tqdm
 from transformers import (
     PrinterCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 
-from qlora_utils.config import Architecture, ConfigError, RunConfig
+from qlora_utils import checkpoints, locks, recovery
+from qlora_utils.config import GO_ON_FIELDS, PLACE_FIELDS, Architecture, ConfigError, RunConfig, first_line
 from qlora_utils.data import Prepared
 from qlora_utils.formats import Encoded, format_of
 from qlora_utils.generation import Sampling, answer_all, questions_of
+from qlora_utils.history import HistoryWriter, Progress, peak_memory_bytes
 from qlora_utils.lora import HEAD
 from qlora_utils.loss import answer_states, head_weight, token_losses
 from qlora_utils.packs import LikeLengths, StepCollator, make_collator
-from qlora_utils.plan import answer_room, settle
+from qlora_utils.plan import answer_room, learn, settle, too_large_at_last, within_learned
 from qlora_utils.quantization import compute_dtype
 from qlora_utils.rows import Conversation
-from qlora_utils.run_directory import HEADLESS, RunDirectory, read_jsonl, write_json, write_jsonl
+from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json
 from qlora_utils.scores import exact_match
+from qlora_utils.sources import DataError
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-
-class DivergedError(RuntimeError):
-    """A training whose loss is no number any more; the message names the step and likely causes."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Trained:
     """What a training left behind, as `metrics.json` has it under `train`.
 
     `kept_step` is the step whose adapter was kept, `kept_loss` its held-out loss. `wall_s` is in seconds and, of a
-    resumed training, counts the steps before the resume too.
+    resumed training, counts the steps before the resume too. `skipped_steps` had no finite loss or gradient.
     """
 
     steps: int
@@ -68,6 +65,7 @@ class Trained:
     tokens_per_s: float
     wall_s: float
     peak_memory_bytes: int
+    skipped_steps: int = 0
 
 
 class Steps(Trainer):
@@ -82,10 +80,38 @@ class Steps(Trainer):
         super().__init__(**options)
         self.config = config
         self.trace = trace
+        self.watch = recovery.Watch()
+        self.step_loss = torch.zeros(())
+        self.logged_at = 0  # the step of the last line of history.jsonl
+        self.rows = ""  # what the rows are, as a digest
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of every pass of a step; the step's loss, a mean over its answer tokens."""
+        """Forward and backward of every pass of a step; the step's loss, a mean over its answer tokens.
+
+        Where memory runs out, the step is cut into smaller passes and begun again, and so are those after it.
+
+        Raises:
+            OutOfMemoryError: one example alone is too large.
+        """
         model.train()  # unasked: peft's wrapper says it trains while the layers of a loaded model within do not
+        if inputs["bounds"] != self._bounds():  # cut ahead of time, before memory ran out
+            inputs = self._cut_anew(inputs)
+        while True:
+            try:
+                loss = self._forward_and_backward(model, inputs)
+                break
+            except Exception as error:
+                if (
+                    not recovery.is_out_of_memory(error) or self.args.world_size > 1
+                ):  # alone, it would leave others waiting
+                    raise
+                reason = first_line(error)
+            inputs = self._made_smaller(model, inputs, reason)
+        self.step_loss = loss
+        self.state.num_input_tokens_seen += inputs["tokens"]
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)  # `_clip_grad_norm` sees to those
+
+    def _forward_and_backward(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         passes = inputs["passes"]
         answers: Any = max(1, inputs["answer_tokens"])  # none at all, where long questions fill every row
         if self.args.world_size > 1:  # gradients are averaged over processes, whose shares of the answers differ
@@ -99,8 +125,90 @@ class Steps(Trainer):
                 part = self._pass_loss(model, self._prepare_inputs(one), answers)
                 self.accelerator.backward(part)
             loss += part.detach()
-        self.state.num_input_tokens_seen += inputs["tokens"]
         return loss
+
+    def _bounds(self) -> tuple[int, int | None]:
+        cut: Any = self.data_collator
+        return cut.tokens, cut.conversations
+
+    def _cut_anew(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        cut: Any = self.data_collator
+        return cut(inputs["examples"])  # type: ignore[no-any-return]
+
+    def _made_smaller(self, model: nn.Module, inputs: dict[str, Any], reason: str) -> dict[str, Any]:
+        """The same step in smaller passes, nothing of the failed try left.
+
+        Raises:
+            OutOfMemoryError: each pass is one example already.
+        """
+        cut: Any = self.data_collator
+        before, step = len(inputs["passes"]), self.state.global_step + 1
+        held = max(cut.collator.room(one) for one in inputs["passes"])
+        if not cut.halve(inputs):
+            raise recovery.OutOfMemoryError(
+                f"out of memory at step {step}, with one example in each pass ({reason}). "
+                + too_large_at_last(self.config)
+            )
+        smaller = self._cut_anew(inputs)
+        model.zero_grad(set_to_none=True)
+        recovery.free()
+        learn(self.config, held)
+        print(
+            f"out of memory at step {step} ({reason}): going on with at most {cut.tokens:,} tokens in a pass, "
+            f"{len(smaller['passes'])} passes for this step instead of {before}. Steps stay what they are."
+        )
+        return smaller
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip; or, where loss or gradient is no finite number, take the gradient away, and AdamW skips the step.
+
+        Raises:
+            DivergedError: too many such steps in a row.
+        """
+        norm = super()._clip_grad_norm(model)
+        scaler = getattr(self.accelerator, "scaler", None)  # in fp16, where it skips steps to find its scale
+        searching = scaler is not None and scaler.get_scale() >= 1
+        finite = torch.isfinite(torch.as_tensor(norm))
+        loss_finite = torch.isfinite(self.step_loss).to(finite.device)
+        if bool(loss_finite if searching else finite & loss_finite):  # the one moment of a step that waits for the GPU
+            self.watch.good()
+            return norm
+        if scaler is None:
+            model.zero_grad(set_to_none=True)
+        if bool(loss_finite):  # `training_step` has added it
+            self._tr_loss -= self.step_loss
+        if self.watch.bad():
+            self._give_up(float(norm))
+        return norm
+
+    def _give_up(self, norm: float) -> None:
+        step = self.state.global_step + 1
+        self.state.global_step = step
+        rate = self._get_learning_rate()
+        self.log({"loss": math.nan, "grad_norm": norm, "learning_rate": rate})
+        last = checkpoints.newest(Path(str(self.args.output_dir)))
+        raise recovery.diverged(
+            step,
+            float(self.step_loss),
+            norm,
+            learning_rate=self.config.learning_rate,
+            dtype=str(compute_dtype(self.config)).removeprefix("torch."),
+            kept=f"The last good checkpoint is {last}; fresh=true starts over instead."
+            if last
+            else "There is no checkpoint yet. The adapter of an earlier training, if there was one, is untouched.",
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer, the mean loss being that of the steps that were not skipped."""
+        if "loss" in logs:
+            steps, bad = self.state.global_step - self.logged_at, self.watch.since_log
+            if bad:
+                good = steps - bad
+                logs = {**logs, "loss": logs["loss"] * steps / good if good > 0 else math.nan}
+            if self.watch.skipped:
+                logs = {**logs, "skipped_steps": self.watch.skipped}
+            self.logged_at, self.watch.since_log = self.state.global_step, 0
+        super().log(logs, start_time)
 
     def _pass_loss(self, model: nn.Module, one: dict[str, Any], answers: Any) -> torch.Tensor:
         """The loss of one pass, divided by the answer tokens of the step."""
@@ -144,6 +252,59 @@ class Steps(Trainer):
             used = [{**group, "weight_decay": self.args.weight_decay} for group in groups if group["params"]]
             self.optimizer = kind(used, **options)
         return self.optimizer
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Adapter, optimizer, schedule, random states and this trainer's state, whole or not at all (`checkpoints`)."""
+        if self.watch.in_a_row:  # what is worth keeping was saved before
+            return
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
+        if self.args.world_size > 1:  # every process writes its random state
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.seal(folder / f"checkpoint-{step}", self.place())
+            return
+        checkpoints.write(folder, step, self._save_into, self.place())
+        checkpoints.prune(folder, int(self.args.save_total_limit or 1), self.state.best_global_step)
+
+    def _save_into(self, folder: Path) -> None:
+        self.save_model(str(folder), _internal_call=True)
+        for unread in ("training_args.bin", "README.md"):  # a pickle, and an empty form
+            (folder / unread).unlink(missing_ok=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        states: Any = self.state.stateful_callbacks
+        for part in (*self.callback_handler.callbacks, self.control):
+            if isinstance(part, ExportableState):
+                states[type(part).__name__] = part.state()
+        self.state.best_model_checkpoint = None  # a path, which moves with the run directory; its step says the same
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _init_training_state(self, *arguments: Any) -> tuple[int, int]:
+        """As the Trainer, but for a best step whose checkpoint is gone or damaged: the next best one then counts."""
+        found = super()._init_training_state(*arguments)
+        best = self.state.best_global_step
+        if best and (wrong := checkpoints.fault(Path(str(self.args.output_dir)) / f"checkpoint-{best}")):
+            print(f"the checkpoint of the lowest held-out loss, that of step {best}, cannot be used: {wrong}")
+            self.state.best_global_step = self.state.best_metric = None
+        return found
+
+    def place(self) -> dict[str, Any]:
+        """What a checkpoint says besides the Trainer's own state: what it belongs to, sums since the last log."""
+        return {
+            "config": self.config.model_dump(),
+            "rows": self.rows,
+            "loss_since_log": float(self._tr_loss),
+            "logged_at": self.logged_at,
+            "skipped": [self.watch.skipped, self.watch.since_log],
+        }
+
+    def take_place(self, record: Mapping[str, Any]) -> None:
+        """Put back what `place` gave, when the Trainer has reset its own sums."""
+        self._tr_loss += record["loss_since_log"]
+        self.logged_at = self._globalstep_last_logged = record["logged_at"]
+        self.watch.skipped, self.watch.since_log = record["skipped"]
 
     def evaluate(
         self,
@@ -209,7 +370,7 @@ def row_losses(
         model: language model whose head is a matrix product, or one wrapped by peft.
         rows: from `formats.Format.examples`.
         collator: from `packs.make_collator`.
-        batch_size: rows per forward pass.
+        batch_size: rows per forward pass; fewer where memory runs out.
     """
     was_training = model.training
     model.eval()
@@ -219,16 +380,27 @@ def row_losses(
     device = next(model.parameters()).device
     losses: list[float] = []
     counts: list[int] = []
+
+    def measure(members: Sequence[Encoded], sizes: list[int]) -> list[float]:
+        batch = {name: _on(device, value) for name, value in collator(members).items()}
+        hidden, targets = answer_states(plain, batch)
+        each = token_losses(hidden, head_weight(plain), targets)
+        # Packed or padded, the answers come row by row.
+        return [float(part) for part in torch.stack([part.sum() for part in each.double().split(sizes)])]
+
     try:
-        for start in range(0, len(rows), batch_size):
-            members = rows[start : start + batch_size]
-            batch = {name: _on(device, value) for name, value in collator(members).items()}
-            hidden, targets = answer_states(plain, batch)
-            each = token_losses(hidden, head_weight(plain), targets)
-            # Packed or padded, the answers come row by row.
+        while len(counts) < len(rows):
+            members = rows[len(counts) : len(counts) + batch_size]
             sizes = [collator.answer_tokens(row) for row in members]
-            losses += [float(part) for part in torch.stack([part.sum() for part in each.double().split(sizes)])]
-            counts += sizes
+            try:
+                losses += measure(members, sizes)
+                counts += sizes
+                continue
+            except Exception as error:
+                if not recovery.is_out_of_memory(error) or len(members) == 1:
+                    raise
+            batch_size = len(members) // 2
+            recovery.free()
     finally:
         model.train(was_training)
     return losses, counts
@@ -236,110 +408,6 @@ def row_losses(
 
 def _on(device: torch.device, value: Any) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-class HistoryWriter(TrainerCallback):
-    """Writes one line of `history.jsonl` per logged step, the held-out loss on the line of its step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.training_s = 0.0
-        self.tokens_before = 0
-        self.seconds_before = 0.0
-        self.began = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Drop lines of steps that a resumed training is about to repeat."""
-        kept = (
-            [line for line in read_jsonl(self.path) if line["step"] <= state.global_step] if self.path.is_file() else []
-        )
-        write_jsonl(self.path, kept if state.global_step else [])
-        self.tokens_before = int(state.num_input_tokens_seen)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock that counts training alone, not evaluation or saving, if it does not run already."""
-        self.began = self.began or time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """See that the first and the last step are logged, whatever the intervals; stop the clock for pauses.
-
-        Only then the GPU is waited for: elsewhere the next step is prepared while it works.
-        """
-        if state.global_step in (1, state.max_steps):
-            control.should_log = True
-        if state.global_step == state.max_steps:
-            control.should_evaluate = True
-        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.training_s += time.perf_counter() - self.began
-            self.began = 0.0
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Append the line of this step; what is not a number becomes null.
-
-        Raises:
-            DivergedError: the loss is not a number.
-        """
-        logs = logs or {}
-        line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
-        if "loss" in logs:
-            tokens = int(state.num_input_tokens_seen)
-            seconds = max(self.training_s - self.seconds_before, 1e-9)
-            line |= {
-                "loss": logs["loss"],
-                "lr": logs["learning_rate"],
-                "grad_norm": logs.get("grad_norm"),
-                "tokens": tokens,
-                "tokens_per_s": round((tokens - self.tokens_before) / seconds, 1),
-                "peak_memory_bytes": peak_memory_bytes(),
-            }
-            self.tokens_before, self.seconds_before = tokens, self.training_s
-        elif "eval_loss" in logs:
-            line |= {name: logs[name] for name in ("eval_loss", "eval_exact_match") if name in logs}
-        else:
-            return
-        numbers = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in line.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(numbers) + "\n")
-        if "loss" in numbers and numbers["loss"] is None:
-            raise DivergedError(
-                f"the training loss is {line['loss']} at step {state.global_step}. Likely causes: a learning_rate too "
-                f"high ({args.learning_rate:g}), or float16 compute; lower it, or take compute_dtype bfloat16 or "
-                "float32. The adapter of an earlier training, if there was one, is untouched."
-            )
-
-
-class Progress(TrainerCallback):
-    """A progress bar with the time left: a widget in Jupyter, a line of text elsewhere."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-        self.shown: dict[str, str] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar where a resumed training stands."""
-        headless = HEADLESS in os.environ
-        kind = text_tqdm if headless else notebook_tqdm
-        options: dict[str, Any] = {"mininterval": 2.0, "ncols": 100, "file": sys.stderr} if headless else {}
-        self.bar = kind(total=state.max_steps, initial=state.global_step, desc="training", unit="step", **options)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """One step on."""
-        if self.bar is not None:
-            self.bar.update(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Show the latest losses."""
-        names = {"loss": "loss", "eval_loss": "held-out", "eval_exact_match": "right"}
-        self.shown |= {names[name]: f"{value:.3f}" for name, value in (logs or {}).items() if name in names}
-        if self.bar is not None:
-            self.bar.set_postfix(self.shown, refresh=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the bar."""
-        if self.bar is not None:
-            self.bar.close()
 
 
 def micro_batch_size(config: RunConfig, lengths: Sequence[int]) -> int:
@@ -354,25 +422,6 @@ def micro_batch_size(config: RunConfig, lengths: Sequence[int]) -> int:
     assert config.micro_batch_tokens is not None
     mean = sum(lengths) / max(1, len(lengths))
     return max(1, min(config.batch_size, int(config.micro_batch_tokens / max(1.0, mean))))
-
-
-def peak_memory_bytes() -> int:
-    """The most memory held so far: by PyTorch on the GPU if there is one, else by this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, None if there is none. One cut off while it was written is passed over."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # the file written last
-    return max(whole, key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written, by its name."""
-    return int(checkpoint.name.split("-")[1])
 
 
 def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: int) -> TrainingArguments:
@@ -416,11 +465,9 @@ def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: in
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
-        eval_on_start=not config.resume or last_checkpoint(run.checkpoints) is None,
+        eval_on_start=True,
         save_steps=config.save_steps,
-        # With a limit of 1 transformers would keep the best alone, and a finished training could not be told from one
-        # that stopped there.
-        save_total_limit=max(config.save_total_limit, 2 if config.keep == "best" or plateau else 1),
+        save_total_limit=config.save_total_limit,
         metric_for_best_model="eval_loss" if config.keep == "best" or plateau else None,
         use_liger_kernel=bool(config.liger),
         # The loss is `qlora_utils.loss`: Liger's computes logits for tokens without a label too.
@@ -450,13 +497,21 @@ def make_trainer(
 
     Raises:
         ConfigError: fp16 without a GPU.
+        DataError: no token of any row carries loss.
     """
     config = settle(config).config
     form = format_of(tokenizer, config)
     train_rows = form.examples(prepared.train, training=True)
     collator = make_collator(tokenizer, config)
+    if not any(collator.answer_tokens(row) for row in train_rows):
+        raise DataError(
+            f"data: none of the {len(prepared.train)} training rows has an answer within max_seq_len="
+            f"{config.max_seq_len} tokens, so no token carries loss and nothing would be learned. Give a larger "
+            "max_seq_len, or look at the rows with notebook 01."
+        )
     arguments = training_arguments(config, run, micro_batch_size(config, [collator.tokens(row) for row in train_rows]))
     trainer_of, _ = TRAINERS[config.architecture]
+    tokens = within_learned(config, config.micro_batch_tokens or config.max_seq_len)
     trainer = trainer_of(
         config=config,
         model=tuned_model,
@@ -465,11 +520,31 @@ def make_trainer(
         # The held-out loss is always that of the answers, so that runs can be compared.
         eval_dataset=form.examples(measured_rows(prepared.held_out, config), training=False),
         trace=make_trace(prepared.held_out, tokenizer, config) if config.trace_rows else None,
-        data_collator=StepCollator(collator, config.micro_batch_tokens or config.max_seq_len, config.micro_batch_size),
+        data_collator=StepCollator(collator, tokens, config.micro_batch_size),
         callbacks=[HistoryWriter(run.history), Progress()],
     )
+    trainer.rows = digest(prepared)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def all_steps(config: RunConfig, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Optimizer steps of the whole training."""
+    if config.epochs is None:
+        return config.steps
+    form = format_of(tokenizer, config)
+    examples = sum(form.count(row) for row in prepared.train)
+    return math.ceil(config.epochs * math.ceil(examples / config.batch_size))
+
+
+def digest(prepared: Prepared) -> str:
+    """What the rows are, as a short digest: a training never goes on with others."""
+    found = hashlib.blake2b(digest_size=16)
+    for rows in (prepared.train, prepared.held_out):
+        for row in rows:
+            found.update(row.text.encode())
+        found.update(b"\0")
+    return found.hexdigest()
 
 
 def measured_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[Conversation]:
@@ -516,43 +591,181 @@ def train(
 ) -> Trained:
     """Train the adapter; leave `history.jsonl`, `checkpoints/`, `adapter/`, `metrics.json` and `config.json` behind.
 
+    A training that was begun goes on from its last whole checkpoint, one that is done is taken as it is; with
+    `config.fresh` it starts over. SIGTERM and Ctrl-C save before they stop it.
+
     Args:
         config: the run.
         tuned_model: from `lora.attach`; trained in place.
         tokenizer: of the base model; saved beside the adapter.
         prepared: rows to train on and rows held out.
-        run: the run directory. With `config.resume` its last checkpoint is continued, otherwise it is replaced.
+        run: the run directory.
 
     Raises:
-        ConfigError: a precision that this machine does not have, or nothing left to resume.
-        DivergedError: the loss stopped being a number.
+        ConfigError: a precision that this machine does not have, or values with which this training cannot go on.
+        DataError: other rows than those it was begun with, or none with a label.
+        DivergedError: loss or gradient were no numbers for several steps.
+        OutOfMemoryError: there is no memory even for one example at a time.
+        DiskError: the disk has too little room; what was written before is whole.
+        LockedError: another process trains in this run directory.
+        Interrupted: it was asked to stop, and has saved.
     """
-    if not config.resume:
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
     run.path.mkdir(parents=True, exist_ok=True)
-    if not config.resume:
-        format_of(tokenizer, config).record(run)
-    last = last_checkpoint(run.checkpoints) if config.resume else None
-    if last and not config.epochs and step_of(last) >= config.steps:
+    with locks.held(run.path / ".training.lock", "training", wait_s=10):
+        checkpoints.sweep(run.checkpoints)
+        if config.fresh:
+            _start_over(run)
+        last = checkpoints.newest(run.checkpoints)
+        total = all_steps(config, prepared, tokenizer)
+        if last is not None:
+            record = read_json(last / checkpoints.RECORD)
+            _check_same(config, record["config"], record["rows"], run, prepared)
+        if done := None if config.fresh else _done(run):
+            _check_same(config, read_json(run.config)["config"], "", run, prepared)
+            if done.steps == total:
+                return _taken_as_it_is(done, tuned_model, run)
+        at = max(step_of(last), done.steps if done else 0)
+        if at > total:
+            raise ConfigError(
+                f"steps: the training in {run.path} is at step {at} already, and this asks for {total}; nothing is "
+                f"left to do. To train on, ask for more: -p steps={2 * at}; fresh=true starts over."
+            )
+        if done and last is None:
+            raise ConfigError(
+                f"steps: the training in {run.path} is done, with {done.steps} steps, and its checkpoints are gone, so "
+                "it cannot go on. Give another run_name, or fresh=true to start over in its place."
+            )
+        with checkpoints.explained_if_full(run.path, "the training"):
+            return _go_on(config, tuned_model, tokenizer, prepared, run, last)
+
+
+def _start_over(run: RunDirectory) -> None:
+    """Take away what a training would go on from. The adapter stays until there is another."""
+    begun = sorted((path for path in run.checkpoints.glob("checkpoint-*")), key=lambda path: path.name)
+    if begun or run.adapter.is_dir():
+        left = [f"{len(begun)} checkpoints"] * bool(begun) + [
+            "the adapter, when there is a new one"
+        ] * run.adapter.is_dir()
+        print(f"starting over in {run.path}, in place of {' and '.join(left)}")
+    for checkpoint in begun:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    run.history.unlink(missing_ok=True)
+
+
+def _done(run: RunDirectory) -> Trained | None:
+    """What a training that came to its end left, None if there is none or another has begun since."""
+    if not (run.adapter.is_dir() and run.metrics.is_file() and run.history.is_file()):
+        return None
+    metrics = read_json(run.metrics).get("train")
+    steps = [line["step"] for line in read_jsonl(run.history) if "loss" in line]
+    return Trained(**metrics) if metrics and steps and steps[-1] == metrics["steps"] else None
+
+
+def _taken_as_it_is(done: Trained, tuned_model: PeftModel, run: RunDirectory) -> Trained:
+    """Give the model the adapter of a training that is done."""
+    _take_weights(tuned_model, run.adapter)
+    print(f"{run.path}: trained already, {done.steps} steps; nothing is left to do. fresh=true starts over.")
+    return done
+
+
+def _check_same(config: RunConfig, begun: Mapping[str, Any], rows: str, run: RunDirectory, prepared: Prepared) -> None:
+    """Refuse to go on with what would make it another training.
+
+    Raises:
+        ConfigError: names what differs.
+        DataError: the rows are others.
+    """
+    asked = config.model_dump()
+    counting = [name for name in asked if name not in (*PLACE_FIELDS, *GO_ON_FIELDS) and name in begun]
+    differing = [
+        f"{name}: it has {begun[name]!r}, asked for is {asked[name]!r}"
+        for name in counting
+        if begun[name] != asked[name] and "auto" not in (begun[name], asked[name])
+    ]
+    if differing:
         raise ConfigError(
-            f"resume: the training is at step {step_of(last)} already, and steps is {config.steps}; nothing is left to "
-            f"do. To train on, ask for more: -p steps={2 * step_of(last)}."
+            f"{run.path} holds a training with other values ({'; '.join(differing)}). Give another run_name, or "
+            "fresh=true to start over in its place."
         )
+    if rows and rows != digest(prepared):
+        raise DataError(
+            f"{run.path} holds a training on other rows than these. Give another run_name, or fresh=true to start over "
+            "in its place."
+        )
+
+
+def _go_on(
+    config: RunConfig,
+    tuned_model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    run: RunDirectory,
+    last: Path | None,
+) -> Trained:
+    """Train from the beginning, or from a checkpoint, to the end."""
+    if last is not None and config.optimizer == "auto":  # its moments lie in the checkpoint; another machine may differ
+        config = config.model_copy(update={"optimizer": read_json(last / checkpoints.RECORD)["config"]["optimizer"]})
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    if last is None:
+        format_of(tokenizer, config).record(run)
     trainer = make_trainer(config, tuned_model, tokenizer, prepared, run)
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    at = step_of(last)
+    if last is None or at < all_steps(config, prepared, tokenizer):
+        _run(trainer, run, last)
+    else:  # it was broken off after the last checkpoint, before the adapter was there
+        _take_weights(tuned_model, last)
+        trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     wall_s = time.perf_counter() - began
     kept_step = keep_adapter(trainer, tuned_model)
     save_adapter(tuned_model, tokenizer, run.adapter)
     run.record(config)
-    trained = _trained(trainer, read_jsonl(run.history), kept_step, wall_s, resumed_at=step_of(last) if last else 0)
+    trained = _trained(trainer, read_jsonl(run.history), kept_step, wall_s, resumed_at=at)
     run.answers.unlink(missing_ok=True)  # what was made of an adapter that is no more
     run.comparison.unlink(missing_ok=True)
     shutil.rmtree(run.merged, ignore_errors=True)
     write_json(run.metrics, {"train": vars(trained)})
     return trained
+
+
+class _TakePlace(TrainerCallback):
+    """Hands a training that goes on what its checkpoint says, when the Trainer has reset its own sums."""
+
+    def __init__(self, trainer: Steps, record: Mapping[str, Any]) -> None:
+        self.trainer, self.record = trainer, record
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Once, before the first step."""
+        self.trainer.take_place(self.record)
+
+
+def _run(trainer: Steps, run: RunDirectory, last: Path | None) -> None:
+    """Let the Trainer run from a checkpoint, or from the beginning, if the disk has room for what it will leave.
+
+    Raises:
+        Interrupted: it was asked to stop.
+        DiskError: too little room.
+    """
+    model: Any = trainer.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    moments = 2 if "8bit" in trainer.config.optimizer else 8
+    there = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
+    needed = checkpoints.needed_bytes(trained, trainer.config.save_total_limit, moment_bytes=moments)
+    checkpoints.check_room(run.path, max(0, needed - there), "this training")
+    trainer.args.eval_on_start = last is None
+    if last is not None:
+        print(f"going on from step {step_of(last)}, {last}")
+        trainer.add_callback(_TakePlace(trainer, read_json(last / checkpoints.RECORD)))
+    leave = recovery.LeaveWhenAsked()
+    trainer.add_callback(leave)
+    with leave.listening():
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if leave.asked is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise recovery.Interrupted(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, as asked, and saved in "
+            f"{run.checkpoints}. Run the same again to go on."
+        )
 
 
 def _trained(
@@ -572,6 +785,7 @@ def _trained(
         tokens_per_s=round(sorted(speeds)[len(speeds) // 2], 1),
         wall_s=round(wall_s + _training_s([line for line in lines if line["step"] <= resumed_at]), 2),
         peak_memory_bytes=peak_memory_bytes(),
+        skipped_steps=max((line.get("skipped_steps", 0) for line in lines), default=0),
     )
 
 
@@ -584,25 +798,47 @@ def _training_s(lines: Sequence[Mapping[str, Any]]) -> float:
     )
 
 
+def step_of(checkpoint: Path | None) -> int:
+    """The step of a checkpoint; 0 where there is none."""
+    return checkpoints.step_of(checkpoint) if checkpoint else 0
+
+
 def keep_adapter(trainer: Steps, tuned_model: PeftModel) -> int:
     """Give the adapter, head included, the weights that `config.keep` asks for; return the step they come from."""
-    last_step = trainer.state.global_step
-    best = trainer.state.best_model_checkpoint
-    if trainer.config.keep == "last" or best is None or step_of(Path(best)) == last_step:
+    last_step, best = trainer.state.global_step, trainer.state.best_global_step
+    if trainer.config.keep == "last" or not best or best == last_step:
         return last_step
+    _take_weights(tuned_model, Path(str(trainer.args.output_dir)) / f"checkpoint-{best}")
+    return best
+
+
+def _take_weights(tuned_model: PeftModel, folder: Path) -> None:
+    """Give the adapter, head included, the weights that were saved in a folder."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    weights = load_peft_weights(best, device=str(next(tuned_model.parameters()).device))
+    weights = load_peft_weights(str(folder), device=str(next(tuned_model.parameters()).device))
     set_peft_model_state_dict(tuned_model, weights)
-    return step_of(Path(best))
 
 
 def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save LoRA weights, head and tokenizer as safetensors and JSON: into a temporary folder, then renamed."""
-    temporary = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tuned_model.save_pretrained(str(temporary), safe_serialization=True)
-    (temporary / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form, with a local path in it
-    tokenizer.save_pretrained(str(temporary))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    """Save LoRA weights, head and tokenizer as safetensors and JSON: into a temporary folder, then renamed.
+
+    Raises:
+        DiskError: the disk is full; the adapter that was there still is.
+    """
+    temporary, before = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for left in (temporary, before):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with checkpoints.explained_if_full(folder.parent, "the adapter"):
+            tuned_model.save_pretrained(str(temporary), safe_serialization=True)
+            (temporary / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form, with a local path
+            tokenizer.save_pretrained(str(temporary))
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if folder.is_dir():
+        folder.rename(before)
+    temporary.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import signal
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,13 +12,16 @@ import torch
 from conftest import BOTH, on_its_device, tensors
 from transformers import TrainerCallback
 
-from qlora_utils import lora, quantization, training
+from qlora_utils import checkpoints, lora, quantization, recovery, training
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.formats import IGNORED, encode, format_of
 from qlora_utils.generation import Answer, Question, Sampling, answer_all
 from qlora_utils.loss import decoder_inputs
 from qlora_utils.packs import Collator, make_collator
+from qlora_utils.plan import settle, within_learned
+from qlora_utils.rows import Turn
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
+from qlora_utils.sources import DataError
 
 
 def changed(config, **changes):
@@ -236,7 +243,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, tokenizer, prepare
     resumed_from = max(int(name.split("-")[1]) for name in saved)
     assert resumed_from in (4, 6)
     seconds_before = read_json(run.metrics)["train"]["wall_s"]
-    parts, _, parts_history = train(changed(dropout, run_name="parts", resume=True), tokenizer, prepared)
+    parts, _, parts_history = train(changed(dropout, run_name="parts"), tokenizer, prepared)
     assert read_json(run.metrics)["train"]["wall_s"] > 0.2 * seconds_before  # the time before counts too
     assert losses(parts_history) == losses(whole_history)
     assert [line["step"] for line in parts_history if "loss" in line] == list(range(1, 13))
@@ -249,21 +256,47 @@ def test_rows_in_order_of_length_are_resumed_in_the_same_order(config, tokenizer
     ordered = changed(config, row_order="length", steps=12)  # an epoch and a half
     _, _, whole = train(changed(ordered, run_name="whole"), tokenizer, prepared)
     train(changed(ordered, run_name="parts"), tokenizer, prepared, StopAt(10))
-    _, _, parts = train(changed(ordered, run_name="parts", resume=True), tokenizer, prepared)
+    _, _, parts = train(changed(ordered, run_name="parts"), tokenizer, prepared)
     assert losses(parts) == losses(whole)
     random_order = train(changed(ordered, row_order="random", run_name="random"), tokenizer, prepared)[2]
     assert losses(random_order) != losses(whole)
 
 
-def test_a_finished_training_is_not_resumed(config, tokenizer, prepared):
-    _, run, history = train(config, tokenizer, prepared)
+def test_a_finished_training_is_taken_as_it_is_or_trained_on(config, tokenizer, prepared):
+    model, run, history = train(config, tokenizer, prepared)
     before = (run.adapter / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(ConfigError, match=r"at step 8 already.*nothing is left to do"):
-        train(changed(config, resume=True), tokenizer, prepared)
+    again, _, same_history = train(config, tokenizer, prepared)
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == before
-    assert read_jsonl(run.history) == history
-    _, _, longer = train(changed(config, resume=True, steps=10), tokenizer, prepared)
+    assert same_history == history
+    ends = trained_weights(model), trained_weights(again)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    with pytest.raises(ConfigError, match=r"at step 8 already.*nothing is left to do"):
+        train(changed(config, steps=4), tokenizer, prepared)
+    _, _, longer = train(changed(config, steps=10), tokenizer, prepared)
     assert [line["step"] for line in longer if "loss" in line] == list(range(1, 11))
+
+
+def test_a_finished_training_needs_no_checkpoints(config, tokenizer, prepared):
+    _, run, history = train(config, tokenizer, prepared)
+    shutil.rmtree(run.checkpoints)
+    assert train(config, tokenizer, prepared)[2] == history
+    with pytest.raises(ConfigError, match="checkpoints are gone"):
+        train(changed(config, steps=10), tokenizer, prepared)
+
+
+def test_a_training_does_not_go_on_as_another(config, tokenizer, prepared):
+    _, run, _ = train(config, tokenizer, prepared, StopAt(6))
+    other_rows = replace(prepared, train=prepared.train[1:])
+    for attempt in ("begun", "done"):
+        with pytest.raises(ConfigError, match=r"lora_r: it has 16, asked for is 8.*fresh=true"):
+            train(changed(config, lora_r=8), tokenizer, prepared)
+        with pytest.raises(DataError, match="other rows"):
+            train(config, tokenizer, other_rows)
+        if attempt == "begun":
+            train(config, tokenizer, prepared)
+    _, _, anew = train(changed(config, lora_r=8, fresh=True), tokenizer, prepared)
+    assert [line["step"] for line in anew if "loss" in line] == list(range(1, 9))
+    assert read_json(run.config)["config"]["lora_r"] == 8
 
 
 def test_scores_of_the_adapter_before_are_dropped(config, tokenizer, prepared):
@@ -277,30 +310,161 @@ def test_scores_of_the_adapter_before_are_dropped(config, tokenizer, prepared):
     assert not run.comparison.exists()
 
 
-def test_a_checkpoint_cut_off_in_writing_is_passed_over(tmp_path):
-    assert training.last_checkpoint(tmp_path / "none") is None
-    for name, files in (("checkpoint-9", ["trainer_state.json"]), ("checkpoint-10", ["trainer_state.json"]),
-                        ("checkpoint-11", ["adapter_model.safetensors"])):  # fmt: skip
-        (tmp_path / name).mkdir()
-        for file in files:
-            (tmp_path / name / file).touch()
-    assert training.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+class Break(TrainerCallback):
+    """Makes the head no numbers after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(math.nan)
 
 
 def test_a_training_that_diverges_stops_and_keeps_the_earlier_adapter(config, tokenizer, prepared):
-    class Break(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **_):
-            if state.global_step == 2:
-                with torch.no_grad():
-                    model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(math.nan)
-
     _, run, _ = train(config, tokenizer, prepared)
     before = (run.adapter / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(training.DivergedError, match=r"loss is nan at step 3.*learning_rate"):
-        train(config, tokenizer, prepared, Break())
+    with pytest.raises(recovery.DivergedError, match=r"loss is nan.*at step 5.*learning_rate.*no checkpoint yet"):
+        train(changed(config, fresh=True), tokenizer, prepared, Break(2))
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == before
     assert [line["loss"] for line in read_jsonl(run.history) if "loss" in line][-1] is None
     assert "nan" not in run.history.read_text().lower()
+    assert not list(run.checkpoints.iterdir())  # that of step 4 would hold broken weights
+
+
+def test_it_stops_at_the_last_good_checkpoint_and_goes_on_from_there(config, tokenizer, prepared):
+    with pytest.raises(recovery.DivergedError, match=r"last good checkpoint is .*checkpoint-4"):
+        train(config, tokenizer, prepared, Break(5))
+    _, _, history = train(config, tokenizer, prepared)
+    assert all(math.isfinite(loss) for loss in losses(history))
+    assert losses(history) == losses(train(changed(config, run_name="whole"), tokenizer, prepared)[2])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@BOTH
+def test_a_step_whose_numbers_are_none_is_skipped_and_counted(config, tokenizer, prepared, monkeypatch, what):
+    """The weights stay as they are in that step, and the next steps go on as if its rows had not been there."""
+    seen = {}
+    original = training.Steps._forward_and_backward
+
+    def spoiled(self, model, inputs):
+        loss = original(self, model, inputs)
+        seen[self.state.global_step] = trained_weights(model)
+        if self.state.global_step == 3:
+            if what == "loss":
+                return loss * math.nan
+            next(p for p in model.parameters() if p.grad is not None).grad[0] = math.inf
+        return loss
+
+    monkeypatch.setattr(training.Steps, "_forward_and_backward", spoiled)
+    _, run, history = train(changed(config, logging_steps=2), tokenizer, prepared)
+    assert all(torch.equal(seen[3][name], seen[4][name]) for name in seen[3])
+    assert any(not torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
+    assert read_json(run.metrics)["train"]["skipped_steps"] == 1
+    assert [line.get("skipped_steps") for line in history if "loss" in line] == [None, None, 1, 1, 1]
+    monkeypatch.setattr(training.Steps, "_forward_and_backward", original)
+    _, _, plain = train(changed(config, logging_steps=1, run_name="plain"), tokenizer, prepared)
+    third = next(line["loss"] for line in history if line["step"] == 4 and "loss" in line)
+    assert third == pytest.approx(losses(plain)[2], rel=1e-6)  # of steps 3 and 4 only the third counts
+
+
+def test_rows_without_a_label_are_refused(config, tokenizer, prepared, tuned_model, run):
+    long = [replace(row, turns=(Turn("why " * 600, "so"),)) for row in prepared.train[:4]]
+    with pytest.raises(DataError, match=r"none of the 4 training rows.*max_seq_len"):
+        training.train(config, tuned_model, tokenizer, replace(prepared, train=long), run)
+
+
+class OutOfMemory:
+    """Lets the second pass of some steps run out of memory, once each."""
+
+    def __init__(self, monkeypatch, steps, always=False):
+        original, self.raised, calls = training.Steps._pass_loss, [], {}
+
+        def failing(trainer, model, one, answers):
+            step = trainer.state.global_step + 1
+            calls[step] = calls.get(step, 0) + 1
+            if step in steps and (always or (calls[step] == 2 and step not in self.raised)):
+                self.raised.append(step)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return original(trainer, model, one, answers)
+
+        monkeypatch.setattr(training.Steps, "_pass_loss", failing)
+
+
+@pytest.mark.parametrize("size", [{}, {"micro_batch_size": 4}], ids=["by tokens", "by number"])
+@BOTH
+def test_out_of_memory_makes_passes_smaller_and_changes_nothing(config, tokenizer, prepared, monkeypatch, size, capsys):
+    bounded = changed(config, micro_batch_tokens=250, eval_steps=8, **size)
+    _, _, undisturbed = train(changed(bounded, run_name="undisturbed"), tokenizer, prepared)
+    memory = OutOfMemory(monkeypatch, {3, 7})
+    _, _, history = train(bounded, tokenizer, prepared)
+    assert memory.raised == [3, 7]
+    for name in ("loss", "grad_norm", "tokens", "lr"):
+        columns = [[line[name] for line in lines if name in line] for lines in (history, undisturbed)]
+        assert columns[0] == pytest.approx(columns[1], abs=1e-5), name
+    assert history[-1]["eval_loss"] == pytest.approx(undisturbed[-1]["eval_loss"], abs=1e-5)
+    said = capsys.readouterr().out
+    assert "out of memory at step 3" in said
+    assert "out of memory at step 7" in said
+    # the plan has learned from it: the next training begins with smaller passes
+    settled = settle(bounded).config
+    assert within_learned(settled, 250) < 250
+    assert within_learned(changed(settled, lora_r=4), 250) == 250
+
+
+def test_out_of_memory_with_one_example_at_a_time_says_what_takes_less(config, tokenizer, prepared, monkeypatch):
+    OutOfMemory(monkeypatch, {5}, always=True)
+    with pytest.raises(recovery.OutOfMemoryError, match=r"at step 5.*one example.*max_seq_len=256.*train_head=false"):
+        train(config, tokenizer, prepared)
+    monkeypatch.undo()
+    _, _, history = train(config, tokenizer, prepared)
+    assert losses(history)[-1] == pytest.approx(
+        losses(train(changed(config, run_name="whole"), tokenizer, prepared)[2])[-1], abs=1e-5
+    )
+
+
+def test_measuring_takes_fewer_rows_at_a_time_where_memory_runs_out(
+    config, tuned_model, tokenizer, prepared, monkeypatch
+):
+    rows = format_of(tokenizer, config).examples(prepared.held_out, training=False)
+    collator = make_collator(tokenizer, config)
+    reference = training.row_losses(tuned_model, rows, collator, batch_size=8)
+    original = training.answer_states
+
+    def small(model, batch):
+        if len(batch["lengths"]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, batch)
+
+    monkeypatch.setattr(training, "answer_states", small)
+    losses_, counts = training.row_losses(tuned_model, rows, collator, batch_size=8)
+    assert counts == reference[1]
+    assert losses_ == pytest.approx(reference[0], rel=1e-4)
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal in the middle of a step."""
+
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_first(config, tokenizer, prepared, number):
+    sparse = changed(config, save_steps=100, eval_steps=100, logging_steps=4)
+    with pytest.raises(recovery.Interrupted, match=r"after step 3 of 8.*Run the same again"):
+        train(sparse, tokenizer, prepared, SignalAt(3, number))
+    run = RunDirectory(sparse.run_dir)
+    assert checkpoints.newest(run.checkpoints).name == "checkpoint-3"
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    _, _, parts = train(sparse, tokenizer, prepared)
+    _, _, whole = train(changed(sparse, run_name="whole"), tokenizer, prepared)
+    assert losses(parts) == losses(whole)  # the line of step 4 is the mean of steps on both sides of the stop
 
 
 @BOTH
@@ -436,10 +600,10 @@ def test_on_a_plateau_the_rate_of_every_group_is_reduced_and_a_resumed_training_
     assert rates[-1] <= 1e-3 / 4  # every second measurement without a fall
     assert {after / before for before, after in pairwise(rates)} <= {1.0, 0.5}
     train(changed(rising, run_name="parts"), tokenizer, prepared, Spoil(2), StopAt(5))
-    _, run, parts = train(changed(rising, run_name="parts", resume=True), tokenizer, prepared, Spoil(2))
+    _, run, parts = train(changed(rising, run_name="parts"), tokenizer, prepared, Spoil(2))
     assert [line["lr"] for line in parts if "lr" in line] == rates
     assert losses(parts) == losses(whole)
-    state = torch.load(training.last_checkpoint(run.checkpoints) / "optimizer.pt", weights_only=True)
+    state = torch.load(checkpoints.newest(run.checkpoints) / "optimizer.pt", weights_only=True)
     lora_rate, head_rate = (group["lr"] for group in state["param_groups"])
     assert head_rate == pytest.approx(lora_rate / 10)
     falling = changed(rising, run_name="falling", steps=3)
@@ -464,7 +628,7 @@ def test_the_newest_checkpoint_is_kept_beside_the_best(config, tokenizer, prepar
         config, keep=keep, lr_scheduler="reduce_lr_on_plateau", eval_steps=2, save_steps=2, save_total_limit=1
     )
     _, run, _ = train(few, tokenizer, prepared, Spoil(3))
-    assert training.last_checkpoint(run.checkpoints).name == "checkpoint-8"
+    assert checkpoints.newest(run.checkpoints).name == "checkpoint-8"
 
 
 @pytest.mark.parametrize("limit", [1, 3])
@@ -474,9 +638,9 @@ def test_the_best_adapter_survives_an_interruption(config, tokenizer, prepared, 
         train(variant, tokenizer, prepared, Spoil(5), CrashAt(6))
     run = RunDirectory(variant.run_dir)
     assert {p.name for p in run.checkpoints.iterdir()} >= {"checkpoint-4", "checkpoint-6"}
-    assert training.last_checkpoint(run.checkpoints).name == "checkpoint-6"
-    _, run, history = train(changed(variant, resume=True), tokenizer, prepared, Spoil(5))
-    assert training.last_checkpoint(run.checkpoints).name == "checkpoint-8"
+    assert checkpoints.newest(run.checkpoints).name == "checkpoint-6"
+    _, run, history = train(variant, tokenizer, prepared, Spoil(5))
+    assert checkpoints.newest(run.checkpoints).name == "checkpoint-8"
     measured = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line and line["step"]}
     assert min(measured, key=measured.get) == 4
     assert read_json(run.metrics)["train"]["kept_step"] == 4

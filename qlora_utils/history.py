@@ -1,0 +1,122 @@
+"""What a training tells while it runs: a line of `history.jsonl` for each logged step, and a bar with the time left."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm as notebook_tqdm
+from tqdm.std import tqdm as text_tqdm
+from transformers import TrainerCallback
+
+from qlora_utils.run_directory import HEADLESS, read_jsonl, write_jsonl
+
+
+class HistoryWriter(TrainerCallback):
+    """Writes one line of `history.jsonl` per logged step, the held-out loss on the line of its step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.training_s = 0.0
+        self.tokens_before = 0
+        self.seconds_before = 0.0
+        self.began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Drop lines of steps that a resumed training is about to repeat."""
+        kept = (
+            [line for line in read_jsonl(self.path) if line["step"] <= state.global_step] if self.path.is_file() else []
+        )
+        write_jsonl(self.path, kept if state.global_step else [])
+        self.tokens_before = int(state.num_input_tokens_seen)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock that counts training alone, not evaluation or saving, if it does not run already."""
+        self.began = self.began or time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See that the first and the last step are logged, whatever the intervals; stop the clock for pauses.
+
+        Only then the GPU is waited for: elsewhere the next step is prepared while it works.
+        """
+        if state.global_step in (1, state.max_steps):
+            control.should_log = True
+        if state.global_step == state.max_steps:
+            control.should_evaluate = True
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.training_s += time.perf_counter() - self.began
+            self.began = 0.0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Append the line of this step; what is not a number becomes null."""
+        logs = logs or {}
+        line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        if "loss" in logs:
+            tokens = int(state.num_input_tokens_seen)
+            seconds = max(self.training_s - self.seconds_before, 1e-9)
+            line |= {
+                "loss": logs["loss"],
+                "lr": logs["learning_rate"],
+                "grad_norm": logs.get("grad_norm"),
+                "tokens": tokens,
+                "tokens_per_s": round((tokens - self.tokens_before) / seconds, 1),
+                "peak_memory_bytes": peak_memory_bytes(),
+                **({"skipped_steps": logs["skipped_steps"]} if "skipped_steps" in logs else {}),
+            }
+            self.tokens_before, self.seconds_before = tokens, self.training_s
+        elif "eval_loss" in logs:
+            line |= {name: logs[name] for name in ("eval_loss", "eval_exact_match") if name in logs}
+        else:
+            return
+        numbers = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in line.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(numbers) + "\n")
+
+
+class Progress(TrainerCallback):
+    """A progress bar with the time left: a widget in Jupyter, a line of text elsewhere."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar where a resumed training stands."""
+        headless = HEADLESS in os.environ
+        kind = text_tqdm if headless else notebook_tqdm
+        options: dict[str, Any] = {"mininterval": 2.0, "ncols": 100, "file": sys.stderr} if headless else {}
+        self.bar = kind(total=state.max_steps, initial=state.global_step, desc="training", unit="step", **options)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One step on."""
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Show the latest losses."""
+        names = {"loss": "loss", "eval_loss": "held-out", "eval_exact_match": "right"}
+        self.shown |= {names[name]: f"{value:.3f}" for name, value in (logs or {}).items() if name in names}
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def peak_memory_bytes() -> int:
+    """The most memory held so far: by PyTorch on the GPU if there is one, else by this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
