@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,19 +18,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return options.command(options)
-    except ConfigError as error:
-        print(f"qlora: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("qlora: interrupted", file=sys.stderr)
-        return 130
-    except (RuntimeError, ValueError, OSError) as error:
-        print(f"qlora: {error}", file=sys.stderr)
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if options.debug:
+            raise
+        print(f"qlora: {_one_line(error)}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + getattr(error, "number", signal.SIGINT)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _one_line(error: BaseException) -> str:
+    """An error as a person on a terminal wants it; the kinds that we do not raise ourselves with their name."""
+    text = str(error).strip()
+    if isinstance(error, KeyboardInterrupt):
+        return text or "interrupted"
+    if isinstance(error, OSError) and error.filename is not None:  # Python's own: [Errno 2] …: 'path'
+        return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
+    if isinstance(error, (RuntimeError, ValueError, OSError)) and text:
+        return text
+    return f"{type(error).__name__}: {text or 'no message'} (`--debug` shows where)"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qlora", description="QLoRA fine-tuning for question answering.")
+    parser.set_defaults(debug=False)
     parser.add_argument("--version", action="version", version=f"qlora-utils {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -41,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
     run.add_argument("--from", dest="start", metavar="NOTEBOOK", help="start again here: 04 or 04_training")
+    run.add_argument(
+        "--fresh", action="store_true", help="start over, in place of what is there (default: go on where it stopped)"
+    )
+    run.add_argument(
+        "--config", type=Path, metavar="FILE", help="repeat a run: take all values from its config.json, not a preset"
+    )
     run.set_defaults(command=_run)
 
     presets = commands.add_parser("presets", help="list presets, or all fields with their meaning")
@@ -105,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     ingredients.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least two (default: 0 1 2)")
     ingredients.add_argument("--out", type=Path, help="JSON file for the result, gone on with if it is there")
     ingredients.set_defaults(command=_ingredients)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     return parser
 
 
@@ -127,15 +147,22 @@ def _parameters(pairs: Sequence[str]) -> dict[str, str]:
 
 def _run(options: argparse.Namespace) -> int:
     from qlora_utils import runner
+    from qlora_utils.config import ConfigError
 
+    if options.config and options.preset:
+        raise ConfigError("--config and --preset: each says what to run; give one of them.")
+    if options.config and options.start:
+        raise ConfigError("--config and --from: --from goes on with the values of the run there; give one of them.")
     config, parameters = runner.resolve(
         preset=options.preset,
         run_name=options.run_name,
         output_dir=options.output_dir,
         parameters=_parameters(options.parameters),
         start=options.start,
+        fresh=options.fresh,
+        config_file=options.config,
     )
-    run = runner.run_series(config, parameters, start=options.start)
+    run = runner.run_series(config, parameters, start=options.start, fresh=options.fresh)
     from qlora_utils import report
 
     report.write_report(run)

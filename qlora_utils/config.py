@@ -272,15 +272,40 @@ class RunConfig(BaseModel):
             FileNotFoundError: `run_dir` holds no config.json.
             ConfigError: as `build`.
         """
-        import json
-
         path = Path(run_dir) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such run. `qlora run --run-name {Path(run_dir).name}` makes it.")
-        stored = json.loads(path.read_text(encoding="utf-8"))["config"]
-        stored.pop("resume", None)  # of version 0.1 before it went on by default
         here = {"output_dir": str(Path(run_dir).parent), "run_name": Path(run_dir).name, "fresh": False}
-        return cls.build({**stored, **here, **_steps_or_epochs(overrides)})
+        return cls.from_file(path, **{**here, **_steps_or_epochs(overrides)})
+
+    @classmethod
+    def from_file(cls, path: Path | str, **overrides: Any) -> Self:
+        """The config that a `config.json` holds, with some values replaced: all that it takes to repeat a run.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ConfigError: it is no config.json of a run, or holds a value that is not allowed; names file and field.
+        """
+        import json
+
+        try:
+            stored = dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
+        except IsADirectoryError:
+            raise ConfigError(f"{path} is a folder. Expected the config.json of a run, a file.") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start}).") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}: no valid JSON, {error.msg} in line {error.lineno}.") from None
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(
+                f'{path}: holds no config of a run. Expected {{"config": {{"preset": …, "model": …}}}}, as a run '
+                "directory has it."
+            ) from None
+        stored.pop("resume", None)  # of the time before a run went on by itself
+        try:
+            return cls.build({**stored, "fresh": False, **overrides})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """Fields that differ from the preset: `{field: (preset's value, this run's value)}`."""

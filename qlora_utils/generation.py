@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from qlora_utils.config import RunConfig
+from qlora_utils.config import RunConfig, first_line
 from qlora_utils.formats import format_of
 from qlora_utils.lora import base_alone
+from qlora_utils.recovery import OutOfMemoryError, free, is_out_of_memory
 from qlora_utils.rows import Conversation, Turn
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ def answer_all(
 ) -> list[Answer]:
     """Answer many questions in batches of similar length, with a cache of keys and values.
 
-    The longest come first, so that a batch that memory cannot hold fails at once.
+    The longest come first, so that a batch that memory cannot hold shows at once; it is then halved, and so are those
+    after it.
 
     Args:
         model: base or tuned; answers in eval mode, and is put back afterwards.
@@ -136,43 +138,67 @@ def answer_all(
         batch_size: questions at a time, at most.
         batch_tokens: tokens that a batch may hold at its end, padding and answers included (None: any number).
         on_batch: called with the number of questions just answered, for a progress bar.
+
+    Raises:
+        OutOfMemoryError: there is no memory even for one question at a time.
     """
     was_training = model.training
     form = format_of(tokenizer, config)
     prompts = [form.prompt(question.history, question.text) for question in questions]
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: dict[int, Answer] = {}
-    device = next(model.parameters()).device
     model.eval()
     try:
         while by_length:
             longest = len(prompts[by_length[0]])
             fitting = batch_size if batch_tokens is None else batch_tokens // (longest + sampling.max_new_tokens)
             size = max(1, min(batch_size, fitting))
-            members, by_length = by_length[:size], by_length[size:]
-            # A causal model's answer stands after its question, so padding comes before; a decoder's answer stands by
-            # itself after a start token, and what its encoder reads is padded as in training.
-            apart = model.config.is_encoder_decoder
-            begin = 1 if apart else longest
-            batch = tokenizer.pad(
-                {"input_ids": [prompts[index] for index in members]},
-                padding_side="right" if apart else "left",
-                return_attention_mask=True,
-                return_tensors="pt",
-                verbose=False,
-            ).to(device)
-            generated: Any = model.generate(  # type: ignore[operator]
-                input_ids=batch["input_ids"],  # (batch, seq)
-                attention_mask=batch["attention_mask"],
-                generation_config=sampling.generation_config(model, tokenizer),
-            )
-            for index, row in zip(members, generated[:, begin:].tolist(), strict=True):
+            members = by_length[:size]
+            try:
+                rows = _generate(model, tokenizer, [prompts[index] for index in members], sampling)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise OutOfMemoryError(
+                        f"out of memory with one question at a time, of {longest:,} tokens ({first_line(error)}). Take "
+                        f"shorter answers (max_new_tokens={max(1, sampling.max_new_tokens // 2)}) or questions."
+                    ) from None
+                rows = None
+            if rows is None:
+                batch_size = size // 2
+                free()
+                print(f"out of memory with {size} questions at a time; going on with {batch_size}")
+                continue
+            by_length = by_length[size:]
+            for index, row in zip(members, rows, strict=True):
                 answers[index] = _as_answer(row, tokenizer)
             if on_batch is not None:
                 on_batch(len(members))
     finally:
         model.train(was_training)
     return [answers[index] for index in range(len(questions))]
+
+
+def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], sampling: Sampling) -> Any:
+    """The ids of the answers, one list for each prompt."""
+    # A causal model's answer stands after its question, so padding comes before; a decoder's answer stands by itself
+    # after a start token, and what its encoder reads is padded as in training.
+    apart = model.config.is_encoder_decoder
+    begin = 1 if apart else max(map(len, prompts))
+    batch = tokenizer.pad(
+        {"input_ids": prompts},
+        padding_side="right" if apart else "left",
+        return_attention_mask=True,
+        return_tensors="pt",
+        verbose=False,
+    ).to(next(model.parameters()).device)
+    generated = model.generate(
+        input_ids=batch["input_ids"],  # (batch, seq)
+        attention_mask=batch["attention_mask"],
+        generation_config=sampling.generation_config(model, tokenizer),
+    )
+    return generated[:, begin:].tolist()
 
 
 def _as_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:

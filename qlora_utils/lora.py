@@ -21,6 +21,7 @@ from qlora_utils.fused import fuse
 from qlora_utils.loss import without_logits
 from qlora_utils.plan import settle
 from qlora_utils.quantization import unquantized_shape
+from qlora_utils.run_directory import read_json, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,15 +123,94 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
             raise ModelError(
                 f"adapter: {adapter / name} is missing. Train one with notebook 04, or give another folder."
             )
+    _check_base(base_model, adapter)
     try:
         with _without_needless_warnings(base_model):
             tuned_model = PeftModel.from_pretrained(base_model, str(adapter), is_trainable=trainable)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"adapter: {adapter} does not fit this base model ({first_line(error)}).") from error
+        _check_complete(tuned_model, adapter)
+    except ModelError:
+        raise
+    except Exception as error:  # of peft, safetensors, json and torch: whatever a damaged folder brings about
+        raise ModelError(
+            f"adapter: {adapter} is damaged or does not fit this base model ({first_line(error)}). Train it again, or "
+            "give another folder."
+        ) from error
     _hold_in_fp32(tuned_model)
     if fused:
         fuse(tuned_model)
     return tuned_model.eval() if not trainable else tuned_model
+
+
+BASE_RECORD = "base.json"  # in an adapter's folder: the base model that it was trained on
+_SAMPLE = 256  # of the embeddings' weights, to tell one base model from another
+
+
+def describe_base(model: Any) -> dict[str, Any]:
+    """What tells a base model from others: its name, its vocabulary and width, and some weights of its embeddings."""
+    embeddings = model.get_input_embeddings().weight.detach()
+    flat = embeddings.flatten()
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].float().cpu().tolist()
+    return {
+        "model": model.config.name_or_path,
+        "vocabulary": embeddings.shape[0],
+        "hidden": embeddings.shape[1],
+        "embeddings": [float(f"{value:.6g}") for value in sample],
+    }
+
+
+def record_base(tuned_model: PeftModel, folder: Path) -> None:
+    """Leave beside an adapter what its base model is."""
+    write_json(folder / BASE_RECORD, describe_base(tuned_model.get_base_model()))
+
+
+def _check_base(base_model: PreTrainedModel, adapter: Path) -> None:
+    """Refuse a base model other than the one an adapter was trained on, as far as the adapter says.
+
+    Names may differ, since folders move and mirrors exist; weights may not, but for rounding to another precision.
+
+    Raises:
+        ModelError: names both, and what differs.
+    """
+    if not (adapter / BASE_RECORD).is_file():
+        return
+    try:
+        trained_on, here = read_json(adapter / BASE_RECORD), describe_base(base_model)
+        pairs = list(zip(trained_on["embeddings"], here["embeddings"], strict=False))
+        # bf16 keeps 8 bits of a weight: two roundings of one differ by less than 1 %
+        apart = sum(abs(then - now) > 0.01 * max(abs(then), abs(now)) + 1e-6 for then, now in pairs)
+        differing = [f"{what} {trained_on[what]:,} and {here[what]:,}" for what in ("vocabulary", "hidden")
+                     if trained_on[what] != here[what]]  # fmt: skip
+        if not differing and apart > len(pairs) // 20:
+            differing = [f"{apart} of {len(pairs)} weights compared"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"adapter: {adapter / BASE_RECORD} is damaged ({first_line(error)}). Train it again."
+        ) from error
+    if differing:
+        raise ModelError(
+            f"adapter: {adapter} was trained on {trained_on['model']}, and the base model here is {here['model']}, "
+            f"another one ({', '.join(differing)} differ). Give the base model that it was trained on: -p model=…"
+        )
+
+
+def _check_complete(tuned_model: PeftModel, adapter: Path) -> None:
+    """Refuse an adapter that lacks weights this model has, or has some it lacks; peft would only warn.
+
+    Raises:
+        ModelError: names the first of them.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        saved = set(file.keys())
+    expected = set(get_peft_model_state_dict(tuned_model, save_embedding_layers=False))
+    for what, names in (("lacks", expected - saved), ("has, and this model does not,", saved - expected)):
+        if names:
+            raise ModelError(
+                f"adapter: {adapter} does not belong to this base model: it {what} {min(names)}"
+                f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}. Give the base model it was trained on."
+            )
 
 
 def _hold_in_fp32(tuned_model: PeftModel) -> None:

@@ -153,6 +153,7 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
     """
     if all(getattr(config, name) not in (None, "auto") for name in OPEN):
         return Settled(config, {})
+    here = card is None
     card = card or this_card()
     values: dict[str, Any] = {}
     reasons: dict[str, str] = {}
@@ -177,6 +178,14 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
             chosen = cautious(config)
             why = dict.fromkeys(OPEN, f"the least memory, since nothing can be planned: {error}")
     reasons |= {name: why[name] for name in OPEN if getattr(config, name) in (None, "auto")}
+    if here and "micro_batch_tokens" in reasons:
+        planned = chosen.micro_batch_tokens or chosen.max_seq_len
+        fits = within_learned(chosen, planned)
+        if fits < planned:
+            chosen = chosen.model_copy(update={"micro_batch_tokens": fits})
+            reasons["micro_batch_tokens"] = (
+                f"{planned:,} were planned, but more than this ran out of memory here before"
+            )
     return Settled(chosen, reasons)
 
 

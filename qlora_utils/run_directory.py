@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -127,15 +128,33 @@ class RunDirectory:
         """Save a figure as `figures/NAME.png` at 150 dots per inch."""
         target = self.figures / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{name}.png")
+        temporary = target.with_name(f".{name}.png.{os.getpid()}.new")
         figure.savefig(temporary, dpi=150, bbox_inches="tight", format="png")
         temporary.replace(target)
+
+    def sweep(self) -> None:
+        """Remove half-written files of processes that are no more; those of living ones are about to be renamed."""
+        for folder in (self.path, self.data, self.figures, self.notebooks):
+            for path in folder.glob(".*.*"):
+                process = re.fullmatch(r"\..+\.(\d+)\.[^.]+", path.name)
+                if process and not _is_alive(int(process[1])):
+                    path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return process != os.getpid()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: into a temporary file beside it, then renamed over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)

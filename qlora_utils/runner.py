@@ -6,16 +6,22 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qlora_utils import locks
 from qlora_utils.config import (
     ANSWER_FIELDS,
     DATA_FIELDS,
     EMBEDDED,
+    GO_ON_FIELDS,
+    PLACE_FIELDS,
     SPEED_FIELDS,
     ConfigError,
     RunConfig,
@@ -24,12 +30,20 @@ from qlora_utils.config import (
     locate,
     project_folder,
 )
-from qlora_utils.run_directory import HEADLESS, RunDirectory
+from qlora_utils.run_directory import HEADLESS, RunDirectory, read_json, write_json
 from qlora_utils.sources import SUFFIXES
 
 
 class SeriesError(RuntimeError):
     """A notebook failed; the message names notebook, cell and error, and where the partly executed copy lies."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A series that was asked to stop by a signal, whose `number` it has; the message says how to go on."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def series() -> list[Path]:
@@ -54,19 +68,31 @@ def choose_from(start: str | None) -> list[Path]:
 
 
 def resolve(
-    *, preset: str | None, run_name: str | None, output_dir: str, parameters: Mapping[str, Any], start: str | None
+    *,
+    preset: str | None,
+    run_name: str | None,
+    output_dir: str,
+    parameters: Mapping[str, Any],
+    start: str | None,
+    fresh: bool = False,
+    config_file: Path | None = None,
 ) -> tuple[RunConfig, dict[str, Any]]:
     """The config of a series and what its notebooks are given as parameters. Writes nothing.
 
+    A run that is there already is gone on with, unless `fresh`.
+
     Args:
-        preset: of a new run; None means `pocket`. With `start` the run directory's config is continued instead.
+        preset: of a new run; None means `pocket`, or what the run directory says.
         run_name: None: the preset's name.
         output_dir: folder of run directories; made absolute, since notebooks run in a folder of their own.
         parameters: RunConfig fields as given, text or typed; local paths among them are made absolute.
-        start: the notebook to start from, None for the first.
+        start: the notebook to start from; None: the first, or where an earlier try stopped.
+        fresh: replace what is there.
+        config_file: a `config.json` to take all values from, instead of a preset.
 
     Raises:
-        ConfigError: an unknown parameter, a value that is not allowed, or one that would come too late.
+        ConfigError: an unknown parameter, a value that is not allowed, one that would come too late, or one that would
+            make the run there another.
         FileNotFoundError: `start` is given and the run directory holds no config.json.
     """
     check_names(parameters)
@@ -75,19 +101,52 @@ def resolve(
     for name in ("model", "dataset"):
         if isinstance(given.get(name), str) and Path(given[name]).expanduser().exists():
             given[name] = str(Path(given[name]).expanduser().resolve())
+    template = RunConfig.from_file(config_file) if config_file else None
     folder = Path(given.pop("output_dir", output_dir)).expanduser().resolve()
-    place = {"output_dir": str(folder), "run_name": given.pop("run_name", run_name) or preset or "pocket"}
+    named = given.pop("run_name", run_name) or (template.run_name if template else preset or "pocket")
+    place = {"output_dir": str(folder), "run_name": named}
+    run_dir = RunConfig.from_preset("pocket", **place).run_dir  # its name is checked before a path is made of it
     first = choose_from(start)[0]
-    if start is None or (first == series()[0] and not (folder / place["run_name"] / "config.json").is_file()):
-        config = RunConfig.from_preset(preset or "pocket", **place, **given)
+    known = (run_dir / "config.json").is_file()
+    if start is not None and (known or first != series()[0]):
+        config = _go_on(run_dir, preset, given, first)
+    elif template is not None:
+        config = RunConfig.build({**template.model_dump(), **place, **given})
+    elif known and not fresh and preset is None:
+        config = RunConfig.continue_run(run_dir, **given)
     else:
-        config = _go_on(folder / place["run_name"], preset, given, first)
+        config = RunConfig.from_preset(preset or "pocket", **place, **given)
     for name, source in (("model", config.model), ("dataset", config.dataset)):
         if is_path(source, SUFFIXES if name == "dataset" else ()) and not Path(locate(source)).expanduser().exists():
             raise ConfigError(f"{name}: {source} does not exist. Expected a local path, or a hub id like owner/name.")
     # No preset: each notebook takes up config.json. In its parameters None means "not given", "none" takes away.
-    values = {name: getattr(config, name) for name in given}
+    names = [*given, *(_changes(config, fresh=fresh) if first.stem <= "04_training" else ())]
+    values: dict[str, Any] = {name: getattr(config, name) for name in dict.fromkeys(names)}
+    if fresh and start is not None:
+        values["fresh"] = True
     return config, {"preset": None, **place, **{name: "none" if v is None else v for name, v in values.items()}}
+
+
+def _changes(config: RunConfig, *, fresh: bool) -> list[str]:
+    """The values that differ from those of the run there, if it is to be gone on with.
+
+    Raises:
+        ConfigError: something was trained there, and with these values it would be another training.
+    """
+    if fresh or not (config.run_dir / "config.json").is_file():
+        return []
+    stored = RunConfig.continue_run(config.run_dir)
+    changed = [name for name in RunConfig.model_fields
+               if name not in PLACE_FIELDS and getattr(config, name) != getattr(stored, name)]  # fmt: skip
+    run = RunDirectory(config.run_dir)
+    other = [name for name in changed if name not in GO_ON_FIELDS]
+    if other and (run.adapter.is_dir() or any(run.checkpoints.glob("checkpoint-*"))):
+        told = "; ".join(f"{n}: it has {getattr(stored, n)!r}, asked for is {getattr(config, n)!r}" for n in other)
+        raise ConfigError(
+            f"{run.path} holds a run with other values ({told}). Give yours another name, --run-name NAME, or replace "
+            "that one: --fresh."
+        )
+    return changed
 
 
 def _go_on(run_dir: Path, preset: str | None, given: Mapping[str, Any], first: Path) -> RunConfig:
@@ -116,73 +175,188 @@ def _decided_in(name: str) -> str:
     )
 
 
-def run_series(config: RunConfig, parameters: Mapping[str, Any], *, start: str | None = None) -> RunDirectory:
+def run_series(
+    config: RunConfig, parameters: Mapping[str, Any], *, start: str | None = None, fresh: bool = False
+) -> RunDirectory:
     """Run the notebooks and keep their executed copies in the run directory.
 
     Args:
         config: from `resolve`.
         parameters: from `resolve`; injected into every notebook.
-        start: the notebook to start from. From the first on, what an earlier run of this name left is removed.
+        start: the notebook to start from; None: the first that is not done.
+        fresh: from the first notebook on, remove what an earlier run of this name left.
 
     Raises:
         SeriesError: a notebook failed.
         ConfigError: no notebook named `start`.
+        LockedError: another process runs the series, or trains, in this run directory.
+        Stopped: by SIGINT or SIGTERM, once the notebook under way had saved what it had.
     """
+    run = RunDirectory(config.run_dir)
+    notebooks = choose_from(start)
+    with locks.held(run.path / ".run.lock", "qlora run"):
+        run.sweep()
+        if fresh and notebooks == series():
+            with locks.held(run.path / ".training.lock", "qlora run --fresh", wait_s=10):
+                _clear(run)
+        elif start is None:
+            notebooks = _left_to_do(run, config, parameters)
+        run.begin(config)
+        run.notebooks.mkdir(parents=True, exist_ok=True)
+        # Notebooks declare the parameters a reader may want to turn; any field may be injected, checked above.
+        logging.getLogger("papermill").setLevel(logging.ERROR)
+        os.environ[HEADLESS] = "1"
+        if notebooks and not config.model.startswith(EMBEDDED):
+            _say_if_no_gpu(config)
+        for path in notebooks:
+            number = f"[{series().index(path) + 1}/{len(series())}] {path.stem}"
+            print(f"{number} …", flush=True)
+            began = time.monotonic()
+            before = [stem for stem in done(run) if stem < path.stem]
+            write_json(run.notebooks / DONE, before)  # what comes after is out of date from now on
+            _run_one(path, run, config, parameters)
+            write_json(run.notebooks / DONE, [*before, path.stem])
+            print(f"{number} {time.monotonic() - began:.0f} s", flush=True)
+    return run
+
+
+def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mapping[str, Any]) -> None:
+    """Execute one notebook into the run directory, and mark the copy when it is done."""
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
-    run = RunDirectory(config.run_dir)
-    notebooks = choose_from(start)
-    if notebooks == series():
-        _clear(run)
-    run.begin(config)
-    run.notebooks.mkdir(parents=True, exist_ok=True)
-    # Notebooks declare the parameters a reader may want to turn; any field may be injected, checked above.
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    os.environ[HEADLESS] = "1"
-    if not config.model.startswith(EMBEDDED):
-        _say_if_no_gpu(config)
-    kernel_options = Config({"KernelManager": {"transport_encryption": "auto"}})
-    for index, path in enumerate(notebooks, start=1):
-        copy = run.notebooks / path.name
-        print(f"[{index}/{len(notebooks)}] {path.stem} …", flush=True)
-        began = time.monotonic()
+    copy = run.notebooks / path.name
+
+    def execute() -> None:
+        papermill.execute_notebook(
+            str(path),
+            str(copy),
+            parameters=dict(parameters),
+            cwd=str(path.parent),
+            kernel_name="python3",
+            progress_bar=False,
+            stderr_file=sys.stderr,  # progress bars reach the terminal as they move
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+        )
+
+    with _asked_to_stop() as asked:
+        failure = _in_thread(execute)
+    if asked:
+        again = _again(config, parameters, path)
+        raise Stopped(asked[0], f"stopped in {path.stem}; what was trained is saved. To go on: {again}") from None
+    if isinstance(failure, papermill.PapermillExecutionError):
+        raise SeriesError(
+            f"{path.stem}, cell {failure.cell_index} (In [{failure.exec_count}]): {failure.ename}: {failure.evalue}\n"
+            f"The partly executed notebook is {copy}\n"
+            f"When the cause is gone: {_again(config, parameters, path)}"
+        ) from None
+    if isinstance(failure, DeadKernelError):
+        raise SeriesError(
+            f"{path.stem}: its kernel died ({failure}); out of memory? See {copy}\n"
+            f"To go on from what it saved: {_again(config, parameters, path)}"
+        ) from None
+    if failure is not None:
+        raise failure
+
+
+def _in_thread(work: Any) -> BaseException | None:
+    """Do something in a thread and return what it raised. The main thread stays free to take signals.
+
+    nbclient would otherwise take them itself, and kill the kernel in the middle of a step.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
         try:
-            papermill.execute_notebook(
-                str(path),
-                str(copy),
-                parameters=dict(parameters),
-                cwd=str(path.parent),
-                kernel_name="python3",
-                progress_bar=False,
-                stderr_file=sys.stderr,  # progress bars reach the terminal as they move
-                config=kernel_options,
-            )
-        except papermill.PapermillExecutionError as error:
-            raise SeriesError(
-                f"{path.stem}, cell {error.cell_index} (In [{error.exec_count}]): {error.ename}: {error.evalue}\n"
-                f"The partly executed notebook is {copy}\n"
-                f"When the cause is gone: {_again(config, parameters, path)}"
-            ) from None
-        except KeyboardInterrupt:
-            print(f"\nTo go on: {_again(config, parameters, path)}", file=sys.stderr)
-            raise
-        except DeadKernelError as error:
-            raise SeriesError(f"{path.stem}: its kernel died ({error}); out of memory? See {copy}") from None
-        print(f"[{index}/{len(notebooks)}] {path.stem} {time.monotonic() - began:.0f} s", flush=True)
-    return run
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    return raised[0] if raised else None
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """In this context SIGINT and its like are handed to the kernel, which saves and leaves; twice, it is killed."""
+    asked: list[int] = []
+
+    def on_signal(number: int, _: Any) -> None:
+        asked.append(number)
+        for kernel in _kernels():
+            os.kill(kernel, signal.SIGINT if len(asked) == 1 else signal.SIGKILL)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _kernels() -> list[int]:
+    """Process ids of the kernels that this process has started."""
+    import psutil
+
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if any("ipykernel" in word for word in child.cmdline()):
+                found.append(child.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+DONE = "done.json"  # beside the executed copies
+# What a notebook leaves that those after it need.
+_LEAVES = {"01_data": "data/train.jsonl", "04_training": "adapter", "06_answers": "answers.jsonl"}
+
+
+def done(run: RunDirectory) -> list[str]:
+    """The notebooks that were executed to their end in this run, as far as what they left is still there."""
+    try:
+        stems: list[str] = read_json(run.notebooks / DONE)
+        return [stem for stem in stems if (run.path / _LEAVES.get(stem, "config.json")).exists()]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _left_to_do(run: RunDirectory, config: RunConfig, parameters: Mapping[str, Any]) -> list[Path]:
+    """The notebooks from the first that is not done, or that a changed value brings back."""
+    notebooks = series()
+    if not (run.path / "config.json").is_file():
+        return notebooks
+    stored = RunConfig.continue_run(run.path)
+    changed = [name for name in set(parameters) - {*PLACE_FIELDS, *SPEED_FIELDS}
+               if getattr(config, name) != getattr(stored, name)]  # fmt: skip
+    back = min((_decided_in(name) for name in changed), default="99")
+    behind = [path for path in notebooks if path.stem in done(run) and path.stem < back]
+    first = next((number for number, path in enumerate(notebooks) if path not in behind), len(notebooks))
+    left = notebooks[first:]
+    if first:
+        what = f"going on with {left[0].stem}" if left else "nothing is left to do"
+        print(f"{run.path}: {first} of {len(notebooks)} notebooks are done, {what}; --fresh starts over", flush=True)
+    return left
 
 
 def _again(config: RunConfig, parameters: Mapping[str, Any], path: Path) -> str:
-    """The command that starts again from a notebook, with what was asked for and still matters there."""
+    """The command that goes on with a notebook, with what was asked for and still matters there."""
     words = ["qlora", "run", "--run-name", config.run_name]
     if Path(config.output_dir) != Path("outputs").resolve():
         words += ["--output-dir", config.output_dir]
     for name in sorted(set(parameters) - {"preset", "run_name", "output_dir"}):
         if path.stem <= _decided_in(name):
             words += ["-p", f"{name}={parameters[name]}"]
-    return shlex.join([*words, "--from", path.stem[:2]])
+    return shlex.join(words)
 
 
 def _say_if_no_gpu(config: RunConfig) -> None:
@@ -194,10 +368,10 @@ def _say_if_no_gpu(config: RunConfig) -> None:
 
 def _clear(run: RunDirectory) -> None:
     """Remove what an earlier run of the same name left, and nothing else that may lie there."""
-    left = [run.config, run.data, run.adapter, run.merged, run.checkpoints, run.history, run.answers, run.metrics,
-            run.comparison, run.figures, run.notebooks, run.report]  # fmt: skip
+    left: Sequence[Path] = [run.config, run.data, run.adapter, run.merged, run.checkpoints, run.history, run.answers,
+                            run.metrics, run.comparison, run.figures, run.notebooks, run.report]  # fmt: skip
     present = [path for path in left if path.exists()]
     if present:
-        print(f"replacing the earlier run in {run.path}", flush=True)
+        print(f"replacing in {run.path}: {', '.join(path.name for path in present)}", flush=True)
     for path in present:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -33,7 +33,7 @@ from qlora_utils.data import Prepared
 from qlora_utils.formats import Encoded, format_of
 from qlora_utils.generation import Sampling, answer_all, questions_of
 from qlora_utils.history import HistoryWriter, Progress, peak_memory_bytes
-from qlora_utils.lora import HEAD
+from qlora_utils.lora import HEAD, record_base
 from qlora_utils.loss import answer_states, head_weight, token_losses
 from qlora_utils.packs import LikeLengths, StepCollator, make_collator
 from qlora_utils.plan import answer_room, learn, settle, too_large_at_last, within_learned
@@ -612,7 +612,10 @@ def train(
     """
     run.path.mkdir(parents=True, exist_ok=True)
     with locks.held(run.path / ".training.lock", "training", wait_s=10):
+        run.sweep()
         checkpoints.sweep(run.checkpoints)
+        for half in (".adapter.new", ".adapter.old"):
+            shutil.rmtree(run.path / half, ignore_errors=True)
         if config.fresh:
             _start_over(run)
         last = checkpoints.newest(run.checkpoints)
@@ -835,6 +838,7 @@ def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, fol
             tuned_model.save_pretrained(str(temporary), safe_serialization=True)
             (temporary / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form, with a local path
             tokenizer.save_pretrained(str(temporary))
+            record_base(tuned_model, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

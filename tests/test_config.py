@@ -94,11 +94,11 @@ def test_steps_take_the_place_of_epochs(tmp_path):
     assert RunConfig.continue_run(first.run_dir, steps=9, epochs=3).epochs == 3
 
 
-def test_resume_holds_for_one_training_only(tmp_path):
-    first = RunConfig.from_preset("pocket", resume=True, output_dir=str(tmp_path), run_name="a")
+def test_fresh_holds_for_one_training_only(tmp_path):
+    first = RunConfig.from_preset("pocket", fresh=True, output_dir=str(tmp_path), run_name="a")
     RunDirectory(first.run_dir).begin(first)
-    assert not RunConfig.continue_run(first.run_dir).resume
-    assert RunConfig.continue_run(first.run_dir, resume=True).resume
+    assert not RunConfig.continue_run(first.run_dir).fresh
+    assert RunConfig.continue_run(first.run_dir, fresh=True).fresh
 
 
 def test_every_field_says_what_it_means():

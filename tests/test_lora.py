@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import bitsandbytes
@@ -9,7 +10,7 @@ import torch
 from conftest import BOTH, layer, on_its_device, tensors
 
 from qlora_utils import lora, quantization, training
-from qlora_utils.config import ConfigError, ModelError, RunConfig
+from qlora_utils.config import ConfigError, ModelError, RunConfig, locate
 from qlora_utils.formats import format_of
 from qlora_utils.lora import HEAD
 from qlora_utils.loss import decoder_inputs
@@ -194,3 +195,91 @@ def test_trainable_parameters_add_up(tuned_model, config):
     assert rows["lm_head"].in_full == rows["lm_head"].frozen == hidden * tuned_model.config.vocab_size
     table = lora.trainable_table(list(rows.values()))
     assert f"trainable: {counted:,} of" in table
+
+
+# ------------------------------------------------------------------------------------------------ what belongs together
+
+
+@pytest.fixture
+def saved(tuned_model, tokenizer, tmp_path):
+    """The folder of an adapter of the pocket model."""
+    training.save_adapter(tuned_model, tokenizer, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_knows_its_base_model_wherever_that_lies_and_in_whatever_precision(saved, config, tmp_path):
+    shutil.copytree(locate(config.model), tmp_path / "moved")
+    for change in ({"model": str(tmp_path / "moved")}, {"compute_dtype": "bfloat16"}, {"quantize": False}):
+        lora.reload(quantization.load(config.model_copy(update=change)), saved)
+
+
+def another_base(config, folder, **changes):
+    """A model like the base model, of another shape or with other weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    described = AutoConfig.from_pretrained(locate(config.model))
+    for name, value in changes.items():
+        setattr(described, name, value)
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(described).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(locate(config.model)).save_pretrained(folder)
+    return quantization.load(config.model_copy(update={"model": str(folder)}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({}, r"\d+ of 256 weights compared"),
+        ({"vocab_size": 4096}, r"vocabulary [\d,]+ and 4,096"),
+        ({"hidden_size": 64}, r"hidden [\d,]+ and 64"),
+        ({"num_hidden_layers": 1}, "weights compared"),
+    ],
+)
+def test_another_base_model_is_refused(saved, config, tmp_path, changes, word):
+    base_model = another_base(config, tmp_path / "other", **changes)
+    with pytest.raises(ModelError, match=rf"was trained on .*pocket.*the base model here is .*other.*{word}"):
+        lora.reload(base_model, saved)
+
+
+def test_without_the_record_of_its_base_the_shapes_still_tell(saved, config, tmp_path):
+    (saved / "base.json").unlink()
+    lora.reload(quantization.load(config), saved)
+    fewer_layers, narrower = {"num_hidden_layers": 1}, {"hidden_size": 64}
+    for changes, word in ((fewer_layers, "has, and this model does not"), (narrower, "does not fit")):
+        base_model = another_base(config, tmp_path / word.split()[0], **changes)
+        with pytest.raises(ModelError, match=word):
+            lora.reload(base_model, saved)
+
+
+def spoil(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (spoil("adapter_model.safetensors", b""), "damaged"),
+        (spoil("adapter_model.safetensors", b"\xff" * 100), "damaged"),
+        (spoil("adapter_config.json", b"{"), "damaged"),
+        (spoil("adapter_config.json", b"[]"), "damaged"),
+        (spoil("adapter_config.json", b'{"peft_type": "NONSENSE"}'), "damaged"),
+        (spoil("base.json", b"{}"), "base.json is damaged"),
+        (spoil("base.json", b"nonsense"), "base.json is damaged"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_in_words(saved, base_model, damage, word):
+    damage(saved)
+    with pytest.raises(ModelError, match=word):
+        lora.reload(base_model, saved)
+
+
+def test_an_adapter_that_lacks_weights_is_refused(saved, base_model):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(saved / "adapter_model.safetensors")
+    dropped = max(weights)
+    del weights[dropped]
+    save_file(weights, saved / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=rf"it lacks {dropped}"):
+        lora.reload(base_model, saved)

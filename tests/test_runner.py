@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import nbformat
 import pytest
 from conftest import BOTH
 
-from qlora_utils import cli, report, runner
+from qlora_utils import checkpoints, cli, report, runner
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_text
 
@@ -73,9 +78,9 @@ def test_the_advice_to_start_again_repeats_what_still_matters(begun):
     )  # fmt: skip
     again = {path.stem[:2]: runner._again(config, parameters, path) for path in runner.series()}
     place = f"qlora run --run-name a --output-dir {begun.output_dir}"
-    assert again["04"] == f"{place} -p lora_r=8 -p micro_batch_size=none -p score_rows=9 --from 04"
-    assert again["05"] == f"{place} -p score_rows=9 --from 05"
-    assert again["07"] == f"{place} --from 07"
+    assert again["04"] == f"{place} -p lora_r=8 -p micro_batch_size=none -p score_rows=9"
+    assert again["05"] == f"{place} -p score_rows=9"
+    assert again["07"] == place
 
 
 def test_from_with_another_preset_is_refused(begun):
@@ -228,7 +233,7 @@ def test_started_again_from_01_the_run_keeps_its_parameters(tmp_path, monkeypatc
     run = RunDirectory(tmp_path / "own")
     first = read_json(run.config)["config"], read_jsonl(run.data / "train.jsonl"), read_json(run.metrics)["train"]
     assert [r["number"] for r in read_jsonl(run.data / "rejected.jsonl")] == [0, 1]
-    assert cli.main([*common, "--from", "01"]) == 0
+    assert cli.main([*common, "--from", "01", "--fresh"]) == 0
     again = read_json(run.config)["config"], read_jsonl(run.data / "train.jsonl"), read_json(run.metrics)["train"]
     assert again[:2] == first[:2]
     assert again[2]["final_loss"] == first[2]["final_loss"]
@@ -237,11 +242,100 @@ def test_started_again_from_01_the_run_keeps_its_parameters(tmp_path, monkeypatc
 def test_started_again_from_04_with_new_values_the_run_tells_of_them(finished, monkeypatch):
     only(monkeypatch, "01_data", "04_training", "06_answers")
     place = ["--run-name", "quick", "--output-dir", str(finished.path.parent)]
-    assert cli.main(["run", *place, "--from", "04", "-p", "steps=8", "-p", "resume=true"]) == 0
+    assert cli.main(["run", *place, "-p", "steps=8"]) == 0
     metrics, config = read_json(finished.metrics), read_json(finished.config)["config"]
     assert metrics["train"]["steps"] == config["steps"] == 8
     assert {"base", "tuned", "held_out"} <= set(metrics)
     assert config["train_rows"] == 48
+
+
+def executed(run):
+    return {path.name: path.stat().st_mtime_ns for path in run.notebooks.glob("*.ipynb")}
+
+
+def test_the_same_command_again_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    only(monkeypatch, "01_data", "04_training", "05_curves")
+    command = ["run", "--preset", "pocket", "--run-name", "a", "--output-dir", str(tmp_path), *QUICK]
+    run = RunDirectory(tmp_path / "a")
+    original = runner._run_one
+
+    def failing(path, *arguments):
+        if path.stem == "05_curves":
+            raise runner.SeriesError("lost")
+        return original(path, *arguments)
+
+    monkeypatch.setattr(runner, "_run_one", failing)
+    assert cli.main(command) == 1
+    monkeypatch.setattr(runner, "_run_one", original)
+    before = executed(run)
+    assert cli.main(command) == 0
+    after = executed(run)
+    assert {name: after[name] for name in before} == before
+    assert "2 of 3 notebooks are done, going on with 05_curves" in capsys.readouterr().out
+    assert cli.main(command) == 0
+    assert executed(run) == after
+    assert "nothing is left to do" in capsys.readouterr().out
+    # another training is not what is there
+    assert cli.main([*command, "-p", "lora_r=8"]) == 2
+    assert "lora_r: it has 16, asked for is 8" in capsys.readouterr().err
+    assert executed(run) == after
+    # repeated from its config.json, elsewhere, it comes to the same
+    only(monkeypatch, "01_data", "04_training")
+    again = ["run", "--config", str(run.config), "--run-name", "again", "--output-dir", str(tmp_path)]
+    assert cli.main(again) == 0
+    columns = [
+        [line.get("loss") for line in read_jsonl(RunDirectory(tmp_path / name).history)] for name in ("a", "again")
+    ]
+    assert columns[0] == columns[1]
+    # and anew it is trained anew
+    capsys.readouterr()
+    assert cli.main([*command, "--fresh", "-p", "lora_r=8"]) == 0
+    assert "replacing in" in (said := capsys.readouterr().out)
+    assert "checkpoints" in said
+    assert read_json(run.config)["config"]["lora_r"] == 8
+
+
+def start(tmp_path, *more):
+    """`qlora run` as a process of its own, its output in a file."""
+    command = [sys.executable, "-m", "qlora_utils.cli", "run", "--preset", "pocket", "--run-name", "a", "--output-dir",
+               str(tmp_path), *more]  # fmt: skip
+    log = (tmp_path / "log").open("a")
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+LONG = ["-p", "steps=400", "-p", "train_rows=200", "-p", "eval_steps=200", "-p", "save_steps=100", "-p", "trace_rows=0",
+        "-p", "batch_size=4", "-p", "logging_steps=1"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_series_that_is_stopped_saves_and_goes_on(tmp_path, number):
+    """SIGKILL leaves no time to save, and the kernel without its parent: the next try waits until that has gone."""
+    run = RunDirectory(tmp_path / "a")
+    first = start(tmp_path, *LONG)
+    wait_for(lambda: run.history.is_file() and run.history.read_text().count('"loss"') > 120, first)
+    second = start(tmp_path, *LONG)
+    assert second.wait(60) == 1  # two at once
+    assert "is at work in this run directory" in (tmp_path / "log").read_text()
+    first.send_signal(number)
+    status = first.wait(60)
+    assert status == (-9 if number == signal.SIGKILL else 128 + number)
+    saved = max(checkpoints.step_of(path) for path in run.checkpoints.glob("checkpoint-*"))
+    assert saved == 100 if number == signal.SIGKILL else 120 < saved < 400
+    again = start(tmp_path, *LONG)
+    wait_for(run.adapter.is_dir, again)
+    os.killpg(again.pid, signal.SIGKILL)
+    again.wait()
+    assert f"going on from step {saved}" in (run.notebooks / "04_training.ipynb").read_text()
+    assert [line["step"] for line in read_jsonl(run.history) if "loss" in line] == list(range(1, 401))
 
 
 def test_an_unknown_notebook_is_refused():

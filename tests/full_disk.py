@@ -1,0 +1,76 @@
+"""What a training does on a disk that is too small, and on one that fills up; run by tests/test_checkpoints.py.
+
+Prints a JSON line: the errors, what lies there afterwards, and the losses of the training that went on elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from qlora_utils import checkpoints, lora, quantization, training
+from qlora_utils.config import RunConfig
+from qlora_utils.data import Prepared, load_tokenizer
+from qlora_utils.run_directory import RunDirectory, read_jsonl
+
+SMALL, LARGE = Path(sys.argv[1]), Path(sys.argv[2])
+
+
+class FillAt(TrainerCallback):
+    """Leaves a disk 64 kB after a step."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 5:
+            (SMALL / "junk").write_bytes(b"x" * (shutil.disk_usage(SMALL).free - 2**16))
+
+
+def train(config, *callbacks):
+    original = training.make_trainer
+
+    def with_callbacks(*arguments):
+        trainer = original(*arguments)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        return trainer
+
+    training.make_trainer = with_callbacks
+    try:
+        model = lora.attach(quantization.load(config), config)
+        training.train(config, model, load_tokenizer(config), ROWS, RunDirectory(config.run_dir))
+    finally:
+        training.make_trainer = original
+
+
+def losses(run):
+    return [[line.get("step"), line.get("loss"), line.get("eval_loss")] for line in read_jsonl(run.history)]
+
+
+ROWS = Prepared.load(RunDirectory(LARGE / "rows"))
+config = RunConfig.from_preset(
+    "pocket", output_dir=str(SMALL), run_name="a", steps=8, batch_size=4, logging_steps=1, eval_steps=4, save_steps=2,
+    save_total_limit=1, keep="last", eval_rows=4, trace_rows=0, lora_r=4, train_head=False,
+)  # fmt: skip
+found = {}
+with pytest.raises(checkpoints.DiskError) as before:
+    train(RunConfig.build({**config.model_dump(), "lora_r": 64, "save_total_limit": 9, "train_head": True}))
+found["before"] = str(before.value)
+with pytest.raises(checkpoints.DiskError) as during:
+    train(config, FillAt())
+found["during"] = str(during.value)
+run = RunDirectory(config.run_dir)
+newest = checkpoints.newest(run.checkpoints, say=lambda text: None)
+found["newest_after"] = newest and newest.name
+found["left"] = [str(p) for p in run.path.rglob(".*")]
+shutil.copytree(run.path, LARGE / "a")
+moved = RunConfig.build({**config.model_dump(), "output_dir": str(LARGE)})
+train(moved)
+found["resumed"] = losses(RunDirectory(moved.run_dir))
+whole = RunConfig.build({**moved.model_dump(), "run_name": "whole"})
+train(whole)
+found["whole"] = losses(RunDirectory(whole.run_dir))
+print(json.dumps(found))
