@@ -30,8 +30,14 @@ def changed(config, **changes):
 
 def train(config, tokenizer, prepared, *callbacks):
     """Train as notebook 04 does; returns the model, the run directory and what was logged."""
-    run = RunDirectory(config.run_dir)
     tuned_model = lora.attach(quantization.load(config), config)
+    run = train_again(config, tuned_model, tokenizer, prepared, *callbacks)
+    return tuned_model, run, read_jsonl(run.history)
+
+
+def train_again(config, tuned_model, tokenizer, prepared, *callbacks):
+    """The same with a model that is there already."""
+    run = RunDirectory(config.run_dir)
     if callbacks:
         original = training.make_trainer
 
@@ -46,7 +52,7 @@ def train(config, tokenizer, prepared, *callbacks):
             training.train(config, tuned_model, tokenizer, prepared, run)
     else:
         training.train(config, tuned_model, tokenizer, prepared, run)
-    return tuned_model, run, read_jsonl(run.history)
+    return run
 
 
 def trained_weights(model):
@@ -462,7 +468,11 @@ def test_asked_to_stop_it_saves_first(config, tokenizer, prepared, number):
     run = RunDirectory(sparse.run_dir)
     assert checkpoints.newest(run.checkpoints).name == "checkpoint-3"
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
-    _, _, parts = train(sparse, tokenizer, prepared)
+    again = lora.attach(quantization.load(sparse), sparse)
+    with pytest.raises(recovery.Interrupted, match="after step 5 of 8"):
+        train_again(sparse, again, tokenizer, prepared, SignalAt(5, number))
+    train_again(sparse, again, tokenizer, prepared)  # as the same cell of a notebook, with the model that it left
+    parts = read_jsonl(run.history)
     _, _, whole = train(changed(sparse, run_name="whole"), tokenizer, prepared)
     assert losses(parts) == losses(whole)  # the line of step 4 is the mean of steps on both sides of the stop
 
