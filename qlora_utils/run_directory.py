@@ -110,7 +110,8 @@ class RunDirectory:
 
     def record(self, config: RunConfig) -> None:
         """Write `config.json`: the config, and the versions, commit and hardware of this process."""
-        write_json(self.config, {"config": config.model_dump(), **provenance()})
+        lasting = {**config.model_dump(), "fresh": False}  # which holds for one training only
+        write_json(self.config, {"config": lasting, **provenance()})
 
     def record_answers(self, config: RunConfig) -> None:
         """Replace in `config.json` what the answers depend on, and nothing else."""

@@ -279,20 +279,21 @@ def test_the_same_command_again_goes_on_where_it_stopped(tmp_path, monkeypatch, 
     assert cli.main([*command, "-p", "lora_r=8"]) == 2
     assert "lora_r: it has 16, asked for is 8" in capsys.readouterr().err
     assert executed(run) == after
-    # repeated from its config.json, elsewhere, it comes to the same
-    only(monkeypatch, "01_data", "04_training")
+    # repeated from its config.json, elsewhere, it has the same values; anew, it takes the place of what is there
+    ran = []
+    monkeypatch.setattr(runner, "_run_one", lambda path, run, config, parameters: ran.append((config, parameters)))
+    monkeypatch.setattr(report, "write_report", lambda run: None)
+    monkeypatch.setattr(report, "summary", lambda run: "")
     again = ["run", "--config", str(run.config), "--run-name", "again", "--output-dir", str(tmp_path)]
     assert cli.main(again) == 0
-    columns = [
-        [line.get("loss") for line in read_jsonl(RunDirectory(tmp_path / name).history)] for name in ("a", "again")
-    ]
-    assert columns[0] == columns[1]
-    # and anew it is trained anew
+    assert RunConfig.from_file(tmp_path / "again" / "config.json", run_name="a") == RunConfig.from_file(run.config)
     capsys.readouterr()
     assert cli.main([*command, "--fresh", "-p", "lora_r=8"]) == 0
     assert "replacing in" in (said := capsys.readouterr().out)
     assert "checkpoints" in said
+    assert not run.adapter.exists()
     assert read_json(run.config)["config"]["lora_r"] == 8
+    assert len(ran) == 6
 
 
 def start(tmp_path, *more):
