@@ -29,6 +29,7 @@ from qlora_utils.packs import make_collator
 from qlora_utils.plan import answer_room
 from qlora_utils.rows import Conversation, Turn
 from qlora_utils.run_directory import RunDirectory, provenance, read_json, write_json
+from qlora_utils.shown import cut
 from qlora_utils.training import row_losses
 
 if TYPE_CHECKING:
@@ -413,7 +414,7 @@ def answer_loss(
     What lies beyond `max_seq_len` tokens does not count, but the first token of each answer always does.
     """
     collator = make_collator(tokenizer, config.model_copy(update={"packing": False}))
-    wholes = [Conversation((*q.history, Turn(q.text, q.expected))) for q in questions]
+    wholes = [Conversation((*q.history, Turn(q.text, q.expected, q.system))) for q in questions]
     rows = [format_of(tokenizer, config).last_answer(whole) for whole in wholes]
     losses, counts = row_losses(model, rows, collator, batch_size=1)
     return sum(losses) / sum(counts)
@@ -472,11 +473,6 @@ def summary(record: dict[str, Any], folder: Path, *, width: int = 160) -> str:
         f"({found['share']:.1%}); loss {found['loss_unmerged']:.4f} unmerged, {found['loss_merged']:.4f} merged, "
         "nats per answer token"
     )
-
-    def cut(text: str) -> str:
-        flat = " ".join(text.split())
-        return flat if len(flat) <= width else flat[: width - 1] + "…"
-
     for example in found["differing"]:
-        lines += [f"  {name:<10}{cut(text)}" for name, text in example.items()] + [""]
+        lines += [f"  {name:<10}{cut(text, width)}" for name, text in example.items()] + [""]
     return "\n".join(lines).rstrip()
