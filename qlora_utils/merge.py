@@ -253,7 +253,10 @@ class Checkpoint:
                 raise ModelError(f"model: the files of {source} cannot be found ({first_line(error)}).") from error
         self.files: dict[str, Path] = {}
         if (index := folder / "model.safetensors.index.json").is_file():
-            self.files = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+            files = read_json(index)["weight_map"]
+            if outside := [file for file in files.values() if Path(file).name != file]:
+                raise ModelError(f"model: {index} names {outside[0]}, expected names of files in the same folder.")
+            self.files = {name: folder / file for name, file in files.items()}
         elif (single := folder / "model.safetensors").is_file():
             from safetensors import safe_open
 
@@ -349,7 +352,7 @@ def _model_config(config: RunConfig) -> Any:
     """The base model's own config.json."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(locate(config.model))
+    return AutoConfig.from_pretrained(locate(config.model), trust_remote_code=False)
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -363,6 +366,8 @@ def load(folder: Path) -> PreTrainedModel:
         loaded: Any = loader.from_pretrained(
             folder,
             dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=False,
             device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
             output_loading_info=True,
         )

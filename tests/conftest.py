@@ -31,8 +31,9 @@ PIECES = [
     "\u202e", "\x1b]0;x\x07", "Why?",
 ]  # fmt: skip
 MARKUP = (
-    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "'><b onclick=x>",
-    "</pre></td></table><iframe src=//x>", "]]></style></title>", "&lt;b&gt;", "$\\frac{", "$x$ $", "\x1b]0;owned\x07\x1b[2J", "\r\x9b31m\u202e", "{x} {0} %s",
+    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "'><b onclick=x>", "]]></style></title>",
+    "&lt;b&gt;", "</pre></td></table><iframe src=//x>", "$\\frac{", "$x$ $", "{x} {0} %s", "\r\x9b31m\u202e",
+    "\x1b]0;owned\x07\x1b[2J",
 )  # fmt: skip
 HOSTILE = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_size=6).map("".join)
 
