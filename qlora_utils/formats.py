@@ -253,12 +253,14 @@ def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     encoded: Any = tokenizer(texts, **options)["input_ids"]
     # A sentencepiece vocabulary of the unigram kind, as T5's, finds its own `</s>` among the letters all the same.
     special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    spelled: dict[int, Any] = {token: list(tokenizer.convert_ids_to_tokens(token)) for token in special}
+    return [ids if special.isdisjoint(ids) else _as_letters(ids, special, tokenizer) for ids in encoded]
+
+
+def _as_letters(ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids with each special one replaced by those of its letters."""
+    spelled: dict[int, Any] = {token: list(str(tokenizer.convert_ids_to_tokens(token))) for token in special & {*ids}}
     letters: dict[int, Any] = {token: tokenizer.convert_tokens_to_ids(parts) for token, parts in spelled.items()}
-    return [
-        ids if special.isdisjoint(ids) else [part for token in ids for part in letters.get(token, [token])]
-        for ids in encoded
-    ]
+    return [part for token in ids for part in letters.get(token, [token])]
 
 
 # ---------------------------------------------------------------------------------------------------- encoder-decoder
