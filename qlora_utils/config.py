@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -29,6 +30,7 @@ MIRRORS = {
 }
 EMBEDDED = "embedded:"  # prefix of a path inside the project's own data folder
 QUESTION = "{question}"  # stands for the question in an instruction
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # what lets somebody into the hub
 
 Architecture = Literal["causal", "encoder-decoder"]
 
@@ -48,7 +50,9 @@ class RunConfig(BaseModel):
         ConfigError: from the constructors below, naming the field, the value given and what is allowed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, hide_input_in_errors=True
+    )
 
     # The run
     preset: str = Field("pocket", description="the preset that the other values come from")
@@ -176,6 +180,14 @@ class RunConfig(BaseModel):
                 raise ValueError("expected true or false")
             if isinstance(value, bool):
                 raise ValueError("expected a number or text, not true or false")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _holds_no_token(cls, value: Any) -> Any:
+        """Parameters are written into config.json, notebooks and the report, where nobody may find a token."""
+        if isinstance(value, str) and _TOKEN.search(value):
+            raise ValueError("a hub token has no place in a parameter. Take it out, and log in with `hf auth login`")
         return value
 
     @model_validator(mode="after")
@@ -357,6 +369,8 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{name}: missing; expected {RunConfig.model_fields[name].description}"
     about = RunConfig.model_fields[name].description
+    if _TOKEN.search(str(detail["input"])):
+        return f"{name}: {message}."
     return f"{name}: {detail['input']!r} is not allowed. {message}" + (f" ({about})." if about else ".")
 
 
@@ -397,7 +411,7 @@ def architecture_of(model: str) -> Architecture:
 
     source = locate(model)
     try:
-        described = AutoConfig.from_pretrained(source)
+        described = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the hub client raises a dozen unrelated kinds
         raise ModelError(model_advice(source, error)) from error
     return "encoder-decoder" if described.is_encoder_decoder else "causal"
@@ -422,6 +436,11 @@ def model_advice(source: str, error: Exception) -> str:
     """
     first = first_line(error)
     names = {type(e).__name__ for e in (error, error.__cause__, error.__context__) if e is not None}
+    if "trust_remote_code" in str(error):
+        return (
+            f"model: {source} brings Python code of its own (auto_map in its config.json), which is never run here. "
+            "Take a model that transformers knows by itself."
+        )
     if Path(source).is_dir():
         if list(Path(source).glob("*.bin")) and not list(Path(source).glob("*.safetensors")):
             return f"model: {source} holds pickled weights (.bin) only; convert them to safetensors."

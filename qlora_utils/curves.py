@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.run_directory import RunDirectory, read_jsonl
+from qlora_utils.shown import in_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,10 +84,12 @@ def plot_column(histories: Mapping[str, History], name: str, ax: Axes) -> Figure
         if name == "peak_memory_bytes":
             values = [value / 1e9 for value in values]
         if name == "loss":
-            (line,) = ax.plot(steps, smooth(values), label=run_name)
+            (line,) = ax.plot(steps, smooth(values), label=in_figure(run_name))
             ax.plot(steps, values, color=line.get_color(), alpha=0.3, linewidth=1)
         else:
-            ax.plot(steps, values, label=run_name, marker="o" if name.startswith("eval_") else None, markersize=3)
+            ax.plot(
+                steps, values, label=in_figure(run_name), marker="o" if name.startswith("eval_") else None, markersize=3
+            )
     ax.set(xlabel="step", title=COLUMNS[name])
     ax.grid(alpha=0.3)
     if name in ("loss", "eval_loss", "tokens_per_s", "peak_memory_bytes"):

@@ -44,7 +44,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
     source = locate(config.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise ModelError(model_advice(source, error)) from error
     begins = tokenizer.bos_token_id is not None or config.architecture == "encoder-decoder"  # a decoder has its own

@@ -11,7 +11,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import RunConfig
 from qlora_utils.instructions import (
@@ -21,7 +21,7 @@ from qlora_utils.instructions import (
     known_instructions,
     source_text,
 )
-from qlora_utils.rows import CHAT_TEMPLATE, Conversation, Turn, prompt_text, turn_text
+from qlora_utils.rows import CHAT_TEMPLATE, MARKS, Conversation, Turn, defused, prompt_text, turn_text
 from qlora_utils.run_directory import RunDirectory, write_text
 from qlora_utils.sources import DataError
 
@@ -72,12 +72,13 @@ class Format(ABC):
         """How many examples a conversation makes."""
 
     @abstractmethod
-    def prompt(self, history: Sequence[Turn], question: str) -> list[int]:
+    def prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
         """Token ids of what the model reads before it answers `question`, exactly as where it is measured.
 
         Args:
             history: earlier turns of the conversation, oldest first.
             question: the question now.
+            system: what the system is told with this question.
         """
 
     @abstractmethod
@@ -128,14 +129,14 @@ class ChatFormat(Format):
         """One."""
         return 1
 
-    def prompt(self, history: Sequence[Turn], question: str) -> list[int]:
+    def prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
         """As `encode_prompt`."""
-        return encode_prompt(history, question, self.tokenizer)
+        return encode_prompt(history, question, self.tokenizer, system=system)
 
     def last_answer(self, conversation: Conversation) -> Encoded:
         """The whole conversation, cut at its end."""
         *history, last = conversation.turns
-        begin = len(self.prompt(history, last.question))
+        begin = len(self.prompt(history, last.question, last.system))
         limit = max(self.config.max_seq_len, begin + 1)
         ids = encode([conversation], self.tokenizer, max_seq_len=limit)[0].input_ids
         return Encoded(ids, [IGNORED] * begin + ids[begin:])
@@ -173,7 +174,8 @@ def encode(
     """Tokenize segment by segment, so that labels follow from where a token comes from and not from a search.
 
     Each turn is `<s>` + prompt + answer + `</s>`; both marks are added by id, never as text, so that a question which
-    spells `</s>` cannot close a turn. The answer and its `</s>` carry loss, the prompt none.
+    spells `</s>` cannot close a turn; one that spells `[/INST]` is defused. The answer and its `</s>` carry loss, the
+    prompt none.
 
     Args:
         conversations: to encode, in order.
@@ -185,7 +187,7 @@ def encode(
         DataError: the tokenizer merges prompt and answer into one token, so that no boundary exists.
     """
     turns = [turn for conversation in conversations for turn in conversation.turns]
-    prompts = _turn_ids(tokenizer, [prompt_text(turn.question) for turn in turns])
+    prompts = _turn_ids(tokenizer, [prompt_text(turn.question, turn.system) for turn in turns])
     wholes = _turn_ids(tokenizer, [turn_text(turn) for turn in turns])
     eos = tokenizer.eos_token_id
     encoded, index = [], 0
@@ -207,16 +209,19 @@ def encode(
     return encoded
 
 
-def encode_prompt(history: Sequence[Turn], question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_prompt(
+    history: Sequence[Turn], question: str, tokenizer: PreTrainedTokenizerBase, *, system: str = ""
+) -> list[int]:
     """Token ids of what the model reads before it answers `question`, exactly as in training.
 
     Args:
         history: earlier turns of the conversation, oldest first.
         question: the question now.
         tokenizer: of the base model.
+        system: what the system is told with this question.
     """
     earlier = encode([Conversation(tuple(history))], tokenizer)[0].input_ids if history else []
-    return earlier + _turn_ids(tokenizer, [prompt_text(question)])[0]
+    return earlier + _turn_ids(tokenizer, [prompt_text(question, system)])[0]
 
 
 def _turn_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -225,14 +230,37 @@ def _turn_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
         return []
     # sentencepiece gives a text's first word a leading space, but not after a special token: `[INST]` is tokenized
     # once as it stands after `<s>` and put in the place of the opening that each text was given.
-    opening = tokenizer("[INST]", add_special_tokens=False)["input_ids"]
+    opening, mark, letters = _plain_ids(["[INST]", MARKS[1], defused(MARKS[1])], tokenizer)
     after_bos = tokenizer(f"{tokenizer.bos_token}[INST]", add_special_tokens=False)["input_ids"]
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    encoded = _plain_ids(texts, tokenizer)
     if any(ids[: len(opening)] != opening for ids in encoded):
         raise DataError(
             "the tokenizer joins [INST] with what follows it; the Llama-2 chat format needs a boundary there."
         )
+    if mark == letters:
+        raise DataError(
+            "the tokenizer drops U+2060, so that nothing tells a [/INST] that an author spelled from the format's own. "
+            "Take a model of the Llama family."
+        )
     return [after_bos + ids[len(opening) :] for ids in encoded]
+
+
+def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of texts in which special tokens, spelled out, are mere letters."""
+    if not texts:
+        return []
+    options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    encoded: Any = tokenizer(texts, **options)["input_ids"]
+    # A sentencepiece vocabulary of the unigram kind, as T5's, finds its own `</s>` among the letters all the same.
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    return [ids if special.isdisjoint(ids) else _as_letters(ids, special, tokenizer) for ids in encoded]
+
+
+def _as_letters(ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids with each special one replaced by those of its letters."""
+    spelled: dict[int, Any] = {token: list(str(tokenizer.convert_ids_to_tokens(token))) for token in special & {*ids}}
+    letters: dict[int, Any] = {token: tokenizer.convert_tokens_to_ids(parts) for token, parts in spelled.items()}
+    return [part for token in ids for part in letters.get(token, [token])]
 
 
 # ---------------------------------------------------------------------------------------------------- encoder-decoder
@@ -261,9 +289,9 @@ class InstructionFormat(Format):
         """Its answers."""
         return len(conversation.turns)
 
-    def prompt(self, history: Sequence[Turn], question: str) -> list[int]:
+    def prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
         """The fixed instruction, closed by `</s>`."""
-        text = source_text(history, question, self.instructions.fixed, self.instructions.earlier)
+        text = source_text(history, question, self.instructions.fixed, self.instructions.earlier, system)
         return read_by_encoder([text], self.tokenizer, self.config.max_seq_len)[0]
 
     def last_answer(self, conversation: Conversation) -> Encoded:
@@ -312,7 +340,8 @@ def encode_answers(
     for conversation in conversations:
         for index, turn in enumerate(conversation.turns):
             template = draw.choice(instructions.templates) if draw else instructions.fixed
-            sources.append(source_text(conversation.turns[:index], turn.question, template, instructions.earlier))
+            history = conversation.turns[:index]
+            sources.append(source_text(history, turn.question, template, instructions.earlier, turn.system))
             answers.append(turn.answer)
     written = [[*ids, tokenizer.eos_token_id][:max_seq_len] for ids in _plain_ids(answers, tokenizer)]
     read = read_by_encoder(sources, tokenizer, max_seq_len)
@@ -324,11 +353,3 @@ def read_by_encoder(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_se
     ids = _plain_ids(texts, tokenizer)
     kept = ids if max_seq_len is None else [one[max(0, len(one) - max_seq_len + 1) :] for one in ids]
     return [[*one, tokenizer.eos_token_id] for one in kept]
-
-
-def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of texts in which special tokens, spelled out, are mere letters."""
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return encoded["input_ids"]  # type: ignore[no-any-return]

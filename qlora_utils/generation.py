@@ -38,6 +38,7 @@ class Question:
     where: str = ""
     number: int = 0
     tags: Mapping[str, str] = field(default_factory=dict)
+    system: str = ""  # what the system is told with it
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def questions_of(
         for index, turn in enumerate(conversation.turns):
             tags = {"split": split, **conversation.tags_of(index), "turn": "later" if index else "first"}
             source = (conversation.where, conversation.number, tags)
-            question = Question(turn.question, turn.answer, conversation.turns[:index], *source)
+            question = Question(turn.question, turn.answer, conversation.turns[:index], *source, turn.system)
             by_split.setdefault(tags["split"], []).append(question)
     chosen = []
     for name in sorted(by_split):
@@ -106,7 +107,8 @@ def questions_of(
         for index in random.Random(config.seed).sample(range(len(members)), len(members)):
             if len(drawn) == wanted:
                 break
-            if len(form.prompt(members[index].history, members[index].text)) <= config.max_seq_len:
+            asked = members[index]
+            if len(form.prompt(asked.history, asked.text, asked.system)) <= config.max_seq_len:
                 drawn.append(index)
         chosen += [members[index] for index in sorted(drawn)]
     return chosen
@@ -144,7 +146,7 @@ def answer_all(
     """
     was_training = model.training
     form = format_of(tokenizer, config)
-    prompts = [form.prompt(question.history, question.text) for question in questions]
+    prompts = [form.prompt(question.history, question.text, question.system) for question in questions]
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: dict[int, Answer] = {}
     model.eval()
@@ -225,6 +227,7 @@ def stream(
     config: RunConfig,
     *,
     history: Sequence[Turn] = (),
+    system: str = "",
     sampling: Sampling | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[str]:
@@ -236,6 +239,7 @@ def stream(
         question: without any marks.
         config: the run, which says how a question is put.
         history: earlier turns.
+        system: what the system is told with the question.
         sampling: greedy if not given.
         stop: set it to end the answer early.
 
@@ -246,7 +250,7 @@ def stream(
     stop = stop or threading.Event()
     abandoned = threading.Event()  # not `stop`, which is the caller's and may serve the next question too
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-    prompt = format_of(tokenizer, config).prompt(history, question)
+    prompt = format_of(tokenizer, config).prompt(history, question, system)
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     failures: list[BaseException] = []
 
@@ -286,17 +290,21 @@ def without_margins(pieces: Iterable[str]) -> Iterator[str]:
             yield shown
 
 
-def make_asker(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Asker:
+def make_asker(
+    tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, system: str = ""
+) -> Asker:
     """A function `(question, model, sampling, stop) -> pieces of the answer`, `model` being `base` or `tuned`.
 
-    Both are the one loaded model, so the function must not be called twice at a time.
+    Both are the one loaded model, so the function must not be called twice at a time. The system is told the same
+    with every question.
     """
 
     def ask(question: str, model: str, sampling: Sampling, stop: threading.Event) -> Iterator[str]:
+        options: dict[str, Any] = {"system": system, "sampling": sampling, "stop": stop}
         if model == "base":
             with base_alone(tuned_model):
-                yield from stream(tuned_model, tokenizer, question, config, sampling=sampling, stop=stop)
+                yield from stream(tuned_model, tokenizer, question, config, **options)
         else:
-            yield from stream(tuned_model, tokenizer, question, config, sampling=sampling, stop=stop)
+            yield from stream(tuned_model, tokenizer, question, config, **options)
 
     return ask

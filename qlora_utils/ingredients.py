@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import SPEED_FIELDS, ConfigError, RunConfig, locate, project_folder
 from qlora_utils.run_directory import RunDirectory, hardware, read_json, read_jsonl, versions, write_json
+from qlora_utils.shown import cut, in_figure
 from qlora_utils.sources import SUFFIXES
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def table(stored: Mapping[str, Any]) -> str:
     """
     splits = list(stored["lines"][0]["exact_match"])
     own = _lines_of(stored, {})
-    lines = [f"{'':<39}{'trainable':>11}" + "".join(f"{split:>28}" for split in splits)]
+    lines = [f"{'':<39}{'trainable':>11}" + "".join(f"{cut(split, 26):>28}" for split in splits)]
     for name, values in INGREDIENTS.items():
         for value, changed in values.items():
             members = _lines_of(stored, changed)
@@ -265,7 +266,7 @@ def plot(stored: Mapping[str, Any], name: str, ax: Axes) -> Figure:
             scores = [line["exact_match"][split] for line in members]
             mean, low, high = mean_and_interval(scores)
             reach = [[mean - max(0.0, low)], [min(1.0, high) - mean]]
-            label = split if place == 0 else None
+            label = in_figure(cut(split, 80)) if place == 0 else None
             ax.errorbar(place + aside, mean, yerr=reach, fmt="o", color=color, capsize=4, markersize=6, label=label)
             ax.plot([place + aside + 0.05] * len(scores), scores, ".", color=color, alpha=0.5, markersize=5)
     ax.set_xticks(range(len(values)), [value.replace(" at ", "\nat ") for value in values])

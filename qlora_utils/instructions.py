@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_utils.config import QUESTION, RunConfig, project_folder
-from qlora_utils.rows import Turn
+from qlora_utils.rows import Turn, jinja_defused
 from qlora_utils.run_directory import RunDirectory
 
 ANSWER = "{answer}"  # stands for the answer of an earlier turn
@@ -58,13 +58,18 @@ def read_instructions(path: Path, modified: int = 0) -> Instructions:
     return Instructions(templates, earlier)
 
 
-def source_text(history: Sequence[Turn], question: str, template: str, earlier: str) -> str:
+def source_text(history: Sequence[Turn], question: str, template: str, earlier: str, system: str = "") -> str:
     """What the encoder reads: earlier turns, then the instruction with the question.
 
-    Braces that an author wrote, in a question or an answer, stay what they are.
+    What the system is told stands before its turn. Braces that an author wrote, in a question or an answer, stay what
+    they are.
     """
-    before = [_fill(earlier, turn.question, turn.answer) + " " for turn in history]
-    return "".join(before) + _fill(template, question)
+    before = [_told(turn.system) + _fill(earlier, turn.question, turn.answer) + " " for turn in history]
+    return "".join(before) + _told(system) + _fill(template, question)
+
+
+def _told(system: str) -> str:
+    return f"{system} " if system else ""
 
 
 def _fill(template: str, question: str, answer: str = "") -> str:
@@ -73,7 +78,10 @@ def _fill(template: str, question: str, answer: str = "") -> str:
 
 
 def chat_template(config: RunConfig) -> str:
-    """The same as a tokenizer's chat template, for servers: `source_text` of messages, the last a user's."""
+    """The same as a tokenizer's chat template, for servers: `source_text` of messages, the last a user's.
+
+    Special tokens that an author spelled are defused, since a server would take `</s>` for the end of what is read.
+    """
     known = instructions_of(config)
     before, after = known.fixed.split(QUESTION)
     asked, answered = known.earlier.split(ANSWER)
@@ -82,11 +90,13 @@ def chat_template(config: RunConfig) -> str:
     def text(value: str) -> str:
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
+    content = jinja_defused("message['content']", ("<pad>", "<unk>", "<extra_id_"), ("eos_token",))
     return (
-        "{%- for message in messages -%}"
-        f"{{%- if loop.last -%}}{{{{ {text(before)} + message['content'] + {text(after)} + eos_token }}}}"
+        f"{{%- for message in messages -%}}{{%- set content = {content} -%}}"
+        f"{{%- if loop.last -%}}{{{{ {text(before)} + content + {text(after)} + eos_token }}}}"
         "{%- elif message['role'] == 'user' -%}"
-        f"{{{{ {text(asked_before)} + message['content'] + {text(asked_after)} }}}}"
-        f"{{%- else -%}}{{{{ message['content'] + {text(answered + ' ')} }}}}"
+        f"{{{{ {text(asked_before)} + content + {text(asked_after)} }}}}"
+        "{%- elif message['role'] == 'system' -%}{{ content + ' ' if content else '' }}"
+        f"{{%- else -%}}{{{{ content + {text(answered + ' ')} }}}}"
         "{%- endif -%}{%- endfor -%}"
     )

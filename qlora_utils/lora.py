@@ -120,8 +120,9 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
+            pickled = " What lies there is pickled (.bin), and is not opened." if any(adapter.glob("*.bin")) else ""
             raise ModelError(
-                f"adapter: {adapter / name} is missing. Train one with notebook 04, or give another folder."
+                f"adapter: {adapter / name} is missing.{pickled} Train one with notebook 04, or give another folder."
             )
     _check_base(base_model, adapter)
     try:

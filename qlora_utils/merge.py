@@ -29,6 +29,7 @@ from qlora_utils.packs import make_collator
 from qlora_utils.plan import answer_room
 from qlora_utils.rows import Conversation, Turn
 from qlora_utils.run_directory import RunDirectory, provenance, read_json, write_json
+from qlora_utils.shown import cut
 from qlora_utils.training import row_losses
 
 if TYPE_CHECKING:
@@ -252,7 +253,10 @@ class Checkpoint:
                 raise ModelError(f"model: the files of {source} cannot be found ({first_line(error)}).") from error
         self.files: dict[str, Path] = {}
         if (index := folder / "model.safetensors.index.json").is_file():
-            self.files = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+            files = read_json(index)["weight_map"]
+            if outside := [file for file in files.values() if Path(file).name != file]:
+                raise ModelError(f"model: {index} names {outside[0]}, expected names of files in the same folder.")
+            self.files = {name: folder / file for name, file in files.items()}
         elif (single := folder / "model.safetensors").is_file():
             from safetensors import safe_open
 
@@ -348,7 +352,7 @@ def _model_config(config: RunConfig) -> Any:
     """The base model's own config.json."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(locate(config.model))
+    return AutoConfig.from_pretrained(locate(config.model), trust_remote_code=False)
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -362,6 +366,8 @@ def load(folder: Path) -> PreTrainedModel:
         loaded: Any = loader.from_pretrained(
             folder,
             dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=False,
             device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
             output_loading_info=True,
         )
@@ -413,7 +419,7 @@ def answer_loss(
     What lies beyond `max_seq_len` tokens does not count, but the first token of each answer always does.
     """
     collator = make_collator(tokenizer, config.model_copy(update={"packing": False}))
-    wholes = [Conversation((*q.history, Turn(q.text, q.expected))) for q in questions]
+    wholes = [Conversation((*q.history, Turn(q.text, q.expected, q.system))) for q in questions]
     rows = [format_of(tokenizer, config).last_answer(whole) for whole in wholes]
     losses, counts = row_losses(model, rows, collator, batch_size=1)
     return sum(losses) / sum(counts)
@@ -472,11 +478,6 @@ def summary(record: dict[str, Any], folder: Path, *, width: int = 160) -> str:
         f"({found['share']:.1%}); loss {found['loss_unmerged']:.4f} unmerged, {found['loss_merged']:.4f} merged, "
         "nats per answer token"
     )
-
-    def cut(text: str) -> str:
-        flat = " ".join(text.split())
-        return flat if len(flat) <= width else flat[: width - 1] + "…"
-
     for example in found["differing"]:
-        lines += [f"  {name:<10}{cut(text)}" for name, text in example.items()] + [""]
+        lines += [f"  {name:<10}{cut(text, width)}" for name, text in example.items()] + [""]
     return "\n".join(lines).rstrip()

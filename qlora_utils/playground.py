@@ -6,7 +6,6 @@ turns what was said into HTML, and `Playground` only wires both to widgets, so t
 
 from __future__ import annotations
 
-import html
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import ipywidgets as widgets
 
 from qlora_utils.generation import MODELS, Asker, Sampling
+from qlora_utils.shown import in_page
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ def render_history(exchanges: Sequence[Exchange]) -> str:
     """Exchanges as HTML, the newest on top. Questions and answers are escaped: a model may answer with markup."""
     blocks = [
         '<div style="margin: 0 0 1em">'
-        f'<div style="opacity: 0.75">{html.escape(exchange.question)}</div>'
-        f'<div style="white-space: pre-wrap"><b>{html.escape(exchange.model)}:</b> {html.escape(exchange.answer)}</div>'
+        f'<div style="opacity: 0.75">{in_page(exchange.question)}</div>'
+        f'<div style="white-space: pre-wrap"><b>{in_page(exchange.model)}:</b> {in_page(exchange.answer)}</div>'
         "</div>"
         for exchange in reversed(exchanges)
     ]

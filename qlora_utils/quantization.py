@@ -62,6 +62,7 @@ def load(config: RunConfig) -> PreTrainedModel:
                 source,
                 dtype=dtype,
                 use_safetensors=True,
+                trust_remote_code=False,
                 device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
                 **options,
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import random
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from qlora_utils.curves import column, lowest, turned
 from qlora_utils.data import report_table
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_text
 from qlora_utils.scores import TITLES, paired_text, score_text
+from qlora_utils.shown import cut, in_page
 
 
 def summary(run: RunDirectory) -> str:
@@ -51,7 +51,7 @@ def summary(run: RunDirectory) -> str:
         lines.append("exact match, base → tuned, by split (questions):")
         for split, group in metrics.get("groups", {}).get("split", {}).items():
             base, tuned = (score_text("exact_match", group[model]["exact_match"]) for model in ("base", "tuned"))
-            lines.append(f"  {split} ({group['questions']})  {base} → {tuned}")
+            lines.append(f"  {cut(split, 80)} ({group['questions']})  {base} → {tuned}")
     return "\n".join(lines)
 
 
@@ -80,9 +80,9 @@ def write_report(run: RunDirectory) -> None:
     stored, metrics = read_json(run.config), read_json(run.metrics)
     config = stored["config"]
     parts = [
-        f"<h1>QLoRA run “{html.escape(config['run_name'])}”</h1>",
-        f"<p>{html.escape(config['model'])} tuned on {html.escape(config['dataset'])}, "
-        f"{metrics['train']['steps']} steps.</p>",
+        f"<h1>QLoRA run “{in_page(config['run_name'])}”</h1>",
+        f"<p>{in_page(config['model'])} tuned on {in_page(config['dataset'])}, "
+        f"{in_page(metrics['train']['steps'])} steps.</p>",
         "<h2>Scores on held-out questions</h2>",
         *([_scores(metrics), *_groups(metrics.get("groups", {}))] if "tuned" in metrics else [_NOT_YET]),
         *(["<h2>Beside other runs</h2>", _beside(read_json(run.comparison))] if run.comparison.is_file() else []),
@@ -90,17 +90,18 @@ def write_report(run: RunDirectory) -> None:
         *(_figure(path.read_bytes(), path.stem.replace("_", " ")) for path in sorted(run.figures.glob("*.png"))),
         *(["<h2>Answers</h2>", _answers(read_jsonl(run.answers))] if run.answers.is_file() else []),
         "<h2>Data</h2>",
-        f"<pre>{html.escape(report_table(read_json(run.data / 'report.json')))}</pre>",
+        f"<pre>{in_page(report_table(read_json(run.data / 'report.json')))}</pre>",
         "<h2>Configuration</h2>",
         _table({name: config[name] for name in config}),
         "<h2>What it ran on</h2>",
         _table({**stored["versions"], **stored["hardware"], "git commit": stored["git_commit"]}),
     ]
-    write_text(run.report, _PAGE.format(title=html.escape(config["run_name"]), body="\n".join(parts)))
+    write_text(run.report, _PAGE.format(title=in_page(config["run_name"]), body="\n".join(parts)))
 
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>QLoRA run {title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
@@ -132,14 +133,14 @@ def _scores(metrics: Mapping[str, Any]) -> str:
     stopped = "".join(f"<td>{metrics[model]['stopped']:.3f}</td>" for model in ("base", "tuned"))
     rows.append(f"<tr><th>stops by itself</th>{stopped}</tr>")
     held = metrics["held_out"]
-    paired = html.escape(paired_text(metrics["paired"])) if "paired" in metrics else ""
+    paired = in_page(paired_text(metrics["paired"])) if "paired" in metrics else ""
     chosen = " The adapter was chosen by these same rows: take the scores as slightly too good."
     chosen = chosen if held.get("chosen_on") else ""
     return (
         f"<table><tr><th></th><th>base</th><th>tuned</th></tr>{''.join(rows)}</table>"
-        f"<p>{held['questions']} questions, for the perplexity {held['rows']} conversations; 95&nbsp;% "
-        "intervals in brackets: bootstrap, drawn by entity where one is named and by row elsewhere; exact binomial "
-        f"where all answers are right or all wrong. {paired}{chosen}</p>"
+        f"<p>{in_page(held['questions'])} questions, for the perplexity {in_page(held['rows'])} conversations; "
+        "95&nbsp;% intervals in brackets: bootstrap, drawn by entity where one is named and by row elsewhere; exact "
+        f"binomial where all answers are right or all wrong. {paired}{chosen}</p>"
     )
 
 
@@ -147,7 +148,7 @@ def _groups(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A table for each way of grouping the questions: by split, turn, domain, kind."""
     titles = ("asked", "a guess", "exact match, base", "exact match, tuned", "names the fact, base → tuned",
               "token F1, base → tuned", "stops, base → tuned", "McNemar's p")  # fmt: skip
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    head = "".join(f"<th>{in_page(title)}</th>" for title in titles)
     tables = []
     for by, members in groups.items():
         rows = ""
@@ -159,13 +160,14 @@ def _groups(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
             ]
             guess = f"{group['guess']:.2f}" if "guess" in group else ""
             rows += (
-                f"<tr><th>{html.escape(value)}</th><td>{group['questions']}</td><td>{guess}</td>"
+                f"<tr><th>{in_page(value)}</th><td>{in_page(group['questions'])}</td><td>{guess}</td>"
                 f"{_cell(base, 'exact_match')}{_cell(tuned, 'exact_match')}"
                 f"{''.join(f'<td>{pair}</td>' for pair in pairs)}<td>{group['paired']['p_value']:.2g}</td></tr>"
             )
         opened = " open" if by == "split" else ""
         tables.append(
-            f"<details{opened}><summary>By {by}</summary><table><tr><th></th>{head}</tr>{rows}</table></details>"
+            f"<details{opened}><summary>By {in_page(by)}</summary>"
+            f"<table><tr><th></th>{head}</tr>{rows}</table></details>"
         )
     return tables
 
@@ -173,9 +175,9 @@ def _groups(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _beside(comparison: Mapping[str, Any], count: int = 12) -> str:
     """The comparison with other runs: what they are, scores, figure, paired tests, some disagreements."""
     names = [run["name"] for run in comparison["runs"]]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    head = "".join(f"<th>{in_page(name)}</th>" for name in names)
     rows = [
-        f"<tr><th>{html.escape(title)}</th>{''.join(f'<td>{html.escape(text)}</td>' for text in texts)}</tr>"
+        f"<tr><th>{in_page(title)}</th>{''.join(f'<td>{in_page(text)}</td>' for text in texts)}</tr>"
         for title, texts in (compare.facts(comparison) | compare.score_rows(comparison)).items()
     ]
     found = comparison["disagreements"]
@@ -184,19 +186,19 @@ def _beside(comparison: Mapping[str, Any], count: int = 12) -> str:
     for line in shown:
         said = [("✓ " if given["right"] else "✗ ") + given["answer"] for given in line["answers"].values()]
         texts = (line["split"], _question(line), line["expected"], *said)
-        asked += "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in texts) + "</tr>"
+        asked += "<tr>" + "".join(f"<td>{in_page(text)}</td>" for text in texts) + "</tr>"
     outdated = compare.outdated(comparison)
-    warning = f"<p><b>Out of date:</b> {html.escape(', '.join(outdated))} answered anew, or is gone. Compare again.</p>"
+    warning = f"<p><b>Out of date:</b> {in_page(', '.join(outdated))} answered anew, or is gone. Compare again.</p>"
     parts = [
         warning if outdated else "",
-        f"<p>{html.escape(compare.questions_text(comparison))}</p>",
+        f"<p>{in_page(compare.questions_text(comparison))}</p>",
         f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>",
         _figure(_drawn(comparison), "exact match of each run, with 95 % intervals"),
-        "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in compare.pair_texts(comparison)) + "</ul>",
-        f"<p>{html.escape(compare.caveat(comparison))}</p>",
-        f"<h3>Where they differ</h3><p>{found['count']} questions that some of these runs answer exactly and others "
-        f"do not; {len(shown)} of them:</p><table><tr><th>split</th><th>question</th><th>expected</th>{head}</tr>"
-        f"{asked}</table>"
+        "<ul>" + "".join(f"<li>{in_page(text)}</li>" for text in compare.pair_texts(comparison)) + "</ul>",
+        f"<p>{in_page(compare.caveat(comparison))}</p>",
+        f"<h3>Where they differ</h3><p>{in_page(found['count'])} questions that some of these runs answer exactly "
+        f"and others do not; {len(shown)} of them:</p>"
+        f"<table><tr><th>split</th><th>question</th><th>expected</th>{head}</tr>{asked}</table>"
         if shown
         else "<p>There is no question that only some of these runs answer exactly.</p>",
     ]
@@ -216,7 +218,7 @@ def _drawn(comparison: Mapping[str, Any]) -> bytes:
 
 
 def _figure(image: bytes, name: str) -> str:
-    encoded, name = base64.b64encode(image).decode(), html.escape(name)
+    encoded, name = base64.b64encode(image).decode(), in_page(name)
     return f'<figure><img alt="{name}" src="data:image/png;base64,{encoded}"><figcaption>{name}</figcaption></figure>'
 
 
@@ -233,10 +235,10 @@ def _answers(lines: list[dict[str, Any]], count: int = 20) -> str:
     for line in shown:
         answers = (line[model]["answer"] for model in ("base", "tuned"))
         texts = (line.get("split", ""), _question(line), line["expected"], *answers)
-        rows += "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in texts) + "</tr>"
+        rows += "<tr>" + "".join(f"<td>{in_page(text)}</td>" for text in texts) + "</tr>"
     return f"<table><tr><th>split</th><th>question</th><th>expected</th><th>base</th><th>tuned</th></tr>{rows}</table>"
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in values.items())
+    rows = "".join(f"<tr><th>{in_page(k)}</th><td>{in_page(v)}</td></tr>" for k, v in values.items())
     return f"<table>{rows}</table>"

@@ -2,7 +2,8 @@
 
 A *turn* is one question and its answer, a *conversation* a row of one or more turns. Every row shape is read into
 conversations, and conversations are rendered in one way only, the Llama-2 chat format
-`<s>[INST] question [/INST] answer </s>`.
+`<s>[INST] question [/INST] answer </s>`. Only the format writes its marks: where an author spells one, as in a question
+about `[/INST]`, it is defused, and looks the same to people but not to a tokenizer.
 """
 
 from __future__ import annotations
@@ -14,22 +15,48 @@ from typing import Any
 
 from qlora_utils.sources import DataError, Row
 
+JOINER = "\u2060"  # WORD JOINER: no width, no break, and no part of any mark
+MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+ENDS = ("<s>", "</s>", "<unk>")  # in a rendered text; in tokens they are ids, and as letters no danger
+
+
+def jinja_defused(
+    text: str, marks: Sequence[str] = MARKS + ENDS, tokens: Sequence[str] = ("bos_token", "eos_token")
+) -> str:
+    """An expression of a chat template that is `text`, another one, with marks `defused`, and the tokens of that name.
+
+    Servers tokenize what a template gives, and take a special token that an author spelled for one.
+    """
+    filters = [f" | replace('{mark}', '{mark[0]}{JOINER}{mark[1:]}')" for mark in marks]
+    filters += [f" | replace({token}, {token}[:1] + '{JOINER}' + {token}[1:])" for token in tokens]
+    return f"({text}{''.join(filters)})"
+
+
 # The Llama-2 chat format as a tokenizer's chat template; `render` gives the same text (a test compares them).
 CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{%- elif message['role'] == 'assistant' -%}{{ ' ' + message['content'] + ' ' + eos_token }}"
-    "{%- else -%}{{ raise_exception('Only user and assistant messages are known: ' + message['role']) }}"
+    "{%- set system = '' -%}{%- set said = messages -%}"
+    "{%- if messages and messages[0]['role'] == 'system' -%}{%- set said = messages[1:] -%}"
+    "{%- if messages[0]['content'] -%}"
+    "{%- set system = '<<SYS>>\\n' + " + jinja_defused("messages[0]['content']") + " + '\\n<</SYS>>\\n\\n' -%}"
+    "{%- endif -%}{%- endif -%}"
+    "{%- for message in said -%}"
+    "{%- set text = " + jinja_defused("message['content']") + " -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{ bos_token + '[INST] ' + (system if loop.first else '') + text + ' [/INST]' }}"
+    "{%- elif message['role'] == 'assistant' -%}{{ ' ' + text + ' ' + eos_token }}"
+    "{%- else -%}{{ raise_exception('Only user and assistant messages, and a system message before them, are known: '"
+    " + message['role']) }}"
     "{%- endif -%}{%- endfor -%}"
 )
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer, as plain text without any special token."""
+    """One question and its answer, as plain text without any special token, and what the system was told before."""
 
     question: str
     answer: str
+    system: str = ""
 
     @property
     def blank(self) -> bool:
@@ -37,19 +64,35 @@ class Turn:
         return not (self.question.strip() and self.answer.strip())
 
 
-def prompt_text(question: str) -> str:
+def defused(text: str, marks: Sequence[str] = MARKS) -> str:
+    """An author's text with an invisible character in each mark that it spells, so that the letters are no mark.
+
+    A mark that holds such characters already gets one more: `restored` gives back the very text.
+    """
+    firsts = (f"{re.escape(mark[0])}(?={JOINER}*{re.escape(mark[1:])})" for mark in marks)
+    return re.sub("|".join(firsts), rf"\g<0>{JOINER}", text)
+
+
+def restored(text: str, marks: Sequence[str] = MARKS + ENDS) -> str:
+    """The text that `defused` was given."""
+    joiners = (f"(?<={re.escape(mark[0])}){JOINER}(?={JOINER}*{re.escape(mark[1:])})" for mark in marks)
+    return re.sub("|".join(joiners), "", text)
+
+
+def prompt_text(question: str, system: str = "") -> str:
     """What the model reads before it answers, without the leading `<s>`."""
-    return f"[INST] {question} [/INST]"
+    before = f"<<SYS>>\n{defused(system)}\n<</SYS>>\n\n" if system else ""
+    return f"[INST] {before}{defused(question)} [/INST]"
 
 
 def turn_text(turn: Turn) -> str:
-    """A whole turn without `<s>` and `</s>`; it begins with `prompt_text(turn.question)`."""
-    return f"{prompt_text(turn.question)} {turn.answer} "
+    """A whole turn without `<s>` and `</s>`; it begins with `prompt_text(turn.question, turn.system)`."""
+    return f"{prompt_text(turn.question, turn.system)} {defused(turn.answer)} "
 
 
 def render(turns: Iterable[Turn]) -> str:
-    """A conversation in Llama-2 chat format, special tokens written out."""
-    return "".join(f"<s>{turn_text(turn)}</s>" for turn in turns)
+    """A conversation in Llama-2 chat format, special tokens written out; `parse` reads it back."""
+    return "".join(f"<s>{defused(turn_text(turn), ENDS)}</s>" for turn in turns)
 
 
 class UnusableRowError(ValueError):
@@ -98,6 +141,7 @@ _PAIRS = (
 )
 _QUESTION_ROLES = {"user", "human", "prompter"}
 _ANSWER_ROLES = {"assistant", "gpt", "bot", "model"}
+_SYSTEM = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>(?:\n\n|\s*)", re.DOTALL)  # at the start of the first question
 
 
 def parse(row: Row) -> Conversation:
@@ -119,8 +163,9 @@ def parse(row: Row) -> Conversation:
         raise UnusableRowError("no answered turn" if unanswered else "no turn")
     used = {"text", "messages", "conversations", "input", *(name for pair in _PAIRS for name in pair)}
     tags = {n: value for n, value in columns.items() if n not in used and _is_tag(value, len(turns))}
-    said = [part for turn in turns for part in (turn.question, turn.answer)]
-    for text in (*said, *(text for value in tags.values() for text in ([value] if isinstance(value, str) else value))):
+    said = [part for turn in turns for part in (turn.system, turn.question, turn.answer)]
+    tagged = [text for value in tags.values() for text in ([value] if isinstance(value, str) else value)]
+    for text in (*said, *tags, *tagged):
         _check_encodable(text)
     return Conversation(turns, row.where, row.number, shape, tags, unanswered)
 
@@ -141,14 +186,15 @@ def _shape_and_parts(columns: Mapping[str, Any]) -> tuple[str, list[tuple[str, s
             return f"{question_name}/{answer_name}", parts
     if columns.get("text") is not None:
         text = _text(columns, "text")
-        if "[INST]" in text:
+        first = re.search(r"\[INST\]|### Human:", text)  # the other one may be something that somebody says
+        if first and first[0] == "[INST]":
             return "llama-2 chat", _parts_of_llama2(text)
-        if "### Human:" in text:
+        if first:
             return "### Human / ### Assistant", _parts_of_marks(text)
         raise UnusableRowError("text has neither [INST] … [/INST] nor ### Human: … ### Assistant:")
+    names = ", ".join(map(str, columns)).encode(errors="backslashreplace").decode()
     raise UnusableRowError(
-        f"columns {', '.join(map(str, columns)) or 'none'}: expected text, messages, conversations, instruction/output "
-        "or question/answer"
+        f"columns {names or 'none'}: expected text, messages, conversations, instruction/output or question/answer"
     )
 
 
@@ -177,17 +223,22 @@ def _parts_of_llama2(text: str) -> list[tuple[str, str]]:
     # Exactly one space on either side belongs to the format; any more is the author's and kept.
     next_turn = r"(?=<s>\s*\[INST\])" if "<s>" in text or "</s>" in text else r"(?=\[INST\])"
     pattern = re.compile(rf"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:(</s>)|{next_turn}|\Z)", re.DOTALL)
-    parts, end = [], 0
+    parts: list[tuple[str, str]] = []
+    end = 0
     while match := pattern.match(text, end):
-        parts.append(("question", match[1].removeprefix(" ").removesuffix(" ")))
+        question = match[1].removeprefix(" ").removesuffix(" ")
+        if not parts and (told := _SYSTEM.match(question)):
+            parts.append(("system", restored(told[1])))
+            question = question[told.end() :]
+        parts.append(("question", restored(question)))
         if match[2].strip() or match[3]:  # closed by </s>: an answer, if only a blank one
-            parts.append(("answer", match[2].removeprefix(" ").removesuffix(" ")))
+            parts.append(("answer", restored(match[2].removeprefix(" ").removesuffix(" "))))
         end = match.end()
     if text[end:].strip():
         excerpt = text[end : end + 40].strip()
         if not (parts and "[/INST]" not in text[end:] and "[INST]" in text[end:]):
             raise UnusableRowError(f"text outside [INST] … [/INST] … </s> at character {end}: {excerpt!r}")
-        parts.append(("question", text[end:].split("[INST]", 1)[1]))  # cut off in mid-question
+        parts.append(("question", restored(text[end:].split("[INST]", 1)[1])))  # cut off in mid-question
     return parts
 
 
@@ -230,17 +281,16 @@ def _pair_up(parts: Sequence[tuple[str, str]]) -> tuple[tuple[Turn, ...], bool]:
     system, question = "", None
     for role, text in parts:
         if role == "system":
-            system = f"<<SYS>>\n{text}\n<</SYS>>\n\n"
+            system = text
         elif role == "question":
             if question is not None:
                 raise UnusableRowError(f"two questions in a row: {text.strip()[:40]!r}")
-            question = system + text
-            system = ""
+            question = text
         elif question is None:
             raise UnusableRowError(f"an answer without a question: {text.strip()[:40]!r}")
         else:
-            turns.append(Turn(question, text))
-            question = None
+            turns.append(Turn(question, text, system))
+            system, question = "", None
     return tuple(turns), question is not None
 
 

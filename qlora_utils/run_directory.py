@@ -126,7 +126,13 @@ class RunDirectory:
         return {**known, **sections}
 
     def save_figure(self, figure: Figure, name: str) -> None:
-        """Save a figure as `figures/NAME.png` at 150 dots per inch."""
+        """Save a figure as `figures/NAME.png` at 150 dots per inch.
+
+        Raises:
+            ValueError: a name that leads out of the folder.
+        """
+        if Path(name).name != name:
+            raise ValueError(f"{name}: no name of a figure; expected one without folders, as 05_loss.")
         target = self.figures / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{name}.png.{os.getpid()}.new")

@@ -344,7 +344,7 @@ def read(source: str) -> Shape:
     from transformers import AutoConfig
 
     try:
-        model_config = AutoConfig.from_pretrained(locate(source))
+        model_config = AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
     except Exception as error:
         raise ModelError(model_advice(locate(source), error)) from error
     return of(model_config)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import BOTH
+from conftest import BOTH, MARKUP
 
 from qlora_utils import answers, lora, quantization, training
 from qlora_utils.config import RunConfig
@@ -135,6 +135,33 @@ def test_evaluate_writes_answers_and_scores(config, tuned_model, tokenizer, prep
     follow_ups = [line for line in lines if line["history"]]
     assert answers.side_by_side(follow_ups, 1).startswith("  before    ")
     assert read_json(run.config)["config"]["score_rows"] == config.score_rows
+
+
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+@pytest.mark.parametrize("text", [*MARKUP, "x" * 500])
+def test_tags_and_answers_are_shown_as_text(text, tmp_path):
+    import matplotlib.pyplot as plt
+
+    scores = {**dict.fromkeys(("exact_match", "f1", "rouge_l", "stopped"), 0.5), "intervals": {"exact_match": [0, 1]}}
+    groups = {name: {"questions": 1, "base": scores, "tuned": scores} for name in (text, f"{text} 2")}
+    figure, ax = plt.subplots()
+    answers.plot_groups(groups, ax)
+    figure.savefig(tmp_path / "figure.png")
+    plt.close(figure)
+    table = answers.group_table(groups)
+    assert len(table.splitlines()) == 4
+    assert max(map(len, table.splitlines())) < 220
+    said = {"answer": text, "exact_match": 0.0}
+    line = {
+        "text": text,
+        "expected": text,
+        "history": [{"question": text, "answer": text}],
+        "base": said,
+        "tuned": said,
+    }
+    shown = answers.side_by_side([line])
+    assert len(shown.splitlines()) == 5
+    assert not set(table + shown) & {"\x1b", "\x07", "\r", "\x9b", "\u202e"}
 
 
 @BOTH

@@ -4,6 +4,7 @@ import random
 
 import matplotlib.pyplot as plt
 import pytest
+from conftest import MARKUP
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +49,29 @@ def test_the_order_of_runs_swaps_the_sign_and_nothing_else(pair):
     assert one["p_value"] == other["p_value"] < 0.05
     assert there["scores"] == back["scores"]
     assert there["disagreements"]["count"] == back["disagreements"]["count"] == one["gained"] + one["lost"]
+
+
+def test_questions_with_another_system_text_are_others(tmp_path):
+    told = [{**line(n, True), "system": "Be brief."} for n in range(3)]
+    earlier = [line(n, True) for n in range(3)]  # of an earlier version: the key is not there
+    assert compare.shared([told, told]) == [(one, one) for one in told]
+    assert compare.shared([told, earlier]) == []
+    assert compare.shared([earlier, [{**one, "system": ""} for one in earlier]])
+
+
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+@pytest.mark.parametrize("text", MARKUP)
+def test_names_of_splits_and_runs_are_no_formulas(tmp_path, text):
+    runs = [
+        made(tmp_path, name, [line(n, n % 2, split=f"{text} {n % 3}") for n in range(9)]) for name in ("one", "two")
+    ]
+    comparison = compare.compare(runs)
+    comparison["runs"][0]["name"] = "one"
+    figure, ax = plt.subplots()
+    compare.plot(comparison, ax)
+    figure.savefig(tmp_path / "figure.png")
+    plt.close(figure)
+    assert not set(compare.summary(comparison)) & {"\x1b", "\r", "\x9b"}
 
 
 def test_a_run_beside_itself_differs_in_nothing(pair):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pytest
+from conftest import MARKUP
 
 from qlora_utils import curves
 from qlora_utils.run_directory import RunDirectory, write_jsonl
@@ -48,6 +49,14 @@ def test_every_column_is_drawn_for_every_run():
     figure = curves.plot_overview({"one": untraced})
     assert "exact match" not in " ".join(ax.get_title() for ax in figure.axes)
     assert len(figure.axes) == len(curves.COLUMNS) - 1
+    plt.close(figure)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+def test_the_name_of_a_run_is_no_formula(tmp_path):
+    figure, ax = plt.subplots()
+    curves.plot_column({text: [{"step": 1, "eval_loss": 1.0}] for text in MARKUP}, "eval_loss", ax)
+    figure.savefig(tmp_path / "figure.png")
     plt.close(figure)
 
 

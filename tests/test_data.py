@@ -166,6 +166,15 @@ def test_prepared_survives_the_run_directory(config, tokenizer, run):
     assert data.Prepared.load(run) == prepared
 
 
+def test_rows_prepared_before_turns_had_a_system_text_are_read(run):
+    told = data.Prepared([Conversation((Turn("q", "a", "Be brief."),))], [], [], {})
+    told.save(run)
+    assert data.Prepared.load(run) == told
+    path = run.data / "train.jsonl"
+    path.write_text(path.read_text().replace(', "system": "Be brief."', ""))
+    assert data.Prepared.load(run).train[0].turns == (Turn("q", "a"),)
+
+
 def test_the_rows_of_a_trained_run_are_not_replaced_by_others(config, tokenizer, run):
     prepared = data.prepare(config, tokenizer)
     prepared.save(run)

@@ -29,6 +29,30 @@ def test_questions_carry_the_turns_before_them(config, tokenizer):
     assert (second.history, second.text, second.number) == ((Turn("q1", "a1"),), "q2", 7)
 
 
+@BOTH
+def test_what_the_system_is_told_reaches_the_model_in_every_way_of_asking(config, tuned_model, tokenizer, monkeypatch):
+    told = Conversation((Turn("q1", "a1", "Be brief."), Turn("q2", "a2")))
+    first, second = questions = generation.questions_of([told], tokenizer, config)
+    assert (first.system, second.system, second.history[0].system) == ("Be brief.", "", "Be brief.")
+    form = format_of(tokenizer, config)
+    prompts = [form.prompt([], "q1", "Be brief."), form.prompt(told.turns[:1], "q2")]
+    assert all("Be brief." in tokenizer.decode(prompt) for prompt in prompts)
+    read = []
+    original = tuned_model.generate
+
+    def watched(**options):
+        read.append(options["input_ids"][0].tolist())
+        return original(**options)
+
+    monkeypatch.setattr(tuned_model, "generate", watched)
+    whole = [
+        generation.answer_all(tuned_model, tokenizer, [q], config, sampling=GREEDY, batch_size=1)[0] for q in questions
+    ]
+    ask = generation.make_asker(tuned_model, tokenizer, config, system="Be brief.")
+    assert "".join(ask("q1", "tuned", GREEDY, threading.Event())) == whole[0].text
+    assert read == [*prompts, prompts[0]]
+
+
 def test_questions_are_sampled_by_seed_and_fit_the_length(config, tokenizer):
     many = [Conversation((Turn(str(i), "a"),)) for i in range(50)]
     few = RunConfig.build({**config.model_dump(), "score_rows": 5})

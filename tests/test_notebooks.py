@@ -15,7 +15,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TOPICS = ["data", "quantization", "lora", "training", "curves", "answers", "playground"]
 SHARED_MODULES = {
     "config", "rows", "run_directory", "sources", "instructions", "formats", "packs", "hardware", "shapes", "plan",
-    "attention", "fused", "loss", "generation", "scores", "ingredients", "merge", "compare", "runner", "report", "cli",
+    "attention", "fused", "loss", "generation", "scores", "ingredients", "merge", "compare", "shown", "runner",
+    "report", "cli",
     "checkpoints", "locks", "recovery", "history",
 }  # fmt: skip
 PER_NOTEBOOK = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

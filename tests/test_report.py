@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import re
+from html.parser import HTMLParser
 
 import pytest
+from conftest import MARKUP
 
-from qlora_utils import report
+from qlora_utils import compare, report
 from qlora_utils.config import RunConfig
 from qlora_utils.data import data_report
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
@@ -46,6 +48,64 @@ def test_the_page_is_self_contained_and_escapes_what_it_is_given(tmp_path, token
     assert "before &lt;script&gt;" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "data:image/png;base64," in page
+
+
+def test_whatever_is_planted_a_page_has_its_own_elements_and_attributes_only(tmp_path, tokenizer):
+    """In questions, answers, the turns before, tags, names of runs and groups, parameters and the names of figures."""
+    pages = []
+    for number, text in enumerate(["plain", *MARKUP, " ".join(MARKUP)]):
+        run = finished(tmp_path / str(number), tokenizer, text)
+        stored, metrics = read_json(run.config), read_json(run.metrics)
+        stored["config"].update(run_name=text, model=text, dataset=text, instruction=text)
+        stored["versions"][text] = text
+        write_json(run.config, stored)
+        write_json(run.metrics, {**metrics, "groups": {**metrics["groups"], text: metrics["groups"]["split"]}})
+        run.figures.mkdir()
+        (run.figures / f"{text.replace('/', ' ')}.png").write_bytes(b"")
+        write_json(run.comparison, comparison(run, text))
+        report.write_report(run)
+        pages.append(made_of(run.report.read_text()))
+        assert not {"script", "iframe", "object", "embed", "form", "a", "link"} & {tag for tag, _ in pages[-1]}
+        assert "\x1b" not in report.summary(run)
+    attributes = {"alt", "charset", "class", "content", "http-equiv", "lang", "name", "open", "src"}
+    assert {name for page in pages for _, names in page for name in names} <= attributes
+    assert all(page == pages[0] for page in pages)
+
+
+def comparison(run, text):
+    """What `compare` would say of a run of that name, and another of nearly the same name."""
+    first = {"name": text, "preset": text, "asked": 1, "answers": str(run.path / "gone")}
+    runs = [first, {**first, "name": f"{text} 2"}]
+    names = [one["name"] for one in runs]
+    scores = {name: {key: value for key, value in SCORES.items() if key != "perplexity"} for name in names}
+    answers = {name: {"answer": text, "right": number == 0} for number, name in enumerate(names)}
+    line = {"split": text, "text": text, "expected": text, "history": [{"question": text, "answer": text}]}
+    pair = {"first": names[0], "second": names[1], "difference": 0.5, "interval": [0.1, 0.9], "gained": 1, "lost": 0,
+            "p_value": 0.5, "p_holm": 0.5}  # fmt: skip
+    return {
+        "runs": runs,
+        "differences": {text: dict.fromkeys(names, text)},
+        "questions": {"shared": 1, "clusters": 1},
+        "scores": scores,
+        "splits": {text: {"questions": 1, "scores": scores}, f"{text} 2": {"questions": 1, "scores": scores}},
+        "pairs": [pair],
+        "disagreements": {"count": 1, "shown": [{**line, "answers": answers}]},
+    }
+
+
+def made_of(page):
+    """Every element of a page with the names of its attributes, in order."""
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, [name for name, _ in attributes]))
+    parser.feed(page)
+    return found
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_a_comparison_on_the_terminal_has_nothing_that_it_would_obey(tmp_path, tokenizer, text):
+    said = compare.summary(comparison(finished(tmp_path, tokenizer, text), text))
+    assert not set(said) & {"\x1b", "\x07", "\r", "\x9b", "\u202e"}
 
 
 def test_a_run_without_scores_has_a_page_too(tmp_path, tokenizer):

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
-from hypothesis import given, settings
+from conftest import HOSTILE
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_utils import rows
-from qlora_utils.rows import Turn, UnusableRowError
+from qlora_utils import data, rows
+from qlora_utils.config import RunConfig
+from qlora_utils.formats import IGNORED, format_of
+from qlora_utils.rows import ENDS, Turn, UnusableRowError, defused, restored
 from qlora_utils.sources import DataError, Row
 
 
@@ -46,10 +52,32 @@ def test_instruction_with_input():
     assert conversation.tags == {"source": "book"}
 
 
-def test_system_message_goes_into_the_first_question():
+def test_a_system_message_belongs_to_the_first_turn():
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"},
-                {"role": "assistant", "content": "a"}]  # fmt: skip
-    assert rows.parse(row(messages=messages)).turns == (Turn("<<SYS>>\nBe brief.\n<</SYS>>\n\nq", "a"),)
+                {"role": "assistant", "content": "a"}, {"role": "user", "content": "q2"},
+                {"role": "assistant", "content": "a2"}]  # fmt: skip
+    conversation = rows.parse(row(messages=messages))
+    assert conversation.turns == (Turn("q", "a", "Be brief."), Turn("q2", "a2"))
+    first = "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nq [/INST] a </s>"
+    assert conversation.text == f"{first}<s>[INST] q2 [/INST] a2 </s>"
+    assert rows.parse(row(text=conversation.text)).turns == conversation.turns
+    with pytest.raises(UnusableRowError, match="lone surrogate"):
+        rows.parse(row(messages=[{"role": "system", "content": "\ud83d"}, *messages[1:]]))
+
+
+@pytest.mark.parametrize(
+    "block", ["<<SYS>>Be brief.<</SYS>> ", " <<SYS>>\nBe brief.\n<</SYS>>\n", "<<SYS>>\nBe brief.<</SYS>>"]
+)
+def test_a_system_block_is_found_whatever_white_space_it_stands_in(block):
+    text = f"<s>[INST] {block}q [/INST] a </s><s>[INST] <<SYS>> q2 [/INST] a2 </s>"
+    assert rows.parse(row(text=text)).turns == (Turn("q", "a", "Be brief."), Turn("<<SYS>> q2", "a2"))
+
+
+def test_the_mark_that_comes_first_says_what_shape_a_text_has():
+    text = "### Human: What is [INST]?### Assistant: A mark."
+    assert rows.parse(row(text=text)).turns == (Turn("What is [INST]?", "A mark."),)
+    text = "<s>[INST] What is ### Human:? [/INST] A mark. </s>"
+    assert rows.parse(row(text=text)).turns == (Turn("What is ### Human:?", "A mark."),)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +113,8 @@ def test_an_unanswered_last_question_keeps_the_answered_turns(columns):
         ({"messages": [{"role": "user", "content": "q"}, {"role": "user", "content": "r"}]}, "two questions in a row"),
         ({}, "expected text, messages"),
         ({"question": "half \ud83d", "answer": "a"}, "lone surrogate"),
+        ({"question": "q", "answer": "a", "half \ud83d": "x"}, "lone surrogate"),
+        ({"half \ud83d": "x"}, r"columns half \\ud83d: expected text"),
     ],
 )
 def test_an_unusable_row_has_a_reason(columns, reason):
@@ -110,14 +140,125 @@ def test_a_table_that_mixes_spellings_of_messages_is_read():
     assert rows.parse(row(messages=filled)).turns == (Turn("q", "a"),)
 
 
-@given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=4))
-@settings(max_examples=300, deadline=None)
-def test_parse_undoes_render(pairs):
-    marks = ("<s>", "</s>", "[INST]", "[/INST]")
-    turns = tuple(Turn(*(part.replace("[", "").replace("<", "") for part in pair)) for pair in pairs)
+# ------------------------------------------------------------------------------------------------ hostile text
+
+
+@given(st.lists(st.tuples(st.text() | HOSTILE, st.text() | HOSTILE), min_size=1, max_size=4), st.just("") | HOSTILE)
+@settings(max_examples=500, deadline=None)
+def test_parse_undoes_render_whatever_people_write(pairs, system):
+    turns = tuple(Turn(*pair, "" if index else system) for index, pair in enumerate(pairs))
     text = rows.render(turns)
-    assert sum(text.count(mark) for mark in marks) == 4 * len(turns)
+    for mark in ("<s>", "</s>", "[INST]", "[/INST]"):
+        assert text.count(mark) == len(turns)  # of the format alone
+    assert text.count("<<SYS>>") == text.count("<</SYS>>") == bool(system)
     assert rows.parse(row(text=text)).turns == turns
+    assert rows.parse(row(text=text)).text == text
+
+
+@given(HOSTILE)
+def test_a_defused_text_spells_no_mark_and_comes_back(text):
+    safe = defused(text, rows.MARKS + ENDS)
+    assert not [mark for mark in rows.MARKS + ENDS if mark in safe]
+    assert restored(safe) == text
+    assert safe.replace(rows.JOINER, "") == text.replace(rows.JOINER, "")
+    assert defused("Why?") == "Why?"
+
+
+@pytest.mark.real_data
+def test_parse_and_render_undo_each_other_on_the_real_rows(real_rows):
+    assert len(real_rows) == 1000
+    for text in real_rows:
+        conversation = rows.parse(row(text=text))
+        assert conversation.text == text
+        assert rows.parse(row(text=conversation.text)).turns == conversation.turns
+        assert not any(rows.JOINER in turn.question + turn.answer for turn in conversation.turns)
+
+
+ROWS = 10_000
+TEXT = st.one_of(
+    st.sampled_from(["", " ", "\n", "Why?", "because", "\ud83d", "\u200f\u202eabc", "\x00\x1b[2J", "نعم", "答え"]),
+    st.text(st.characters(exclude_categories=()), max_size=12),  # surrogates and control characters too
+    HOSTILE,
+)
+
+
+@st.composite
+def any_row(draw):
+    """A row of some shape, and its texts as they went in: (system, [(question, answer), …], question left open)."""
+    shape = draw(st.sampled_from(["text", "marks", "messages", "conversations", "question", "instruction"]))
+    many = shape in ("text", "marks", "messages", "conversations")
+    pairs = draw(st.lists(st.tuples(TEXT, TEXT), min_size=0 if many else 1, max_size=3 if many else 1))
+    system = draw(st.just("") | TEXT) if shape in ("text", "messages", "conversations") else ""
+    system = system if pairs else ""
+    left = draw(st.none() | TEXT) if many else None
+    if shape == "marks":  # this shape has no way to say that a mark is meant as text
+        pairs = [tuple(part.replace("###", "").strip() for part in pair) for pair in pairs]
+        left = left and left.replace("###", "")
+        text = "".join(f"### Human: {q} ### Assistant: {a}" for q, a in pairs)
+        return {"text": text + (f"### Human: {left}" if left is not None else "")}, (system, pairs, left)
+    if shape == "text":
+        text = rows.render(Turn(*pair, "" if index else system) for index, pair in enumerate(pairs))
+        opened = "<s>" + defused(rows.prompt_text(left), ENDS) if left is not None else ""
+        return {"text": text + opened}, (system, pairs, left)
+    if shape in ("messages", "conversations"):
+        role, content = ("role", "content") if shape == "messages" else ("from", "value")
+        said = [("system", system)] if system else []
+        said += [one for pair in pairs for one in zip(("user", "assistant"), pair, strict=True)]
+        said += [("user", left)] if left is not None else []
+        return {shape: [{role: who, content: what} for who, what in said]}, (system, pairs, left)
+    if shape == "question":
+        return dict(zip(("question", "answer"), pairs[0], strict=True)), (system, pairs, left)
+    context = draw(TEXT)
+    ((instruction, output),) = pairs
+    asked = f"{instruction}\n\n{context}" if context.strip() else instruction
+    return {"instruction": instruction, "input": context, "output": output}, (system, [(asked, output)], left)
+
+
+def reason_to_reject(system, pairs):
+    """Why a row may be left out: half a character in it, or nothing that is asked and answered."""
+    said = [system, *(part for pair in pairs for part in pair)] if pairs else []
+    if any(0xD800 <= ord(character) <= 0xDFFF for text in said for character in text):
+        return "lone surrogate"
+    if not pairs:
+        return r"no answered turn|no turn|neither \[INST\]"
+    return None if any(q.strip() and a.strip() for q, a in pairs) else "every turn is blank"
+
+
+def test_ten_thousand_rows_of_anything_lose_no_answered_turn():
+    """Read, written as JSON, and made into tokens for both architectures."""
+    forms = []
+    for preset in ("pocket", "pocket-t5"):
+        config = RunConfig.from_preset(preset)
+        forms.append(format_of(data.load_tokenizer(config), config))
+    seen = 0
+
+    @given(st.lists(any_row(), min_size=20, max_size=20))
+    @settings(max_examples=ROWS // 20, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    def check(batch):
+        nonlocal seen
+        kept = []
+        for columns, (system, pairs, _) in batch:
+            seen += 1
+            expected = reason_to_reject(system, pairs)
+            if expected:
+                with pytest.raises(UnusableRowError, match=expected) as refused:
+                    rows.usable(rows.parse(row(**columns)))
+                str(refused.value).encode()
+                continue
+            conversation = rows.usable(rows.parse(row(**columns)))
+            answered = [pair for pair in pairs if pair[0].strip() and pair[1].strip()]
+            assert [(turn.question, turn.answer) for turn in conversation.turns] == answered
+            assert json.loads(json.dumps(asdict(conversation), ensure_ascii=False).encode())["turns"][0]["answer"]
+            kept.append(conversation)
+        for form in forms:
+            eos = form.tokenizer.eos_token_id
+            examples = form.examples(kept, training=True)
+            learned = [label for example in examples for label in example.labels if label != IGNORED]
+            whole = form.config.max_seq_len > max((len(example.labels) for example in examples), default=0)
+            assert not whole or learned.count(eos) == sum(len(conversation.turns) for conversation in kept)
+
+    check()
+    assert seen >= ROWS
 
 
 def test_the_first_row_that_can_be_used_is_found():

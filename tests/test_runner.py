@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from conftest import BOTH
 
-from qlora_utils import checkpoints, cli, report, runner
+from qlora_utils import checkpoints, cli, generation, report, runner
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_text
 
@@ -187,6 +187,15 @@ def test_ask_answers_on_the_terminal(finished, capsys):
     line = next(line for line in expected if not line["history"])
     assert cli.main(["ask", line["text"], "--run", str(finished.path)]) == 0
     assert capsys.readouterr().out == line["tuned"]["answer"] + "\n"
+
+
+def test_what_an_answer_would_do_to_the_terminal_is_spelled_out(finished, monkeypatch, capsys):
+    hostile = ["\x1b]0;owned", "\x07 \x1b[2J\r", "fine\n"]
+    monkeypatch.setattr(generation, "make_asker", lambda *_: lambda *_: iter(hostile))
+    assert cli.main(["ask", "Why?", "--run", str(finished.path)]) == 0
+    assert capsys.readouterr().out == "\\x1b]0;owned\\x07 \\x1b[2J\\rfine\n\n"
+    assert cli.main(["run", "--preset", "\x1b[2J"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
 
 
 @BOTH
