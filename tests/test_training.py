@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import trajectory
 from conftest import BOTH, on_its_device, tensors
 from transformers import TrainerCallback
 
@@ -691,3 +692,31 @@ def test_the_loss_is_measured_on_a_sample_chosen_by_seed(config, prepared):
     assert training.measured_rows(prepared.held_out[:1], half) == prepared.held_out[:1]
     assert len(training.measured_rows(prepared.held_out, changed(config, eval_rows=99))) == len(prepared.held_out) // 2
     assert training.scored_rows(prepared.held_out[:1], half) == prepared.held_out[:1]  # the only row is both
+
+
+# ------------------------------------------------------------------------------------------------ reproducibility
+
+
+@BOTH
+def test_the_same_run_twice_is_the_same_to_the_last_bit(config, tokenizer, prepared):
+    asked = [Question(row.turns[0].question, "") for row in prepared.held_out[:6]]
+    found = []
+    for name in ("once", "twice"):
+        model, run, history = train(changed(config, run_name=name, lora_dropout=0.1), tokenizer, prepared)
+        answers = answer_all(model, tokenizer, asked, config, sampling=Sampling(max_new_tokens=12), batch_size=6)
+        timed = ("tokens_per_s", "peak_memory_bytes")
+        lines = [{name: value for name, value in line.items() if name not in timed} for line in history]
+        found.append((lines, answers, (run.adapter / "adapter_model.safetensors").read_bytes()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the trajectory stored is that of a CPU")
+def test_fifty_steps_are_what_they_were(tmp_path):
+    """Between one and two threads, and old and new instruction sets, they differ by less than 1e-6."""
+    stored = read_json(trajectory.STORED)
+    now = trajectory.trajectory(tmp_path)
+    for name in trajectory.COLUMNS:
+        assert now[name] == pytest.approx(stored[name], rel=1e-4), (
+            f"{name} is no longer what was stored, which came of {stored['versions']}; if that is meant, store it "
+            "anew: python tests/trajectory.py"
+        )
