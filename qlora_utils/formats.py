@@ -25,7 +25,6 @@ from qlora_utils.instructions import (
 from qlora_utils.rows import CHAT_TEMPLATE, Conversation, Turn, prompt_text, turn_text
 from qlora_utils.run_directory import RunDirectory, write_text
 from qlora_utils.sources import DataError
-
 from qlora_utils.tokenization import BareTokenizer
 
 if TYPE_CHECKING:
@@ -91,8 +90,8 @@ class Measured:
     """What conversations are in tokens, if nothing is cut.
 
     `lengths`: of each example (tokens,) or, of an encoder-decoder, (read, written). `answered`: of each conversation
-    whether an answer begins within `max_seq_len` tokens, so that something carries loss. `answer_tokens`: of all answers
-    by themselves, of which `unknown` stand for what the tokenizer cannot spell; 0 of both where it can spell all.
+    whether an answer begins within `max_seq_len` tokens, so that something carries loss. `answer_tokens`: of all
+    answers by themselves; `unknown` of these stand for what the tokenizer cannot spell. Both 0 where it can spell all.
     """
 
     lengths: list[tuple[int, ...]]

@@ -136,8 +136,8 @@ class Sums:
 class Taken:
     """What became of a chunk of rows.
 
-    `lines` holds the rows that can be used as lines of JSON, `ends` where each line ends, `numbers` those of the rows in
-    their file or split, `keys` the `question_keys` of all turns and `turns` how many turns each row has.
+    `lines` holds the rows that can be used as lines of JSON, `ends` where each line ends, `numbers` those of the rows
+    in their file or split, `keys` the `question_keys` of all turns and `turns` how many turns each row has.
     """
 
     lines: bytearray = field(default_factory=bytearray)
@@ -211,7 +211,7 @@ def report_of(sums: Sums, form: Format) -> dict[str, Any]:
     import numpy
 
     config = form.config
-    lengths = numpy.frombuffer(sums.lengths, dtype=numpy.int64)
+    lengths, within = (numpy.frombuffer(held, dtype=numpy.int64) for held in (sums.lengths, sums.within))
     rows, tokens = sum(sums.turns.values()), int(lengths.sum())
     marks = (5, 25, 50, 75, 95, 99)
     percentiles = numpy.percentile(lengths, marks) if len(lengths) else [0.0] * len(marks)
@@ -234,7 +234,7 @@ def report_of(sums: Sums, form: Format) -> dict[str, Any]:
         "truncated_share": _share(sums.cut, len(lengths)),
         "unknown_share": _share(sums.unknown, sums.answer_tokens),
         "batch_size": config.batch_size,
-        "padding_share": padding_share(numpy.frombuffer(sums.within, dtype=numpy.int64), config.batch_size, config.seed),
+        "padding_share": padding_share(within, config.batch_size, config.seed),
         "exact_duplicates": rows - different(sums.texts),
         "normalised_duplicates": rows - different(sums.plain_texts),
         "rows_with_blank_turn": sums.blank,

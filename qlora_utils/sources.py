@@ -16,7 +16,7 @@ from qlora_utils.config import first_line, is_path, locate
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 HELD_OUT_WORDS = {"test", "validation", "valid", "val", "dev", "eval", "heldout"}
 _BLOCK = 2**16  # characters of a JSON text read at a time, at least
-_LONGEST_LINE = 2**24  # characters; a JSON text is not looked at further to see whether it is one value per line
+_LONGEST_LINE = 2**20  # characters; a JSON text is not looked at further to see whether it is one value per line
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json"}  # of the data, not data
 
@@ -207,11 +207,17 @@ def _count(piece: Piece) -> int | None:
     """Rows of a piece, where that takes no reading to speak of."""
     if piece.known_rows is not None:
         return piece.known_rows
+    if len(piece.files) != 1:
+        return None
     (path,) = piece.files
     if path.suffix.lower() == ".parquet":
+        import pyarrow
         import pyarrow.parquet
 
-        return int(pyarrow.parquet.read_metadata(path).num_rows)
+        try:
+            return int(pyarrow.parquet.read_metadata(path).num_rows)
+        except pyarrow.ArrowException:  # whoever reads it will hear of it
+            return None
     if path.suffix.lower() == ".jsonl":
         with path.open("rb") as file:
             return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
@@ -225,7 +231,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             number = 0
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(batch_size=1000):
                 for columns in batch.to_pylist():
                     yield Row(path.name, number, columns)
                     number += 1
@@ -332,7 +338,7 @@ class _JsonStream:
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended:  # else a number may go on
+                if end + 2 < len(self.text) or self.ended:  # else a number may go on, as 1 does in 1e+5
                     self.at = end
                     return value
             except json.JSONDecodeError:

@@ -13,14 +13,14 @@ import random
 import sys
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_utils.formats import Format
-from qlora_utils.measures import DIGEST, Sums, Taken, digest_array, report_of, take
+from qlora_utils.measures import Sums, Taken, digest_array, report_of, take
 from qlora_utils.run_directory import HEADLESS, write_json
 from qlora_utils.sources import DataError, Row, Rows
 from qlora_utils.split import chosen, leaked
@@ -29,6 +29,7 @@ from qlora_utils.workers import MOST, cores, in_order
 
 FEW = 2000  # rows that are not worth other processes
 CHUNK = 256  # rows handed over at a time
+PATIENCE = 3  # seconds without a progress bar
 
 
 def prepare_into(
@@ -49,7 +50,7 @@ def prepare_into(
     """
     config, sums = form.config, Sums()
     parts = {part: _Part(folder / f"all-{part}") for part in ("train", "held_out")}
-    rejected, reasons = 0, []
+    rejected, reasons = 0, list[str]()
     with ExitStack() as files:
         lines = {part: files.enter_context(parts[part].path.open("wb")) for part in parts}
         left_out = files.enter_context((folder / "rejected.jsonl").open("wb"))
@@ -109,11 +110,13 @@ def _chunks(source: Mapping[str, Rows]) -> Iterator[_Chunk]:
 
 def _taken(source: Mapping[str, Rows], form: Format, processes: int | None) -> Iterator[tuple[_Chunk, Taken]]:
     """Each chunk and what became of it, in order."""
-    chunks, first = _chunks(source), []
+    chunks, first = _chunks(source), list[_Chunk]()
     if processes is None:
-        while sum(len(chunk.rows) for chunk in first) < FEW and (chunk := next(chunks, None)):
+        seen = 0
+        while seen < FEW and (chunk := next(chunks, None)):
             first.append(chunk)
-        processes = min(cores(), MOST) if sum(len(chunk.rows) for chunk in first) >= FEW else 1
+            seen += len(chunk.rows)
+        processes = min(cores(), MOST) if seen >= FEW else 1
     if processes == 1:
         for chunk in itertools.chain(first, chunks):
             yield chunk, take(chunk.rows, form)
@@ -139,7 +142,7 @@ def _progress(source: Mapping[str, Rows]) -> Any:
     total = sum(count for count in counts if count is not None) if None not in counts else None
     options: dict[str, Any] = {"mininterval": 2.0, "ncols": 100} if headless else {}
     bar = text_tqdm if headless else notebook_tqdm
-    return bar(total=total, desc="preparing rows", unit="row", delay=3, file=sys.stderr, leave=False, **options)
+    return bar(total=total, desc="preparing rows", unit="row", delay=PATIENCE, file=sys.stderr, leave=False, **options)
 
 
 # ---------------------------------------------------------------------------------------------------- rows out
@@ -166,14 +169,15 @@ class _Part:
         self.starts.extend(map(self.starts[-1].__add__, taken.ends))
         self.numbers.extend(taken.numbers)
         self.keys += taken.keys
-        self.first_keys.extend(itertools.islice(itertools.accumulate(taken.turns, initial=self.first_keys[-1]), 1, None))
+        ends = itertools.accumulate(taken.turns, initial=self.first_keys[-1])
+        self.first_keys.extend(itertools.islice(ends, 1, None))
 
     def in_place(self) -> Any:
         """The rows by the name of their file or split, then by number: an array of indices."""
         import numpy
 
         ranks = {name: rank for rank, name in enumerate(sorted(set(self.names)))}
-        of_rows = numpy.repeat([ranks[name] for name in self.names], self.members) if self.names else []
+        of_rows = numpy.repeat(numpy.array([ranks[name] for name in self.names], dtype=numpy.int64), self.members)
         return numpy.lexsort((numpy.frombuffer(self.numbers, dtype=numpy.int64), of_rows))
 
 

@@ -87,8 +87,7 @@ def bare(tokenizer: PreTrainedTokenizerBase) -> BareTokenizer | None:
 
     kind = type(tokenizer)
     plain = isinstance(tokenizer, PreTrainedTokenizerFast) and (
-        kind.__call__ is PreTrainedTokenizerBase.__call__
-        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus  # type: ignore[attr-defined]
+        kind.__call__ is PreTrainedTokenizerBase.__call__ and kind._encode_plus is PreTrainedTokenizerFast._encode_plus  # type: ignore[attr-defined]
     )
     if not plain:
         return None

@@ -17,6 +17,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 Chunk = TypeVar("Chunk")
@@ -130,10 +131,8 @@ class _Worker:
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
-            try:
+            with suppress(OSError):  # what was left to be written finds no reader
                 stream.close()
-            except OSError:  # what was left to be written finds no reader
-                pass
 
 
 def serve() -> None:
