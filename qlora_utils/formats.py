@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from qlora_utils.config import RunConfig
 from qlora_utils.instructions import (
@@ -24,11 +25,13 @@ from qlora_utils.instructions import (
 from qlora_utils.rows import CHAT_TEMPLATE, MARKS, Conversation, Turn, defused, prompt_text, turn_text
 from qlora_utils.run_directory import RunDirectory, write_text
 from qlora_utils.sources import DataError
+from qlora_utils.tokenization import BareTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that carries no loss, in torch and in transformers
+ROOM = 2**18  # characters of conversations encoded at a time: lists of ids are large while they last
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,74 @@ class Encoded:
     labels: list[int]
 
 
-def format_of(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Format:
+class Examples(Sequence[Encoded]):
+    """Examples kept as int32, 4 bytes for each token and each label; one that is asked for is made anew."""
+
+    def __init__(self, members: Iterable[Encoded] = ()) -> None:
+        """Take in members, one at a time."""
+        self._ids, self._labels = array("i"), array("i")
+        self._id_ends, self._label_ends = array("q", [0]), array("q", [0])
+        for one in members:
+            self._ids.extend(one.input_ids)
+            self._labels.extend(one.labels)
+            self._id_ends.append(len(self._ids))
+            self._label_ends.append(len(self._labels))
+
+    def __len__(self) -> int:
+        return len(self._id_ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        n = range(len(self))[index]  # a negative one counts from the end, one out of range is refused
+        return Encoded(
+            self._ids[self._id_ends[n] : self._id_ends[n + 1]].tolist(),
+            self._labels[self._label_ends[n] : self._label_ends[n + 1]].tolist(),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Examples):
+            return vars(self) == vars(other)
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # as of a list
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What conversations are in tokens, if nothing is cut.
+
+    `lengths`: of each example (tokens,) or, of an encoder-decoder, (read, written). `answered`: of each conversation
+    whether an answer begins within `max_seq_len` tokens, so that something carries loss. `answer_tokens`: of all
+    answers by themselves; `unknown` of these stand for what the tokenizer cannot spell. Both 0 where it can spell all.
+    """
+
+    lengths: list[tuple[int, ...]]
+    answered: list[bool]
+    answer_tokens: int
+    unknown: int
+
+
+def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    """Conversations in order, as many at a time as have room in memory when they are encoded."""
+    batch, held = [], 0
+    for conversation in conversations:
+        batch.append(conversation)
+        held += sum(len(turn.question) + len(turn.answer) for turn in conversation.turns) + 16
+        if held >= ROOM:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def format_of(tokenizer: PreTrainedTokenizerBase | BareTokenizer, config: RunConfig) -> Format:
     """The format of the run's base model."""
     kind = {"causal": ChatFormat, "encoder-decoder": InstructionFormat}[config.architecture]
     return kind(tokenizer, config)
@@ -53,12 +123,12 @@ def format_of(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Format:
 class Format(ABC):
     """How the run's model is given conversations."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # of transformers; a `BareTokenizer` does for all but `table`
     config: RunConfig
     unit = "example"  # what one example is called
 
     @abstractmethod
-    def examples(self, conversations: Sequence[Conversation], *, training: bool) -> list[Encoded]:
+    def examples(self, conversations: Iterable[Conversation], *, training: bool) -> Sequence[Encoded]:
         """What the model learns from, or is measured on.
 
         Args:
@@ -86,12 +156,8 @@ class Format(ABC):
         """The conversation with loss on its last answer alone, of which at least the first token counts."""
 
     @abstractmethod
-    def answered(self, conversations: Sequence[Conversation]) -> list[bool]:
-        """Of each conversation whether an answer begins within `max_seq_len` tokens, so that something carries loss."""
-
-    @abstractmethod
-    def lengths(self, conversations: Sequence[Conversation]) -> list[tuple[int, ...]]:
-        """Tokens of each example if nothing is cut; of an encoder-decoder (read, written)."""
+    def measured(self, conversations: Sequence[Conversation]) -> Measured:
+        """How long they are and what of them can be learned from, each text tokenized once."""
 
     @abstractmethod
     def marked(self, example: Encoded) -> list[tuple[int, str]]:
@@ -120,10 +186,14 @@ class ChatFormat(Format):
 
     unit = "conversation"
 
-    def examples(self, conversations: Sequence[Conversation], *, training: bool) -> list[Encoded]:
+    def examples(self, conversations: Iterable[Conversation], *, training: bool) -> Sequence[Encoded]:
         """As `encode`."""
-        response_only = self.config.response_only or not training
-        return encode(conversations, self.tokenizer, max_seq_len=self.config.max_seq_len, response_only=response_only)
+        limit, response_only = self.config.max_seq_len, self.config.response_only or not training
+        return Examples(
+            example
+            for batch in batches(conversations)
+            for example in encode(batch, self.tokenizer, max_seq_len=limit, response_only=response_only)
+        )
 
     def count(self, conversation: Conversation) -> int:
         """One."""
@@ -141,14 +211,15 @@ class ChatFormat(Format):
         ids = encode([conversation], self.tokenizer, max_seq_len=limit)[0].input_ids
         return Encoded(ids, [IGNORED] * begin + ids[begin:])
 
-    def answered(self, conversations: Sequence[Conversation]) -> list[bool]:
-        """A question may fill it all."""
-        encoded = self.examples(conversations, training=False)
-        return [any(label != IGNORED for label in example.labels) for example in encoded]
-
-    def lengths(self, conversations: Sequence[Conversation]) -> list[tuple[int, ...]]:
-        """(tokens,) of each conversation."""
-        return [(len(encoded.input_ids),) for encoded in encode(conversations, self.tokenizer)]
+    def measured(self, conversations: Sequence[Conversation]) -> Measured:
+        """A question may fill `max_seq_len`; then nothing is answered."""
+        encoded, limit = encode(conversations, self.tokenizer), self.config.max_seq_len
+        answers = [turn.answer for conversation in conversations for turn in conversation.turns]
+        return Measured(
+            [(len(example.input_ids),) for example in encoded],
+            [any(label != IGNORED for label in example.labels[:limit]) for example in encoded],
+            *unknown_tokens(answers, self.tokenizer),
+        )
 
     def marked(self, example: Encoded) -> list[tuple[int, str]]:
         """`·` for what carries no loss."""
@@ -166,7 +237,7 @@ class ChatFormat(Format):
 
 def encode(
     conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | BareTokenizer,
     *,
     max_seq_len: int | None = None,
     response_only: bool = True,
@@ -224,7 +295,7 @@ def encode_prompt(
     return earlier + _turn_ids(tokenizer, [prompt_text(question, system)])[0]
 
 
-def _turn_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def _turn_ids(tokenizer: PreTrainedTokenizerBase | BareTokenizer, texts: list[str]) -> list[list[int]]:
     """`<s>` and the ids of each text, which begins with `[INST]` and in which `<s>` or `</s>` are mere letters."""
     if not texts:
         return []
@@ -245,7 +316,7 @@ def _turn_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     return [after_bos + ids[len(opening) :] for ids in encoded]
 
 
-def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase | BareTokenizer) -> list[list[int]]:
     """Token ids of texts in which special tokens, spelled out, are mere letters."""
     if not texts:
         return []
@@ -256,11 +327,23 @@ def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     return [ids if special.isdisjoint(ids) else _as_letters(ids, special, tokenizer) for ids in encoded]
 
 
-def _as_letters(ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _as_letters(ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBase | BareTokenizer) -> list[int]:
     """The ids with each special one replaced by those of its letters."""
     spelled: dict[int, Any] = {token: list(str(tokenizer.convert_ids_to_tokens(token))) for token in special & {*ids}}
     letters: dict[int, Any] = {token: tokenizer.convert_tokens_to_ids(parts) for token, parts in spelled.items()}
     return [part for token in ids for part in letters.get(token, [token])]
+
+
+def unknown_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase | BareTokenizer) -> tuple[int, int]:
+    """Tokens of texts, and how many stand for what the tokenizer cannot spell: a model learns to write them.
+
+    Nobody can read those. Tokenizers that fall back on bytes, such as Llama's, spell everything, and then both are 0
+    where that is known beforehand; T5's knows no line break and no Chinese.
+    """
+    if tokenizer.unk_token_id is None or (isinstance(tokenizer, BareTokenizer) and tokenizer.spells_all):
+        return 0, 0
+    ids = _plain_ids(texts, tokenizer)
+    return sum(map(len, ids)), sum(one.count(tokenizer.unk_token_id) for one in ids)
 
 
 # ---------------------------------------------------------------------------------------------------- encoder-decoder
@@ -269,11 +352,14 @@ def _as_letters(ids: list[int], special: set[int], tokenizer: PreTrainedTokenize
 class InstructionFormat(Format):
     """An instruction to read, an answer to write: an example for each answer."""
 
-    def examples(self, conversations: Sequence[Conversation], *, training: bool) -> list[Encoded]:
-        """As `encode_answers`."""
-        seed = self.config.seed if training else None
-        return encode_answers(
-            conversations, self.tokenizer, self.instructions, max_seq_len=self.config.max_seq_len, seed=seed
+    def examples(self, conversations: Iterable[Conversation], *, training: bool) -> Sequence[Encoded]:
+        """As `encode_answers`, the instructions drawn with the run's seed."""
+        draw = random.Random(f"instructions {self.config.seed}") if training else None
+        known, limit = self.instructions, self.config.max_seq_len
+        return Examples(
+            example
+            for batch in batches(conversations)
+            for example in encode_answers(batch, self.tokenizer, known, max_seq_len=limit, draw=draw)
         )
 
     def record(self, run: RunDirectory) -> None:
@@ -298,14 +384,16 @@ class InstructionFormat(Format):
         """The last of its examples."""
         return self.examples([conversation], training=False)[-1]
 
-    def answered(self, conversations: Sequence[Conversation]) -> list[bool]:
-        """Always: every answer begins at the decoder's first token."""
-        return [True] * len(conversations)
-
-    def lengths(self, conversations: Sequence[Conversation]) -> list[tuple[int, ...]]:
-        """(read, written) for each answer."""
+    def measured(self, conversations: Sequence[Conversation]) -> Measured:
+        """Every answer begins at the decoder's first token."""
         encoded = encode_answers(conversations, self.tokenizer, self.instructions)
-        return [(len(example.input_ids), len(example.labels)) for example in encoded]
+        answers = [example.labels[:-1] for example in encoded]
+        unknown = self.tokenizer.unk_token_id
+        return Measured(
+            [(len(example.input_ids), len(example.labels)) for example in encoded],
+            [True] * len(conversations),
+            *(0, 0) if unknown is None else (sum(map(len, answers)), sum(ids.count(unknown) for ids in answers)),
+        )
 
     def marked(self, example: Encoded) -> list[tuple[int, str]]:
         """`read` for what the encoder is given."""
@@ -319,11 +407,11 @@ class InstructionFormat(Format):
 
 def encode_answers(
     conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | BareTokenizer,
     instructions: Instructions,
     *,
     max_seq_len: int | None = None,
-    seed: int | None = None,
+    draw: random.Random | None = None,
 ) -> list[Encoded]:
     """One example for each answer of each conversation: instruction and earlier turns to read, the answer to write.
 
@@ -333,9 +421,8 @@ def encode_answers(
         instructions: from `instructions_of`.
         max_seq_len: tokens. What the encoder reads is cut at its start, so that the question survives; an answer at its
             end, and it then has no `</s>`.
-        seed: of the instruction drawn for each answer (None: always the first).
+        draw: draws the instruction of each answer (None: always the first).
     """
-    draw = None if seed is None else random.Random(f"instructions {seed}")
     sources, answers = [], []
     for conversation in conversations:
         for index, turn in enumerate(conversation.turns):
@@ -348,7 +435,9 @@ def encode_answers(
     return [Encoded(source, answer) for source, answer in zip(read, written, strict=True)]
 
 
-def read_by_encoder(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_seq_len: int | None) -> list[list[int]]:
+def read_by_encoder(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase | BareTokenizer, max_seq_len: int | None
+) -> list[list[int]]:
     """Token ids of texts, each closed by `</s>` and at most `max_seq_len` long, cut at its start."""
     ids = _plain_ids(texts, tokenizer)
     kept = ids if max_seq_len is None else [one[max(0, len(one) - max_seq_len + 1) :] for one in ids]

@@ -121,6 +121,16 @@ class Conversation:
         return {name: value if isinstance(value, str) else value[turn] for name, value in self.tags.items()}
 
 
+def record_of(conversation: Conversation) -> dict[str, Any]:
+    """A conversation as a JSON value; `conversation_of` undoes it."""
+    return {**vars(conversation), "turns": [vars(turn) for turn in conversation.turns]}
+
+
+def conversation_of(record: Mapping[str, Any]) -> Conversation:
+    """A conversation from its JSON value."""
+    return Conversation(**{**record, "turns": tuple(Turn(**turn) for turn in record["turns"])})
+
+
 @dataclass(frozen=True)
 class Rejected:
     """A row that was left out, and why."""

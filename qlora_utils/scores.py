@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from qlora_utils.data import words
+from qlora_utils.measures import words
 
 SCORES = {"exact_match": "exact match", "names_fact": "names the fact", "f1": "token F1", "rouge_l": "ROUGE-L"}
 TITLES = {**SCORES, "perplexity": "perplexity"}

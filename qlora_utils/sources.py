@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from qlora_utils.config import first_line, is_path, locate
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 HELD_OUT_WORDS = {"test", "validation", "valid", "val", "dev", "eval", "heldout"}
+_BLOCK = 2**16  # characters of a JSON text read at a time, at least
+_LONGEST_LINE = 2**20  # characters; a JSON text is not looked at further to see whether it is one value per line
+_SPACE = re.compile(r"[ \t\n\r]*")
 _DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json"}  # of the data, not data
 
 
@@ -31,8 +35,57 @@ class Row:
     fault: str | None = None
 
 
-def read_source(source: str) -> dict[str, Iterable[Row]]:
-    """Open a dataset by hub id or local path.
+@dataclass(frozen=True)
+class Piece:
+    """A file or a split: its rows, read anew by each `for`, a few at a time."""
+
+    name: str
+    read: Callable[[], Iterator[Row]]
+    files: tuple[Path, ...] = ()  # that its rows lie in
+    fingerprint: str | None = None  # of its content, where that is known without reading it
+    known_rows: int | None = None  # None: not known without reading it
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.read()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a part, piece by piece. They are read while they are looped over, and again by each loop."""
+
+    pieces: tuple[Piece, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        for piece in self.pieces:
+            yield from piece
+
+    @property
+    def count(self) -> int | None:
+        """How many rows, or lines that may hold one; None where only reading them tells."""
+        counts = [_count(piece) for piece in self.pieces]
+        return sum(count for count in counts if count is not None) if None not in counts else None
+
+    def digest(self) -> str | None:
+        """What tells this content from any other: of the bytes of files, of names and order, of the hub's fingerprints.
+
+        None where a piece is neither in files nor has a fingerprint.
+        """
+        made = hashlib.sha256()
+        for piece in self.pieces:
+            if not piece.files and piece.fingerprint is None:
+                return None
+            made.update(f"{piece.name}\n{piece.fingerprint}\n{len(piece.files)}\n".encode())
+            for path in piece.files:
+                try:
+                    with path.open("rb") as file:
+                        made.update(f"{path.name}\n".encode() + hashlib.file_digest(file, "sha256").digest())
+                except OSError as error:
+                    raise DataError(f"dataset: {path} could not be read ({first_line(error)}).") from error
+        return made.hexdigest()
+
+
+def read_source(source: str) -> dict[str, Rows]:
+    """Open a dataset by hub id or local path. Rows are read when they are looped over.
 
     Args:
         source: a local .parquet, .jsonl, .json or .csv file, a folder of such files, a dataset saved by `datasets`,
@@ -43,7 +96,7 @@ def read_source(source: str) -> dict[str, Iterable[Row]]:
         `{"train": rows}` and, if the source brings one, `{"held_out": rows}`.
 
     Raises:
-        DataError: nothing there, an unknown file type, or a file that cannot be read.
+        DataError: nothing there, an unknown file type; and, while rows are read, a file that cannot be.
     """
     path = Path(locate(source)).expanduser()
     if not path.exists():
@@ -51,18 +104,18 @@ def read_source(source: str) -> dict[str, Iterable[Row]]:
             raise DataError(
                 f"dataset: {path} does not exist. Expected a local file or folder, or a hub id like owner/name."
             )
-        return _by_part(_read_hub(source))
+        return _by_part([_split(name, rows) for name, rows in _read_hub(source).items()])
     if path.is_file():
-        return {"train": _read_file(path)}
+        return {"train": Rows((_file(path),))}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _by_part(_read_saved(path))
+        several = (path / "dataset_dict.json").is_file()
+        return _by_part(
+            [_split(name, rows, path / name if several else path) for name, rows in _read_saved(path).items()]
+        )
     files = _files_of(path) or _files_of(path / "data")
     if not files:
         raise DataError(f"dataset: {path} holds no {', '.join(SUFFIXES)} file and no saved dataset.")
-    parts: dict[str, list[Iterable[Row]]] = {}
-    for file in files:
-        parts.setdefault(part_of(file.stem), []).append(_read_file(file))
-    return {part: [row for rows in members for row in rows] for part, members in parts.items()}
+    return _by_part([_file(file) for file in files])
 
 
 def part_of(name: str) -> str:
@@ -77,12 +130,27 @@ def _files_of(folder: Path) -> list[Path]:
     return sorted(f for f in folder.glob("*") if f.suffix.lower() in SUFFIXES and f.name not in _DESCRIPTIONS)
 
 
-def _by_part(splits: Mapping[str, Iterable[Any]]) -> dict[str, Iterable[Row]]:
-    """Rows of a `datasets` dataset, its splits told apart by name."""
-    parts: dict[str, list[Row]] = {}
-    for split, rows in splits.items():
-        parts.setdefault(part_of(split), []).extend(Row(split, number, columns) for number, columns in enumerate(rows))
-    return dict(parts)
+def _by_part(pieces: Iterable[Piece]) -> dict[str, Rows]:
+    """Files or splits told apart by name."""
+    parts: dict[str, tuple[Piece, ...]] = {}
+    for piece in pieces:
+        part = part_of(piece.name)
+        parts[part] = (*parts.get(part, ()), piece)
+    return {part: Rows(members) for part, members in parts.items()}
+
+
+def _split(name: str, rows: Any, folder: Path | None = None) -> Piece:
+    """A split of a `datasets` dataset, and the folder that it was saved in."""
+
+    def read() -> Iterator[Row]:
+        number = 0
+        for batch in rows.iter(1000):  # row by row takes ten times as long
+            for values in zip(*batch.values(), strict=True):
+                yield Row(name, number, dict(zip(batch, values, strict=True)))
+                number += 1
+
+    files = tuple(sorted(path for path in folder.rglob("*") if path.is_file())) if folder else ()
+    return Piece(name, read, files, None if folder else getattr(rows, "_fingerprint", None), len(rows))
 
 
 def _read_hub(source: str) -> Mapping[str, Iterable[Any]]:
@@ -107,27 +175,53 @@ def _read_saved(path: Path) -> Mapping[str, Iterable[Any]]:
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 
-def _read_file(path: Path) -> Iterable[Row]:
+def _file(path: Path) -> Piece:
     readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}
     kind = path.suffix.lower()
     if kind not in readers:
         raise DataError(f"dataset: {path} has type {kind or 'none'}; expected one of {', '.join(SUFFIXES)}.")
-    try:
-        return list(readers[kind](path))
-    except UnicodeDecodeError as error:
-        line = _first_bad_line(path)
-        raise DataError(f"dataset: {path} is not UTF-8 text (line {line}). Save it as UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"dataset: {path} could not be read ({first_line(error)}).") from error
+
+    def read() -> Iterator[Row]:
+        try:
+            yield from readers[kind](path)
+        except UnicodeDecodeError as error:
+            line = _first_bad_line(path)
+            raise DataError(f"dataset: {path} is not UTF-8 text (line {line}). Save it as UTF-8.") from error
+        except OSError as error:
+            raise DataError(f"dataset: {path} could not be read ({first_line(error)}).") from error
+
+    return Piece(path.stem, read, (path,))
 
 
 def _first_bad_line(path: Path) -> int:
-    content = path.read_bytes()
-    try:
-        content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return content.count(b"\n", 0, error.start) + 1
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
     return 0
+
+
+def _count(piece: Piece) -> int | None:
+    """Rows of a piece, where that takes no reading to speak of."""
+    if piece.known_rows is not None:
+        return piece.known_rows
+    if len(piece.files) != 1:
+        return None
+    (path,) = piece.files
+    if path.suffix.lower() == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return int(pyarrow.parquet.read_metadata(path).num_rows)
+        except pyarrow.ArrowException:  # whoever reads it will hear of it
+            return None
+    if path.suffix.lower() == ".jsonl":
+        with path.open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+    return None
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -137,7 +231,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             number = 0
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(batch_size=1000):
                 for columns in batch.to_pylist():
                     yield Row(path.name, number, columns)
                     number += 1
@@ -153,26 +247,134 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
                 yield _row(path, number, json.loads(line))
             except json.JSONDecodeError as error:
                 yield Row(path.name, number, None, f"not valid JSON: {error.msg} at character {error.pos}")
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+                yield Row(path.name, number, None, f"not valid JSON: {first_line(error)}")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one value per line, under the wrong name
+    """Rows of a JSON file: a list, or an object with one list in it, `{"data": [...]}` and the like."""
+    with path.open(encoding="utf-8-sig") as file:
+        if _is_json_lines(file):  # one value per line, under the wrong name
             yield from _read_json_lines(path)
             return
-        raise DataError(f"dataset: {path} is not valid JSON: {error.msg}, line {error.lineno}.") from error
-    if isinstance(value, dict):  # {"data": [...]} and the like: the one list in it
-        lists = [member for member in value.values() if isinstance(member, list)]
-        if len(lists) > 1:
-            names = ", ".join(name for name, member in value.items() if isinstance(member, list))
-            raise DataError(f"dataset: {path} holds several lists ({names}); expected one. Write a file for each.")
-        value = lists[0] if lists else value
-    if not isinstance(value, list):
+        file.seek(0)
+        stream = _JsonStream(file)
+        try:
+            if stream.next_mark() == "{":
+                rows = _of_the_one_list(path, stream)
+            elif stream.next_mark() == "[":
+                rows = stream.members()
+            else:
+                stream.value()
+                raise DataError(f"dataset: {path} holds no list of rows; expected [{{...}}, {{...}}].")
+            for number, columns in enumerate(rows):
+                yield _row(path, number, columns)
+            if stream.next_mark():
+                stream.fail("Extra data")
+        except json.JSONDecodeError as error:
+            line = error.lineno + stream.lines_before
+            raise DataError(f"dataset: {path} is not valid JSON: {error.msg}, line {line}.") from error
+
+
+def _is_json_lines(file: TextIO) -> bool:
+    """Whether the first line that is not blank is a whole value, and not the only one."""
+    first = next((line for line in iter(lambda: file.readline(_LONGEST_LINE), "") if line.strip()), "")
+    try:
+        json.loads(first)
+    except json.JSONDecodeError:
+        return False
+    return any(block.strip() for block in iter(lambda: file.read(_BLOCK), ""))
+
+
+def _of_the_one_list(path: Path, stream: _JsonStream) -> Iterator[Any]:
+    """Members of the only list among the values of an object."""
+    lists = []
+    for name in stream.names():
+        if stream.next_mark() != "[":
+            stream.value()
+            continue
+        lists.append(name)
+        for member in stream.members():
+            if len(lists) == 1:
+                yield member
+    if len(lists) > 1:
+        raise DataError(
+            f"dataset: {path} holds several lists ({', '.join(lists)}); expected one. Write a file for each."
+        )
+    if not lists:
         raise DataError(f"dataset: {path} holds no list of rows; expected [{{...}}, {{...}}].")
-    for number, columns in enumerate(value):
-        yield _row(path, number, columns)
+
+
+class _JsonStream:
+    """A JSON text read value by value, of which no more is held than one value and a block."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.text, self.at, self.ended, self.lines_before = file, "", 0, False, 0
+
+    def _more(self) -> bool:
+        self.lines_before += self.text.count("\n", 0, self.at)
+        block = self.file.read(max(_BLOCK, len(self.text)))
+        self.text, self.at, self.ended = self.text[self.at :] + block, 0, not block
+        return not self.ended
+
+    def next_mark(self) -> str:
+        """The next character that is not white space, which stays; nothing at the end."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text) or not self._more():
+                return self.text[self.at : self.at + 1]
+
+    def take(self, marks: str) -> str:
+        """One of these characters, which is passed over."""
+        mark = self.next_mark()
+        if not mark or mark not in marks:
+            self.fail(f"Expecting one of {' '.join(marks)}")
+        self.at += 1
+        return mark
+
+    def value(self) -> Any:
+        """The value that begins here, whole."""
+        self.next_mark()
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+                if end + 2 < len(self.text) or self.ended:  # else a number may go on, as 1 does in 1e+5
+                    self.at = end
+                    return value
+            except json.JSONDecodeError:
+                if self.ended:
+                    raise
+            self._more()
+
+    def members(self) -> Iterator[Any]:
+        """The values of the list that begins here."""
+        self.take("[")
+        if self.next_mark() == "]":
+            self.take("]")
+            return
+        while True:
+            yield self.value()
+            if self.take(",]") == "]":
+                return
+
+    def names(self) -> Iterator[str]:
+        """The names in the object that begins here; whoever takes one also takes its value."""
+        self.take("{")
+        if self.next_mark() == "}":
+            self.take("}")
+            return
+        while True:
+            if self.next_mark() != '"':
+                self.fail("Expecting property name enclosed in double quotes")
+            name = self.value()
+            self.take(":")
+            yield name
+            if self.take(",}") == "}":
+                return
+
+    def fail(self, message: str) -> NoReturn:
+        """Raise what json raises where it stands."""
+        raise json.JSONDecodeError(message, self.text, self.at)
 
 
 def _read_csv(path: Path) -> Iterator[Row]:

@@ -1,21 +1,27 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import pytest
-from conftest import SHARED
+from conftest import BOTH, SHARED
 
-from qlora_utils import data
+from qlora_utils import data, streaming
 from qlora_utils.config import ModelError, RunConfig, locate
-from qlora_utils.rows import Conversation, Turn
-from qlora_utils.sources import DataError, Row
-
-TWO = Conversation((Turn("What is two?", "Two is 2."), Turn("And three?", "Three is 3.")))
-
-
-def row(**columns):
-    return Row("test", 0, columns)
+from qlora_utils.formats import format_of
+from qlora_utils.measures import data_report
+from qlora_utils.rows import UnusableRowError, parse_rows, usable
+from qlora_utils.sources import DataError, read_source
+from qlora_utils.split import leakage, split_held_out
 
 
 def test_what_cannot_reach_an_answer_is_left_out(tmp_path, tokenizer):
@@ -64,25 +70,6 @@ def test_a_source_that_cannot_be_used_says_why(tmp_path, tokenizer, name, conten
         data.prepare(RunConfig.from_preset("pocket", dataset=str(path)), tokenizer)
 
 
-def test_split_keeps_repeated_questions_on_one_side():
-    conversations = [Conversation((Turn(f"Question {i % 20}?", f"Answer {i}."),), number=i) for i in range(60)]
-    train, held_out = data.split_held_out(conversations, 10, seed=3)
-    assert not data.leakage(train, held_out)
-    assert sorted(c.number for c in train + held_out) == list(range(60))
-    assert 1 <= len(held_out) <= 12
-    assert data.split_held_out(conversations, 10, seed=3)[1] == held_out
-    assert data.split_held_out(conversations, 10, seed=4)[1] != held_out
-
-
-def test_split_holds_out_few_even_where_most_rows_ask_the_same():
-    conversations = [Conversation((Turn("Continue", f"{i}"),), number=i) for i in range(90)]
-    conversations += [Conversation((Turn(f"Other {i}", "a"),), number=90 + i) for i in range(3)]
-    for seed in range(10):
-        train, held_out = data.split_held_out(conversations, 10, seed)
-        assert len(train) + len(held_out) == 93
-        assert 1 <= len(held_out) <= 18
-
-
 @pytest.mark.parametrize("test_rows", ["question\nq0\n", "question,answer\nq0,\n"])
 def test_a_test_split_without_answers_gives_way_to_a_random_one(tmp_path, tokenizer, test_rows):
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(pair) for pair in PAIRS))
@@ -97,16 +84,6 @@ def test_rows_that_all_ask_the_same_cannot_be_split(tmp_path, tokenizer):
     path.write_text("\n".join(json.dumps({**pair, "question": "Same?"}) for pair in PAIRS))
     with pytest.raises(DataError, match="open with the same question"):
         data.prepare(RunConfig.from_preset("pocket", dataset=str(path)), tokenizer)
-
-
-def test_leakage_from_a_later_turn_is_found():
-    asked = Conversation((Turn("And three?", "Three is 3."),))
-    assert data.leakage([TWO], [asked]) == [asked]
-
-
-def test_words_keep_the_marks_of_their_script():
-    assert data.words("हिन्दी, กิน!") == ["हिन्दी", "กิน"]
-    assert data.normalise("กิน") != data.normalise("กัน")
 
 
 @pytest.mark.parametrize("missing", ["bos_token", "eos_token"])
@@ -125,45 +102,22 @@ def test_a_tokenizer_out_of_reach_says_what_to_do(source, advice):
         data.load_tokenizer(RunConfig.from_preset("pocket", model=source))
 
 
-def test_leakage_and_duplicates_are_found(config, tokenizer):
-    one = Conversation((Turn("What is IT?", "It is."),))
-    same = Conversation((Turn("what is  it", "it is"),))
-    assert data.leakage([one], [same]) == [same]
-    report = data.data_report([one, one, same], tokenizer, config)
-    assert (report["exact_duplicates"], report["normalised_duplicates"]) == (1, 2)
-
-
-def test_padding_share_of_known_lengths():
-    assert data.padding_share([10, 10, 10, 10], 2) == 0
-    assert data.padding_share([10, 30], 2) == pytest.approx(20 / 60, abs=1e-4)
-
-
-def test_what_a_tokenizer_cannot_spell_is_counted(tokenizer):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    few = Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1, "no": 2}, unk_token="<unk>"))
-    few.pre_tokenizer = pre_tokenizers.Whitespace()
-    assert (
-        data.unknown_share(["yes no", "yes 好"], PreTrainedTokenizerFast(tokenizer_object=few, unk_token="<unk>"))
-        == 0.25
-    )
-    assert data.unknown_share(["yes 好"], tokenizer) == 0  # falls back on bytes
-    assert data.unknown_share([], tokenizer) == 0
-
-
-def test_scripts():
-    assert data.script("Hello") == "Latin"
-    assert data.script("Привет, world") == "Cyrillic"
-    assert data.script("world, да") == "Latin"
-    assert data.script("Привет") == "Cyrillic"
-    assert data.script("12 + 3") == "None"
-
-
 def test_prepared_survives_the_run_directory(config, tokenizer, run):
     prepared = data.prepare(config, tokenizer)
     prepared.save(run)
     assert data.Prepared.load(run) == prepared
+    listed = data.Prepared(prepared.train[:], prepared.held_out[:], prepared.rejected[:], prepared.report)
+    assert listed == prepared
+    written = {path.name: path.read_bytes() for path in run.data.iterdir()}
+    listed.save(run)
+    assert {path.name: path.read_bytes() for path in run.data.iterdir()} == written
+
+
+def test_what_is_written_into_a_run_does_not_reach_what_is_kept(config, tokenizer, run):
+    data.prepare(config, tokenizer).save(run)
+    with (run.data / "train.jsonl").open("a") as file:
+        file.write("more\n")
+    assert len(data.prepare(config, tokenizer).train) == config.train_rows
 
 
 def test_rows_prepared_before_turns_had_a_system_text_are_read(run):
@@ -184,6 +138,12 @@ def test_the_rows_of_a_trained_run_are_not_replaced_by_others(config, tokenizer,
     with pytest.raises(DataError, match="another run_name"):
         other.save(run)
     assert data.Prepared.load(run) == prepared
+    run.adapter.rmdir()
+    other.save(run)
+    assert data.Prepared.load(run) == other
+    (run.checkpoints / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"the checkpoints in .* trained on other rows"):
+        prepared.save(run)
 
 
 def test_train_rows_takes_that_many(config, tokenizer):
@@ -198,6 +158,213 @@ def test_embedded_questions_are_split_by_entity(tokenizer):
     assert not trained & held_out
     assert prepared.report["leakage"] == 0
     assert not prepared.rejected
+
+
+# ------------------------------------------------------------------------------------------------ many rows
+
+
+def write_rows(path, count, *, bad=True):
+    """Rows of several shapes, some of them unusable, repeated or in other words, under a name of their own each."""
+    draw = random.Random(0)
+    names = ["river", "stone", "planet", "moon", "harbour", "letter", "winter", "copper", "violin", "theory", "engine"]
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            question = f"What of the {draw.choice(names)} and the {draw.choice(names)}, number {number}?"
+            row = {"question": question, "answer": f"It is the {draw.choice(names)} {number % 97}.", "kind": "k"}
+            if bad and number % 50 == 7:
+                row = [{"question": "?", "answer": None}, {"prompt": 3}, {"question": " ", "answer": "a"}][number % 3]
+            elif bad and number % 50 == 11:
+                row = {"question": "What of the same?", "answer": f"{number % 3}"}
+            elif bad and number % 50 == 13:
+                turns = [("user", question), ("assistant", "Да."), ("user", " "), ("assistant", "好")][: 2 + number % 3]
+                row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+            elif bad and number % 50 == 17:
+                row = {"question": question * 40, "answer": "never seen"}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def many(config, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 3000)
+    return RunConfig.build({**config.model_dump(), "dataset": str(tmp_path / "rows.jsonl"), "train_rows": None,
+                            "max_seq_len": 128})  # fmt: skip
+
+
+@BOTH
+def test_rows_come_out_of_several_processes_as_of_one(tmp_path, many, tokenizer):
+    made = []
+    for processes in (1, 2, None):
+        shutil.rmtree(tmp_path / ".prepared", ignore_errors=True)
+        prepared = data.prepare(many, tokenizer, processes=processes)
+        made.append(files_of(prepared.train.path.parent))
+    assert made[0] == made[1] == made[2]
+    assert {"train.jsonl", "held_out.jsonl", "rejected.jsonl", "report.json"} == {*made[0]}
+    for rows in (prepared.train, prepared.held_out, prepared.rejected):
+        numbers = [row.number for row in rows]
+        assert numbers == sorted(numbers)
+    assert sorted(row.number for rows in (prepared.train, prepared.held_out, prepared.rejected) for row in rows) == [
+        *range(3000)
+    ]
+
+
+@BOTH
+def test_rows_that_stream_are_those_that_are_read_one_by_one(many, tokenizer):
+    prepared = data.prepare(many, tokenizer)
+    read, _ = parse_rows(read_source(many.dataset)["train"])
+    form = format_of(tokenizer, many)
+    kept = []
+    for conversation in read:
+        with suppress(UnusableRowError):
+            kept.append(usable(conversation))
+    kept = [row for row, answered in zip(kept, form.measured(kept).answered, strict=True) if answered]
+    train, held_out = split_held_out(kept, many.held_out_rows, many.seed)
+    assert (prepared.train, prepared.held_out) == (train, held_out)
+    assert prepared.report["leakage"] == len(leakage(train, held_out)) == 0
+    report = data_report(read, form)
+    assert {name: prepared.report[name] for name in report} == report
+    few = data.prepare(RunConfig.build({**many.model_dump(), "train_rows": 100}), tokenizer)
+    assert len(few.train) == 100
+    assert {row.number for row in few.train} < {row.number for row in train}
+    assert few.held_out == held_out
+
+
+def test_what_was_prepared_before_is_taken_as_long_as_nothing_changed(many, tokenizer, monkeypatch, capsys):
+    first = data.prepare(many, tokenizer)
+    monkeypatch.setattr(data, "prepare_into", None)
+    again = data.prepare(many, tokenizer)
+    assert again == first
+    assert again.train.path == first.train.path
+    assert (
+        data.prepare(RunConfig.build({**many.model_dump(), "learning_rate": 0.5, "run_name": "o"}), tokenizer) == first
+    )
+    assert not capsys.readouterr().err
+    changes = [{"seed": 1}, {"max_seq_len": 64}, {"held_out_rows": 5}, {"train_rows": 9}, {"batch_size": 3}]
+    for change in changes:
+        with pytest.raises(TypeError):
+            data.prepare(RunConfig.build({**many.model_dump(), **change}), tokenizer)
+    path = Path(many.dataset)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"number 5?") + 7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(TypeError):
+        data.prepare(many, tokenizer)
+    monkeypatch.undo()
+    other = data.prepare(many, tokenizer)
+    assert other != first
+    content[content.index(b"number 4?") + 7] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setattr(data, "_DECIDING", {"data"})  # as if the code had changed
+    assert data.prepare(many, tokenizer).train.path != first.train.path
+
+
+@pytest.mark.parametrize("preset", ["pocket-t5"], indirect=True, scope="session")
+def test_what_was_prepared_with_another_tokenizer_or_instruction_is_not_taken(many, tokenizer):
+    first = data.prepare(many, tokenizer)
+    own = data.prepare(RunConfig.build({**many.model_dump(), "instruction": "Say at once: {question}"}), tokenizer)
+    assert own.report["tokens"] != first.report["tokens"]
+    other = data.load_tokenizer(many)
+    other.add_tokens(["harbour"])
+    assert data.prepare(many, other).train.path.parent not in (first.train.path.parent, own.train.path.parent)
+
+
+def test_a_preparation_that_is_killed_leaves_nothing_that_is_used(tmp_path, many, tokenizer):
+    write_rows(tmp_path / "rows.jsonl", 60_000)
+    code = (
+        "import sys; from qlora_utils import data; from qlora_utils.config import RunConfig\n"
+        "config = RunConfig.model_validate_json(sys.argv[1]); data.prepare(config, data.load_tokenizer(config))"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, many.model_dump_json()])
+    shelf = tmp_path / ".prepared"
+    while not (other.poll() is not None or any(path.stat().st_size for path in shelf.glob("*/all-train"))):
+        time.sleep(0.01)
+    other.kill()
+    assert other.wait() == -9
+    (half,) = shelf.iterdir()
+    assert half.name.startswith(".")
+    write_rows(tmp_path / "rows.jsonl", 300)
+    data.prepare(many, tokenizer)
+    assert [path.name.startswith(".") for path in shelf.iterdir()] == [False]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(many, tokenizer, monkeypatch):
+    def meanwhile(*given):
+        streaming.prepare_into(*given)
+        with Path(many.dataset).open("a") as file:
+            file.write('{"question": "late", "answer": "a"}\n')
+
+    monkeypatch.setattr(data, "prepare_into", meanwhile)
+    with pytest.raises(DataError, match="changed while it was read"):
+        data.prepare(many, tokenizer)
+    assert not any(Path(many.output_dir, ".prepared").iterdir())
+
+
+def test_a_tokenizer_with_code_of_its_own_is_used_as_it_is(many, tokenizer):
+    class Own(type(tokenizer)):
+        def __call__(self, text, **options):
+            return super().__call__(text, **options)
+
+    own = Own(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    assert data.prepare(many, own) == data.prepare(many, tokenizer)
+    assert len(list(Path(many.output_dir, ".prepared").iterdir())) == 1
+
+
+def seconds(config, tokenizer, count):
+    """How long preparing so many rows takes, by the clock and in processor time of this process and its workers."""
+    write_rows(Path(config.dataset), count)
+    clock, before = time.perf_counter(), os.times()
+    prepared = data.prepare(config, tokenizer)
+    after = os.times()
+    took = time.perf_counter() - clock, sum(after[:4]) - sum(before[:4])
+    assert len(prepared.train) + len(prepared.held_out) + len(prepared.rejected) == count
+    return took
+
+
+def test_ten_times_the_rows_take_at_most_eleven_times_as_long(many, tokenizer):
+    for attempt in range(3):  # a machine may be busy for a moment
+        few = [seconds(many, tokenizer, 10_000 + 3 * attempt + more) for more in range(3)]
+        most = seconds(many, tokenizer, 100_000 + attempt)
+        if any(whole <= 11 * min(parts) for whole, parts in zip(most, zip(*few, strict=True), strict=True)):
+            return
+    pytest.fail(f"10,000 rows: {few}, 100,000: {most} seconds")
+
+
+@pytest.mark.slow
+def test_a_million_rows_take_little_memory_and_the_second_time_none(many, tokenizer):
+    write_rows(Path(many.dataset), 1_000_000)
+    peak, done = 0, threading.Event()
+    me = psutil.Process()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.2):
+            held = 0
+            for process in (me, *me.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    held += process.memory_info().rss
+            peak = max(peak, held)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        began = time.perf_counter()
+        prepared = data.prepare(many, tokenizer)
+        took = time.perf_counter() - began
+    finally:
+        done.set()
+        watcher.join()
+    assert prepared.report["train"] + prepared.report["held_out"] + prepared.report["rejected"] == 1_000_000
+    assert peak < 1.5 * 2**30
+    began = time.perf_counter()
+    again = data.prepare(many, tokenizer)
+    assert again.train[-1] == prepared.train[-1]
+    second = time.perf_counter() - began
+    assert second < max(3, took / 10)
+    print(f"{took:.1f} s, {1_000_000 / took:,.0f} rows/s, {peak / 2**20:,.0f} MiB at most, again {second:.2f} s")
 
 
 # ------------------------------------------------------------------------------------------------ the real rows

@@ -14,6 +14,7 @@ from qlora_utils.instructions import known_instructions, read_instructions
 from qlora_utils.packs import Collator, PairCollator, StepCollator
 from qlora_utils.rows import MARKS, Conversation, Turn, parse, prompt_text, render
 from qlora_utils.sources import Row
+from qlora_utils.tokenization import bare
 
 CONFIG = RunConfig.from_preset("pocket-t5")
 T5 = pytest.mark.parametrize("preset", ["pocket-t5"], indirect=True, scope="session")
@@ -43,7 +44,9 @@ def test_the_prompt_is_how_an_example_begins(config, tokenizer):  # trap 4
 @BOTH
 def test_lengths_are_those_of_examples_that_are_not_cut(config, tokenizer):
     form = format_of(tokenizer, config)
-    for size, example in zip(form.lengths([TWO, THREE]), form.examples([TWO, THREE], training=False), strict=True):
+    measured = form.measured([TWO, THREE])
+    assert measured.answered == [True, True]
+    for size, example in zip(measured.lengths, form.examples([TWO, THREE], training=False), strict=True):
         assert size == (len(example.input_ids), len(example.labels))[: len(size)]
         assert sum(mark == "answer" for _, mark in form.marked(example)) == sum(x != IGNORED for x in example.labels)
 
@@ -176,6 +179,7 @@ def test_a_vocabulary_that_finds_its_special_tokens_among_letters_is_told_better
         assert ids.index(tokenizer.eos_token_id) == len(ids) - 1
         assert not ({*tokenizer.all_special_ids} - {tokenizer.eos_token_id, tokenizer.unk_token_id}) & {*ids}
         assert tokenizer.decode(ids[:-1]) == text
+        assert formats.read_by_encoder([text], bare(tokenizer), None) == [ids]
 
 
 def test_a_tokenizer_that_drops_the_joiner_is_refused(tokenizer, monkeypatch):
@@ -203,6 +207,35 @@ def test_an_encoder_reads_what_the_system_is_told_before_its_turn(tokenizer):
     assert tokenizer.decode(first.input_ids) == "Be brief. Answer the question: What is two?</s>"
     assert tokenizer.decode(second.input_ids).startswith("Be brief. ")
     assert format_of(tokenizer, CONFIG).prompt([], "What is two?", "Be brief.") == first.input_ids
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False])
+def test_examples_are_a_list_of_what_each_batch_makes(config, tokenizer, prepared, monkeypatch, training):
+    whole = format_of(tokenizer, config).examples(prepared.train, training=training)
+    listed = list(whole)
+    monkeypatch.setattr(formats, "ROOM", 100)  # a batch for each conversation or two; T5's instructions go on
+    assert format_of(tokenizer, config).examples(prepared.train, training=training) == whole == listed
+    assert len(whole) == len(listed)
+    assert whole[2:9:3] == listed[2:9:3]
+    assert (whole[-1], whole[0]) == (listed[-1], listed[0])
+    assert {type(token) for token in (*whole[0].input_ids, *whole[0].labels)} == {int}
+    assert whole != listed[1:]
+    with pytest.raises(IndexError):
+        whole[len(listed)]
+
+
+def test_examples_take_little_memory():
+    import tracemalloc
+
+    one = formats.Encoded(list(range(1000, 1500)), [IGNORED] * 500)
+    tracemalloc.start()
+    held = formats.Examples(one for _ in range(2000))
+    size, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(held) == 2000
+    assert size < 9 * 1000 * 2000  # of 8 bytes for each id with its label
+    assert peak < 16 * 1000 * 2000
 
 
 # ------------------------------------------------------------------------------------------------ causal
@@ -264,6 +297,20 @@ def test_without_response_only_all_but_bos_carries_loss(tokenizer):
     encoded = formats.encode([TWO], tokenizer, response_only=False)[0]
     ignored = [i for i, label in zip(encoded.input_ids, encoded.labels, strict=True) if label == IGNORED]
     assert ignored == [tokenizer.bos_token_id] * 2
+
+
+def test_what_a_tokenizer_cannot_spell_is_counted(tokenizer):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    few = Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1, "no": 2}, unk_token="<unk>"))
+    few.pre_tokenizer = pre_tokenizers.Whitespace()
+    whole = PreTrainedTokenizerFast(tokenizer_object=few, unk_token="<unk>")
+    for one in (whole, bare(whole)):
+        assert formats.unknown_tokens(["yes no", "yes 好"], one) == (4, 1)
+        assert formats.unknown_tokens([], one) == (0, 0)
+    assert formats.unknown_tokens(["yes 好"], tokenizer)[1] == 0  # falls back on bytes
+    assert formats.unknown_tokens(["yes 好"], bare(tokenizer)) == (0, 0)
 
 
 def test_chat_template_and_render_agree(tokenizer):

@@ -8,7 +8,8 @@ from conftest import MARKUP
 
 from qlora_utils import compare, report
 from qlora_utils.config import RunConfig
-from qlora_utils.data import data_report
+from qlora_utils.formats import format_of
+from qlora_utils.measures import data_report
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
 
 SCORES = {"exact_match": 0.5, "f1": 0.5, "rouge_l": 0.5, "perplexity": 3.0, "stopped": 1.0,
@@ -29,7 +30,7 @@ def finished(folder, tokenizer, text):
     write_jsonl(run.history, [{"step": 0, "eval_loss": 3.0}, {"step": 2, "eval_loss": 1.5}])
     line = {"split": text, "text": text, "expected": text, "base": {"answer": text}, "tuned": {"answer": text}}
     write_jsonl(run.answers, [{**line, "history": [{"question": f"before {text}", "answer": text}]}])
-    write_json(run.data / "report.json", data_report([], tokenizer, RunConfig.from_preset("pocket")))
+    write_json(run.data / "report.json", data_report([], format_of(tokenizer, RunConfig.from_preset("pocket"))))
     return run
 
 

@@ -34,7 +34,7 @@ def test_both_jobs_call_what_the_readme_tells_a_person():
     assert commands("gpu") == ["make gpu-check"]
     readme = (ROOT / "README.md").read_text()
     called = re.findall(r"^make [a-z-]+", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
-    assert called == ["make lint", "make test"]
+    assert called == ["make lint", "make test", "make test-slow"]
     for command in [*called, *commands("gpu")]:
         assert command in readme
         target = command.removeprefix("make ")
