@@ -19,7 +19,7 @@ from qlora_utils import data, streaming
 from qlora_utils.config import ModelError, RunConfig, locate
 from qlora_utils.formats import format_of
 from qlora_utils.measures import data_report
-from qlora_utils.rows import UnusableRowError, parse_rows, usable
+from qlora_utils.rows import Conversation, Turn, UnusableRowError, parse_rows, usable
 from qlora_utils.sources import DataError, read_source
 from qlora_utils.split import leakage, split_held_out
 

@@ -172,8 +172,8 @@ def test_a_vocabulary_that_finds_its_special_tokens_among_letters_is_told_better
 
     letters = [(letter, -5.0) for letter in "▁<>/sabcdeipxtr_0"]
     tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=1)
-    bare = tokenizer("a </s> b", add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert tokenizer.eos_token_id in bare  # else there would be nothing to do
+    found = tokenizer("a </s> b", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert tokenizer.eos_token_id in found  # else there would be nothing to do
     for text in ("a </s> b", "</s><pad></s>", "<extra_id_0>"):
         (ids,) = formats.read_by_encoder([text], tokenizer, None)
         assert ids.index(tokenizer.eos_token_id) == len(ids) - 1
