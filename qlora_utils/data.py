@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from qlora_utils.instructions import instructions_of
 from qlora_utils.rows import Conversation, Rejected, conversation_of, record_of
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json
 from qlora_utils.sources import DataError, read_source
-from qlora_utils.stored import Stored, write_rows
+from qlora_utils.stored import Stored, digest_of, write_rows
 from qlora_utils.streaming import prepare_into
 from qlora_utils.tokenization import BareTokenizer, bare
 
@@ -77,6 +78,12 @@ class Prepared:
     rejected: Sequence[Rejected]
     report: dict[str, Any]
 
+    @property
+    def digest(self) -> str:
+        """What the rows to train on and those held out are, in few letters: a training never goes on with others."""
+        sides = (digest_of(rows, record_of) for rows in (self.train, self.held_out))
+        return hashlib.sha256("".join(sides).encode()).hexdigest()[:32]
+
     def save(self, run: RunDirectory) -> None:
         """Write `train.jsonl`, `held_out.jsonl`, `rejected.jsonl` and `report.json` into the run's `data/`.
 
@@ -87,7 +94,7 @@ class Prepared:
         begun = run.adapter.is_dir() or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
         if begun and (run.data / "train.jsonl").is_file():
             known = Prepared.load(run)
-            if not (known.train == self.train and known.held_out == self.held_out):
+            if known.digest != self.digest:
                 raise DataError(
                     f"data: the {trained} in {run.path} was trained on other rows, which these would replace. "
                     "Give this run another run_name."

@@ -97,6 +97,16 @@ class Stored(Sequence[T], Generic[T]):
         return made.hexdigest()
 
 
+def digest_of(rows: Sequence[T], record: Callable[[T], Any]) -> str:
+    """SHA-256 of the file that these rows are, or would be. Args as `write_rows`."""
+    if isinstance(rows, Stored):
+        return rows.digest
+    made = hashlib.sha256()
+    for row in rows:
+        made.update(line(record(row)))
+    return made.hexdigest()
+
+
 def line(value: Any) -> bytes:
     """A value as a line of a JSON-lines file."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -114,7 +124,7 @@ def write_rows(path: Path, rows: Sequence[T], record: Callable[[T], Any]) -> Non
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     blocks: Iterable[bytes] = rows.blocks() if isinstance(rows, Stored) else (line(record(row)) for row in rows)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.writelines(blocks)

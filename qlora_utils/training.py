@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import random
@@ -523,7 +522,7 @@ def make_trainer(
         data_collator=StepCollator(collator, tokens, config.micro_batch_size),
         callbacks=[HistoryWriter(run.history), Progress()],
     )
-    trainer.rows = digest(prepared)
+    trainer.rows = prepared.digest
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -535,16 +534,6 @@ def all_steps(config: RunConfig, prepared: Prepared, tokenizer: PreTrainedTokeni
     form = format_of(tokenizer, config)
     examples = sum(form.count(row) for row in prepared.train)
     return math.ceil(config.epochs * math.ceil(examples / config.batch_size))
-
-
-def digest(prepared: Prepared) -> str:
-    """What the rows are, as a short digest: a training never goes on with others."""
-    found = hashlib.blake2b(digest_size=16)
-    for rows in (prepared.train, prepared.held_out):
-        for row in rows:
-            found.update(row.text.encode())
-        found.update(b"\0")
-    return found.hexdigest()
 
 
 def measured_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[Conversation]:
@@ -690,7 +679,7 @@ def _check_same(config: RunConfig, begun: Mapping[str, Any], rows: str, run: Run
             f"{run.path} holds a training with other values ({'; '.join(differing)}). Give another run_name, or "
             "fresh=true to start over in its place."
         )
-    if rows and rows != digest(prepared):
+    if rows and rows != prepared.digest:
         raise DataError(
             f"{run.path} holds a training on other rows than these. Give another run_name, or fresh=true to start over "
             "in its place."
