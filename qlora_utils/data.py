@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from qlora_utils import model_files
 from qlora_utils.config import ModelError, RunConfig, locate, model_advice
 from qlora_utils.formats import format_of
 from qlora_utils.rows import (
@@ -20,7 +21,7 @@ from qlora_utils.rows import (
     parse_rows,
     usable,
 )
-from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
+from qlora_utils.run_directory import RunDirectory, damaged, read_json, read_jsonl, write_json, write_jsonl
 from qlora_utils.sources import DataError, read_source
 
 if TYPE_CHECKING:
@@ -43,9 +44,11 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     source = locate(config.model)
+    model_files.check_tokenizer(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:
+        model_files.refuse_tokenizer(source, error)
         raise ModelError(model_advice(source, error)) from error
     begins = tokenizer.bos_token_id is not None or config.architecture == "encoder-decoder"  # a decoder has its own
     if not begins or tokenizer.eos_token_id is None:
@@ -53,6 +56,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             f"model: the tokenizer of {source} has no token that begins a text, or none that ends one; the Llama-2 "
             "chat format needs both, an encoder-decoder the second. Take a model of the Llama or the T5 family."
         )
+    model_files.check_vocabulary(source, tokenizer)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -93,16 +97,30 @@ class Prepared:
 
         Raises:
             FileNotFoundError: nothing was prepared in this run directory yet.
+            DamagedError: names the file and line that is no conversation.
         """
-        parts = {name: read_jsonl(run.data / f"{name}.jsonl") for name in ("train", "held_out", "rejected")}
+        parts = {name: read_jsonl(run.data / f"{name}.jsonl", dict) for name in ("train", "held_out", "rejected")}
 
         def conversation(member: dict[str, Any]) -> Conversation:
-            return Conversation(**{**member, "turns": tuple(Turn(**turn) for turn in member["turns"])})
+            turns = tuple(Turn(**turn) for turn in member["turns"])
+            if not turns or not all(isinstance(turn.question, str) and isinstance(turn.answer, str) for turn in turns):
+                raise TypeError("no turns of text")
+            return Conversation(**{**member, "turns": turns})
+
+        def read(name: str, build: Callable[[dict[str, Any]], Any]) -> list[Any]:
+            found = []
+            for number, member in enumerate(parts[name], start=1):
+                try:
+                    found.append(build(member))
+                except (TypeError, KeyError) as error:
+                    path = run.data / f"{name}.jsonl"
+                    raise damaged(path, "no row as notebook 01 writes it, with turns of text", number) from error
+            return found
 
         return cls(
-            [conversation(member) for member in parts["train"]],
-            [conversation(member) for member in parts["held_out"]],
-            [Rejected(**member) for member in parts["rejected"]],
+            read("train", conversation),
+            read("held_out", conversation),
+            read("rejected", lambda member: Rejected(**member)),
             read_json(run.data / "report.json"),
         )
 
@@ -128,11 +146,21 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     if not held_out:  # no test split, or one that was published without answers
         train, held_out = split_held_out(train, config.held_out_rows, config.seed)
     if not train or not held_out:
-        first = "; ".join(f"{r.where} row {r.number}: {r.reason}" for r in rejected[:3])
-        alike = " All usable rows open with the same question." if len(train) > 1 else ""
+        if not train and not held_out and not rejected:
+            raise DataError(f"dataset: {config.dataset} holds no rows. Expected one question and answer or more.")
+        first = "; ".join(f"{r.where} row {r.number}: {_cut(r.reason)}" for r in rejected[:3])
+        if len(train) > 1:
+            why = " All usable rows open with the same question: give rows that ask others too."
+        elif held_out:
+            why = " Only files with test, validation or the like in their names were found: give one to train on too."
+        else:
+            why = "" if rejected else " Give more rows."
+        advice = ". Mend them; what rows may look like stands in README.md, Your own data." if first else "."
+        if any("max_seq_len" in row.reason for row in rejected):
+            advice = ". Give a larger max_seq_len, or shorter rows."
         raise DataError(
             f"dataset: {config.dataset} leaves {len(train)} rows to train on and {len(held_out)} to hold out; "
-            f"expected at least one of each.{alike} {len(rejected)} rows were left out{': ' + first if first else ''}."
+            f"expected at least one of each.{why} Left out: {len(rejected)}{': ' + first if first else ''}{advice}"
         )
     if config.train_rows is not None and config.train_rows < len(train):
         chosen = sorted(random.Random(config.seed).sample(range(len(train)), config.train_rows))
@@ -148,6 +176,10 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         "leakage": len(leakage(train, held_out)),
     }
     return Prepared(train, held_out, rejected, report)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:119]}…"
 
 
 def _keep_usable(

@@ -58,7 +58,9 @@ def read_source(source: str) -> dict[str, Iterable[Row]]:
         return _by_part(_read_saved(path))
     files = _files_of(path) or _files_of(path / "data")
     if not files:
-        raise DataError(f"dataset: {path} holds no {', '.join(SUFFIXES)} file and no saved dataset.")
+        raise DataError(
+            f"dataset: {path} holds no {', '.join(SUFFIXES)} file and no saved dataset. Expected rows in one of these."
+        )
     parts: dict[str, list[Iterable[Row]]] = {}
     for file in files:
         parts.setdefault(part_of(file.stem), []).append(_read_file(file))
@@ -74,7 +76,9 @@ def part_of(name: str) -> str:
 def _files_of(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(f for f in folder.glob("*") if f.suffix.lower() in SUFFIXES and f.name not in _DESCRIPTIONS)
+    return sorted(
+        f for f in folder.glob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and f.name not in _DESCRIPTIONS
+    )
 
 
 def _by_part(splits: Mapping[str, Iterable[Any]]) -> dict[str, Iterable[Row]]:
@@ -103,7 +107,10 @@ def _read_saved(path: Path) -> Mapping[str, Iterable[Any]]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise DataError(f"dataset: {path} could not be read as a saved dataset ({first_line(error)}).") from error
+        raise DataError(
+            f"dataset: {path} could not be read as a saved dataset ({first_line(error)[:200]}). Save it again with "
+            f"save_to_disk, or give the rows as one of {', '.join(SUFFIXES)}."
+        ) from error
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 
@@ -142,7 +149,10 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     yield Row(path.name, number, columns)
                     number += 1
     except pyarrow.ArrowException as error:
-        raise DataError(f"dataset: {path} is not a readable parquet file ({first_line(error)}).") from error
+        raise DataError(
+            f"dataset: {path} is not a readable parquet file ({first_line(error)[:200]}). Write it again, or give it "
+            "the suffix of what it is."
+        ) from error
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
@@ -153,6 +163,8 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
                 yield _row(path, number, json.loads(line))
             except json.JSONDecodeError as error:
                 yield Row(path.name, number, None, f"not valid JSON: {error.msg} at character {error.pos}")
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, a nest without end
+                yield Row(path.name, number, None, f"JSON that cannot be read: {first_line(error)}")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -162,7 +174,12 @@ def _read_json(path: Path) -> Iterator[Row]:
         if error.msg == "Extra data":  # one value per line, under the wrong name
             yield from _read_json_lines(path)
             return
-        raise DataError(f"dataset: {path} is not valid JSON: {error.msg}, line {error.lineno}.") from error
+        raise DataError(
+            f"dataset: {path} is not valid JSON: {error.msg}, line {error.lineno}. Expected [{{...}}, {{...}}]; mend "
+            "it there, or write it again."
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"dataset: {path} is nested too deeply; expected [{{...}}, {{...}}].") from error
     if isinstance(value, dict):  # {"data": [...]} and the like: the one list in it
         lists = [member for member in value.values() if isinstance(member, list)]
         if len(lists) > 1:
@@ -187,11 +204,15 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 return
             except csv.Error as error:
                 if "end of data" in str(error):  # it would swallow all rows to the end of the file
-                    raise DataError(f"dataset: {path}, after line {last_line}: a quote is never closed.") from error
+                    raise DataError(
+                        f"dataset: {path}, after line {last_line}: a quote is never closed. Close it, or double it."
+                    ) from error
                 yield Row(path.name, number, None, f"not valid CSV: {error}, line {reader.line_num}")
             else:
                 fields = len(reader.fieldnames or [])
                 fault = f"more fields than the header's {fields}" if None in columns else None
+                if any("\0" in str(value) for value in columns.values()):
+                    fault = f"a zero byte before or in line {reader.line_num}; expected text"
                 yield Row(path.name, number, None if fault else columns, fault)
             number, last_line = number + 1, reader.line_num
 

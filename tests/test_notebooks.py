@@ -16,6 +16,7 @@ TOPICS = ["data", "quantization", "lora", "training", "curves", "answers", "play
 SHARED_MODULES = {
     "config", "rows", "run_directory", "sources", "instructions", "formats", "packs", "hardware", "shapes", "plan",
     "attention", "fused", "loss", "generation", "scores", "ingredients", "merge", "compare", "runner", "report", "cli",
+    "model_files",
 }  # fmt: skip
 PER_NOTEBOOK = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
