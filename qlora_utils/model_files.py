@@ -126,8 +126,11 @@ def check_weights(source: str, architecture: Architecture) -> None:
     if not folder.is_dir() or "quantization_config" in _object(folder / "config.json"):
         return
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.utils import logging as transformers_logging
 
     loader = AutoModelForSeq2SeqLM if architecture == "encoder-decoder" else AutoModelForCausalLM
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # it would say that weights are loaded
     try:
         with quietly():
             loaded: Any = loader.from_pretrained(
@@ -137,6 +140,9 @@ def check_weights(source: str, architecture: Architecture) -> None:
         raise ModelError(
             f"model: {folder / 'config.json'} describes no model that can be built ({first_line(error)}). {_AGAIN}"
         ) from error
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
     refuse_incomplete(source, loaded[1])
 
 

@@ -10,7 +10,7 @@ import bad_inputs
 import pytest
 from bad_inputs import CASES, Place
 
-from qlora_utils import cli, lora, quantization, runner, training
+from qlora_utils import cli, lora, quantization, runner, sources, training
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.rows import Conversation, Turn
@@ -112,6 +112,25 @@ def test_bad_input_gives_a_clear_message_and_leaves_all_as_it_was(case, tmp_path
 def test_the_corpus_is_large_and_its_names_tell_its_cases_apart():
     assert len(CASES) >= 130
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_what_may_not_be_read_or_written_is_told_to_root_too(tmp_path, monkeypatch, capsys):
+    """The cases above that root must skip, with permissions that are refused by hand."""
+    rows = tmp_path / "rows.csv"
+    rows.write_text("question,answer\n")
+    command = ["run", "--preset", "pocket", "--output-dir", str(tmp_path / "outputs"), "-p", f"dataset={rows}"]
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", str(rows))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sources, "_read_csv", refused)
+        assert cli.main(command) == 1
+    assert re.search(r"qlora: dataset: .*rows\.csv could not be read \(.*ermission denied", capsys.readouterr().err)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert cli.main(command) == 2
+    assert re.search(r"qlora: output_dir: .* may not be written into\. Give another", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == [rows]
 
 
 def test_debug_shows_where(tmp_path):
