@@ -7,8 +7,17 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from qlora_utils import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that says in a line what is wrong, and where to read more."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit status 2."""
+        self.exit(2, f"qlora: {message}. `{self.prog} --help` says what there is.\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +51,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qlora", description="QLoRA fine-tuning for question answering.")
+    parser = _Parser(prog="qlora", description="QLoRA fine-tuning for question answering.")
     parser.set_defaults(debug=False)
     parser.add_argument("--version", action="version", version=f"qlora-utils {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -141,7 +150,7 @@ def _parameters(pairs: Sequence[str]) -> dict[str, str]:
     given = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals:
+        if not equals or not name.strip():
             raise ConfigError(f"-p {pair}: expected NAME=VALUE, as in -p learning_rate=1e-4.")
         given[name.strip()] = value
     return given
@@ -227,8 +236,10 @@ def _ask(options: argparse.Namespace) -> int:
 
     import threading
 
-    from qlora_utils import data, generation, lora, quantization
+    from qlora_utils import data, generation, lora, model_files, quantization
     from qlora_utils.shown import on_terminal
+
+    model_files.check_adapter(adapter)
 
     tokenizer = data.load_tokenizer(config)
     tuned_model = lora.reload(quantization.load(config), adapter, fused=config.fused_layers)
@@ -242,9 +253,16 @@ def _ask(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     from qlora_utils import compare, report
-    from qlora_utils.run_directory import RunDirectory, write_json
+    from qlora_utils.config import ConfigError
+    from qlora_utils.run_directory import DamagedError, RunDirectory, write_json
 
+    if options.show < 0:
+        raise ConfigError(f"show: {options.show} is not allowed; expected 0 or more.")
     runs = [RunDirectory(_run_path(named, options.output_dir)) for named in options.runs]
+    folders = [run.path.resolve() for run in runs]
+    for named, folder in zip(options.runs, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise ConfigError(f"runs: {named} is named twice, and would differ from itself in nothing; name others.")
     comparison = compare.compare(runs)
     text = compare.summary(comparison, show=options.show)
     write_json(runs[0].comparison, comparison)
@@ -253,7 +271,7 @@ def _compare(options: argparse.Namespace) -> int:
     try:
         report.write_report(runs[0])
         print(f"and into {runs[0].report}")
-    except FileNotFoundError as error:  # a run that has answers and lacks what else a report tells
+    except (FileNotFoundError, DamagedError) as error:  # a run that has answers and lacks what else a report tells
         print(f"no report: {error}")
     return 0
 
@@ -289,7 +307,7 @@ def _ingredients(options: argparse.Namespace) -> int:
     from qlora_utils.run_directory import RunDirectory
 
     if options.run:
-        config = RunConfig.continue_run(Path(options.output_dir) / options.run)
+        config = RunConfig.continue_run(_run_path(options.run, options.output_dir))
     else:
         config = RunConfig.from_preset(options.preset, run_name=options.preset, output_dir=options.output_dir)
     path = options.out or RunDirectory(config.run_dir).ingredients

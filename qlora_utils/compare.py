@@ -15,7 +15,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora_utils.config import PLACE_FIELDS, ConfigError
-from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
+from qlora_utils.run_directory import RunDirectory, damaged, read_json, read_jsonl
 from qlora_utils.scores import (
     SCORES,
     clusters_of,
@@ -59,7 +59,7 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
     Raises:
         ConfigError: fewer than two runs, or no question that all were asked.
         FileNotFoundError: no such run, or one that was not asked anything yet; says what to run.
-        ValueError: a line of `answers.jsonl` that is no answer.
+        ValueError: a line of `answers.jsonl` that is no answer, or another file that is damaged.
     """
     if len(runs) < 2:
         raise ConfigError("runs: a comparison takes two or more; name them, as in qlora compare --runs demo mine")
@@ -131,11 +131,27 @@ def held_out(run: RunDirectory) -> list[Line]:
         )
     lines = read_jsonl(run.answers)
     for number, line in enumerate(lines, start=1):
-        if not (isinstance(line, dict) and line.keys() >= _NEEDED and "exact_match" in line["tuned"]):
+        if not _is_answer(line):
             raise ValueError(f"{run.answers}, line {number}: no scored answer. Ask again: {_command(run, '06')}")
-    metrics = read_json(run.metrics) if run.metrics.is_file() else {}
-    count = metrics.get("held_out", {}).get("questions", len(lines))
+    count = run.known_metrics().get("held_out", {}).get("questions", len(lines))
+    if not isinstance(count, int):
+        raise damaged(run.metrics, f"held_out, questions: expected a number, found {type(count).__name__}")
     return [line for line in lines[:count] if _split(line) != "training rows"]
+
+
+def _is_answer(line: Any) -> bool:
+    """Whether a line of `answers.jsonl` has what a comparison takes of it."""
+    return (
+        isinstance(line, dict)
+        and line.keys() >= _NEEDED
+        and all(isinstance(line[name], str) for name in ("text", "expected", "where"))
+        and isinstance(line["number"], int)
+        and isinstance(line["tags"], dict)
+        and isinstance(line["tuned"], dict)
+        and isinstance(line["tuned"].get("exact_match"), (int, float))
+        and isinstance(line["history"], list)
+        and all(isinstance(turn, dict) and turn.keys() >= {"question", "answer"} for turn in line["history"])
+    )
 
 
 def shared(asked: Sequence[Sequence[Line]]) -> list[tuple[Line, ...]]:
@@ -179,7 +195,10 @@ def _split(line: Line) -> str:
 def _config(run: RunDirectory) -> dict[str, Any]:
     if not run.config.is_file():
         raise FileNotFoundError(f"{run.config}: no such run. `{_command(run)}` makes it.")
-    return read_json(run.config)["config"]
+    config = read_json(run.config).get("config")
+    if not (isinstance(config, dict) and "preset" in config):
+        raise damaged(run.config, "expected the config of a run, with its preset")
+    return config
 
 
 def _command(run: RunDirectory, start: str | None = None, *more: str) -> str:
@@ -203,7 +222,7 @@ def _names(runs: Sequence[RunDirectory]) -> list[str]:
 
 def _training(run: RunDirectory) -> dict[str, Any]:
     """What is known of the training: steps, the step kept and its held-out loss."""
-    train = read_json(run.metrics).get("train", {}) if run.metrics.is_file() else {}
+    train = run.known_metrics().get("train", {})
     return {name: train[name] for name in ("steps", "kept_step", "kept_loss") if train.get(name) is not None}
 
 

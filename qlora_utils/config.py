@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ MIRRORS = {
     "meta-llama/Llama-2-7b-chat-hf": "NousResearch/Llama-2-7b-chat-hf",
 }
 EMBEDDED = "embedded:"  # prefix of a path inside the project's own data folder
+LARGEST = 10**9  # of any count: more is a slip, and libraries below overflow
 QUESTION = "{question}"  # stands for the question in an instruction
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # what lets somebody into the hub
 
@@ -56,17 +58,24 @@ class RunConfig(BaseModel):
 
     # The run
     preset: str = Field("pocket", description="the preset that the other values come from")
-    run_name: str = Field("demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run directory")
+    run_name: str = Field(
+        "demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="names the run directory"
+    )
     output_dir: str = Field("outputs", min_length=1, description="folder of run directories")
     seed: int = Field(0, ge=0, lt=2**32, description="of data order, held-out choice, adapter initialisation, dropout")
 
     # Data
     model: str = Field(min_length=1, description="hub id or local folder of the base model and its tokenizer")
     dataset: str = Field(min_length=1, description="hub id, or local file, folder or saved dataset")
-    train_rows: int | None = Field(None, ge=1, description="rows; train on this many only (None: all)")
-    held_out_rows: int = Field(100, ge=1, description="rows held out where the dataset brings no test split")
+    train_rows: int | None = Field(None, ge=1, le=LARGEST, description="rows; train on this many only (None: all)")
+    held_out_rows: int = Field(
+        100, ge=1, le=LARGEST, description="rows held out where the dataset brings no test split"
+    )
     max_seq_len: int = Field(
-        1024, ge=16, description="tokens; longer conversations are cut at the end, what an encoder reads at its start"
+        1024,
+        ge=16,
+        le=LARGEST,
+        description="tokens; longer conversations are cut at the end, what an encoder reads at its start",
     )
     packing: bool = Field(
         True, description="lay a micro-batch end to end instead of padding it (an encoder-decoder is always padded)"
@@ -99,7 +108,7 @@ class RunConfig(BaseModel):
 
     # LoRA
     lora_r: int = Field(16, ge=1, le=1024, description="rank of the update matrices")
-    lora_alpha: float = Field(16, gt=0, description="scale of the update: alpha / r (rsLoRA: alpha / sqrt(r))")
+    lora_alpha: float = Field(16, gt=0, le=1e6, description="scale of the update: alpha / r (rsLoRA: alpha / sqrt(r))")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of adapter inputs dropped in training")
     lora_targets: str = Field(
         "all-linear",
@@ -114,19 +123,21 @@ class RunConfig(BaseModel):
     )
 
     # Training
-    steps: int = Field(250, ge=1, description="optimizer steps, unless epochs is set")
-    epochs: float | None = Field(None, gt=0, description="passes over the training rows; replaces steps when set")
+    steps: int = Field(250, ge=1, le=LARGEST, description="optimizer steps, unless epochs is set")
+    epochs: float | None = Field(
+        None, gt=0, le=1e6, description="passes over the training rows; replaces steps when set"
+    )
     batch_size: int = Field(
-        16, ge=1, description="examples per optimizer step: conversations, of an encoder-decoder answers"
+        16, ge=1, le=LARGEST, description="examples per optimizer step: conversations, of an encoder-decoder answers"
     )
     row_order: Literal["random", "length"] = Field(
         "random", description="which rows share a step: any, or such of like length (padded batches waste less then)"
     )
     micro_batch_size: int | None = Field(
-        None, ge=1, description="examples per forward pass, at most; divides batch_size (None: any number)"
+        None, ge=1, le=LARGEST, description="examples per forward pass, at most; divides batch_size (None: any number)"
     )
     micro_batch_tokens: int | None = Field(
-        None, ge=1, description="tokens per forward pass, at most (None: what memory holds)"
+        None, ge=1, le=LARGEST, description="tokens per forward pass, at most (None: what memory holds)"
     )
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="peak learning rate of the LoRA matrices")
     head_learning_rate: float | None = Field(None, gt=0, lt=1, description="peak of the head (None: learning_rate)")
@@ -136,36 +147,45 @@ class RunConfig(BaseModel):
         "without any warm-up",
     )
     plateau_patience: int = Field(
-        1, ge=0, description="measurements without a lower held-out loss that are let pass before the rate is reduced"
+        1,
+        ge=0,
+        le=LARGEST,
+        description="measurements without a lower held-out loss that are let pass before the rate is reduced",
     )
     plateau_factor: float = Field(0.5, gt=0, lt=1, description="what the rate is then multiplied by")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate climbs")
     weight_decay: float = Field(0.0, ge=0, lt=1, description="share of a weight taken off, times the learning rate")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="gradients are clipped to this norm")
     optimizer: Literal[
         "auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"
     ] = Field(
         "auto",
         description="AdamW; its moments in 32 or 8 bits, paged: moved to main memory when the GPU is full",
     )
-    logging_steps: int = Field(5, ge=1, description="steps between lines of history.jsonl")
-    eval_steps: int = Field(50, ge=1, description="steps between measurements of the held-out loss")
-    save_steps: int = Field(100, ge=1, description="steps between checkpoints")
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    logging_steps: int = Field(5, ge=1, le=LARGEST, description="steps between lines of history.jsonl")
+    eval_steps: int = Field(50, ge=1, le=LARGEST, description="steps between measurements of the held-out loss")
+    save_steps: int = Field(100, ge=1, le=LARGEST, description="steps between checkpoints")
+    save_total_limit: int = Field(2, ge=1, le=LARGEST, description="checkpoints kept")
     keep: Literal["best", "last"] = Field(
         "best", description="the adapter that is kept: of the lowest held-out loss measured, or of the last step"
     )
-    eval_rows: int | None = Field(None, ge=1, description="held-out rows measured in training, at most half")
-    trace_rows: int = Field(0, ge=0, description="held-out questions asked at each of these measurements (0: none)")
+    eval_rows: int | None = Field(
+        None, ge=1, le=LARGEST, description="held-out rows measured in training, at most half"
+    )
+    trace_rows: int = Field(
+        0, ge=0, le=LARGEST, description="held-out questions asked at each of these measurements (0: none)"
+    )
     fresh: bool = Field(
         False,
         description="start over, in place of what an earlier training left; otherwise it goes on where it stopped",
     )
 
     # Answers
-    score_rows: int = Field(200, ge=1, description="questions of each split answered by base and tuned model")
-    max_new_tokens: int = Field(256, ge=1, description="tokens; the longest answer")
-    answer_batch_size: int = Field(16, ge=1, description="questions answered at a time, at most")
+    score_rows: int = Field(
+        200, ge=1, le=LARGEST, description="questions of each split answered by base and tuned model"
+    )
+    max_new_tokens: int = Field(256, ge=1, le=LARGEST, description="tokens; the longest answer")
+    answer_batch_size: int = Field(16, ge=1, le=LARGEST, description="questions answered at a time, at most")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -247,9 +267,10 @@ class RunConfig(BaseModel):
         Raises:
             ConfigError: unknown preset or field, or a value that is not allowed.
         """
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(
-                f"preset: {preset!r} is not known; expected one of {', '.join(PRESETS)}.{_near(preset, PRESETS)}"
+                f"preset: {_short(preset)} is not known; expected one of {', '.join(PRESETS)}."
+                f"{_near(str(preset), PRESETS, otherwise='')}"
             )
         return cls.build({**PRESETS[preset], "preset": preset, **_steps_or_epochs(overrides)})
 
@@ -265,13 +286,20 @@ class RunConfig(BaseModel):
             namespace: the notebook's `globals()`, straight after its parameters cell.
 
         Raises:
-            ConfigError: as `from_preset`.
+            ConfigError: as `from_preset`; also for a plain value whose name is a letter away from a field's.
         """
+        for name, value in namespace.items():
+            if name not in cls.model_fields and isinstance(value, (str, int, float)) and _all_but(name):
+                raise ConfigError(
+                    f"{name}: no such parameter. Did you mean {_all_but(name)}? If {name} is a variable of your own, "
+                    "give it another name."
+                )
         given = {name: namespace[name] for name in cls.model_fields if namespace.get(name) is not None}
         preset = given.pop("preset", None)
         if preset is not None:
             return cls.from_preset(preset, **given)
-        run_dir = Path(given.get("output_dir", "outputs")) / given.get("run_name", "demo")
+        place = {name: given[name] for name in ("output_dir", "run_name") if name in given}
+        run_dir = cls.from_preset("pocket", **place).run_dir  # checked before a path is made of it
         if (run_dir / "config.json").is_file():
             return cls.continue_run(run_dir, **given)
         return cls.from_preset("pocket", **given)
@@ -285,6 +313,8 @@ class RunConfig(BaseModel):
             ConfigError: as `build`.
         """
         path = Path(run_dir) / "config.json"
+        if Path(run_dir).is_file():
+            raise ConfigError(f"{run_dir} is a file; expected a run directory, or the name of a run.")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such run. `qlora run --run-name {Path(run_dir).name}` makes it.")
         here = {"output_dir": str(Path(run_dir).parent), "run_name": Path(run_dir).name, "fresh": False}
@@ -302,22 +332,28 @@ class RunConfig(BaseModel):
 
         try:
             stored = dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file. Expected the config.json of a run.") from None
         except IsADirectoryError:
             raise ConfigError(f"{path} is a folder. Expected the config.json of a run, a file.") from None
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start}).") from None
+            raise ConfigError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start}). {_RESTORE}") from None
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}: no valid JSON, {error.msg} in line {error.lineno}.") from None
-        except (KeyError, TypeError, ValueError):
+            raise ConfigError(f"{path}: no valid JSON, {error.msg} in line {error.lineno}. {_RESTORE}") from None
+        except (KeyError, TypeError, ValueError, RecursionError):
             raise ConfigError(
                 f'{path}: holds no config of a run. Expected {{"config": {{"preset": …, "model": …}}}}, as a run '
-                "directory has it."
+                f"directory has it. {_RESTORE}"
             ) from None
         stored.pop("resume", None)  # of the time before a run went on by itself
         try:
             return cls.build({**stored, "fresh": False, **overrides})
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+        except ConfigError:
+            try:
+                cls.build({**stored, "fresh": False})
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from None
+            raise  # the file is right, a value given now is not
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """Fields that differ from the preset: `{field: (preset's value, this run's value)}`."""
@@ -352,12 +388,28 @@ def check_names(names: Mapping[str, Any]) -> None:
     """
     for name in names:
         if name not in RunConfig.model_fields:
-            raise ConfigError(f"{name}: no such parameter.{_near(name, RunConfig.model_fields)}")
+            raise ConfigError(f"{_short(name, plain=True)}: no such parameter.{_near(name, RunConfig.model_fields)}")
 
 
-def _near(name: str, known: Mapping[str, Any]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f" Did you mean {nearest[0]}?" if nearest else " `qlora presets --fields` lists them all."
+# What to do with a config.json that is damaged.
+_RESTORE = "Restore the file from a copy, or begin the run anew: qlora run --fresh --preset PRESET --run-name NAME"
+
+
+def _all_but(name: str) -> str | None:
+    """The field that a name is a slip of, None if it is like none."""
+    nearest = difflib.get_close_matches(name, RunConfig.model_fields, n=1, cutoff=0.85)
+    return nearest[0] if nearest else None
+
+
+def _short(value: Any, *, plain: bool = False) -> str:
+    """A value as it was given, a long one cut."""
+    text = str(value) if plain else repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"
+
+
+def _near(name: str, known: Mapping[str, Any], otherwise: str = " `qlora presets --fields` lists them all.") -> str:
+    nearest = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.4)
+    return f" Did you mean {nearest[0]}?" if nearest else otherwise
 
 
 def _explain(detail: Any) -> str:
@@ -371,7 +423,23 @@ def _explain(detail: Any) -> str:
     about = RunConfig.model_fields[name].description
     if _TOKEN.search(str(detail["input"])):
         return f"{name}: {message}."
-    return f"{name}: {detail['input']!r} is not allowed. {message}" + (f" ({about})." if about else ".")
+    if detail["type"] == "literal_error":
+        near = difflib.get_close_matches(str(detail["input"])[:100], _choices(name), n=1, cutoff=0.4)
+        message += f". Did you mean {near[0]}?" if near else ""
+    elif name in _IN_WORDS and detail["type"] == "string_pattern_mismatch":
+        message = f"{_IN_WORDS[name]}; {message}"
+    return f"{name}: {_short(detail['input'])} is not allowed. {message} ({about})."
+
+
+# What a pattern asks for.
+_IN_WORDS = {
+    "run_name": "Expected letters, digits, dots, _ and -, the first of them a letter or digit",
+    "lora_targets": "Expected all-linear, or names of layers with commas between",
+}
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    return tuple(word for word in get_args(RunConfig.model_fields[name].annotation) if isinstance(word, str))
 
 
 def project_folder(name: str) -> Path:
@@ -403,6 +471,7 @@ def architecture_of(model: str) -> Architecture:
     Raises:
         ModelError: there is no such model; says what to do next.
     """
+    from qlora_utils import model_files
     from qlora_utils.shapes import known
 
     if shape := known(model):
@@ -410,6 +479,7 @@ def architecture_of(model: str) -> Architecture:
     from transformers import AutoConfig
 
     source = locate(model)
+    model_files.check_description(source)
     try:
         described = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the hub client raises a dozen unrelated kinds
@@ -422,9 +492,59 @@ def is_path(source: str, suffixes: tuple[str, ...] = ()) -> bool:
     return source.startswith(("/", ".", "~", EMBEDDED)) or source.count("/") != 1 or source.lower().endswith(suffixes)
 
 
+def is_there(source: str) -> bool:
+    """Whether something lies at a path; what can be no path, with a zero byte in it or too long, is nowhere."""
+    try:
+        return Path(source).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # the last of `~nobody`
+        return False
+
+
+def check_source(name: str, source: str, suffixes: tuple[str, ...] = ()) -> None:
+    """Refuse a model or dataset that is neither a local path nor, by its letters, a hub id.
+
+    Args:
+        name: of the field.
+        source: what was given for it.
+        suffixes: of files that it may be.
+
+    Raises:
+        ConfigError: names field and value.
+    """
+    if is_there(locate(source)):
+        return
+    if is_path(source, suffixes):
+        raise ConfigError(
+            f"{name}: {_short(source, plain=True)} does not exist. Expected a local path, or a hub id like owner/name."
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source, re.ASCII):
+        raise ConfigError(
+            f"{name}: {_short(source)} is neither a local path nor a hub id. Expected owner/name, of letters, digits, "
+            "dots, _ and -."
+        )
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written into.
+
+    Args:
+        name: of the field or option that names it.
+        folder: need not be there.
+
+    Raises:
+        ConfigError: something on the way is a file, or may not be written into.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{name}: {there} is a file; expected a folder, or a path that is free. Give another.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name}: {there} may not be written into. Give another folder, or change its permissions.")
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, with the next if it only announces that; or its kind if it has none."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {more[0]}" if first.endswith(":") and more else first
 
 
 def model_advice(source: str, error: Exception) -> str:
@@ -441,6 +561,8 @@ def model_advice(source: str, error: Exception) -> str:
             f"model: {source} brings Python code of its own (auto_map in its config.json), which is never run here. "
             "Take a model that transformers knows by itself."
         )
+    if Path(source).is_file():
+        return f"model: {source} is a file. Expected a folder with config.json, tokenizer and *.safetensors."
     if Path(source).is_dir():
         if list(Path(source).glob("*.bin")) and not list(Path(source).glob("*.safetensors")):
             return f"model: {source} holds pickled weights (.bin) only; convert them to safetensors."

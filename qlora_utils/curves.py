@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.run_directory import RunDirectory, read_jsonl
+from qlora_utils.run_directory import RunDirectory, damaged, read_jsonl
 from qlora_utils.shown import in_figure
 
 if TYPE_CHECKING:
@@ -31,8 +31,18 @@ def read_history(run: RunDirectory) -> History:
 
     Raises:
         FileNotFoundError: nothing was trained in this run directory yet.
+        DamagedError: a line that is none of a training, or no line at all.
     """
-    return read_jsonl(run.history)
+    lines: History = read_jsonl(run.history, dict)
+    if not lines:
+        raise damaged(run.history, "it holds no line of a training")
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line.get("step"), int):
+            raise damaged(run.history, "expected step, a whole number, and what was measured then", number)
+        for name in COLUMNS:
+            if not isinstance(line.get(name, 0), (int, float, type(None))):
+                raise damaged(run.history, f"{name}: expected a number, found {type(line[name]).__name__}", number)
+    return lines
 
 
 def column(history: History, name: str) -> tuple[list[int], list[float]]:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_utils import model_files
 from qlora_utils.cache import find, key_of, new_entry
 from qlora_utils.config import DATA_FIELDS, ModelError, RunConfig, locate, model_advice
 from qlora_utils.formats import Format, format_of
@@ -48,9 +49,11 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     source = locate(config.model)
+    model_files.check_tokenizer(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
+        model_files.refuse_tokenizer(source, error)
         raise ModelError(model_advice(source, error)) from error
     begins = tokenizer.bos_token_id is not None or config.architecture == "encoder-decoder"  # a decoder has its own
     if not begins or tokenizer.eos_token_id is None:
@@ -58,6 +61,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             f"model: the tokenizer of {source} has no token that begins a text, or none that ends one; the Llama-2 "
             "chat format needs both, an encoder-decoder the second. Take a model of the Llama or the T5 family."
         )
+    model_files.check_vocabulary(source, tokenizer)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -110,6 +114,7 @@ class Prepared:
 
         Raises:
             FileNotFoundError: nothing was prepared in this run directory yet.
+            DamagedError: names the file and line that is no conversation.
         """
         if not (run.data / "train.jsonl").is_file():
             read_jsonl(run.data / "train.jsonl")  # raises, and says what writes it

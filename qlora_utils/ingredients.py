@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import SPEED_FIELDS, ConfigError, RunConfig, locate, project_folder
-from qlora_utils.run_directory import RunDirectory, hardware, read_json, read_jsonl, versions, write_json
+from qlora_utils.config import SPEED_FIELDS, ConfigError, RunConfig, check_folder, locate, project_folder
+from qlora_utils.run_directory import RunDirectory, damaged, hardware, read_json, read_jsonl, versions, write_json
 from qlora_utils.shown import cut, in_figure
 from qlora_utils.sources import SUFFIXES
 
@@ -89,10 +89,15 @@ def measure(config: RunConfig, seeds: Sequence[int], path: Path, *, say: Callabl
         raise ConfigError(
             f"seeds: {len(set(seeds))} given; an interval needs two or more, and at most {1 + max(T_95)}."
         )
+    if path.is_dir():
+        raise ConfigError(f"out: {path} is a folder; expected the name of a JSON file. Give one.")
+    check_folder("out", path.parent)
     now = about(config)
     stored: dict[str, Any] = read_json(path) if path.is_file() else {"about": now, "lines": []}
+    if not (isinstance(stored.get("about"), dict) and isinstance(stored.get("lines"), list)):
+        raise damaged(path, "expected about and lines, as `qlora ingredients` writes them")
     for name in now:
-        if stored["about"][name] != now[name]:
+        if stored["about"].get(name) != now[name]:
             raise ConfigError(f"{path}: {name} differ from what was measured there. Give another file, or remove it.")
     known = {line["seed"] for line in stored["lines"]} | set(seeds)
     if len(known) > 1 + max(T_95):

@@ -19,6 +19,7 @@ from torch import nn
 from qlora_utils.config import ConfigError, ModelError, RunConfig, first_line
 from qlora_utils.fused import fuse
 from qlora_utils.loss import without_logits
+from qlora_utils.model_files import check_adapter
 from qlora_utils.plan import settle
 from qlora_utils.quantization import unquantized_shape
 from qlora_utils.run_directory import read_json, write_json
@@ -118,12 +119,7 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
     """
     from peft import PeftModel
 
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / name).is_file():
-            pickled = " What lies there is pickled (.bin), and is not opened." if any(adapter.glob("*.bin")) else ""
-            raise ModelError(
-                f"adapter: {adapter / name} is missing.{pickled} Train one with notebook 04, or give another folder."
-            )
+    check_adapter(adapter)
     _check_base(base_model, adapter)
     try:
         with _without_needless_warnings(base_model):
@@ -133,8 +129,8 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
         raise
     except Exception as error:  # of peft, safetensors, json and torch: whatever a damaged folder brings about
         raise ModelError(
-            f"adapter: {adapter} is damaged or does not fit this base model ({first_line(error)}). Train it again, or "
-            "give another folder."
+            f"adapter: {adapter} is damaged or does not fit this base model ({type(error).__name__}: "
+            f"{first_line(error)[:200]}). Train it again, or give another folder."
         ) from error
     _hold_in_fp32(tuned_model)
     if fused:
@@ -185,12 +181,13 @@ def _check_base(base_model: PreTrainedModel, adapter: Path) -> None:
             differing = [f"{apart} of {len(pairs)} weights compared"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"adapter: {adapter / BASE_RECORD} is damaged ({first_line(error)}). Train it again."
+            f"adapter: {adapter / BASE_RECORD} is damaged; expected what tells the base model of this adapter from "
+            "others. Restore it from a copy, or train the adapter again."
         ) from error
     if differing:
         raise ModelError(
             f"adapter: {adapter} was trained on {trained_on['model']}, and the base model here is {here['model']}, "
-            f"another one ({', '.join(differing)} differ). Give the base model that it was trained on: -p model=…"
+            f"another one ({', '.join(differing)} differ). Give the base model that it was trained on."
         )
 
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora_utils import answers, generation, lora, quantization
-from qlora_utils.config import ConfigError, ModelError, RunConfig, architecture_of, first_line, locate
+from qlora_utils import answers, generation, lora, model_files, quantization
+from qlora_utils.config import ConfigError, ModelError, RunConfig, architecture_of, check_folder, first_line, locate
 from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.formats import format_of
 from qlora_utils.generation import Answer, Question, Sampling
@@ -89,11 +89,14 @@ def merge(
     if questions < 0:
         raise ConfigError(f"questions: {questions} is not allowed; expected 0 or more.")
     _must_be_free(folder, force=force)
+    check_folder("into", folder.parent)
+    _adapter_step(run)  # of a file that may be damaged: better known now than when all is merged
     if not (run.adapter / "adapter_model.safetensors").is_file():
         raise ModelError(
             f"adapter: {run.adapter} holds no trained adapter, so there is nothing to merge. Train one first: "
             f"qlora run --run-name {config.run_name} --from 04"
         )
+    model_files.check_adapter(run.adapter)
     tokenizer = load_tokenizer(config)
     asked = choose_questions(config, run, tokenizer, questions) if questions else []
     tuned_model = lora.reload(quantization.load(config), run.adapter, fused=config.fused_layers)
@@ -161,7 +164,7 @@ def _must_be_free(folder: Path, *, force: bool) -> None:
 
 def _adapter_step(run: RunDirectory) -> int | None:
     """The step whose adapter the run kept, None if nothing says so."""
-    return read_json(run.metrics).get("train", {}).get("kept_step") if run.metrics.is_file() else None
+    return run.known_metrics().get("train", {}).get("kept_step")
 
 
 def _release_memory() -> None:
@@ -362,7 +365,7 @@ def load(folder: Path) -> PreTrainedModel:
         ModelError: weights are missing from the files, or not known to the model.
     """
     loader = quantization.loader_of(architecture_of(str(folder)))
-    with quantization.without_word_of_ties():
+    with model_files.quietly():
         loaded: Any = loader.from_pretrained(
             folder,
             dtype="auto",

@@ -5,16 +5,14 @@ NF4 and double quantization: Dettmers et al., QLoRA, 2023, https://arxiv.org/abs
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from qlora_utils import attention
+from qlora_utils import attention, model_files
 from qlora_utils.config import Architecture, ModelError, RunConfig, locate, model_advice
 from qlora_utils.fused import keep_expanded
 from qlora_utils.hardware import compute_dtype
@@ -41,9 +39,11 @@ def load(config: RunConfig) -> PreTrainedModel:
     import bitsandbytes
     from transformers import BitsAndBytesConfig
 
+    source = locate(config.model)
+    model_files.check(source)
+    model_files.check_weights(source, config.architecture)
     settled = settle_to_load(config)
     dtype = compute_dtype(settled)
-    source = locate(config.model)
     options: dict[str, Any] = {}
     if config.architecture == "causal":  # an encoder-decoder is never packed
         attention.register()
@@ -57,17 +57,20 @@ def load(config: RunConfig) -> PreTrainedModel:
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        with without_word_of_ties():
-            model: PreTrainedModel = loader_of(config.architecture).from_pretrained(
+        with model_files.quietly():
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = loader_of(config.architecture).from_pretrained(
                 source,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
+                output_loading_info=True,
                 **options,
             )
     except Exception as error:  # the loader and the hub client raise a dozen unrelated kinds
         raise ModelError(model_advice(source, error)) from error
+    model, found = loaded
+    model_files.refuse_incomplete(source, found)
     for linear in parts_in_fp32(model):
         linear.float()
     for layer in model.modules():
@@ -99,21 +102,6 @@ def parts_in_fp32(model: PreTrainedModel) -> list[nn.Linear]:
     names = getattr(model, "_keep_in_fp32_modules", None) or []
     found = (layer for path, layer in model.named_modules() if path.rpartition(".")[2] in names)
     return [layer for layer in found if isinstance(layer, nn.Linear)]
-
-
-@contextmanager
-def without_word_of_ties() -> Iterator[None]:
-    """Transformers 5 takes every T5 for one whose head is tied to its embeddings, and says at length if it is not."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def quiet(record: logging.LogRecord) -> bool:
-        return "NOT tie them" not in record.getMessage()
-
-    logger.addFilter(quiet)
-    try:
-        yield
-    finally:
-        logger.removeFilter(quiet)
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -127,8 +127,15 @@ def record_of(conversation: Conversation) -> dict[str, Any]:
 
 
 def conversation_of(record: Mapping[str, Any]) -> Conversation:
-    """A conversation from its JSON value."""
-    return Conversation(**{**record, "turns": tuple(Turn(**turn) for turn in record["turns"])})
+    """A conversation from its JSON value.
+
+    Raises:
+        TypeError, KeyError: the value is none of a conversation.
+    """
+    turns = tuple(Turn(**turn) for turn in record["turns"])
+    if not turns or not all(isinstance(text, str) for turn in turns for text in vars(turn).values()):
+        raise TypeError("no turns of text")
+    return Conversation(**{**record, "turns": turns})
 
 
 @dataclass(frozen=True)

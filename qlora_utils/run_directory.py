@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -121,9 +122,21 @@ class RunDirectory:
 
     def add_metrics(self, **sections: Mapping[str, Any]) -> dict[str, Any]:
         """Replace sections of `metrics.json` and return the whole."""
-        known = read_json(self.metrics) if self.metrics.is_file() else {}
+        known = self.known_metrics()
         write_json(self.metrics, {**known, **sections})
         return {**known, **sections}
+
+    def known_metrics(self) -> dict[str, Any]:
+        """What `metrics.json` holds, nothing if there is none.
+
+        Raises:
+            DamagedError: it is no JSON, or a section of it is no object.
+        """
+        known: dict[str, Any] = read_json(self.metrics) if self.metrics.is_file() else {}
+        for name, section in known.items():
+            if not isinstance(section, dict):
+                raise damaged(self.metrics, f"{name}: expected an object, {{…}}, found {type(section).__name__}")
+        return known
 
     def save_figure(self, figure: Figure, name: str) -> None:
         """Save a figure as `figures/NAME.png` at 150 dots per inch.
@@ -179,14 +192,62 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+class DamagedError(ValueError):
+    """A file of ours that does not hold what was once written into it; names it, the line and what to do."""
+
+
+def damaged(path: Path, what: str, line: int | None = None) -> DamagedError:
+    """The error for a file that does not hold what it should.
+
+    Args:
+        path: of the file.
+        what: is wrong, and what was expected.
+        line: of the file, from 1.
+    """
+    where = f"{path}, line {line}" if line else str(path)
+    return DamagedError(f"{where}: damaged, {what}. {_again(path)}")
+
+
+def _again(path: Path) -> str:
+    maker = WRITTEN_BY.get(path.name)
+    if not maker:
+        return "Restore it from a copy, or remove it."
+    run = path.parent.parent if path.parent.name == "data" else path.parent
+    words = ["qlora", "run", "--run-name", run.name]
+    if run.resolve().parent != Path("outputs").resolve():
+        words += ["--output-dir", str(run.parent)]
+    if path.name == "config.json":  # without which nothing can be gone on with
+        return f"Restore it from a copy, or begin the run anew: {shlex.join([*words, '--fresh'])} --preset PRESET"
+    words += ["--from", maker[:2], *(["--fresh"] if maker < "05" else [])]
+    return f"Restore it from a copy, or remove it and have notebook {maker} write it anew: {shlex.join(words)}"
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
     """The value of a JSON file.
+
+    Args:
+        path: of the file.
+        kind: of the value: dict or list.
 
     Raises:
         FileNotFoundError: says which notebook writes the file.
+        DamagedError: it is no JSON, or another kind of value.
     """
     _must_exist(path)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _value(path, path.read_bytes(), kind)
+
+
+def _value(path: Path, text: bytes, kind: type, line: int | None = None) -> Any:
+    try:
+        value = json.loads(text.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise damaged(path, f"no valid JSON ({error.msg} at character {error.colno})", line or error.lineno) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise damaged(path, "no JSON text", line) from error
+    if not isinstance(value, kind):
+        names: dict[Any, str] = {dict: "an object, {…}", list: "a list, […]"}
+        raise damaged(path, f"expected {names[kind]}, found {type(value).__name__}", line)
+    return value
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
@@ -194,16 +255,21 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def read_jsonl(path: Path) -> list[Any]:
+def read_jsonl(path: Path, kind: type = object) -> list[Any]:
     """The values of a JSON-lines file; a last line cut off by a crash is passed over.
+
+    Args:
+        path: of the file.
+        kind: of all values, as `read_json`.
 
     Raises:
         FileNotFoundError: says which notebook writes the file.
+        DamagedError: a line is no JSON, or another kind of value.
     """
     _must_exist(path)
     # Not str.splitlines: it also splits at U+2028 and its like, which may stand in any answer.
-    *whole, _cut_off = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole if line.strip()]
+    *whole, _cut_off = path.read_bytes().split(b"\n")
+    return [_value(path, line, kind, number) for number, line in enumerate(whole, start=1) if line.strip()]
 
 
 WRITTEN_BY = {
@@ -214,6 +280,8 @@ WRITTEN_BY = {
     "adapter": "04_training",
     "answers.jsonl": "06_answers",
     "metrics.json": "04_training",
+    "rejected.jsonl": "01_data",
+    "report.json": "01_data",
 }
 
 

@@ -10,12 +10,13 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_utils import locks
+from qlora_utils import curves, data, locks, model_files
 from qlora_utils.config import (
     ANSWER_FIELDS,
     DATA_FIELDS,
@@ -25,12 +26,15 @@ from qlora_utils.config import (
     SPEED_FIELDS,
     ConfigError,
     RunConfig,
+    check_folder,
     check_names,
-    is_path,
+    check_source,
+    first_line,
+    is_there,
     locate,
     project_folder,
 )
-from qlora_utils.run_directory import HEADLESS, RunDirectory, read_json, write_json
+from qlora_utils.run_directory import HEADLESS, RunDirectory, read_json, require_adapter, write_json
 from qlora_utils.sources import SUFFIXES
 
 
@@ -99,13 +103,14 @@ def resolve(
     given = dict(parameters)
     preset = given.pop("preset", preset)
     for name in ("model", "dataset"):
-        if isinstance(given.get(name), str) and Path(given[name]).expanduser().exists():
+        if isinstance(given.get(name), str) and given[name] and is_there(given[name]):
             given[name] = str(Path(given[name]).expanduser().resolve())
     template = RunConfig.from_file(config_file) if config_file else None
-    folder = Path(given.pop("output_dir", output_dir)).expanduser().resolve()
+    folder = _folder(given.pop("output_dir", output_dir))
     named = given.pop("run_name", run_name) or (template.run_name if template else preset or "pocket")
     place = {"output_dir": str(folder), "run_name": named}
     run_dir = RunConfig.from_preset("pocket", **place).run_dir  # its name is checked before a path is made of it
+    check_folder("output_dir", run_dir)
     first = choose_from(start)[0]
     known = (run_dir / "config.json").is_file()
     if start is not None and (known or first != series()[0]):
@@ -116,15 +121,30 @@ def resolve(
         config = RunConfig.continue_run(run_dir, **given)
     else:
         config = RunConfig.from_preset(preset or "pocket", **place, **given)
-    for name, source in (("model", config.model), ("dataset", config.dataset)):
-        if is_path(source, SUFFIXES if name == "dataset" else ()) and not Path(locate(source)).expanduser().exists():
-            raise ConfigError(f"{name}: {source} does not exist. Expected a local path, or a hub id like owner/name.")
+    check_source("model", config.model)
+    check_source("dataset", config.dataset, SUFFIXES)
     # No preset: each notebook takes up config.json. In its parameters None means "not given", "none" takes away.
     names = [*given, *(_changes(config, fresh=fresh) if first.stem <= "04_training" else ())]
     values: dict[str, Any] = {name: getattr(config, name) for name in dict.fromkeys(names)}
     if fresh and start is not None:
         values["fresh"] = True
     return config, {"preset": None, **place, **{name: "none" if v is None else v for name, v in values.items()}}
+
+
+def _folder(output_dir: Any) -> Path:
+    """The folder of run directories, absolute.
+
+    Raises:
+        ConfigError: no text, empty, or a path that the system does not take.
+    """
+    named = RunConfig.from_preset("pocket", output_dir=output_dir).output_dir
+    try:
+        folder = Path(named).expanduser().resolve()
+        folder.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)[:60]
+        raise ConfigError(f"output_dir: {named[:60]!r} can be no folder ({reason}). Give another.") from None
+    return folder
 
 
 def _changes(config: RunConfig, *, fresh: bool) -> list[str]:
@@ -188,12 +208,16 @@ def run_series(
 
     Raises:
         SeriesError: a notebook failed.
+        DataError, ModelError, DamagedError, FileNotFoundError: from `look_ahead`, with nothing written yet.
         ConfigError: no notebook named `start`.
         LockedError: another process runs the series, or trains, in this run directory.
         Stopped: by SIGINT or SIGTERM, once the notebook under way had saved what it had.
     """
     run = RunDirectory(config.run_dir)
     notebooks = choose_from(start)
+    begun = start is None and not fresh and run.config.is_file()
+    if not begun:  # else it depends on what is done, which is known once nobody else is at work there
+        look_ahead(run, config, notebooks, fresh=fresh)
     with locks.held(run.path / ".run.lock", "qlora run"):
         run.sweep()
         if fresh and notebooks == series():
@@ -201,6 +225,8 @@ def run_series(
                 _clear(run)
         elif start is None:
             notebooks = _left_to_do(run, config, parameters)
+            if begun:
+                look_ahead(run, config, notebooks, fresh=False)
         run.begin(config)
         run.notebooks.mkdir(parents=True, exist_ok=True)
         # Notebooks declare the parameters a reader may want to turn; any field may be injected, checked above.
@@ -218,6 +244,47 @@ def run_series(
             write_json(run.notebooks / DONE, [*before, path.stem])
             print(f"{number} {time.monotonic() - began:.0f} s", flush=True)
     return run
+
+
+def look_ahead(run: RunDirectory, config: RunConfig, notebooks: Sequence[Path], *, fresh: bool) -> None:
+    """Look at what the notebooks will need, before a kernel is started or anything is replaced.
+
+    Model and dataset are read as notebook 01 will read them, unless both lie in the project; of a run that is gone on
+    with, what earlier notebooks left.
+
+    Raises:
+        DataError: the dataset cannot be read, or no row of it can be used.
+        ModelError: model folder, tokenizer or adapter is missing, damaged or not what it should be.
+        DamagedError: a file of the run directory is.
+        FileNotFoundError: a notebook before these has not left what they need; says which.
+    """
+    stems = {path.stem for path in notebooks}
+    models = {"02_quantization", "03_lora", "04_training", "06_answers", "07_playground"}
+    if "01_data" in stems:
+        plain = RunConfig.from_preset(config.preset).max_seq_len == config.max_seq_len
+        if not (plain and config.model.startswith(EMBEDDED) and config.dataset.startswith(EMBEDDED)):
+            _check_model(config)
+            data.prepare(config, data.load_tokenizer(config))
+        if fresh:
+            return
+    elif stems & models and not config.model.startswith(EMBEDDED):
+        _check_model(config)
+    if "01_data" not in stems and stems & {"04_training", "06_answers", "07_playground"}:
+        prepared = data.Prepared.load(run)
+        for part in (prepared.train, prepared.held_out):
+            deque(part, maxlen=0)  # each row is read, since a file may be damaged anywhere
+    if stems & {"04_training", "06_answers"}:
+        run.known_metrics()
+    if "04_training" not in stems and stems & {"06_answers", "07_playground"}:
+        model_files.check_adapter(require_adapter(run))
+    if "05_curves" in stems and ("04_training" not in stems or (run.history.is_file() and not fresh)):
+        curves.read_history(run)
+
+
+def _check_model(config: RunConfig) -> None:
+    source = locate(config.model)
+    model_files.check(source)
+    model_files.check_weights(source, config.architecture)
 
 
 def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mapping[str, Any]) -> None:
@@ -324,7 +391,7 @@ _LEAVES = {"01_data": "data/train.jsonl", "04_training": "adapter", "06_answers"
 def done(run: RunDirectory) -> list[str]:
     """The notebooks that were executed to their end in this run, as far as what they left is still there."""
     try:
-        stems: list[str] = read_json(run.notebooks / DONE)
+        stems: list[str] = read_json(run.notebooks / DONE, list)
         return [stem for stem in stems if (run.path / _LEAVES.get(stem, "config.json")).exists()]
     except (OSError, ValueError, TypeError):
         return []

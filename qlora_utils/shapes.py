@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_utils import model_files
 from qlora_utils.config import Architecture, ModelError, RunConfig, is_path, locate, model_advice
 
 Linears = Mapping[str, tuple[int, int]]  # name of a layer → (in, out)
@@ -343,6 +344,7 @@ def read(source: str) -> Shape:
         return shape
     from transformers import AutoConfig
 
+    model_files.check_description(locate(source))
     try:
         model_config = AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
     except Exception as error:

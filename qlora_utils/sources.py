@@ -114,7 +114,9 @@ def read_source(source: str) -> dict[str, Rows]:
         )
     files = _files_of(path) or _files_of(path / "data")
     if not files:
-        raise DataError(f"dataset: {path} holds no {', '.join(SUFFIXES)} file and no saved dataset.")
+        raise DataError(
+            f"dataset: {path} holds no {', '.join(SUFFIXES)} file and no saved dataset. Expected rows in one of these."
+        )
     return _by_part([_file(file) for file in files])
 
 
@@ -127,7 +129,9 @@ def part_of(name: str) -> str:
 def _files_of(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(f for f in folder.glob("*") if f.suffix.lower() in SUFFIXES and f.name not in _DESCRIPTIONS)
+    return sorted(
+        f for f in folder.glob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and f.name not in _DESCRIPTIONS
+    )
 
 
 def _by_part(pieces: Iterable[Piece]) -> dict[str, Rows]:
@@ -171,7 +175,10 @@ def _read_saved(path: Path) -> Mapping[str, Iterable[Any]]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise DataError(f"dataset: {path} could not be read as a saved dataset ({first_line(error)}).") from error
+        raise DataError(
+            f"dataset: {path} could not be read as a saved dataset ({first_line(error)[:200]}). Save it again with "
+            f"save_to_disk, or give the rows as one of {', '.join(SUFFIXES)}."
+        ) from error
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 
@@ -236,7 +243,10 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     yield Row(path.name, number, columns)
                     number += 1
     except pyarrow.ArrowException as error:
-        raise DataError(f"dataset: {path} is not a readable parquet file ({first_line(error)}).") from error
+        raise DataError(
+            f"dataset: {path} is not a readable parquet file ({first_line(error)[:200]}). Write it again, or give it "
+            "the suffix of what it is."
+        ) from error
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
@@ -273,7 +283,14 @@ def _read_json(path: Path) -> Iterator[Row]:
                 stream.fail("Extra data")
         except json.JSONDecodeError as error:
             line = error.lineno + stream.lines_before
-            raise DataError(f"dataset: {path} is not valid JSON: {error.msg}, line {line}.") from error
+            raise DataError(
+                f"dataset: {path} is not valid JSON: {error.msg}, line {line}. Expected [{{...}}, {{...}}]; mend it "
+                "there, or write it again."
+            ) from error
+        except RecursionError as error:
+            raise DataError(f"dataset: {path} is nested too deeply; expected [{{...}}, {{...}}].") from error
+        except ValueError as error:  # a number of thousands of digits
+            raise DataError(f"dataset: {path} holds what no row can: {first_line(error)}. Mend it there.") from error
 
 
 def _is_json_lines(file: TextIO) -> bool:
@@ -389,11 +406,15 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 return
             except csv.Error as error:
                 if "end of data" in str(error):  # it would swallow all rows to the end of the file
-                    raise DataError(f"dataset: {path}, after line {last_line}: a quote is never closed.") from error
+                    raise DataError(
+                        f"dataset: {path}, after line {last_line}: a quote is never closed. Close it, or double it."
+                    ) from error
                 yield Row(path.name, number, None, f"not valid CSV: {error}, line {reader.line_num}")
             else:
                 fields = len(reader.fieldnames or [])
                 fault = f"more fields than the header's {fields}" if None in columns else None
+                if any("\0" in str(value) for value in columns.values()):
+                    fault = f"a zero byte before or in line {reader.line_num}; expected text"
                 yield Row(path.name, number, None if fault else columns, fault)
             number, last_line = number + 1, reader.line_num
 

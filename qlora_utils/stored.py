@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
+from qlora_utils.run_directory import damaged
+
 T = TypeVar("T")
 BLOCK = 2**20  # bytes read at a time
 
@@ -32,6 +34,8 @@ class Stored(Sequence[T], Generic[T]):
 
         Raises:
             FileNotFoundError: no such file.
+
+        A row that is none is a `DamagedError`, which names its line, when it is looked at.
         """
         self.path, self.make = path, make
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -67,14 +71,21 @@ class Stored(Sequence[T], Generic[T]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]  # a negative one counts from the end, one out of range is refused
         begin, end = int(self._ends[number]), int(self._ends[number + 1])
-        return self.make(json.loads(os.pread(self._file, end - begin, begin)))
+        return self._made(os.pread(self._file, end - begin, begin), number)
 
     def __iter__(self) -> Iterator[T]:
-        rest = b""
+        rest, number = b"", 0
         for block in self.blocks():
             *lines, rest = (rest + block).split(b"\n")
-            for line in lines:
-                yield self.make(json.loads(line))
+            for text in lines:
+                yield self._made(text, number)
+                number += 1
+
+    def _made(self, text: bytes, number: int) -> T:
+        try:
+            return self.make(json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise damaged(self.path, "no row as notebook 01 writes it, with turns of text", number + 1) from error
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):

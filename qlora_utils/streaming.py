@@ -67,11 +67,7 @@ def prepare_into(
     sums = Sums()  # room for what follows
     train, held_out, by = _sides(parts, form)
     if not len(train) or not len(held_out):
-        alike = " All usable rows open with the same question." if len(train) > 1 else ""
-        raise DataError(
-            f"dataset: {name} leaves {len(train)} rows to train on and {len(held_out)} to hold out; expected at least "
-            f"one of each.{alike} {rejected} rows were left out{': ' + '; '.join(reasons) if reasons else ''}."
-        )
+        raise DataError(_too_few(name, len(train), len(held_out), rejected, reasons))
     if config.train_rows is not None and config.train_rows < len(train):
         train = train.only(sorted(random.Random(config.seed).sample(range(len(train)), config.train_rows)))
     train.write(folder / "train.jsonl")
@@ -87,6 +83,26 @@ def prepare_into(
     write_json(folder / "report.json", report)
     for part in parts.values():
         part.path.unlink()
+
+
+def _too_few(name: str, train: int, held_out: int, rejected: int, reasons: list[str]) -> str:
+    """What to say, and to advise, where rows to train on or to hold out are missing."""
+    if not train and not held_out and not rejected:
+        return f"dataset: {name} holds no rows. Expected one question and answer or more."
+    if train > 1:
+        why = " All usable rows open with the same question: give rows that ask others too."
+    elif held_out:
+        why = " Only files with test, validation or the like in their names were found: give one to train on too."
+    else:
+        why = "" if rejected else " Give more rows."
+    advice = ". Mend them; what rows may look like stands in README.md, Your own data." if reasons else "."
+    if any("max_seq_len" in reason for reason in reasons):
+        advice = ". Give a larger max_seq_len, or shorter rows."
+    told = "; ".join(reason if len(reason) <= 150 else f"{reason[:149]}…" for reason in reasons)
+    return (
+        f"dataset: {name} leaves {train} rows to train on and {held_out} to hold out; expected at least one of "
+        f"each.{why} Left out: {rejected}{f': {told}' if told else ''}{advice}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- rows in

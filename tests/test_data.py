@@ -59,7 +59,7 @@ def test_bad_rows_are_listed_and_left_out(tmp_path, tokenizer):
         ("rows.json", "3", "no list of rows"),
         ("rows.parquet", "x", "not a readable parquet"),
         ("rows.csv", b"\xff\xfe\x00", "not UTF-8"),
-        ("rows.jsonl", "", "0 rows to train on"),
+        ("rows.jsonl", "", "holds no rows"),
         ("rows.jsonl", '{"a": 1}', "row 0: columns a"),
     ],
 )

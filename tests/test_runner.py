@@ -13,7 +13,7 @@ from conftest import BOTH
 
 from qlora_utils import checkpoints, cli, generation, report, runner
 from qlora_utils.config import ConfigError, RunConfig
-from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_text
+from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
 
 QUICK = ["-p", "steps=6", "-p", "train_rows=48", "-p", "eval_steps=3", "-p", "score_rows=6", "-p", "max_new_tokens=8"]
 
@@ -215,18 +215,22 @@ def test_from_a_later_notebook_uses_what_is_there(finished, monkeypatch):
     assert read_json(finished.config)["config"]["steps"] == 6
 
 
-def test_a_failing_cell_exits_1_and_keeps_the_notebook(tmp_path, capsys):
-    """Answers without an adapter: notebook 06 fails, and says which notebook must run first."""
-    config = RunConfig.from_preset("pocket", output_dir=str(tmp_path), run_name="broken")
-    run = RunDirectory(config.run_dir)
-    run.begin(config)
-    write_text(run.history, "")
-    arguments = ["run", "--run-name", "broken", "--output-dir", str(tmp_path), "--from", "06"]
+def test_a_failing_cell_exits_1_and_keeps_the_notebook(tmp_path, monkeypatch, capsys):
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(text) for text in ("run_name = None", "open('no file')")],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(notebook, tmp_path / "notebooks" / "03_lora.ipynb")
+    monkeypatch.setattr(runner, "series", lambda: [tmp_path / "notebooks" / "03_lora.ipynb"])
+    run = RunDirectory(tmp_path / "broken")
+    arguments = ["run", "--preset", "pocket", "--run-name", "broken", "--output-dir", str(tmp_path)]
     assert cli.main(arguments) == 1
     message = capsys.readouterr().err
-    for part in ("06_answers", "cell", "FileNotFoundError", "01_data"):
+    for part in ("03_lora", "cell", "FileNotFoundError", "no file", "qlora run --run-name broken"):
         assert part in message
-    copy = nbformat.read(run.notebooks / "06_answers.ipynb", as_version=4)
+    copy = nbformat.read(run.notebooks / "03_lora.ipynb", as_version=4)
     assert any(o.output_type == "error" for c in copy.cells if c.cell_type == "code" for o in c.outputs)
 
 
