@@ -46,12 +46,31 @@ def new_entry(shelf: Path, key: str) -> Iterator[Path]:
         shelf: folder of entries.
         key: from `key_of`.
     """
+    with shelf_in_use(shelf):
+        _tidy(shelf)
+        yield from _written(shelf, key)
+
+
+@contextmanager
+def shelf_in_use(shelf: Path) -> Iterator[None]:
+    """Make the folder of entries; if what follows fails, nothing is left of it that was not there before."""
+    made = [folder for folder in (shelf, *shelf.parents) if not folder.exists()]
     shelf.mkdir(parents=True, exist_ok=True)
-    _tidy(shelf)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # somebody else has put something into it
+                folder.rmdir()
+        raise
+
+
+def _written(shelf: Path, key: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(dir=shelf, prefix=_NEW))
     try:
         with (folder / _LOCK).open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # given up with the process, however that ends
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)  # given up with the process, however that ends
             yield folder
             for path in folder.iterdir():
                 with path.open("rb") as file:

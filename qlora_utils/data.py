@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils import model_files
-from qlora_utils.cache import find, key_of, new_entry
+from qlora_utils.cache import find, key_of, new_entry, shelf_in_use
 from qlora_utils.config import DATA_FIELDS, ModelError, RunConfig, locate, model_advice
 from qlora_utils.formats import Format, format_of
 from qlora_utils.instructions import instructions_of
@@ -156,8 +156,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, processes:
     shelf = Path(config.output_dir) / ".prepared"
     contents = {part: rows.digest() for part, rows in source.items()}
     if quick is None or None in contents.values():  # nothing tells whether it is the same again
-        shelf.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=shelf, prefix=".new-") as folder:
+        with shelf_in_use(shelf), tempfile.TemporaryDirectory(dir=shelf, prefix=".new-") as folder:
             prepare_into(Path(folder), source, config.dataset, form, 1 if quick is None else processes)
             return Prepared.open(Path(folder))  # whose files stay open when they are gone from here
     key = key_of(_what_decides(form, quick, contents))

@@ -15,7 +15,7 @@ from qlora_utils.config import RunConfig, first_line
 from qlora_utils.formats import format_of
 from qlora_utils.lora import base_alone
 from qlora_utils.recovery import OutOfMemoryError, free, is_out_of_memory
-from qlora_utils.rows import Conversation, Turn
+from qlora_utils.rows import MARKS, Conversation, Turn, restored
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -206,7 +206,8 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list
 def _as_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     stopped = tokenizer.eos_token_id in ids
     kept = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
-    return Answer(str(tokenizer.decode(kept, skip_special_tokens=True)).strip(), stopped)
+    text = str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
+    return Answer(restored(text, MARKS), stopped)  # a model that learned of marks writes them as it read them
 
 
 class _Stop(StoppingCriteria):

@@ -134,7 +134,12 @@ def check_weights(source: str, architecture: Architecture) -> None:
     try:
         with quietly():
             loaded: Any = loader.from_pretrained(
-                folder, use_safetensors=True, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+                folder,
+                use_safetensors=True,
+                trust_remote_code=False,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
     except Exception as error:  # of transformers: whatever values of a config.json bring about
         raise ModelError(
@@ -155,7 +160,8 @@ def check_adapter(folder: Path) -> None:
     again = "Train one with notebook 04 (qlora run --run-name NAME --from 04 --fresh), or give another folder."
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise ModelError(f"adapter: {folder / name} is missing. {again}")
+            pickled = "What lies there is pickled (.bin), and is not opened. " if any(folder.glob("*.bin")) else ""
+            raise ModelError(f"adapter: {folder / name} is missing. {pickled}{again}")
     described = _object(folder / "adapter_config.json", "adapter", again)
     weights = header(folder / "adapter_model.safetensors", "adapter", again)
     rank = described.get("r")

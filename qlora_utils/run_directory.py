@@ -234,10 +234,15 @@ def read_json(path: Path, kind: type = dict) -> Any:
         DamagedError: it is no JSON, or another kind of value.
     """
     _must_exist(path)
-    return _value(path, path.read_bytes(), kind)
+    return json_value(path, path.read_bytes(), kind)
 
 
-def _value(path: Path, text: bytes, kind: type, line: int | None = None) -> Any:
+def json_value(path: Path, text: bytes, kind: type, line: int | None = None) -> Any:
+    """The value that a file or one of its lines holds.
+
+    Raises:
+        DamagedError: names file and line; it is no JSON, or another kind of value.
+    """
     try:
         value = json.loads(text.decode("utf-8"))
     except json.JSONDecodeError as error:
@@ -269,7 +274,7 @@ def read_jsonl(path: Path, kind: type = object) -> list[Any]:
     _must_exist(path)
     # Not str.splitlines: it also splits at U+2028 and its like, which may stand in any answer.
     *whole, _cut_off = path.read_bytes().split(b"\n")
-    return [_value(path, line, kind, number) for number, line in enumerate(whole, start=1) if line.strip()]
+    return [json_value(path, line, kind, number) for number, line in enumerate(whole, start=1) if line.strip()]
 
 
 WRITTEN_BY = {

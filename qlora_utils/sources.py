@@ -258,7 +258,7 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
             except json.JSONDecodeError as error:
                 yield Row(path.name, number, None, f"not valid JSON: {error.msg} at character {error.pos}")
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
-                yield Row(path.name, number, None, f"not valid JSON: {first_line(error)}")
+                yield Row(path.name, number, None, f"JSON that cannot be read: {first_line(error)}")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -298,7 +298,7 @@ def _is_json_lines(file: TextIO) -> bool:
     first = next((line for line in iter(lambda: file.readline(_LONGEST_LINE), "") if line.strip()), "")
     try:
         json.loads(first)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return any(block.strip() for block in iter(lambda: file.read(_BLOCK), ""))
 

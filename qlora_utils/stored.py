@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-from qlora_utils.run_directory import damaged
+from qlora_utils.run_directory import damaged, json_value
 
 T = TypeVar("T")
 BLOCK = 2**20  # bytes read at a time
@@ -82,8 +82,9 @@ class Stored(Sequence[T], Generic[T]):
                 number += 1
 
     def _made(self, text: bytes, number: int) -> T:
+        value = json_value(self.path, text, object, number + 1)
         try:
-            return self.make(json.loads(text))
+            return self.make(value)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise damaged(self.path, "no row as notebook 01 writes it, with turns of text", number + 1) from error
 

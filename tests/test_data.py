@@ -300,7 +300,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(many, tokenizer, monkey
     monkeypatch.setattr(data, "prepare_into", meanwhile)
     with pytest.raises(DataError, match="changed while it was read"):
         data.prepare(many, tokenizer)
-    assert not any(Path(many.output_dir, ".prepared").iterdir())
+    assert not Path(many.output_dir, ".prepared").exists()
 
 
 def test_a_tokenizer_with_code_of_its_own_is_used_as_it_is(many, tokenizer):
