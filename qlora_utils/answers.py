@@ -15,6 +15,7 @@ from qlora_utils.data import Prepared
 from qlora_utils.formats import format_of
 from qlora_utils.generation import Answer, Question, Sampling, answer_all, questions_of
 from qlora_utils.lora import base_alone
+from qlora_utils.loss import row_losses
 from qlora_utils.packs import make_collator
 from qlora_utils.plan import answer_room, settle
 from qlora_utils.rows import Conversation
@@ -34,7 +35,7 @@ from qlora_utils.scores import (
     with_interval,
 )
 from qlora_utils.shown import cut, in_figure
-from qlora_utils.training import micro_batch_size, row_losses, scored_rows
+from qlora_utils.training import micro_batch_size, scored_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +76,7 @@ def perplexity(losses: Sequence[float], counts: Sequence[int]) -> tuple[float, l
     """Perplexity of the right answers, the exponential of the mean loss per token, and its 95 % interval.
 
     Args:
-        losses: summed loss of each row, nats (`training.row_losses`).
+        losses: summed loss of each row, nats (`loss.row_losses`).
         counts: answer tokens of each row.
 
     Raises:

@@ -8,12 +8,15 @@ Liger Kernel (Hsu et al., 2024, https://arxiv.org/abs/2410.10989), which compute
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from qlora_utils.formats import IGNORED
+from qlora_utils import recovery
+from qlora_utils.formats import IGNORED, Encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -205,3 +208,69 @@ def _head_is_a_product(model: PreTrainedModel) -> bool:
         return bool(torch.allclose(logits, product, rtol=2e-2, atol=2e-2 * float(logits.abs().max())))
     finally:
         model.train(was_training)
+
+
+# ---------------------------------------------------------------------------------------------------- measured
+
+
+def response_loss(model: nn.Module, rows: Sequence[Encoded], collator: Any, *, batch_size: int) -> tuple[float, int]:
+    """Mean negative log-likelihood, in nats, of all labelled tokens, and their number. Its `exp` is the perplexity.
+
+    Args and mode: as `row_losses`.
+    """
+    losses, counts = row_losses(model, rows, collator, batch_size=batch_size)
+    total = sum(counts)
+    return (sum(losses) / total if total else math.nan), total
+
+
+@torch.no_grad()
+def row_losses(
+    model: nn.Module, rows: Sequence[Encoded], collator: Any, *, batch_size: int
+) -> tuple[list[float], list[int]]:
+    """For each row the summed negative log-likelihood of its labelled tokens, in nats, and their number.
+
+    Only sums are kept from batch to batch, so memory does not grow with the number of rows, and logits exist for some
+    answer tokens at a time. The model's mode is put back afterwards.
+
+    Args:
+        model: language model whose head is a matrix product, or one wrapped by peft.
+        rows: from `formats.Format.examples`.
+        collator: from `packs.make_collator`.
+        batch_size: rows per forward pass; fewer where memory runs out.
+    """
+    was_training = model.training
+    model.eval()
+    plain: Any = model
+    if hasattr(model, "peft_config"):
+        plain = plain.get_base_model()
+    device = next(model.parameters()).device
+    losses: list[float] = []
+    counts: list[int] = []
+
+    def measure(members: Sequence[Encoded], sizes: list[int]) -> list[float]:
+        batch = {name: _on(device, value) for name, value in collator(members).items()}
+        hidden, targets = answer_states(plain, batch)
+        each = token_losses(hidden, head_weight(plain), targets)
+        # Packed or padded, the answers come row by row.
+        return [float(part) for part in torch.stack([part.sum() for part in each.double().split(sizes)])]
+
+    try:
+        while len(counts) < len(rows):
+            members = rows[len(counts) : len(counts) + batch_size]
+            sizes = [collator.answer_tokens(row) for row in members]
+            try:
+                losses += measure(members, sizes)
+                counts += sizes
+                continue
+            except Exception as error:
+                if not recovery.is_out_of_memory(error) or len(members) == 1:
+                    raise
+            batch_size = len(members) // 2
+            recovery.free()
+    finally:
+        model.train(was_training)
+    return losses, counts
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value

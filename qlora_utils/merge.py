@@ -25,12 +25,12 @@ from qlora_utils.config import ConfigError, ModelError, RunConfig, architecture_
 from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.formats import format_of
 from qlora_utils.generation import Answer, Question, Sampling
+from qlora_utils.loss import row_losses
 from qlora_utils.packs import make_collator
 from qlora_utils.plan import answer_room
 from qlora_utils.rows import Conversation, Turn
 from qlora_utils.run_directory import RunDirectory, provenance, read_json, write_json
 from qlora_utils.shown import cut
-from qlora_utils.training import row_losses
 
 if TYPE_CHECKING:
     from peft import PeftModel

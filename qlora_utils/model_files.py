@@ -82,7 +82,7 @@ def refuse_tokenizer(source: str, error: Exception) -> None:
     Raises:
         ModelError: `source` is a local folder.
     """
-    if Path(source).is_dir():
+    if Path(source).is_dir() and "trust_remote_code" not in str(error):  # of which `model_advice` speaks
         raise ModelError(
             f"model: the tokenizer in {source} could not be loaded ({type(error).__name__}: {first_line(error)[:120]})."
             f" Expected a tokenizer.json of the tokenizers library. {_AGAIN}"
@@ -233,10 +233,16 @@ def _check_config(path: Path) -> None:
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
 
-    kind = _object(path).get("model_type")
+    described = _object(path)
+    kind = described.get("model_type")
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
     if kind is None:
         raise ModelError(f'model: {path} has no model_type. Expected one, as "model_type": "llama". {_AGAIN}')
+    if kind not in known and described.get("auto_map"):
+        raise ModelError(
+            f"model: {path.parent} brings Python code of its own (auto_map in its config.json), which is never run "
+            "here. Take a model that transformers knows by itself."
+        )
     if kind not in known:
         near = difflib.get_close_matches(str(kind), known, n=1, cutoff=0.75)
         raise ModelError(

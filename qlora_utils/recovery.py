@@ -110,7 +110,9 @@ class LeaveWhenAsked(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # one that is ignored, as under nohup, stays so
+        taken = (number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN)
+        before = {number: signal.getsignal(number) for number in taken}
         try:
             for number in before:
                 signal.signal(number, self._on_signal)

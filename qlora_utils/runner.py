@@ -361,7 +361,9 @@ def _asked_to_stop() -> Iterator[list[int]]:
         yield asked
         return
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, on_signal) for number in numbers}
+    # one that is ignored, as under nohup, stays so
+    taken = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in taken}
     try:
         yield asked
     finally:

@@ -167,11 +167,12 @@ def test_tags_and_answers_are_shown_as_text(text, tmp_path):
 @BOTH
 def test_perplexity_is_that_of_the_held_out_loss(config, tuned_model, tokenizer, prepared, run):
     from qlora_utils.formats import format_of
+    from qlora_utils.loss import response_loss
     from qlora_utils.packs import make_collator
 
     answers.evaluate(config, tuned_model, tokenizer, prepared, run)
     rows = format_of(tokenizer, config).examples(training.scored_rows(prepared.held_out, config), training=False)
-    loss, _ = training.response_loss(tuned_model, rows, make_collator(tokenizer, config), batch_size=3)
+    loss, _ = response_loss(tuned_model, rows, make_collator(tokenizer, config), batch_size=3)
     assert read_json(run.metrics)["tuned"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
 
 

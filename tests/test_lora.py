@@ -13,7 +13,7 @@ from qlora_utils import lora, quantization, training
 from qlora_utils.config import ConfigError, ModelError, RunConfig, locate
 from qlora_utils.formats import format_of
 from qlora_utils.lora import HEAD
-from qlora_utils.loss import decoder_inputs
+from qlora_utils.loss import decoder_inputs, response_loss
 from qlora_utils.packs import make_collator
 from qlora_utils.run_directory import RunDirectory, read_jsonl
 
@@ -154,7 +154,7 @@ def test_a_base_model_in_low_precision_works_with_a_head_in_fp32(config, tokeniz
     again = lora.reload(quantization.load(low), run.adapter)
     assert not torch.allclose(logits(again, batch).float(), before.float(), atol=0.1)
     rows = format_of(tokenizer, low).examples(training.measured_rows(prepared.held_out, low), training=False)
-    again_loss, _ = training.response_loss(again, rows, make_collator(tokenizer, low), batch_size=4)
+    again_loss, _ = response_loss(again, rows, make_collator(tokenizer, low), batch_size=4)
     assert again_loss == pytest.approx(history[-1]["eval_loss"], rel=0.02)
 
 

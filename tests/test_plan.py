@@ -153,9 +153,9 @@ def test_what_cannot_fit_is_refused_with_what_to_change():
 
 
 def test_a_model_that_is_neither_llama_nor_t5_is_told(tmp_path):
-    from transformers import ViTConfig
+    from transformers import GPT2Config
 
-    ViTConfig().save_pretrained(tmp_path)
+    GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="needs a model like Llama or T5"):
         shapes.read(str(tmp_path))
 

@@ -64,6 +64,16 @@ def test_the_first_signal_asks_and_the_second_leaves_at_once():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with recovery.LeaveWhenAsked().listening():
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_in_another_thread_signals_are_left_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 

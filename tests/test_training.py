@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
@@ -17,9 +18,8 @@ from qlora_utils import checkpoints, lora, quantization, recovery, training
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.formats import IGNORED, encode, format_of
 from qlora_utils.generation import Answer, Question, Sampling, answer_all
-from qlora_utils.loss import decoder_inputs
+from qlora_utils.loss import decoder_inputs, response_loss, row_losses
 from qlora_utils.packs import Collator, make_collator
-from qlora_utils.plan import settle, within_learned
 from qlora_utils.rows import Turn
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
 from qlora_utils.sources import DataError
@@ -177,7 +177,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(config, tokenizer
     variant = changed(config, batch_size=64, micro_batch_size=16, steps=1)
     rows = format_of(tokenizer, config).examples(prepared.train, training=True)
     model = lora.attach(quantization.load(variant), variant)
-    by_hand, count = training.response_loss(model, rows, make_collator(tokenizer, config), batch_size=8)
+    by_hand, count = response_loss(model, rows, make_collator(tokenizer, config), batch_size=8)
     assert count == sum(label != IGNORED for row in rows for label in row.labels)
     assert losses(train(variant, tokenizer, prepared)[2])[0] == pytest.approx(by_hand, rel=1e-4)
 
@@ -187,11 +187,11 @@ def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(config, tokenizer
 def test_held_out_loss_does_not_depend_on_batching(config, tuned_model, tokenizer, prepared, packing):
     rows = format_of(tokenizer, config).examples(prepared.held_out, training=False)
     collator = make_collator(tokenizer, changed(config, packing=packing))
-    reference, _ = training.response_loss(tuned_model, rows, make_collator(tokenizer, config), batch_size=1)
-    loss, _ = training.response_loss(tuned_model, rows, collator, batch_size=7)
+    reference, _ = response_loss(tuned_model, rows, make_collator(tokenizer, config), batch_size=1)
+    loss, _ = response_loss(tuned_model, rows, collator, batch_size=7)
     assert loss == pytest.approx(reference, rel=1e-4)
-    each, counts = training.row_losses(tuned_model, rows, collator, batch_size=5)
-    alone, _ = training.row_losses(tuned_model, rows[3:4], collator, batch_size=1)
+    each, counts = row_losses(tuned_model, rows, collator, batch_size=5)
+    alone, _ = row_losses(tuned_model, rows[3:4], collator, batch_size=1)
     assert each[3] == pytest.approx(alone[0], rel=1e-4)
     assert counts[3] == sum(label != IGNORED for label in rows[3].labels)
 
@@ -216,7 +216,7 @@ def test_evaluating_keeps_sums_only(config, tuned_model, tokenizer, prepared, mo
         return original(self, examples)
 
     monkeypatch.setattr(kind, "__call__", counting)
-    training.response_loss(tuned_model, rows, make_collator(tokenizer, config), batch_size=2)
+    response_loss(tuned_model, rows, make_collator(tokenizer, config), batch_size=2)
     assert len(alive) == math.ceil(len(rows) / 2)
     assert max(alive) <= 1
 
@@ -348,106 +348,10 @@ def test_it_stops_at_the_last_good_checkpoint_and_goes_on_from_there(config, tok
     assert losses(history) == losses(train(changed(config, run_name="whole"), tokenizer, prepared)[2])
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-@BOTH
-def test_a_step_whose_numbers_are_none_is_skipped_and_counted(config, tokenizer, prepared, monkeypatch, what):
-    """The weights stay as they are in that step, and the next steps go on as if its rows had not been there."""
-    seen = {}
-    original = training.Steps._forward_and_backward
-
-    def spoiled(self, model, inputs):
-        loss = original(self, model, inputs)
-        seen[self.state.global_step] = trained_weights(model)
-        if self.state.global_step == 3:
-            if what == "loss":
-                return loss * math.nan
-            next(p for p in model.parameters() if p.grad is not None).grad[0] = math.inf
-        return loss
-
-    monkeypatch.setattr(training.Steps, "_forward_and_backward", spoiled)
-    _, run, history = train(changed(config, logging_steps=2), tokenizer, prepared)
-    assert all(torch.equal(seen[3][name], seen[4][name]) for name in seen[3])
-    assert any(not torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
-    assert read_json(run.metrics)["train"]["skipped_steps"] == 1
-    assert [line.get("skipped_steps") for line in history if "loss" in line] == [None, None, 1, 1, 1]
-    monkeypatch.setattr(training.Steps, "_forward_and_backward", original)
-    _, _, plain = train(changed(config, logging_steps=1, run_name="plain"), tokenizer, prepared)
-    third = next(line["loss"] for line in history if line["step"] == 4 and "loss" in line)
-    assert third == pytest.approx(losses(plain)[2], rel=1e-6)  # of steps 3 and 4 only the third counts
-
-
 def test_rows_without_a_label_are_refused(config, tokenizer, prepared, tuned_model, run):
     long = [replace(row, turns=(Turn("why " * 600, "so"),)) for row in prepared.train[:4]]
     with pytest.raises(DataError, match=r"none of the 4 training rows.*max_seq_len"):
         training.train(config, tuned_model, tokenizer, replace(prepared, train=long), run)
-
-
-class OutOfMemory:
-    """Lets the second pass of some steps run out of memory, once each."""
-
-    def __init__(self, monkeypatch, steps, always=False):
-        original, self.raised, calls = training.Steps._pass_loss, [], {}
-
-        def failing(trainer, model, one, answers):
-            step = trainer.state.global_step + 1
-            calls[step] = calls.get(step, 0) + 1
-            if step in steps and (always or (calls[step] == 2 and step not in self.raised)):
-                self.raised.append(step)
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-            return original(trainer, model, one, answers)
-
-        monkeypatch.setattr(training.Steps, "_pass_loss", failing)
-
-
-@pytest.mark.parametrize("size", [{}, {"micro_batch_size": 4}], ids=["by tokens", "by number"])
-@BOTH
-def test_out_of_memory_makes_passes_smaller_and_changes_nothing(config, tokenizer, prepared, monkeypatch, size, capsys):
-    bounded = changed(config, micro_batch_tokens=250, eval_steps=8, **size)
-    _, _, undisturbed = train(changed(bounded, run_name="undisturbed"), tokenizer, prepared)
-    memory = OutOfMemory(monkeypatch, {3, 7})
-    _, _, history = train(bounded, tokenizer, prepared)
-    assert memory.raised == [3, 7]
-    for name in ("loss", "grad_norm", "tokens", "lr"):
-        columns = [[line[name] for line in lines if name in line] for lines in (history, undisturbed)]
-        assert columns[0] == pytest.approx(columns[1], abs=1e-5), name
-    assert history[-1]["eval_loss"] == pytest.approx(undisturbed[-1]["eval_loss"], abs=1e-5)
-    said = capsys.readouterr().out
-    assert "out of memory at step 3" in said
-    assert "out of memory at step 7" in said
-    # the plan has learned from it: the next training begins with smaller passes
-    settled = settle(bounded).config
-    assert within_learned(settled, 250) < 250
-    assert within_learned(changed(settled, lora_r=4), 250) == 250
-
-
-def test_out_of_memory_with_one_example_at_a_time_says_what_takes_less(config, tokenizer, prepared, monkeypatch):
-    OutOfMemory(monkeypatch, {5}, always=True)
-    with pytest.raises(recovery.OutOfMemoryError, match=r"at step 5.*one example.*max_seq_len=256.*train_head=false"):
-        train(config, tokenizer, prepared)
-    monkeypatch.undo()
-    _, _, history = train(config, tokenizer, prepared)
-    assert losses(history)[-1] == pytest.approx(
-        losses(train(changed(config, run_name="whole"), tokenizer, prepared)[2])[-1], abs=1e-5
-    )
-
-
-def test_measuring_takes_fewer_rows_at_a_time_where_memory_runs_out(
-    config, tuned_model, tokenizer, prepared, monkeypatch
-):
-    rows = format_of(tokenizer, config).examples(prepared.held_out, training=False)
-    collator = make_collator(tokenizer, config)
-    reference = training.row_losses(tuned_model, rows, collator, batch_size=8)
-    original = training.answer_states
-
-    def small(model, batch):
-        if len(batch["lengths"]) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(model, batch)
-
-    monkeypatch.setattr(training, "answer_states", small)
-    losses_, counts = training.row_losses(tuned_model, rows, collator, batch_size=8)
-    assert counts == reference[1]
-    assert losses_ == pytest.approx(reference[0], rel=1e-4)
 
 
 class SignalAt(TrainerCallback):
@@ -462,13 +366,15 @@ class SignalAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_first(config, tokenizer, prepared, number):
+def test_asked_to_stop_it_saves_first(config, tokenizer, prepared, number, request):
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL  # not so in the background
+    request.addfinalizer(functools.partial(signal.signal, number, signal.signal(number, usual)))
     sparse = changed(config, save_steps=100, eval_steps=100, logging_steps=4)
     with pytest.raises(recovery.Interrupted, match=r"after step 3 of 8.*Run the same again"):
         train(sparse, tokenizer, prepared, SignalAt(3, number))
     run = RunDirectory(sparse.run_dir)
     assert checkpoints.newest(run.checkpoints).name == "checkpoint-3"
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) == usual
     again = lora.attach(quantization.load(sparse), sparse)
     with pytest.raises(recovery.Interrupted, match="after step 5 of 8"):
         train_again(sparse, again, tokenizer, prepared, SignalAt(5, number))
@@ -529,7 +435,7 @@ def adapter_gradients(model, batch):
 
 def evaluate_and_answer(model, config, tokenizer, prepared):
     rows = format_of(tokenizer, config).examples(prepared.held_out, training=False)
-    training.response_loss(model, rows, make_collator(tokenizer, config), batch_size=4)
+    response_loss(model, rows, make_collator(tokenizer, config), batch_size=4)
     question = Question("What is the capital of Japan?", "")
     answer_all(model, tokenizer, [question], config, sampling=Sampling(max_new_tokens=4), batch_size=1)
 
@@ -594,7 +500,7 @@ def test_the_adapter_of_the_lowest_held_out_loss_is_kept(config, tokenizer, prep
     rows = format_of(tokenizer, config).examples(training.measured_rows(prepared.held_out, variant), training=False)
     reloaded = lora.reload(quantization.load(variant), run.adapter)
     for model in (tuned_model, reloaded):
-        loss, _ = training.response_loss(model, rows, make_collator(tokenizer, config), batch_size=8)
+        loss, _ = response_loss(model, rows, make_collator(tokenizer, config), batch_size=8)
         assert loss == pytest.approx(measured[kept], rel=1e-4)
     assert read_json(run.metrics)["train"]["kept_loss"] == measured[kept]
 

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import BOTH
+from test_training import changed, losses, train, trained_weights
+
+from qlora_utils import loss, recovery
+from qlora_utils.formats import format_of
+from qlora_utils.packs import make_collator
+from qlora_utils.plan import settle, within_learned
+from qlora_utils.run_directory import read_json
+from qlora_utils.trainer import Steps
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@BOTH
+def test_a_step_whose_numbers_are_none_is_skipped_and_counted(config, tokenizer, prepared, monkeypatch, what):
+    """The weights stay as they are in that step, and the next steps go on as if its rows had not been there."""
+    seen = {}
+    original = Steps._forward_and_backward
+
+    def spoiled(self, model, inputs):
+        loss = original(self, model, inputs)
+        seen[self.state.global_step] = trained_weights(model)
+        if self.state.global_step == 3:
+            if what == "loss":
+                return loss * math.nan
+            next(p for p in model.parameters() if p.grad is not None).grad[0] = math.inf
+        return loss
+
+    monkeypatch.setattr(Steps, "_forward_and_backward", spoiled)
+    _, run, history = train(changed(config, logging_steps=2), tokenizer, prepared)
+    assert all(torch.equal(seen[3][name], seen[4][name]) for name in seen[3])
+    assert any(not torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
+    assert read_json(run.metrics)["train"]["skipped_steps"] == 1
+    assert [line.get("skipped_steps") for line in history if "loss" in line] == [None, None, 1, 1, 1]
+    monkeypatch.setattr(Steps, "_forward_and_backward", original)
+    _, _, plain = train(changed(config, logging_steps=1, run_name="plain"), tokenizer, prepared)
+    third = next(line["loss"] for line in history if line["step"] == 4 and "loss" in line)
+    assert third == pytest.approx(losses(plain)[2], rel=1e-6)  # of steps 3 and 4 only the third counts
+
+
+class OutOfMemory:
+    """Lets the second pass of some steps run out of memory, once each."""
+
+    def __init__(self, monkeypatch, steps, always=False):
+        original, self.raised, calls = Steps._pass_loss, [], {}
+
+        def failing(trainer, model, one, answers):
+            step = trainer.state.global_step + 1
+            calls[step] = calls.get(step, 0) + 1
+            if step in steps and (always or (calls[step] == 2 and step not in self.raised)):
+                self.raised.append(step)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return original(trainer, model, one, answers)
+
+        monkeypatch.setattr(Steps, "_pass_loss", failing)
+
+
+@pytest.mark.parametrize("size", [{}, {"micro_batch_size": 4}], ids=["by tokens", "by number"])
+@BOTH
+def test_out_of_memory_makes_passes_smaller_and_changes_nothing(config, tokenizer, prepared, monkeypatch, size, capsys):
+    bounded = changed(config, micro_batch_tokens=250, eval_steps=8, **size)
+    _, _, undisturbed = train(changed(bounded, run_name="undisturbed"), tokenizer, prepared)
+    memory = OutOfMemory(monkeypatch, {3, 7})
+    _, _, history = train(bounded, tokenizer, prepared)
+    assert memory.raised == [3, 7]
+    for name in ("loss", "grad_norm", "tokens", "lr"):
+        columns = [[line[name] for line in lines if name in line] for lines in (history, undisturbed)]
+        assert columns[0] == pytest.approx(columns[1], abs=1e-5), name
+    assert history[-1]["eval_loss"] == pytest.approx(undisturbed[-1]["eval_loss"], abs=1e-5)
+    said = capsys.readouterr().out
+    assert "out of memory at step 3" in said
+    assert "out of memory at step 7" in said
+    # the plan has learned from it: the next training begins with smaller passes
+    settled = settle(bounded).config
+    assert within_learned(settled, 250) < 250
+    assert within_learned(changed(settled, lora_r=4), 250) == 250
+
+
+def test_out_of_memory_with_one_example_at_a_time_says_what_takes_less(config, tokenizer, prepared, monkeypatch):
+    OutOfMemory(monkeypatch, {5}, always=True)
+    with pytest.raises(recovery.OutOfMemoryError, match=r"at step 5.*one example.*max_seq_len=256.*train_head=false"):
+        train(config, tokenizer, prepared)
+    monkeypatch.undo()
+    _, _, history = train(config, tokenizer, prepared)
+    assert losses(history)[-1] == pytest.approx(
+        losses(train(changed(config, run_name="whole"), tokenizer, prepared)[2])[-1], abs=1e-5
+    )
+
+
+def test_measuring_takes_fewer_rows_at_a_time_where_memory_runs_out(
+    config, tuned_model, tokenizer, prepared, monkeypatch
+):
+    rows = format_of(tokenizer, config).examples(prepared.held_out, training=False)
+    collator = make_collator(tokenizer, config)
+    reference = loss.row_losses(tuned_model, rows, collator, batch_size=8)
+    original = loss.answer_states
+
+    def small(model, batch):
+        if len(batch["lengths"]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, batch)
+
+    monkeypatch.setattr(loss, "answer_states", small)
+    losses_, counts = loss.row_losses(tuned_model, rows, collator, batch_size=8)
+    assert counts == reference[1]
+    assert losses_ == pytest.approx(reference[0], rel=1e-4)
