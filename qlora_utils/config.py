@@ -19,10 +19,13 @@ SPEED_FIELDS = ("keep_expanded", "attention_kernel", "fused_layers", "liger")
 ANSWER_FIELDS = ("score_rows", "max_new_tokens", "answer_batch_size")
 # Where a run lies, what it is called, and what holds for one training only: not what makes it that run.
 PLACE_FIELDS = ("preset", "run_name", "output_dir", "fresh")
-# What a training that goes on may be given anew: how long it lasts, what memory it takes, what is kept and shown.
-GO_ON_FIELDS = (*SPEED_FIELDS, *ANSWER_FIELDS, "steps", "epochs", "gradient_checkpointing", "micro_batch_size",
-                "micro_batch_tokens", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "keep",
-                "trace_rows")  # fmt: skip
+# What changes memory, or what is shown and kept on the way, and nothing of what is learned.
+ASIDE_FIELDS = (*SPEED_FIELDS, *ANSWER_FIELDS, "gradient_checkpointing", "micro_batch_size", "micro_batch_tokens",
+                "logging_steps", "eval_steps", "save_steps", "save_total_limit", "trace_rows")  # fmt: skip
+# What a training that is done may be given anew: it goes on, or keeps another of its adapters.
+DONE_FIELDS = (*ASIDE_FIELDS, "steps", "epochs", "keep")
+# And one that is not done: whatever may save it.
+GO_ON_FIELDS = (*DONE_FIELDS, "learning_rate", "head_learning_rate", "warmup_ratio", "max_grad_norm", "compute_dtype")
 
 # Copies of gated weights, open to all, in the same files.
 MIRRORS = {

@@ -28,9 +28,13 @@ class HistoryWriter(TrainerCallback):
         self.tokens_before = 0
         self.seconds_before = 0.0
         self.began = 0.0
+        self.writes = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Drop lines of steps that a resumed training is about to repeat."""
+        """Drop lines of steps that a training which goes on is about to repeat."""
+        self.writes = getattr(state, "is_world_process_zero", True)  # of several processes one
+        if not self.writes:
+            return
         kept = (
             [line for line in read_jsonl(self.path) if line["step"] <= state.global_step] if self.path.is_file() else []
         )
@@ -58,6 +62,8 @@ class HistoryWriter(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Append the line of this step; what is not a number becomes null."""
+        if not self.writes:
+            return
         logs = logs or {}
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         if "loss" in logs:

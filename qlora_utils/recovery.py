@@ -86,7 +86,7 @@ def diverged(step: int, loss: float, norm: float, *, learning_rate: float, dtype
         f"the loss is {loss:.4g} and the gradient norm {norm:.4g} at step {step}: no finite numbers for {BAD_STEPS} "
         f"steps in a row, which were skipped. Likely causes: a learning_rate too high ({learning_rate:g}), {narrow}"
         "or broken weights or rows. Take a lower learning_rate, a longer warm-up (warmup_ratio), or "
-        f"compute_dtype=float32. {kept}"
+        f"compute_dtype=float32: a training may go on with these. {kept}"
     )
 
 

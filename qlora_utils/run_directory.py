@@ -101,12 +101,13 @@ class RunDirectory:
         return self.path / "report.html"
 
     def begin(self, config: RunConfig) -> None:
-        """Write `config.json` at the start of a notebook, as long as nothing was trained.
+        """Write `config.json` at the start of a notebook, as long as no training has begun.
 
-        From then on it tells what the adapter was trained with and on what: a parameter tried out later, or a
-        playground opened on another machine, does not change that. Only a new training does.
+        From then on it tells what is trained with and on what: a parameter tried out later, or a playground opened on
+        another machine, does not change that. Only a new training does.
         """
-        if not (self.adapter.is_dir() and self.config.is_file()):
+        begun = self.adapter.is_dir() or any(self.checkpoints.glob("checkpoint-*"))
+        if not (begun and self.config.is_file()):
             self.record(config)
 
     def record(self, config: RunConfig) -> None:

@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_utils import curves, data, locks, model_files
+from qlora_utils import checkpoints, curves, data, locks, model_files
 from qlora_utils.config import (
     ANSWER_FIELDS,
+    ASIDE_FIELDS,
     DATA_FIELDS,
+    DONE_FIELDS,
     EMBEDDED,
     GO_ON_FIELDS,
     PLACE_FIELDS,
@@ -159,7 +161,7 @@ def _changes(config: RunConfig, *, fresh: bool) -> list[str]:
     changed = [name for name in RunConfig.model_fields
                if name not in PLACE_FIELDS and getattr(config, name) != getattr(stored, name)]  # fmt: skip
     run = RunDirectory(config.run_dir)
-    other = [name for name in changed if name not in GO_ON_FIELDS]
+    other = [name for name in changed if name not in (DONE_FIELDS if run.adapter.is_dir() else GO_ON_FIELDS)]
     if other and (run.adapter.is_dir() or any(run.checkpoints.glob("checkpoint-*"))):
         told = "; ".join(f"{n}: it has {getattr(stored, n)!r}, asked for is {getattr(config, n)!r}" for n in other)
         raise ConfigError(
@@ -310,8 +312,8 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
     with _asked_to_stop() as asked:
         failure = _in_thread(execute)
     if asked:
-        again = _again(config, parameters, path)
-        raise Stopped(asked[0], f"stopped in {path.stem}; what was trained is saved. To go on: {again}") from None
+        told = "stopped in " + path.stem + _what_is_saved(path, run, failure)
+        raise Stopped(asked[0], f"{told}. To go on: {_again(config, parameters, path)}") from None
     if isinstance(failure, papermill.PapermillExecutionError):
         raise SeriesError(
             f"{path.stem}, cell {failure.cell_index} (In [{failure.exec_count}]): {failure.ename}: {failure.evalue}\n"
@@ -325,6 +327,18 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
         ) from None
     if failure is not None:
         raise failure
+
+
+def _what_is_saved(path: Path, run: RunDirectory, failure: BaseException | None) -> str:
+    """What to say of a notebook that was asked to stop: whether its training saved, and what went wrong instead."""
+    name, text = getattr(failure, "ename", type(failure).__name__), getattr(failure, "evalue", str(failure))
+    if path.stem != "04_training":
+        return ""
+    if name == "Interrupted":
+        return f": {text}"
+    last = checkpoints.newest(run.checkpoints)
+    went_wrong = "" if name in ("KeyboardInterrupt", "DeadKernelError", "NoneType") else f" ({name}: {text})"
+    return f" before it could save{went_wrong}; " + (f"the last checkpoint is {last}" if last else "no checkpoint yet")
 
 
 def _in_thread(work: Any) -> BaseException | None:
@@ -405,7 +419,9 @@ def _left_to_do(run: RunDirectory, config: RunConfig, parameters: Mapping[str, A
     if not (run.path / "config.json").is_file():
         return notebooks
     stored = RunConfig.continue_run(run.path)
-    changed = [name for name in set(parameters) - {*PLACE_FIELDS, *SPEED_FIELDS}
+    # what a training that is done has no use for brings nothing back
+    idle = {*ASIDE_FIELDS} - {*ANSWER_FIELDS} if "04_training" in done(run) else {*SPEED_FIELDS}
+    changed = [name for name in set(parameters) - {*PLACE_FIELDS} - idle
                if getattr(config, name) != getattr(stored, name)]  # fmt: skip
     back = min((_decided_in(name) for name in changed), default="99")
     behind = [path for path in notebooks if path.stem in done(run) and path.stem < back]
@@ -422,9 +438,11 @@ def _again(config: RunConfig, parameters: Mapping[str, Any], path: Path) -> str:
     words = ["qlora", "run", "--run-name", config.run_name]
     if Path(config.output_dir) != Path("outputs").resolve():
         words += ["--output-dir", config.output_dir]
-    for name in sorted(set(parameters) - {"preset", "run_name", "output_dir"}):
+    for name in sorted(set(parameters) - {*PLACE_FIELDS}):
         if path.stem <= _decided_in(name):
             words += ["-p", f"{name}={parameters[name]}"]
+    if parameters.get("fresh") and path.stem < "04_training":  # the training is still to be begun anew
+        words += ["--from", path.stem[:2], "--fresh"]
     return shlex.join(words)
 
 

@@ -200,8 +200,7 @@ class Steps(Trainer):
         if self.optimizer is None:
             assert self.model is not None
             trained = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
-            rate = self.config.learning_rate
-            head_rate = self.config.head_learning_rate or rate
+            rate, head_rate = _rates(self.config)
             groups = [
                 {"params": [p for name, p in trained if HEAD not in name], "lr": rate},
                 {"params": [p for name, p in trained if HEAD in name], "lr": head_rate},
@@ -213,17 +212,21 @@ class Steps(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Adapter, optimizer, schedule, random states and this trainer's state, whole or not at all (`checkpoints`)."""
-        if self.watch.in_a_row:  # what is worth keeping was saved before
-            return
+        if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
+            return  # nothing to go on from; what is worth keeping was saved before
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
+        limit = int(self.args.save_total_limit or 1)
         if self.args.world_size > 1:  # every process writes its random state
+            self.args.save_total_limit = None  # none is removed before this one is whole
             super()._save_checkpoint(model, trial)
+            self.args.save_total_limit = limit
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoints.seal(folder / f"checkpoint-{step}", self.place())
-            return
-        checkpoints.write(folder, step, self._save_into, self.place())
-        checkpoints.prune(folder, int(self.args.save_total_limit or 1), self.state.best_global_step)
+        else:
+            checkpoints.write(folder, step, self._save_into, self.place())
+        if self.args.should_save:
+            checkpoints.prune(folder, limit, self.state.best_global_step)
 
     def _save_into(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
@@ -242,6 +245,7 @@ class Steps(Trainer):
     def _init_training_state(self, *arguments: Any) -> tuple[int, int]:
         """As the Trainer, but for a best step whose checkpoint is gone or damaged: the next best one then counts."""
         found = super()._init_training_state(*arguments)
+        self.state.compute_steps(self.args, arguments[0])  # intervals as they are now, not as they were
         best = self.state.best_global_step
         if best and (wrong := checkpoints.fault(Path(str(self.args.output_dir)) / f"checkpoint-{best}")):
             print(f"the checkpoint of the lowest held-out loss, that of step {best}, cannot be used: {wrong}")
@@ -259,10 +263,27 @@ class Steps(Trainer):
         }
 
     def take_place(self, record: Mapping[str, Any]) -> None:
-        """Put back what `place` gave, when the Trainer has reset its own sums."""
+        """Put back what `place` gave, when the Trainer has reset its own sums; and take rates that were given anew."""
         self._tr_loss += record["loss_since_log"]
         self.logged_at = self._globalstep_last_logged = record["logged_at"]
         self.watch.skipped, self.watch.since_log = record["skipped"]
+        before = RunConfig.build({**record["config"], "fresh": False})
+        self._take_rates([now / then for now, then in zip(_rates(self.config), _rates(before), strict=True)])
+
+    def _take_rates(self, factors: list[float]) -> None:
+        """Multiply the rates of the two groups, which came with the checkpoint."""
+        assert self.optimizer is not None
+        groups, scheduler = self.optimizer.param_groups, self.lr_scheduler
+        if set(factors) == {1.0}:
+            return
+        # one group where the head does not train
+        for number, (group, factor) in enumerate(zip(groups, factors, strict=False)):
+            for name in ("lr", "initial_lr"):
+                if name in group:
+                    group[name] *= factor
+            for name in ("base_lrs", "_last_lr"):
+                if rates := getattr(scheduler, name, None):
+                    rates[number] *= factor
 
     def evaluate(
         self,
@@ -296,6 +317,11 @@ class QLoRATrainer(Steps):
 
 class QLoRASeq2SeqTrainer(Steps, Seq2SeqTrainer):
     """transformers' trainer for an encoder-decoder. In its evaluation answers are generated (`make_trace`)."""
+
+
+def _rates(config: RunConfig) -> tuple[float, float]:
+    """The peak rates of the LoRA matrices and of the head."""
+    return config.learning_rate, config.head_learning_rate or config.learning_rate
 
 
 # What trains each architecture, and what that takes as its arguments.

@@ -10,7 +10,8 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,17 +25,17 @@ from transformers import (
 )
 
 from qlora_utils import checkpoints, locks, recovery
-from qlora_utils.config import GO_ON_FIELDS, PLACE_FIELDS, ConfigError, RunConfig
+from qlora_utils.config import DONE_FIELDS, GO_ON_FIELDS, PLACE_FIELDS, ConfigError, RunConfig, first_line
 from qlora_utils.data import Prepared
-from qlora_utils.formats import format_of
+from qlora_utils.formats import Format, format_of
 from qlora_utils.generation import Sampling, answer_all, questions_of
 from qlora_utils.history import HistoryWriter, Progress, peak_memory_bytes
 from qlora_utils.lora import record_base
 from qlora_utils.packs import StepCollator, make_collator
-from qlora_utils.plan import answer_room, settle, within_learned
+from qlora_utils.plan import LEARNED, answer_room, settle, too_large_at_last, within_learned
 from qlora_utils.quantization import compute_dtype
 from qlora_utils.rows import Conversation
-from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json
+from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_text
 from qlora_utils.scores import exact_match
 from qlora_utils.sources import DataError
 from qlora_utils.trainer import TRAINERS, Steps
@@ -42,6 +43,9 @@ from qlora_utils.trainer import TRAINERS, Steps
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+
+BEGUN = "begun_in"  # attribute of a model whose training has begun: the run directory
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,11 @@ def make_trainer(
         )
     arguments = training_arguments(config, run, micro_batch_size(config, [collator.tokens(row) for row in train_rows]))
     trainer_of, _ = TRAINERS[config.architecture]
-    tokens = within_learned(config, config.micro_batch_tokens or config.max_seq_len)
+    bound = config.micro_batch_tokens or config.max_seq_len
+    tokens = within_learned(config, bound)
+    if tokens < bound:
+        print(f"at most {tokens:,} tokens in a pass instead of {bound:,}: more ran out of memory here before "
+              f"({Path(config.output_dir) / LEARNED}; remove it to forget)")  # fmt: skip
     trainer = trainer_of(
         config=config,
         model=tuned_model,
@@ -255,21 +263,27 @@ def train(
         Interrupted: it was asked to stop, and has saved.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    with locks.held(run.path / ".training.lock", "training", wait_s=10):
-        run.sweep()
-        checkpoints.sweep(run.checkpoints)
-        for half in (".adapter.new", ".adapter.old"):
-            shutil.rmtree(run.path / half, ignore_errors=True)
-        if config.fresh:
-            _start_over(run)
-        last = checkpoints.newest(run.checkpoints)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes that train together
+    with locks.held(run.path / ".training.lock", "training", wait_s=10) if first else nullcontext():
+        if first:
+            run.sweep()
+            checkpoints.sweep(run.checkpoints)
+            for half in (".adapter.new", ".adapter.old"):
+                shutil.rmtree(run.path / half, ignore_errors=True)
+        begun_here = getattr(tuned_model, BEGUN, None)
+        fresh = config.fresh and begun_here != str(run.path)  # the same cell again goes on with what it has begun
+        last = None if fresh else checkpoints.newest(run.checkpoints)
         total = all_steps(config, prepared, tokenizer)
+        done = None if fresh else _done(run)
         if last is not None:
             record = read_json(last / checkpoints.RECORD)
-            _check_same(config, record["config"], record["rows"], run, prepared)
-        if done := None if config.fresh else _done(run):
-            _check_same(config, read_json(run.config)["config"], "", run, prepared)
-            if done.steps == total:
+            allowed = DONE_FIELDS if done else GO_ON_FIELDS
+            _check_same(config, record["config"], record["rows"], run, prepared, allowed)
+        if done:
+            stored = read_json(run.config)["config"]
+            _check_same(config, stored, "", run, prepared, DONE_FIELDS)
+            another = last is not None and config.keep != stored["keep"]
+            if done.steps == total and not another:
                 return _taken_as_it_is(done, tuned_model, run)
         at = max(step_of(last), done.steps if done else 0)
         if at > total:
@@ -282,7 +296,12 @@ def train(
                 f"steps: the training in {run.path} is done, with {done.steps} steps, and its checkpoints are gone, so "
                 "it cannot go on. Give another run_name, or fresh=true to start over in its place."
             )
-        with checkpoints.explained_if_full(run.path, "the training"):
+        if last is None and begun_here:
+            raise ConfigError(
+                "the model here has been trained already, and there is no checkpoint to go on from. Run this again "
+                "from the cell that attaches the adapter (lora.attach), so that it begins with fresh weights."
+            )
+        with checkpoints.explained_if_full(run.path, "what the training leaves"):
             return _go_on(config, tuned_model, tokenizer, prepared, run, last)
 
 
@@ -297,6 +316,7 @@ def _start_over(run: RunDirectory) -> None:
     for checkpoint in begun:
         shutil.rmtree(checkpoint, ignore_errors=True)
     run.history.unlink(missing_ok=True)
+    run.metrics.unlink(missing_ok=True)  # else these could pass for what is about to be trained
 
 
 def _done(run: RunDirectory) -> Trained | None:
@@ -315,15 +335,17 @@ def _taken_as_it_is(done: Trained, tuned_model: PeftModel, run: RunDirectory) ->
     return done
 
 
-def _check_same(config: RunConfig, begun: Mapping[str, Any], rows: str, run: RunDirectory, prepared: Prepared) -> None:
-    """Refuse to go on with what would make it another training.
+def _check_same(
+    config: RunConfig, begun: Mapping[str, Any], rows: str, run: RunDirectory, prepared: Prepared, may: Sequence[str]
+) -> None:
+    """Refuse to go on with what would make it another training. Fields that `may` differ are passed over.
 
     Raises:
         ConfigError: names what differs.
         DataError: the rows are others.
     """
     asked = config.model_dump()
-    counting = [name for name in asked if name not in (*PLACE_FIELDS, *GO_ON_FIELDS) and name in begun]
+    counting = [name for name in asked if name not in (*PLACE_FIELDS, *may) and name in begun]
     differing = [
         f"{name}: it has {begun[name]!r}, asked for is {asked[name]!r}"
         for name in counting
@@ -354,9 +376,12 @@ def _go_on(
         config = config.model_copy(update={"optimizer": read_json(last / checkpoints.RECORD)["config"]["optimizer"]})
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    if last is None:
-        format_of(tokenizer, config).record(run)
-    trainer = make_trainer(config, tuned_model, tokenizer, prepared, run)
+    with _as_now(format_of(tokenizer, config), run) if last is None else nullcontext():
+        trainer = make_trainer(config, tuned_model, tokenizer, prepared, run)
+        _check_room(trainer, run)
+    if last is None and trainer.is_world_process_zero():
+        _start_over(run)
+        run.record(config)
     began = time.perf_counter()
     at = step_of(last)
     if last is None or at < all_steps(config, prepared, tokenizer):
@@ -366,14 +391,30 @@ def _go_on(
         trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     wall_s = time.perf_counter() - began
     kept_step = keep_adapter(trainer, tuned_model)
+    trainer.accelerator.wait_for_everyone()
+    trained = _trained(trainer, read_jsonl(run.history), kept_step, wall_s, resumed_at=at)
+    if not trainer.is_world_process_zero():
+        return trained
     save_adapter(tuned_model, tokenizer, run.adapter)
     run.record(config)
-    trained = _trained(trainer, read_jsonl(run.history), kept_step, wall_s, resumed_at=at)
     run.answers.unlink(missing_ok=True)  # what was made of an adapter that is no more
     run.comparison.unlink(missing_ok=True)
     shutil.rmtree(run.merged, ignore_errors=True)
     write_json(run.metrics, {"train": vars(trained)})
     return trained
+
+
+@contextmanager
+def _as_now(form: Format, run: RunDirectory) -> Iterator[None]:
+    """Leave what the format depends on in the run; if the training is then refused, as it was before."""
+    before = run.instructions.read_text(encoding="utf-8") if run.instructions.is_file() else None
+    form.record(run)
+    try:
+        yield
+    except BaseException:
+        if before is not None:
+            write_text(run.instructions, before)
+        raise
 
 
 class _TakePlace(TrainerCallback):
@@ -387,19 +428,28 @@ class _TakePlace(TrainerCallback):
         self.trainer.take_place(self.record)
 
 
-def _run(trainer: Steps, run: RunDirectory, last: Path | None) -> None:
-    """Let the Trainer run from a checkpoint, or from the beginning, if the disk has room for what it will leave.
+def _check_room(trainer: Steps, run: RunDirectory) -> None:
+    """Refuse to begin what the disk has no room for; checkpoints that are there make room for those to come.
 
     Raises:
-        Interrupted: it was asked to stop.
         DiskError: too little room.
     """
     model: Any = trainer.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     moments = 2 if "8bit" in trainer.config.optimizer else 8
-    there = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
+    there = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
     needed = checkpoints.needed_bytes(trained, trainer.config.save_total_limit, moment_bytes=moments)
     checkpoints.check_room(run.path, max(0, needed - there), "this training")
+
+
+def _run(trainer: Steps, run: RunDirectory, last: Path | None) -> None:
+    """Let the Trainer run from a checkpoint, or from the beginning.
+
+    Raises:
+        Interrupted: it was asked to stop.
+        OutOfMemoryError: memory ran out where no pass can be made smaller, as in the optimizer's first step.
+    """
+    setattr(trainer.model, BEGUN, str(run.path))
     trainer.args.eval_on_start = last is None
     if last is not None:
         print(f"going on from step {step_of(last)}, {last}")
@@ -407,11 +457,22 @@ def _run(trainer: Steps, run: RunDirectory, last: Path | None) -> None:
     leave = recovery.LeaveWhenAsked()
     trainer.add_callback(leave)
     with leave.listening():
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if leave.asked is not None and trainer.state.global_step < trainer.state.max_steps:
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except Exception as error:
+            if not recovery.is_out_of_memory(error) or isinstance(error, recovery.OutOfMemoryError):
+                raise
+            raise recovery.OutOfMemoryError(
+                f"out of memory at step {trainer.state.global_step + 1}, outside of a forward or backward pass "
+                f"({first_line(error)}). {too_large_at_last(trainer.config)}"
+            ) from error
+    step = trainer.state.global_step
+    if leave.asked is not None and step < trainer.state.max_steps:
+        there = checkpoints.newest(run.checkpoints)
+        saved = f"saved in {there}" if step_of(there) == step else f"not saved; the last checkpoint is {there}"
         raise recovery.Interrupted(
-            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, as asked, and saved in "
-            f"{run.checkpoints}. Run the same again to go on."
+            f"stopped after step {step} of {trainer.state.max_steps}, as asked, and {saved}. Run the same again to go "
+            "on."
         )
 
 
@@ -455,7 +516,11 @@ def keep_adapter(trainer: Steps, tuned_model: PeftModel) -> int:
     last_step, best = trainer.state.global_step, trainer.state.best_global_step
     if trainer.config.keep == "last" or not best or best == last_step:
         return last_step
-    _take_weights(tuned_model, Path(str(trainer.args.output_dir)) / f"checkpoint-{best}")
+    checkpoint = Path(str(trainer.args.output_dir)) / f"checkpoint-{best}"
+    if wrong := checkpoints.fault(checkpoint):
+        print(f"the adapter of step {best} had the lowest held-out loss and cannot be used ({wrong}); the last is kept")
+        return last_step
+    _take_weights(tuned_model, checkpoint)
     return best
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -119,6 +120,18 @@ def test_what_a_training_leaves_is_no_more_than_was_said(config, tokenizer, prep
     assert size + one <= needed <= 1.5 * (size + one)
 
 
+def test_what_else_lies_in_the_run_makes_no_room(config, tokenizer, prepared, monkeypatch):
+    from test_training import train
+
+    run = RunDirectory(config.run_dir)
+    run.merged.mkdir(parents=True)
+    (run.merged / "model.safetensors").write_bytes(b"x" * 50_000_000)
+    little = SimpleNamespace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: little)
+    with pytest.raises(checkpoints.DiskError, match="this training will need about"):
+        train(config, tokenizer, prepared)
+
+
 def test_a_damaged_best_checkpoint_is_not_taken(config, tokenizer, prepared, capsys):
     from test_training import CrashAt, Spoil, changed, train
 
@@ -195,3 +208,4 @@ def test_a_disk_of_40_mb(tmp_path, prepared):
     assert found["left"] == []
     assert found["newest_after"] is not None
     assert found["resumed"] == found["whole"]
+    assert found["resumed in place"] == found["whole"]

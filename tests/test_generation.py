@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from qlora_utils import generation, quantization
 from qlora_utils.config import RunConfig
 from qlora_utils.formats import format_of
-from qlora_utils.generation import Answer, Question, Sampling
+from qlora_utils.generation import Answer, Question, Sampling, answer_all
+from qlora_utils.recovery import OutOfMemoryError
 from qlora_utils.rows import Conversation, Turn
 
 QUESTIONS = [
@@ -190,3 +191,40 @@ def test_a_batch_holds_no_more_tokens_than_it_may(config, tuned_model, tokenizer
     assert all(rows * (longest + 6) <= 120 or rows == 1 for rows, longest in shapes)
     assert [longest for _, longest in shapes] == sorted((longest for _, longest in shapes), reverse=True)
     assert few == generation.answer_all(tuned_model, tokenizer, questions, config, sampling=sampling, batch_size=16)
+
+
+class Little:
+    """Lets generation run out of memory with more than so many questions at a time."""
+
+    def __init__(self, monkeypatch, model, most):
+        original, self.sizes = model.generate, []
+
+        def generate(input_ids, **options):
+            self.sizes.append(len(input_ids))
+            if len(input_ids) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return original(input_ids=input_ids, **options)
+
+        monkeypatch.setattr(model, "generate", generate)
+
+
+@BOTH
+def test_out_of_memory_halves_the_questions_at_a_time_and_loses_none(
+    config, tuned_model, tokenizer, prepared, monkeypatch, capsys
+):
+    asked = [Question(row.turns[0].question, "") for row in prepared.held_out[:7]]
+    given = {"config": config, "sampling": Sampling(max_new_tokens=6), "batch_size": 6}
+    reference = answer_all(tuned_model, tokenizer, asked, **given)
+    little, counted = Little(monkeypatch, tuned_model, 2), []
+    assert answer_all(tuned_model, tokenizer, asked, **given, on_batch=counted.append) == reference
+    assert little.sizes == [6, 3, 1, 1, 1, 1, 1, 1, 1]
+    assert sum(counted) == len(asked)
+    assert "out of memory with 6 questions at a time; going on with 3" in capsys.readouterr().out
+
+
+def test_out_of_memory_with_one_question_says_what_takes_less(config, tuned_model, tokenizer, monkeypatch):
+    Little(monkeypatch, tuned_model, 0)
+    with pytest.raises(OutOfMemoryError, match=r"one question at a time, of \d+ tokens.*max_new_tokens=3"):
+        answer_all(
+            tuned_model, tokenizer, [Question("Why?", "")], config, sampling=Sampling(max_new_tokens=6), batch_size=4
+        )

@@ -171,6 +171,24 @@ def test_without_a_plan_the_least_memory_is_taken(monkeypatch):
     assert "no hidden_size" in settled.reasons["optimizer"]
 
 
+def test_the_plan_learns_from_memory_that_ran_out(tmp_path, monkeypatch):
+    config = LARGE.model_copy(update={"output_dir": str(tmp_path)})
+    for card in (None, CARDS["T4"]):
+        monkeypatch.setattr(plan, "this_card", lambda card=card: card)
+        before = settle(config).config
+        plan.learn(before, before.micro_batch_tokens)
+        after = settle(config)
+        assert after.config.micro_batch_tokens == before.micro_batch_tokens // 2
+        assert "ran out of memory here before" in after.reasons["micro_batch_tokens"]
+        assert settle(config.model_copy(update={"lora_r": 8})).config.micro_batch_tokens == before.micro_batch_tokens
+    assert settle(config, CARDS["L4"]).config == settle(LARGE, CARDS["L4"]).config.model_copy(
+        update={"output_dir": str(tmp_path)}
+    )  # another card has learned nothing
+    (tmp_path / plan.LEARNED).write_text('{"mach')  # cut off by a crash
+    monkeypatch.setattr(plan, "this_card", lambda: None)
+    assert settle(config).config.micro_batch_tokens == 2048
+
+
 def test_a_model_can_be_loaded_where_it_could_not_be_trained(monkeypatch):
     monkeypatch.setattr(plan, "this_card", lambda: CARDS["T4"])
     monkeypatch.setattr(shapes, "read", lambda source: LLAMA_2_7B)

@@ -83,6 +83,17 @@ def test_the_advice_to_start_again_repeats_what_still_matters(begun):
     assert again["07"] == place
 
 
+def test_the_advice_after_fresh_does_not_start_over_what_was_begun(begun):
+    config, parameters = runner.resolve(
+        preset=None, run_name="a", output_dir=begun.output_dir, start="02", parameters={"lora_r": "8"}, fresh=True
+    )
+    again = {path.stem[:2]: runner._again(config, parameters, path) for path in runner.series()}
+    place = f"qlora run --run-name a --output-dir {begun.output_dir}"
+    assert again["03"] == f"{place} -p lora_r=8 --from 03 --fresh"
+    assert again["04"] == f"{place} -p lora_r=8"
+    assert again["06"] == place
+
+
 def test_from_with_another_preset_is_refused(begun):
     with pytest.raises(ConfigError, match="was begun with llama2-7b"):
         go_on(begun, "04", preset="pocket")

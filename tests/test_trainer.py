@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import BOTH
-from test_training import changed, losses, train, trained_weights
+from test_training import Spoil, changed, losses, train, trained_weights
 
 from qlora_utils import loss, recovery
 from qlora_utils.formats import format_of
@@ -41,6 +41,31 @@ def test_a_step_whose_numbers_are_none_is_skipped_and_counted(config, tokenizer,
     _, _, plain = train(changed(config, logging_steps=1, run_name="plain"), tokenizer, prepared)
     third = next(line["loss"] for line in history if line["step"] == 4 and "loss" in line)
     assert third == pytest.approx(losses(plain)[2], rel=1e-6)  # of steps 3 and 4 only the third counts
+
+
+def test_a_skipped_step_that_is_measured_may_still_be_the_best(config, tokenizer, prepared, monkeypatch):
+    """Its weights are sound, so its checkpoint is written, and found at the end."""
+    original = Steps._forward_and_backward
+
+    def spoiled(self, model, inputs):
+        value = original(self, model, inputs)
+        return value * math.nan if self.state.global_step == 3 else value
+
+    monkeypatch.setattr(Steps, "_forward_and_backward", spoiled)
+    variant = changed(config, eval_steps=2, save_steps=100)
+    _, run, history = train(variant, tokenizer, prepared, Spoil(5))
+    measured = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line and line["step"]}
+    assert min(measured, key=measured.get) == 4
+    assert read_json(run.metrics)["train"]["kept_step"] == 4
+
+
+def test_memory_that_runs_out_in_the_optimizer_is_told_in_words(config, tokenizer, prepared, monkeypatch):
+    def step(self, *arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(recovery.OutOfMemoryError, match=r"at step 1, outside of a forward.*Take shorter examples"):
+        train(config, tokenizer, prepared)
 
 
 class OutOfMemory:

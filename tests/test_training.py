@@ -244,12 +244,15 @@ class StopAt(TrainerCallback):
 def test_interrupted_and_resumed_equals_uninterrupted(config, tokenizer, prepared):  # trap 14
     dropout = changed(config, lora_dropout=0.1, steps=12)  # dropout, so that the random state matters too
     whole, _, whole_history = train(changed(dropout, run_name="whole"), tokenizer, prepared)
-    # Steps 5 and 6 are lost with the interruption: the last checkpoint is that of step 4.
-    _, run, _ = train(changed(dropout, run_name="parts"), tokenizer, prepared, StopAt(6))
-    saved = sorted(p.name for p in run.checkpoints.iterdir())
-    resumed_from = max(int(name.split("-")[1]) for name in saved)
-    assert resumed_from in (4, 6)
-    seconds_before = read_json(run.metrics)["train"]["wall_s"]
+    # Steps 9 and 10, in the second epoch, are lost with the machine; then 11, too.
+    for crash, resumed_from in ((10, 9), (11, 10)):
+        lost = changed(dropout, run_name="parts", save_steps=resumed_from)
+        with pytest.raises(OSError, match="machine lost"):
+            train(lost, tokenizer, prepared, CrashAt(crash))
+        run = RunDirectory(lost.run_dir)
+        assert checkpoints.step_of(checkpoints.newest(run.checkpoints)) == resumed_from
+        assert not run.adapter.exists()
+    seconds_before = sum(line["tokens"] / line["tokens_per_s"] for line in read_jsonl(run.history)[1:2])
     parts, _, parts_history = train(changed(dropout, run_name="parts"), tokenizer, prepared)
     assert read_json(run.metrics)["train"]["wall_s"] > 0.2 * seconds_before  # the time before counts too
     assert losses(parts_history) == losses(whole_history)
@@ -262,8 +265,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, tokenizer, prepare
 def test_rows_in_order_of_length_are_resumed_in_the_same_order(config, tokenizer, prepared):
     ordered = changed(config, row_order="length", steps=12)  # an epoch and a half
     _, _, whole = train(changed(ordered, run_name="whole"), tokenizer, prepared)
-    train(changed(ordered, run_name="parts"), tokenizer, prepared, StopAt(10))
-    _, _, parts = train(changed(ordered, run_name="parts"), tokenizer, prepared)
+    parted = changed(ordered, run_name="parts", save_steps=10)  # in the second epoch
+    with pytest.raises(OSError, match="machine lost"):
+        train(parted, tokenizer, prepared, CrashAt(11))
+    _, _, parts = train(parted, tokenizer, prepared)
     assert losses(parts) == losses(whole)
     random_order = train(changed(ordered, row_order="random", run_name="random"), tokenizer, prepared)[2]
     assert losses(random_order) != losses(whole)
@@ -346,6 +351,78 @@ def test_it_stops_at_the_last_good_checkpoint_and_goes_on_from_there(config, tok
     _, _, history = train(config, tokenizer, prepared)
     assert all(math.isfinite(loss) for loss in losses(history))
     assert losses(history) == losses(train(changed(config, run_name="whole"), tokenizer, prepared)[2])
+
+
+def test_a_training_that_diverged_goes_on_from_there_with_a_lower_rate(config, tokenizer, prepared):
+    with pytest.raises(recovery.DivergedError, match=r"may go on with these"):
+        train(config, tokenizer, prepared, Break(5))
+    lower = changed(config, learning_rate=config.learning_rate / 10)
+    _, run, history = train(lower, tokenizer, prepared)
+    plain = train(changed(config, run_name="plain"), tokenizer, prepared)[2]
+    rates, whole = ([line["lr"] for line in lines if "lr" in line] for lines in (history, plain))
+    assert rates[:4] == whole[:4]
+    assert rates[4:] == pytest.approx([rate / 10 for rate in whole[4:]])
+    assert read_json(run.config)["config"]["learning_rate"] == lower.learning_rate
+    with pytest.raises(ConfigError, match=r"learning_rate: it has 0.0001, asked for is 0.001"):
+        train(config, tokenizer, prepared)  # done; it would have no effect any more
+
+
+def test_a_fresh_training_that_is_stopped_goes_on_too(config, tokenizer, prepared):
+    _, run, _ = train(config, tokenizer, prepared)
+    anew = changed(config, fresh=True, learning_rate=5e-4)
+    model = lora.attach(quantization.load(anew), anew)
+    with pytest.raises(OSError, match="machine lost"):
+        train_again(anew, model, tokenizer, prepared, CrashAt(6))
+    assert read_json(run.config)["config"]["learning_rate"] == 5e-4
+    train_again(anew, model, tokenizer, prepared)  # the same cell, `fresh = True` still above it
+    assert [line["step"] for line in read_jsonl(run.history) if "loss" in line] == list(range(1, 9))
+    whole = train(changed(anew, run_name="whole"), tokenizer, prepared)[2]
+    assert losses(read_jsonl(run.history)) == losses(whole)
+
+
+def test_what_refuses_a_fresh_training_leaves_the_one_before(config, tokenizer, prepared):
+    _, run, history = train(config, tokenizer, prepared)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    long = [replace(row, turns=(Turn("why " * 600, "so"),)) for row in prepared.train[:4]]
+    with pytest.raises(DataError, match="none of the 4 training rows"):
+        train(changed(config, fresh=True), tokenizer, replace(prepared, train=long))
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+    assert train(config, tokenizer, prepared)[2] == history
+
+
+def test_a_model_that_is_trained_already_does_not_begin_again(config, tokenizer, prepared):
+    model = lora.attach(quantization.load(config), config)
+    with pytest.raises(OSError, match="machine lost"):
+        train_again(changed(config, save_steps=100, eval_steps=100), model, tokenizer, prepared, CrashAt(2))
+    with pytest.raises(ConfigError, match=r"trained already.*cell that attaches the adapter"):
+        train_again(config, model, tokenizer, prepared)
+
+
+def test_values_tried_out_do_not_change_what_a_stopped_training_goes_on_with(config, tokenizer, prepared):
+    with pytest.raises(OSError, match="machine lost"):
+        train(config, tokenizer, prepared, CrashAt(6))
+    run = RunDirectory(config.run_dir)
+    run.begin(changed(config, lora_r=2))
+    assert read_json(run.config)["config"]["lora_r"] == config.lora_r
+    train(RunConfig.continue_run(run.path), tokenizer, prepared)
+
+
+def test_intervals_given_anew_hold(config, tokenizer, prepared):
+    with pytest.raises(OSError, match="machine lost"):
+        train(changed(config, logging_steps=4), tokenizer, prepared, CrashAt(5))
+    _, run, history = train(changed(config, eval_steps=2, save_steps=1, save_total_limit=9), tokenizer, prepared)
+    assert [line["step"] for line in history if "loss" in line] == [1, 4, 5, 6, 7, 8]
+    assert [line["step"] for line in history if "eval_loss" in line] == [0, 4, 6, 8]
+    assert {checkpoints.step_of(path) for path in run.checkpoints.iterdir()} == {4, 5, 6, 7, 8}
+
+
+def test_another_adapter_of_a_training_that_is_done(config, tokenizer, prepared):
+    spoilt = changed(config, eval_steps=2, save_steps=100)
+    _, run, _ = train(spoilt, tokenizer, prepared, Spoil(5))
+    assert read_json(run.metrics)["train"]["kept_step"] == 4
+    train(changed(spoilt, keep="last"), tokenizer, prepared)
+    assert read_json(run.metrics)["train"]["kept_step"] == 8
+    assert read_json(run.config)["config"]["keep"] == "last"
 
 
 def test_rows_without_a_label_are_refused(config, tokenizer, prepared, tuned_model, run):
