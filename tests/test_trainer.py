@@ -134,3 +134,29 @@ def test_measuring_takes_fewer_rows_at_a_time_where_memory_runs_out(
     losses_, counts = loss.row_losses(tuned_model, rows, collator, batch_size=8)
     assert counts == reference[1]
     assert losses_ == pytest.approx(reference[0], rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_in_fp16_the_scaler_finds_its_scale_and_only_a_loss_that_is_none_counts(
+    config, tokenizer, prepared, monkeypatch, what
+):
+    half = changed(config, compute_dtype="float16")
+    original = Steps._forward_and_backward
+
+    def spoiled(self, model, inputs):
+        value = original(self, model, inputs)
+        if self.state.global_step in (3, 4, 5):
+            if what == "loss":
+                return value * math.nan
+            next(p for p in model.parameters() if p.grad is not None).grad[0] = math.inf
+        return value
+
+    monkeypatch.setattr(Steps, "_forward_and_backward", spoiled)
+    if what == "loss":
+        with pytest.raises(recovery.DivergedError, match="float16 compute"):
+            train(half, tokenizer, prepared)
+    else:
+        _, run, history = train(half, tokenizer, prepared)
+        assert read_json(run.metrics)["train"]["skipped_steps"] == 0
+        assert all(math.isfinite(value) for value in losses(history))
