@@ -38,7 +38,14 @@ MARKUP = (
 HOSTILE = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_size=6).map("".join)
 
 
+# Files that take minutes go first, so that at the end no process waits for the other.
+LONG = ("runner", "training", "checkpoints", "pocket", "pocket_t5", "trainer", "hostile", "merge", "lora", "data", "compare",
+        "ingredients", "benchmarks", "playground", "bad_inputs")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))  # stable: the rest stays in its order
     absent = [name for name in ("guanaco-llama2-1k", "llama2-tokenizer") if not (SHARED / name).is_dir()]
     for item in items:
         if item.get_closest_marker("real_data") and absent:

@@ -372,6 +372,7 @@ def test_an_unknown_notebook_is_refused():
         runner.choose_from("08")
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 @BOTH
 def test_the_series_runs_on_the_real_rows(preset, tmp_path, monkeypatch):
