@@ -39,8 +39,8 @@ HOSTILE = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_
 
 
 # Files that take minutes go first, so that at the end no process waits for the other.
-LONG = ("runner", "training", "checkpoints", "pocket", "pocket_t5", "trainer", "hostile", "merge", "lora", "data", "compare",
-        "ingredients", "benchmarks", "playground", "bad_inputs")  # fmt: skip
+LONG = ("runner", "training", "checkpoints", "pocket", "pocket_t5", "trainer", "hostile", "merge", "lora", "data",
+        "compare", "ingredients", "benchmarks", "playground", "bad_inputs")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
