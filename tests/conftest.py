@@ -43,9 +43,11 @@ LONG = ("runner", "training", "checkpoints", "pocket", "pocket_t5", "trainer", "
         "compare", "ingredients", "benchmarks", "playground", "bad_inputs")  # fmt: skip
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONG)}
-    items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))  # stable: the rest stays in its order
+    # Within a file the other architecture comes last, so that what is shared is made once for each.
+    items.sort(key=lambda item: (ranks.get(item.path.name, len(LONG)), "pocket-t5" in item.name))
     absent = [name for name in ("guanaco-llama2-1k", "llama2-tokenizer") if not (SHARED / name).is_dir()]
     for item in items:
         if item.get_closest_marker("real_data") and absent:

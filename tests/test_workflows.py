@@ -130,6 +130,8 @@ def test_without_a_gpu_it_fails_and_says_so():
 
 def test_gpu_tests_are_skipped_with_a_reason_where_there_is_none(monkeypatch):
     class Item:
+        path, name = ROOT / "tests" / "test_x.py", "test_x"
+
         def __init__(self, marker):
             self.marker, self.added = marker, []
 
