@@ -335,7 +335,7 @@ def _what_is_saved(path: Path, run: RunDirectory, failure: BaseException | None)
     if path.stem != "04_training":
         return ""
     if name == "Interrupted":
-        return f": {text}"
+        return f", {text.removesuffix(' Run the same again to go on.').removesuffix('.')}"
     last = checkpoints.newest(run.checkpoints)
     went_wrong = "" if name in ("KeyboardInterrupt", "DeadKernelError", "NoneType") else f" ({name}: {text})"
     return f" before it could save{went_wrong}; " + (f"the last checkpoint is {last}" if last else "no checkpoint yet")

@@ -360,7 +360,7 @@ def test_a_series_that_is_stopped_saves_and_goes_on(tmp_path, number):
     saved = max(checkpoints.step_of(path) for path in run.checkpoints.glob("checkpoint-*"))
     assert saved == 100 if number == signal.SIGKILL else 120 < saved < 400
     again = start(tmp_path, *LONG)
-    wait_for(run.adapter.is_dir, again)
+    wait_for(lambda: "04_training" in runner.done(run), again)
     os.killpg(again.pid, signal.SIGKILL)
     again.wait()
     assert f"going on from step {saved}" in (run.notebooks / "04_training.ipynb").read_text()
