@@ -306,6 +306,7 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
             kernel_name="python3",
             progress_bar=False,
             stderr_file=sys.stderr,  # progress bars reach the terminal as they move
+            extra_arguments=["--log-level=CRITICAL"],  # else it may tell of the interrupt with which it is ended
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),
         )
 
