@@ -6,7 +6,7 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -357,6 +357,19 @@ class RunConfig(BaseModel):
             except ConfigError as error:
                 raise ConfigError(f"{path}: {error}") from None
             raise  # the file is right, a value given now is not
+
+    def others(self, begun: Mapping[str, Any], may: Sequence[str]) -> list[str]:
+        """What makes this another run than one that was begun: each such field with both values, in words.
+
+        Args:
+            begun: the values of that run.
+            may: fields that may differ, beside those that only say where a run lies.
+        """
+        return [
+            f"{name}: it has {begun[name]!r}, asked for is {value!r}"
+            for name, value in self.model_dump().items()
+            if name in begun and begun[name] != value and name not in (*PLACE_FIELDS, *may)
+        ]
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """Fields that differ from the preset: `{field: (preset's value, this run's value)}`."""

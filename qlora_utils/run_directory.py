@@ -139,6 +139,18 @@ class RunDirectory:
                 raise damaged(self.metrics, f"{name}: expected an object, {{…}}, found {type(section).__name__}")
         return known
 
+    def finished(self) -> dict[str, Any] | None:
+        """The section `train` of `metrics.json` if a training came to its end here and no other has begun since.
+
+        Raises:
+            DamagedError: `metrics.json` or `history.jsonl` is.
+        """
+        if not (self.adapter.is_dir() and self.history.is_file()):
+            return None
+        trained: dict[str, Any] | None = self.known_metrics().get("train")
+        steps = [line["step"] for line in read_jsonl(self.history) if "loss" in line]
+        return trained if trained and steps and steps[-1] == trained["steps"] else None
+
     def save_figure(self, figure: Figure, name: str) -> None:
         """Save a figure as `figures/NAME.png` at 150 dots per inch.
 
@@ -172,13 +184,13 @@ def _is_alive(process: int) -> bool:
     return process != os.getpid()
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, blocks: Iterable[bytes]) -> None:
     """Write a file whole or not at all: into a temporary file beside it, then renamed over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.writelines(blocks)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
@@ -186,6 +198,11 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same for text, in UTF-8."""
+    write_bytes(path, [text.encode()])
 
 
 def write_json(path: Path, value: Any) -> None:

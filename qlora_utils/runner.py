@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shlex
@@ -93,7 +94,7 @@ def resolve(
         output_dir: folder of run directories; made absolute, since notebooks run in a folder of their own.
         parameters: RunConfig fields as given, text or typed; local paths among them are made absolute.
         start: the notebook to start from; None: the first, or where an earlier try stopped.
-        fresh: replace what is there.
+        fresh: replace what is there, with the values that it had unless a preset is given.
         config_file: a `config.json` to take all values from, instead of a preset.
 
     Raises:
@@ -119,7 +120,7 @@ def resolve(
         config = _go_on(run_dir, preset, given, first)
     elif template is not None:
         config = RunConfig.build({**template.model_dump(), **place, **given})
-    elif known and not fresh and preset is None:
+    elif known and preset is None:  # fresh or not: what was a large run does not become one of the pocket model
         config = RunConfig.continue_run(run_dir, **given)
     else:
         config = RunConfig.from_preset(preset or "pocket", **place, **given)
@@ -157,18 +158,15 @@ def _changes(config: RunConfig, *, fresh: bool) -> list[str]:
     """
     if fresh or not (config.run_dir / "config.json").is_file():
         return []
-    stored = RunConfig.continue_run(config.run_dir)
-    changed = [name for name in RunConfig.model_fields
-               if name not in PLACE_FIELDS and getattr(config, name) != getattr(stored, name)]  # fmt: skip
-    run = RunDirectory(config.run_dir)
-    other = [name for name in changed if name not in (DONE_FIELDS if run.adapter.is_dir() else GO_ON_FIELDS)]
+    stored, run = RunConfig.continue_run(config.run_dir), RunDirectory(config.run_dir)
+    other = config.others(stored.model_dump(), DONE_FIELDS if run.finished() else GO_ON_FIELDS)
     if other and (run.adapter.is_dir() or any(run.checkpoints.glob("checkpoint-*"))):
-        told = "; ".join(f"{n}: it has {getattr(stored, n)!r}, asked for is {getattr(config, n)!r}" for n in other)
         raise ConfigError(
-            f"{run.path} holds a run with other values ({told}). Give yours another name, --run-name NAME, or replace "
-            "that one: --fresh."
+            f"{run.path} holds a run with other values ({'; '.join(other)}). Give yours another name, --run-name NAME, "
+            "or replace that one: --fresh."
         )
-    return changed
+    return [name for name in RunConfig.model_fields
+            if name not in PLACE_FIELDS and getattr(config, name) != getattr(stored, name)]  # fmt: skip
 
 
 def _go_on(run_dir: Path, preset: str | None, given: Mapping[str, Any], first: Path) -> RunConfig:
@@ -419,14 +417,14 @@ def _left_to_do(run: RunDirectory, config: RunConfig, parameters: Mapping[str, A
     notebooks = series()
     if not (run.path / "config.json").is_file():
         return notebooks
-    stored = RunConfig.continue_run(run.path)
+    stored, stems = RunConfig.continue_run(run.path), done(run)
     # what a training that is done has no use for brings nothing back
-    idle = {*ASIDE_FIELDS} - {*ANSWER_FIELDS} if "04_training" in done(run) else {*SPEED_FIELDS}
+    idle = {*ASIDE_FIELDS} - {*ANSWER_FIELDS} if "04_training" in stems else {*SPEED_FIELDS}
     changed = [name for name in set(parameters) - {*PLACE_FIELDS} - idle
                if getattr(config, name) != getattr(stored, name)]  # fmt: skip
     back = min((_decided_in(name) for name in changed), default="99")
-    behind = [path for path in notebooks if path.stem in done(run) and path.stem < back]
-    first = next((number for number, path in enumerate(notebooks) if path not in behind), len(notebooks))
+    behind = itertools.takewhile(lambda path: path.stem in stems and path.stem < back, notebooks)
+    first = len(list(behind))
     left = notebooks[first:]
     if first:
         what = f"going on with {left[0].stem}" if left else "nothing is left to do"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-from qlora_utils.run_directory import damaged, json_value
+from qlora_utils.run_directory import damaged, json_value, write_bytes
 
 T = TypeVar("T")
 BLOCK = 2**20  # bytes read at a time
@@ -134,16 +133,4 @@ def write_rows(path: Path, rows: Sequence[T], record: Callable[[T], Any]) -> Non
         rows: to write, in order.
         record: the JSON value of a row.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    blocks: Iterable[bytes] = rows.blocks() if isinstance(rows, Stored) else (line(record(row)) for row in rows)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines(blocks)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_bytes(path, rows.blocks() if isinstance(rows, Stored) else (line(record(row)) for row in rows))

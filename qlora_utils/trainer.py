@@ -59,9 +59,8 @@ class Steps(Trainer):
                 loss = self._forward_and_backward(model, inputs)
                 break
             except Exception as error:
-                if (
-                    not recovery.is_out_of_memory(error) or self.args.world_size > 1
-                ):  # alone, it would leave others waiting
+                # one of several processes would leave the others waiting
+                if not recovery.is_out_of_memory(error) or self.args.world_size > 1:
                     raise
                 reason = first_line(error)
             inputs = self._made_smaller(model, inputs, reason)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from qlora_utils import checkpoints, locks, recovery
-from qlora_utils.config import DONE_FIELDS, GO_ON_FIELDS, PLACE_FIELDS, ConfigError, RunConfig, first_line
+from qlora_utils.config import DONE_FIELDS, GO_ON_FIELDS, ConfigError, RunConfig, first_line
 from qlora_utils.data import Prepared
 from qlora_utils.formats import Format, format_of
 from qlora_utils.generation import Sampling, answer_all, questions_of
@@ -274,7 +274,8 @@ def train(
         fresh = config.fresh and begun_here != str(run.path)  # the same cell again goes on with what it has begun
         last = None if fresh else checkpoints.newest(run.checkpoints)
         total = all_steps(config, prepared, tokenizer)
-        done = None if fresh else _done(run)
+        finished = None if fresh else run.finished()
+        done = Trained(**finished) if finished else None
         if last is not None:
             record = read_json(last / checkpoints.RECORD)
             allowed = DONE_FIELDS if done else GO_ON_FIELDS
@@ -319,15 +320,6 @@ def _start_over(run: RunDirectory) -> None:
     run.metrics.unlink(missing_ok=True)  # else these could pass for what is about to be trained
 
 
-def _done(run: RunDirectory) -> Trained | None:
-    """What a training that came to its end left, None if there is none or another has begun since."""
-    if not (run.adapter.is_dir() and run.metrics.is_file() and run.history.is_file()):
-        return None
-    metrics = read_json(run.metrics).get("train")
-    steps = [line["step"] for line in read_jsonl(run.history) if "loss" in line]
-    return Trained(**metrics) if metrics and steps and steps[-1] == metrics["steps"] else None
-
-
 def _taken_as_it_is(done: Trained, tuned_model: PeftModel, run: RunDirectory) -> Trained:
     """Give the model the adapter of a training that is done."""
     _take_weights(tuned_model, run.adapter)
@@ -344,13 +336,8 @@ def _check_same(
         ConfigError: names what differs.
         DataError: the rows are others.
     """
-    asked = config.model_dump()
-    counting = [name for name in asked if name not in (*PLACE_FIELDS, *may) and name in begun]
-    differing = [
-        f"{name}: it has {begun[name]!r}, asked for is {asked[name]!r}"
-        for name in counting
-        if begun[name] != asked[name] and "auto" not in (begun[name], asked[name])
-    ]
+    settled = {name: value for name, value in begun.items() if "auto" not in (value, getattr(config, name, None))}
+    differing = config.others(settled, may)
     if differing:
         raise ConfigError(
             f"{run.path} holds a training with other values ({'; '.join(differing)}). Give another run_name, or "

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_training import train_again
 from transformers import TrainerCallback
 
-from qlora_utils import checkpoints, lora, quantization, training
+from qlora_utils import checkpoints, lora, quantization
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.run_directory import RunDirectory, read_jsonl
@@ -30,20 +31,8 @@ class FillAt(TrainerCallback):
 
 
 def train(config, *callbacks):
-    original = training.make_trainer
-
-    def with_callbacks(*arguments):
-        trainer = original(*arguments)
-        for callback in callbacks:
-            trainer.add_callback(callback)
-        return trainer
-
-    training.make_trainer = with_callbacks
-    try:
-        model = lora.attach(quantization.load(config), config)
-        training.train(config, model, load_tokenizer(config), ROWS, RunDirectory(config.run_dir))
-    finally:
-        training.make_trainer = original
+    model = lora.attach(quantization.load(config), config)
+    train_again(config, model, load_tokenizer(config), ROWS, *callbacks)
 
 
 def losses(run):

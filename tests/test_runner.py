@@ -13,7 +13,7 @@ from conftest import BOTH
 
 from qlora_utils import checkpoints, cli, generation, report, runner
 from qlora_utils.config import ConfigError, RunConfig
-from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
+from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
 
 QUICK = ["-p", "steps=6", "-p", "train_rows=48", "-p", "eval_steps=3", "-p", "score_rows=6", "-p", "max_new_tokens=8"]
 
@@ -92,6 +92,38 @@ def test_the_advice_after_fresh_does_not_start_over_what_was_begun(begun):
     assert again["03"] == f"{place} -p lora_r=8 --from 03 --fresh"
     assert again["04"] == f"{place} -p lora_r=8"
     assert again["06"] == place
+
+
+def test_fresh_without_a_preset_keeps_what_the_run_was(begun):
+    """Else it would replace a run of hours by one on the pocket model."""
+
+    def anew(**parameters):
+        return runner.resolve(
+            preset=None, run_name="a", output_dir=begun.output_dir, start=None, parameters=parameters, fresh=True
+        )[0]
+
+    assert anew() == begun
+    assert anew(lora_r="8") == begun.model_copy(update={"lora_r": 8})
+
+
+def leave(run, *, steps, history):
+    """What a training leaves: an adapter of so many steps, and a history that goes so far."""
+    run.adapter.mkdir()
+    (run.checkpoints / "checkpoint-4").mkdir(parents=True)
+    write_json(run.metrics, {"train": {"steps": steps}})
+    write_jsonl(run.history, [{"step": history, "loss": 1.0}])
+
+
+def test_what_may_save_a_training_is_taken_until_it_is_done(begun):
+    """An adapter may still be that of a training before, which a fresh one has not replaced yet."""
+    run = RunDirectory(begun.run_dir)
+    leave(run, steps=9, history=4)
+    again = {"preset": None, "run_name": "a", "output_dir": begun.output_dir, "start": None}
+    assert runner.resolve(**again, parameters={"learning_rate": "1e-5"})[0].learning_rate == 1e-5
+    write_jsonl(run.history, [{"step": 9, "loss": 1.0}])
+    with pytest.raises(ConfigError, match=r"learning_rate: it has 0\.0002, asked for is 1e-05"):
+        runner.resolve(**again, parameters={"learning_rate": "1e-5"})
+    assert runner.resolve(**again, parameters={"steps": "12"})[0].steps == 12
 
 
 def test_from_with_another_preset_is_refused(begun):
