@@ -68,14 +68,9 @@ lab: $(READY) ## open the notebooks in JupyterLab
 
 RUN ?= demo
 
-# Our own notebook with the name of the run put in: what lies in a run directory may be somebody else's.
-playground: $(READY) ## ask a run's model in the browser, for this machine alone: RUN=demo
-	@test -d "outputs/$(RUN)/adapter" || { echo "outputs/$(RUN)/adapter: nothing was trained there. First: make demo"; exit 1; }
+playground: $(READY) ## ask a run's models in the browser, for this machine alone: RUN=demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[interactive]'
-	@mkdir -p $(VENV)/playground
-	$(BIN)/papermill --prepare-only --no-progress-bar --log-level ERROR -r run_name "$(RUN)" -r output_dir ../../outputs \
-	  notebooks/07_playground.ipynb $(VENV)/playground/playground.ipynb
-	$(BIN)/voila $(VENV)/playground/playground.ipynb --Voila.ip=127.0.0.1 --token
+	$(BIN)/qlora playground --run "$(RUN)"
 
 pocket: $(READY) ## rebuild the pocket model and its questions from data/world (half an hour)
 	$(BIN)/python data/recipe.py

@@ -93,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--base", action="store_true", help="ask the base model instead")
     ask.set_defaults(command=_ask)
 
+    playground = commands.add_parser("playground", help="ask a run's models in the browser, for this machine alone")
+    playground.add_argument("--run", default="demo", help="name of the run, or path of its directory (default: demo)")
+    playground.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
+    playground.add_argument("--port", type=int, help="to listen on (default: a free one from 8866 on)")
+    playground.add_argument("--no-browser", action="store_true", help="print the address and open nothing")
+    playground.set_defaults(command=_playground)
+
     compare = commands.add_parser("compare", help="two or more runs side by side on the same held-out questions")
     compare.add_argument(
         "--runs", nargs="+", required=True, metavar="RUN", help="names of runs, or paths of their directories"
@@ -232,23 +239,28 @@ def _ask(options: argparse.Namespace) -> int:
         raise ConfigError('the question is empty; ask one, as in qlora ask "What is the capital of Chile?" --run demo')
     run = RunDirectory(_run_path(options.run, options.output_dir))
     config = RunConfig.continue_run(run.path)
-    adapter = require_adapter(run)
+    require_adapter(run)
 
-    import threading
-
-    from qlora_utils import data, generation, lora, model_files, quantization
+    from qlora_utils import generation
     from qlora_utils.shown import on_terminal
 
-    model_files.check_adapter(adapter)
-
-    tokenizer = data.load_tokenizer(config)
-    tuned_model = lora.reload(quantization.load(config), adapter, fused=config.fused_layers)
-    ask = generation.make_asker(tuned_model, tokenizer, config)
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
-    for piece in ask(question, "base" if options.base else "tuned", sampling, threading.Event()):
-        print(on_terminal(piece), end="", flush=True)
+    models = ["base" if options.base else "tuned"]
+    for piece in generation.load(run).ask(question, models=models, sampling=sampling):
+        print(on_terminal(piece.text), end="", flush=True)
     print()
     return 0
+
+
+def _playground(options: argparse.Namespace) -> int:
+    from qlora_utils import playground
+    from qlora_utils.run_directory import RunDirectory
+
+    further = [f"--port={options.port}"] if options.port else []
+    playground.serve(
+        RunDirectory(_run_path(options.run, options.output_dir)),
+        [*further, *["--no-browser"] * options.no_browser],
+    )
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from qlora_utils import quantization
 from qlora_utils.config import RunConfig, first_line
+from qlora_utils.data import load_tokenizer
 from qlora_utils.formats import format_of
-from qlora_utils.lora import base_alone
+from qlora_utils.lora import base_alone, reload
+from qlora_utils.model_files import check_adapter
 from qlora_utils.recovery import OutOfMemoryError, free, is_out_of_memory
 from qlora_utils.rows import MARKS, Conversation, Turn, restored
+from qlora_utils.run_directory import RunDirectory, require_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MODELS = ("tuned", "base")
-Asker = Callable[[str, str, "Sampling", threading.Event], Iterator[str]]
+MODELS = ("base", "tuned")
 
 
 @dataclass(frozen=True)
@@ -210,15 +215,87 @@ def _as_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     return Answer(restored(text, MARKS), stopped)  # a model that learned of marks writes them as it read them
 
 
-class _Stop(StoppingCriteria):
-    """Ends generation when an event is set."""
+@dataclass(frozen=True)
+class Piece:
+    """What a model has just said: some text of its answer, perhaps none, and how far that answer is.
 
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
+    `tokens` are those of the answer so far, `seconds` the time that this model took for them, `ended` whether the
+    answer is complete.
+    """
+
+    model: str
+    text: str
+    tokens: int
+    seconds: float
+    ended: bool = False
+
+
+class _Answering(StoppingCriteria, TextStreamer):
+    """One `generate` in a thread of its own, which goes on by a token at each `step` and rests in between.
+
+    As a stopping criterion it is called after each token, which is where it waits to be told to go on.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, prompt: list[int], options: dict[str, Any]
+    ) -> None:
+        TextStreamer.__init__(self, tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self.tokens, self.seconds, self.ended = 0, 0.0, False
+        self._said: list[str] = []
+        self._failure: BaseException | None = None
+        self._cut = False
+        self._go, self._at_rest = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._generate, args=(model, prompt, options), daemon=True)
+        self._thread.start()
+
+    def step(self, *, cut: bool = False) -> str:
+        """Go on by one token, or end here if `cut`; the text that this made sure of.
+
+        Raises:
+            Exception: whatever generation raised.
+        """
+        began = time.perf_counter()
+        self._cut = self._cut or cut
+        self._go.release()
+        self._at_rest.acquire()
+        self.seconds += time.perf_counter() - began
+        if self._failure is not None:
+            raise self._failure
+        text = "".join(self._said)
+        self._said.clear()
+        return text
+
+    def close(self) -> None:
+        """End the thread, wherever it is."""
+        self._cut = True
+        self._go.release()
+        self._thread.join()
+
+    def _generate(self, model: Any, prompt: list[int], options: Mapping[str, Any]) -> None:
+        self._go.acquire()
+        try:
+            if not self._cut:
+                ids = torch.tensor([prompt], device=next(model.parameters()).device)
+                with torch.no_grad():
+                    model.generate(
+                        input_ids=ids, attention_mask=torch.ones_like(ids), streamer=self,
+                        stopping_criteria=StoppingCriteriaList([self]), **options,
+                    )  # fmt: skip
+        except BaseException as error:  # raised again in `step`: a thread's own traceback reaches nobody
+            self._failure = error
+        self.ended = True
+        self._at_rest.release()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Take text that no later token will change."""
+        self._said.append(text)
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        """True for every row once the event is set."""
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device, dtype=torch.bool)
+        """Rest after a token; True for every row if this is to be the last."""
+        self.tokens += 1
+        self._at_rest.release()
+        self._go.acquire()
+        return torch.full((input_ids.shape[0],), self._cut, device=input_ids.device, dtype=torch.bool)
 
 
 def stream(
@@ -245,67 +322,133 @@ def stream(
         stop: set it to end the answer early.
 
     Raises:
-        Exception: whatever generation raised, in the thread of the caller.
+        Exception: whatever generation raised.
+    """
+    prompt = format_of(tokenizer, config).prompt(history, question, system)
+    sampling, stop = sampling or Sampling(), stop or threading.Event()
+    for piece in _side_by_side(model, tokenizer, prompt, {"": nullcontext}, sampling=sampling, stop=stop):
+        if piece.text:
+            yield piece.text
+
+
+def _side_by_side(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    sides: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    *,
+    sampling: Sampling,
+    stop: threading.Event,
+) -> Iterator[Piece]:
+    """The answers of one model in several states, a token of each in turn, so that one sees them side by side.
+
+    Args:
+        model: put in eval mode.
+        tokenizer: of the base model.
+        prompt: token ids.
+        sides: name -> a context in which the model is in that state. Between two tokens each is left again.
+        sampling: how tokens are chosen.
+        stop: set it to end all answers.
     """
     model.eval()
-    stop = stop or threading.Event()
-    abandoned = threading.Event()  # not `stop`, which is the caller's and may serve the next question too
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-    prompt = format_of(tokenizer, config).prompt(history, question, system)
-    ids = torch.tensor([prompt], device=next(model.parameters()).device)
-    failures: list[BaseException] = []
-
-    def generate() -> None:
-        try:
-            with torch.no_grad():
-                model.generate(  # type: ignore[operator]
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=(sampling or Sampling()).generation_config(model, tokenizer),
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([_Stop(stop), _Stop(abandoned)]),
-                )
-        except BaseException as error:  # re-raised below: a thread's own traceback reaches nobody
-            failures.append(error)
-            streamer.end()
-
-    worker = threading.Thread(target=generate, daemon=True)
-    worker.start()
+    options = {"generation_config": sampling.generation_config(model, tokenizer)}
+    answering = {name: _Answering(model, tokenizer, prompt, options) for name in sides}
+    margins = {name: _Margins() for name in sides}
     try:
-        yield from without_margins(streamer)
+        while running := [name for name in answering if not answering[name].ended]:
+            for name in running:
+                with sides[name]():
+                    text = answering[name].step(cut=stop.is_set())
+                one = answering[name]
+                yield Piece(name, margins[name].within(text), one.tokens, one.seconds, one.ended)
     finally:
-        abandoned.set()
-        worker.join()
-    if failures:
-        raise failures[0]
+        for one in answering.values():
+            one.close()
+
+
+class _Margins:
+    """Takes away the white space before the first word and after the last, where the format puts some."""
+
+    def __init__(self) -> None:
+        self.begun, self.held_back = False, ""
+
+    def within(self, piece: str) -> str:
+        """The part of the text so far that is certain to lie within, as far as it was not given before."""
+        text = self.held_back + piece if self.begun else piece.lstrip()
+        shown = text.rstrip()
+        self.begun, self.held_back = self.begun or bool(shown), text[len(shown) :]
+        return shown
 
 
 def without_margins(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces without the white space before the first word and after the last, where the format puts some."""
-    begun, held_back = False, ""
-    for piece in pieces:
-        text = held_back + piece if begun else piece.lstrip()
-        shown = text.rstrip()
-        begun, held_back = begun or bool(shown), text[len(shown) :]
-        if shown:
-            yield shown
+    """The pieces without the white space before the first word and after the last."""
+    margins = _Margins()
+    yield from filter(None, map(margins.within, pieces))
 
 
-def make_asker(
-    tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, system: str = ""
-) -> Asker:
-    """A function `(question, model, sampling, stop) -> pieces of the answer`, `model` being `base` or `tuned`.
+@dataclass(frozen=True)
+class Asker:
+    """Base and tuned model of a run, to be asked. Both are one loaded model, so only one question at a time."""
 
-    Both are the one loaded model, so the function must not be called twice at a time. The system is told the same
-    with every question.
+    tuned_model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    config: RunConfig
+
+    def ask(
+        self,
+        question: str,
+        *,
+        models: Sequence[str] = MODELS,
+        history: Sequence[Turn] = (),
+        system: str = "",
+        sampling: Sampling | None = None,
+        stop: threading.Event | None = None,
+    ) -> Iterator[Piece]:
+        """The answers of these models, piece by piece, a token of each in turn.
+
+        Args:
+            question: without any marks.
+            models: of `MODELS`.
+            history: earlier turns, which both are told.
+            system: what the system is told with the question.
+            sampling: greedy if not given.
+            stop: set it to end the answers early.
+
+        Raises:
+            Exception: whatever generation raised.
+        """
+        states: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+            "base": lambda: base_alone(self.tuned_model),
+            "tuned": nullcontext,
+        }
+        prompt = format_of(self.tokenizer, self.config).prompt(history, question, system)
+        return _side_by_side(
+            self.tuned_model, self.tokenizer, prompt, {name: states[name] for name in models},
+            sampling=sampling or Sampling(), stop=stop or threading.Event(),
+        )  # fmt: skip
+
+    def prompt(self, question: str, *, history: Sequence[Turn] = (), system: str = "") -> str:
+        """The very text that a model reads before it answers, marks included."""
+        ids = format_of(self.tokenizer, self.config).prompt(history, question, system)
+        return str(self.tokenizer.decode(ids))
+
+    def recent(self, question: str, history: Sequence[Turn], system: str = "") -> tuple[Turn, ...]:
+        """The latest of the earlier turns with which the prompt is not longer than `max_seq_len` tokens."""
+        form = format_of(self.tokenizer, self.config)
+        kept = tuple(history)
+        while kept and len(form.prompt(kept, question, system)) > self.config.max_seq_len:
+            kept = kept[1:]
+        return kept
+
+
+def load(run: RunDirectory) -> Asker:
+    """The model of a run, ready to be asked.
+
+    Raises:
+        FileNotFoundError: nothing was trained there.
+        ModelError: its adapter or its base model is missing, damaged or does not fit.
     """
-
-    def ask(question: str, model: str, sampling: Sampling, stop: threading.Event) -> Iterator[str]:
-        options: dict[str, Any] = {"system": system, "sampling": sampling, "stop": stop}
-        if model == "base":
-            with base_alone(tuned_model):
-                yield from stream(tuned_model, tokenizer, question, config, **options)
-        else:
-            yield from stream(tuned_model, tokenizer, question, config, **options)
-
-    return ask
+    adapter = require_adapter(run)
+    check_adapter(adapter)
+    config = RunConfig.continue_run(run.path)
+    return Asker(reload(quantization.load(config), adapter, fused=config.fused_layers), load_tokenizer(config), config)

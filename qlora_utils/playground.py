@@ -1,111 +1,479 @@
-"""The answer playground: ask base or tuned model, watch the answer come, stop it, turn the knobs (notebook 07).
+"""The answer playground: base and tuned answers side by side as they come, settings, follow-ups, choices (notebook 07).
 
-`generation.make_asker` turns a model into a plain function from a question to pieces of its answer, `render_history`
-turns what was said into HTML, and `Playground` only wires both to widgets, so that each can be tested by itself.
+`generation.load` turns a run into something to ask, `answer_page` and its like turn what was said into HTML, and
+`Playground` only wires both to widgets, so that each can be tested by itself. `serve` shows that notebook as a page.
 """
 
 from __future__ import annotations
 
+import base64
+import importlib.util
+import json
+import os
+import sys
+import tempfile
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
 
 import ipywidgets as widgets
 
+from qlora_utils import generation, locks
+from qlora_utils.config import ConfigError, RunConfig, project_folder
+from qlora_utils.data import Prepared
 from qlora_utils.generation import MODELS, Asker, Sampling
-from qlora_utils.shown import in_page
+from qlora_utils.recovery import free
+from qlora_utils.rows import Turn
+from qlora_utils.run_directory import RunDirectory, read_jsonl, require_adapter, write_jsonl
+from qlora_utils.scores import score_text
+from qlora_utils.shown import cut, in_page
+
+BOTH = "base and tuned"
+REDRAW_S = 0.1  # seconds between two drawings of an answer that is coming
 
 
-@dataclass(frozen=True)
+@dataclass
+class Said:
+    """An answer so far; `ended` by itself, or at the most tokens allowed, rather than by Stop."""
+
+    text: str = ""
+    tokens: int = 0
+    seconds: float = 0.0
+    ended: bool = False
+
+
+@dataclass
 class Exchange:
-    """A question, the model that was asked, and its answer so far."""
+    """A question and what came of it.
 
+    `prompt` is what the models read, `history` the turns before, `left_out` how many turns more there were no tokens
+    for, `preferred` the model whose answer a person chose, `problem` what went wrong.
+    """
+
+    run: str
     question: str
-    model: str
-    answer: str
+    system: str
+    history: tuple[Turn, ...]
+    left_out: int
+    prompt: str
+    sampling: Sampling
+    asked_at: str
+    answers: dict[str, Said] = field(default_factory=dict)
+    preferred: str | None = None
+    problem: str = ""
+
+    @property
+    def kept(self) -> str:
+        """The answer that a follow-up builds on: the preferred one, else that of the tuned model."""
+        return self.answers[self.preferred or ("tuned" if "tuned" in self.answers else "base")].text
+
+    def preference(self) -> dict[str, Any]:
+        """The choice as a line of `preferences.jsonl`: messages, as trainers of preferences take them."""
+        other = next(model for model in self.answers if model != self.preferred)
+        return {
+            "prompt": _messages(self.history, self.question, self.system),
+            "chosen": [{"role": "assistant", "content": self.kept}],
+            "rejected": [{"role": "assistant", "content": self.answers[other].text}],
+            "chosen_model": self.preferred,
+            "sampling": asdict(self.sampling),
+            "asked_at": self.asked_at,
+        }
 
 
-def render_history(exchanges: Sequence[Exchange]) -> str:
-    """Exchanges as HTML, the newest on top. Questions and answers are escaped: a model may answer with markup."""
-    blocks = [
-        '<div style="margin: 0 0 1em">'
-        f'<div style="opacity: 0.75">{in_page(exchange.question)}</div>'
-        f'<div style="white-space: pre-wrap"><b>{in_page(exchange.model)}:</b> {in_page(exchange.answer)}</div>'
-        "</div>"
-        for exchange in reversed(exchanges)
-    ]
-    return "".join(blocks)
+def _messages(history: Sequence[Turn], question: str, system: str) -> list[dict[str, str]]:
+    """A conversation as a list of messages."""
+    messages = []
+    for turn in (*history, Turn(question, "", system)):
+        messages += [{"role": "system", "content": turn.system}] * bool(turn.system)
+        messages.append({"role": "user", "content": turn.question})
+        messages += [{"role": "assistant", "content": turn.answer}] * bool(turn.answer)
+    return messages
+
+
+# ------------------------------------------------------------------------------------------------ pages
+# Questions and answers are escaped: a model may answer with markup.
+
+
+def question_page(exchange: Exchange) -> str:
+    """The question as HTML, and what it follows up on."""
+    notes = [f"follows up on: {cut(exchange.history[-1].question, 80)}"] if exchange.history else []
+    if exchange.left_out:
+        notes.append(f"turns before that are left out, since there is no room for them: {exchange.left_out}")
+    small = "".join(f"<small>{in_page(note)}</small>" for note in notes)
+    return f'<h2 class="qlora-asked">{in_page(exchange.question)}{small}</h2>'
+
+
+def answer_page(model: str, said: Said, *, stopped: bool = False) -> str:
+    """One model's answer so far as HTML, with its length and speed."""
+    speed = f"{said.tokens} tokens, {said.tokens / said.seconds:.0f} tokens/s" if said.seconds else "…"
+    how = f"{speed}, stopped" if stopped and not said.ended else speed
+    return (
+        f'<div class="qlora-answer {in_page(model)}"><h3>{in_page(model)} <small>{in_page(how)}</small></h3>'
+        f"<p>{in_page(said.text)}</p></div>"
+    )
+
+
+def prompt_page(exchange: Exchange) -> str:
+    """What the models read, marks included, folded."""
+    return (
+        '<details class="qlora-prompt"><summary>The exact prompt</summary>'
+        f'<pre tabindex="0">{in_page(exchange.prompt)}</pre></details>'
+    )
+
+
+def status_page(text: str) -> str:
+    """A line that says what is going on, which a screen reader speaks."""
+    return f'<div class="qlora-status" role="status">{in_page(text)}</div>'
+
+
+def problem_page(text: str) -> str:
+    """What went wrong."""
+    return f'<div class="qlora-problem" role="alert">{in_page(text)}</div>' if text else ""
+
+
+def download_page(exchanges: Sequence[Exchange]) -> str:
+    """A link that saves what was said as a JSON file."""
+    if not exchanges:
+        return ""
+    text = json.dumps([asdict(exchange) for exchange in exchanges], indent=2, ensure_ascii=False)
+    encoded = base64.b64encode(text.encode("utf-8", "backslashreplace")).decode()
+    return (
+        '<a class="qlora-export" download="playground.json" '
+        f'href="data:application/json;base64,{encoded}">Save this conversation as JSON</a>'
+    )
+
+
+# ------------------------------------------------------------------------------------------------ widgets
 
 
 class Playground:
-    """Widgets around an asker. Show `.view` in a notebook; in a test set `.value`s and `.click()` the buttons."""
+    """Widgets around the models of a run, and of the other runs beside it.
 
-    def __init__(self, ask: Asker, *, examples: Sequence[str] = (), max_new_tokens: int = 256) -> None:
-        self._ask = ask
+    Show `.view` in a notebook; in code set `.value`s, `.click()` the buttons and `.wait()`.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        max_new_tokens: int | None = None,
+        load: Callable[[RunDirectory], Asker] = generation.load,
+    ) -> None:
+        """Build the widgets, and begin to load the run's model.
+
+        Args:
+            run: the run to ask first; runs in the same folder can be picked.
+            max_new_tokens: the longest answer; by default the run's own.
+            load: makes something to ask of a run.
+        """
+        self.exchanges: list[Exchange] = []
+        self.asker: Asker | None = None
+        self._runs, self._load, self._wanted_tokens = run.path.parent, load, max_new_tokens
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
-        self.exchanges: list[Exchange] = []
-        wide = widgets.Layout(width="auto")
-        self.question = widgets.Text(placeholder="Ask a question", description="Question", layout=wide)
-        self.example = widgets.Dropdown(options=[("Pick an example", ""), *((q, q) for q in examples)],
-                                        description="Examples", layout=wide)  # fmt: skip
-        self.model = widgets.ToggleButtons(options=MODELS, description="Model")
-        self.temperature = widgets.FloatSlider(value=0.0, min=0.0, max=2.0, step=0.1, description="Temperature",
-                                               style={"description_width": "initial"})  # fmt: skip
-        self.top_p = widgets.FloatSlider(value=1.0, min=0.05, max=1.0, step=0.05, description="Top-p")
-        self.max_new_tokens = widgets.IntSlider(value=max_new_tokens, min=1, max=max(1024, max_new_tokens),
-                                                description="Tokens")  # fmt: skip
-        self.ask_button = widgets.Button(description="Ask", button_style="primary")
-        self.stop_button = widgets.Button(description="Stop", disabled=True)
-        self.answer = widgets.HTML()
-        self.ask_button.on_click(self._on_ask)
-        self.stop_button.on_click(lambda _: self._stop.set())
-        self.example.observe(self._on_example, names="value")
-        self.view = widgets.VBox(
-            [
-                self.example,
-                self.question,
-                self.model,
-                widgets.HBox(
-                    [self.temperature, self.top_p, self.max_new_tokens], layout=widgets.Layout(flex_flow="wrap")
-                ),
-                widgets.HBox([self.ask_button, self.stop_button]),
-                self.answer,
-            ]
+        self._failure: Exception | None = None
+        self._make_widgets(run.path.name)
+        self._start(self._open, run)
+
+    def _make_widgets(self, named: str) -> None:
+        names = sorted({path.parent.name for path in self._runs.glob("*/adapter")} | {named})
+        self.run = widgets.Dropdown(options=names, value=named, description="Run")
+        self.models = widgets.Dropdown(options=[BOTH, *MODELS], description="Answers of")
+        self.temperature = widgets.BoundedFloatText(value=0, min=0, max=2, step=0.1, description="Temperature")
+        self.top_p = widgets.BoundedFloatText(value=1, min=0.05, max=1, step=0.05, description="Top-p")
+        self.max_new_tokens = widgets.BoundedIntText(
+            value=self._wanted_tokens or 256, min=1, max=4096, description="Most tokens"
         )
+        self.system = widgets.Text(description="System prompt", placeholder="none", continuous_update=True)
+        self.question = widgets.Text(description="Question", placeholder="Ask something, and press Enter")
+        self.follow_up = widgets.Checkbox(description="Follow up on the last answer", indent=False)
+        self.ask_button = widgets.Button(description="Ask")
+        self.stop_button = widgets.Button(description="Stop", disabled=True)
+        self.clear_button = widgets.Button(description="Clear", tooltip="Forget everything said so far")
+        self.status, self.problem, self.export = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.examples, self.said = widgets.HBox(), widgets.VBox()
+        self.ask_button.on_click(lambda _: self.ask())
+        self.stop_button.on_click(lambda _: self._stop.set())
+        self.clear_button.on_click(lambda _: self.clear())
+        self.question.on_msg(self._on_key)
+        self.run.observe(self._on_run, names="value")
+        settings = widgets.HBox([self.temperature, self.top_p, self.max_new_tokens, self.system])
+        buttons = widgets.HBox([self.ask_button, self.stop_button, self.clear_button, self.follow_up])
+        runs = widgets.HBox([self.run, self.models])
+        style = resources.files("qlora_utils").joinpath("playground.css").read_text(encoding="utf-8")
+        for row in (settings, runs, buttons, self.examples):
+            row.add_class("qlora-row")
+        for widget, name in ((self.question, "question"), (self.ask_button, "ask"), (self.examples, "examples"),
+                             (buttons, "buttons"), (self.said, "said")):  # fmt: skip
+            widget.add_class(f"qlora-{name}")
+        self.view = widgets.VBox(
+            [widgets.HTML(f"<style>{style}</style>"), runs, settings, self.question, buttons, self.examples,
+             self.status, self.problem, self.said, self.export]
+        )  # fmt: skip
+        self.view.add_class("qlora-play")
 
     def wait(self, timeout: float | None = None) -> None:
-        """Block until the answer under way has ended, `timeout` seconds at most."""
-        if self._worker is not None:
-            self._worker.join(timeout)
+        """Block until what is under way has ended, `timeout` seconds at most.
 
-    def _on_example(self, change: dict[str, str]) -> None:
-        if change["new"]:
-            self.question.value = change["new"]
+        Raises:
+            Exception: what went wrong with it, which the page shows too.
+        """
+        worker = self._worker
+        if worker is not None:
+            worker.join(timeout)
+        if self._failure is not None:
+            raise self._failure
 
-    def _on_ask(self, _: widgets.Button) -> None:
-        question = self.question.value.strip()
-        if not question or self.ask_button.disabled:
-            return
-        self.ask_button.disabled, self.stop_button.disabled = True, False
-        self._stop.clear()
+    def ask(self, question: str | None = None) -> None:
+        """Put a question, by default what stands in the field, and return at once."""
+        text = (self.question.value if question is None else question).strip()
+        if not text:
+            self._say("There is no question yet: write one, or take an example.")
+        elif self._worker is not None and self._worker.is_alive():
+            self._say("Still at work: wait, or press Stop.")
+        elif self.asker is None:
+            self._say("No model is loaded: pick another run.")
+        else:
+            self._start(self._answer, text)
+
+    def clear(self) -> None:
+        """Forget what was said."""
+        if self._worker is None or not self._worker.is_alive():
+            self.exchanges, self.said.children, self.export.value = [], (), ""
+            self.problem.value = ""
+            self._say("Cleared.")
+
+    def prefer(self, exchange: Exchange, model: str) -> Path:
+        """Keep in the run's `preferences.jsonl` that a person likes this model's answer better.
+
+        A second choice on the same exchange replaces the first.
+        """
+        exchange.preferred = model
+        path = RunDirectory(self._runs / exchange.run).preferences
+        with locks.held(path.with_name(".preferences.lock"), "a choice", wait_s=10):
+            lines = read_jsonl(path) if path.is_file() else []
+            same = {"asked_at": exchange.asked_at, "prompt": exchange.preference()["prompt"]}
+            others = [line for line in lines if {name: line.get(name) for name in same} != same]
+            write_jsonl(path, [*others, exchange.preference()])
+        self.export.value = download_page(self.exchanges)
+        return path
+
+    # -------------------------------------------------------------------------------------------- at work
+
+    def _say(self, text: str) -> None:
+        self.status.value = status_page(text)
+
+    def _start(self, work: Callable[[Any], None], what: Any) -> None:
+        """Do something in a thread, so that the kernel stays free to take a click; after what is under way."""
+        before = self._worker
+        self._failure = None
+
+        def run() -> None:
+            if before is not None:
+                before.join()
+            self._stop.clear()
+            self.stop_button.disabled = False
+            self.problem.value = ""
+            try:
+                work(what)
+            except Exception as error:  # shown where the person looks: a thread's traceback reaches nobody
+                self._failure = error
+                told = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+                self.problem.value = problem_page(told)
+                self._say("That did not work.")
+            finally:
+                self.stop_button.disabled = True
+
+        self._worker = threading.Thread(target=run, daemon=True)
+        self._worker.start()
+
+    def _on_key(self, _: Any, content: Mapping[str, Any], __: Any) -> None:
+        if content.get("event") == "submit":  # Enter in the field
+            self.ask()
+
+    def _on_run(self, change: Mapping[str, str]) -> None:
+        self._stop.set()
+        self._start(self._open, RunDirectory(self._runs / change["new"]))
+
+    def _open(self, run: RunDirectory) -> None:
+        """Load a run's model in place of the one before."""
+        self._say(f"Loading {run.path.name} …")
+        self.asker, self.examples.children = None, ()
+        free()
+        require_adapter(run)
+        config = RunConfig.continue_run(run.path)
+        asker = self._load(run)
+        self.max_new_tokens.value = self._wanted_tokens or config.max_new_tokens
+        self.examples.children = [self._example(text) for text in examples(run)]
+        self.asker = asker
+        self._say(f"{run.path.name} is ready: {described(run, config)}")
+
+    def _example(self, text: str) -> widgets.Button:
+        button = widgets.Button(description=cut(text, 80), tooltip="Ask this")
+        button.on_click(lambda _: self._ask_example(text))
+        return button
+
+    def _ask_example(self, text: str) -> None:
+        self.question.value = text
+        self.ask()
+
+    def _answer(self, question: str) -> None:
+        """Ask the models chosen, and show what they say as they say it."""
+        assert self.asker is not None
         sampling = Sampling(
             max_new_tokens=self.max_new_tokens.value, temperature=self.temperature.value, top_p=self.top_p.value
         )
-        # In a thread, so that the kernel stays free to take the click on Stop.
-        self._worker = threading.Thread(target=self._answer, args=(question, self.model.value, sampling), daemon=True)
-        self._worker.start()
-
-    def _answer(self, question: str, model: str, sampling: Sampling) -> None:
-        self.exchanges.append(Exchange(question, model, ""))
-        text = ""
+        system = self.system.value.strip()
+        before = self._before() if self.follow_up.value else ()
+        history = self.asker.recent(question, before, system)
+        exchange = Exchange(
+            self.run.value, question, system, history, len(before) - len(history),
+            self.asker.prompt(question, history=history, system=system), sampling,
+            datetime.now().astimezone().isoformat(),
+        )  # fmt: skip
+        models = MODELS if self.models.value == BOTH else (self.models.value,)
+        exchange.answers = {model: Said() for model in models}
+        self.exchanges.append(exchange)
+        shown = {model: widgets.HTML(answer_page(model, said)) for model, said in exchange.answers.items()}
+        block = self._block(exchange, list(shown.values()))
+        self.said.children = (block, *self.said.children)
+        self._say("Answering …")
+        drawn = time.monotonic()
         try:
-            for piece in self._ask(question, model, sampling, self._stop):
-                text += piece
-                self.exchanges[-1] = Exchange(question, model, text)
-                self.answer.value = render_history(self.exchanges)
-        except Exception as error:  # shown where the person looks: a thread's traceback reaches nobody
-            self.exchanges[-1] = Exchange(question, model, f"{text}\n[{type(error).__name__}: {error}]")
+            for piece in self.asker.ask(
+                question, models=models, history=history, system=system, sampling=sampling, stop=self._stop
+            ):
+                said = exchange.answers[piece.model]
+                said.text += piece.text
+                said.tokens, said.seconds = piece.tokens, piece.seconds
+                said.ended = piece.ended and not self._stop.is_set()
+                if time.monotonic() - drawn > REDRAW_S:
+                    drawn = time.monotonic()
+                    self._draw(exchange, shown)
+        except Exception as error:
+            exchange.problem = f"{type(error).__name__}: {error}"
+            raise
         finally:
-            self.answer.value = render_history(self.exchanges)
-            self.ask_button.disabled, self.stop_button.disabled = False, True
+            self._draw(exchange, shown, over=True)
+            self.export.value = download_page(self.exchanges)
+        if len(models) == 2:
+            block.children = (*block.children[:2], self._choice(exchange), *block.children[2:])
+        self._say("Stopped." if self._stop.is_set() else "Answered.")
+
+    def _before(self) -> tuple[Turn, ...]:
+        """The conversation that a follow-up goes on with: that of the last exchange with this run."""
+        last = self.exchanges[-1] if self.exchanges else None
+        if last is None or last.run != self.run.value or not last.kept:
+            return ()
+        return (*last.history, Turn(last.question, last.kept, last.system))
+
+    def _draw(self, exchange: Exchange, shown: Mapping[str, widgets.HTML], *, over: bool = False) -> None:
+        for model, said in exchange.answers.items():
+            shown[model].value = answer_page(model, said, stopped=over and self._stop.is_set())
+
+    def _block(self, exchange: Exchange, answers: list[widgets.HTML]) -> widgets.VBox:
+        side_by_side = widgets.Box(answers)
+        side_by_side.add_class("qlora-answers")
+        block = widgets.VBox([widgets.HTML(question_page(exchange)), side_by_side, widgets.HTML(prompt_page(exchange))])
+        block.add_class("qlora-exchange")
+        return block
+
+    def _choice(self, exchange: Exchange) -> widgets.HBox:
+        """Thumbs: which answer is better."""
+        buttons = {model: widgets.Button(description=f"👍 {model} is better") for model in exchange.answers}
+
+        def choose(model: str) -> None:
+            try:
+                path = self.prefer(exchange, model)
+            except (OSError, ValueError, RuntimeError) as error:
+                self.problem.value = problem_page(f"not saved: {error}")
+                return
+            for name, button in buttons.items():
+                button.description = f"✓ {name} preferred" if name == model else f"👍 {name} is better"
+            self._say(f"Saved in {path}")
+
+        for model, button in buttons.items():
+            button.on_click(lambda _, model=model: choose(model))
+        row = widgets.HBox(list(buttons.values()))
+        row.add_class("qlora-row")
+        return row
+
+
+def examples(run: RunDirectory, count: int = 6) -> list[str]:
+    """Some questions of the rows held out, short ones first where there is a choice; none if there are no rows."""
+    try:
+        held_out = Prepared.load(run).held_out
+    except (OSError, ValueError):
+        return []
+    spread = held_out[:: max(1, len(held_out) // (8 * count))]
+    asked = dict.fromkeys(row.turns[0].question for row in spread)
+    short = [text for text in asked if len(text) <= 80] or sorted(asked, key=len)
+    return short[:: max(1, len(short) // count)][:count]
+
+
+def described(run: RunDirectory, config: RunConfig) -> str:
+    """A line on a run: preset, steps, and exact match base → tuned if it was scored."""
+    known = run.known_metrics()
+    parts = [config.preset]
+    if "train" in known:
+        parts.append(f"tuned in {known['train'].get('steps')} steps")
+    if "tuned" in known:
+        base, tuned = (score_text("exact_match", known[model]["exact_match"]) for model in MODELS)
+        parts.append(f"exact match {base} → {tuned}")
+    return ", ".join(parts) + "."
+
+
+# ------------------------------------------------------------------------------------------------ served as a page
+
+
+def app_notebook(run: RunDirectory) -> dict[str, Any]:
+    """Notebook 07 as it is served: the run put in, and what is there to be read left out.
+
+    It is always our own notebook: what lies in a run directory may be somebody else's.
+    """
+    notebook: dict[str, Any] = json.loads((project_folder("notebooks") / "07_playground.ipynb").read_text("utf-8"))
+    place = {"run_name": run.path.name, "output_dir": str(run.path.resolve().parent)}
+    cells = []
+    for cell in notebook["cells"]:
+        tags = cell["metadata"].get("tags", [])
+        if "app" in tags or "parameters" in tags:
+            cells.append(cell)
+        if "parameters" in tags:
+            source = "".join(f"{name} = {value!r}\n" for name, value in place.items())
+            cells.append({**cell, "id": "injected", "metadata": {"tags": ["injected-parameters"]}, "source": source})
+    title = {"cell_type": "markdown", "id": "title", "metadata": {}, "source": "# The answer playground"}
+    return {**notebook, "cells": [title, *cells]}
+
+
+def serve_command(notebook: Path, options: Sequence[str] = ()) -> list[str]:
+    """What serves a notebook to this machine alone, under an address with a random token that no process list shows."""
+    return [
+        sys.executable, "-m", "voila", str(notebook), "--Voila.ip=127.0.0.1", "--token", "--show_tracebacks=True",
+        *options,
+    ]  # fmt: skip
+
+
+def serve(run: RunDirectory, options: Sequence[str] = ()) -> NoReturn:
+    """Become a server of the playground.
+
+    Args:
+        run: asked first.
+        options: further ones of Voilà, such as `--port=8866` and `--no-browser`.
+
+    Raises:
+        FileNotFoundError: nothing was trained there.
+        ConfigError: Voilà is not installed.
+    """
+    require_adapter(run)
+    if importlib.util.find_spec("voila") is None:
+        raise ConfigError("Voilà is not installed, which serves the playground: pip install 'voila>=0.5'")
+    folder = Path(tempfile.mkdtemp(prefix="qlora-playground-"))
+    notebook = folder / "QLoRA playground.ipynb"
+    notebook.write_text(json.dumps(app_notebook(run)), encoding="utf-8")
+    command = serve_command(notebook, options)
+    os.execv(command[0], command)

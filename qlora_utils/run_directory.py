@@ -86,6 +86,11 @@ class RunDirectory:
         return self.path / "comparison.json"
 
     @property
+    def preferences(self) -> Path:
+        """Answers that a person chose in the playground over others, one JSON line each. A fresh run keeps them."""
+        return self.path / "preferences.jsonl"
+
+    @property
     def figures(self) -> Path:
         """PNG figures."""
         return self.path / "figures"

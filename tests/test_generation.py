@@ -23,6 +23,14 @@ QUESTIONS = [
 GREEDY = Sampling(max_new_tokens=12)
 
 
+def said_by(asker, question, **options):
+    """Whole answers by model."""
+    said = {}
+    for piece in asker.ask(question, **{"sampling": GREEDY, **options}):
+        said[piece.model] = said.get(piece.model, "") + piece.text
+    return said
+
+
 def test_questions_carry_the_turns_before_them(config, tokenizer):
     two = Conversation((Turn("q1", "a1"), Turn("q2", "a2")), number=7)
     first, second = generation.questions_of([two], tokenizer, config)
@@ -49,8 +57,8 @@ def test_what_the_system_is_told_reaches_the_model_in_every_way_of_asking(config
     whole = [
         generation.answer_all(tuned_model, tokenizer, [q], config, sampling=GREEDY, batch_size=1)[0] for q in questions
     ]
-    ask = generation.make_asker(tuned_model, tokenizer, config, system="Be brief.")
-    assert "".join(ask("q1", "tuned", GREEDY, threading.Event())) == whole[0].text
+    asker = generation.Asker(tuned_model, tokenizer, config)
+    assert said_by(asker, "q1", models=["tuned"], system="Be brief.") == {"tuned": whole[0].text}
     assert read == [*prompts, prompts[0]]
 
 
@@ -136,17 +144,87 @@ def test_a_failure_while_streaming_reaches_the_caller(config, tuned_model, token
         list(generation.stream(tuned_model, tokenizer, "Hi", config))
 
 
-@BOTH
-def test_make_asker_switches_between_base_and_tuned(config, tuned_model, tokenizer):
-    plain = generation.answer_all(
-        quantization.load(config), tokenizer, QUESTIONS[:1], config, sampling=GREEDY, batch_size=1
-    )
+@pytest.fixture
+def asker(config, tuned_model, tokenizer):
+    """Base and tuned model that differ: the tuned one has another head."""
     with torch.no_grad():
         tuned_model.base_model.model.lm_head.modules_to_save["default"].weight.neg_()
-    ask = generation.make_asker(tuned_model, tokenizer, config)
-    said = {m: "".join(ask(QUESTIONS[0].text, m, GREEDY, threading.Event())).strip() for m in generation.MODELS}
-    assert said["base"] == plain[0].text
-    assert said["tuned"] != said["base"]
+    return generation.Asker(tuned_model, tokenizer, config)
+
+
+@BOTH
+def test_base_and_tuned_side_by_side_say_what_each_says_alone(config, tokenizer, asker):
+    """A token of each in turn, with the adapter switched between: neither may see anything of the other."""
+    plain = generation.answer_all(
+        quantization.load(config), tokenizer, QUESTIONS, config, sampling=GREEDY, batch_size=1
+    )
+    tuned = generation.answer_all(asker.tuned_model, tokenizer, QUESTIONS, config, sampling=GREEDY, batch_size=1)
+    for question, *answers in zip(QUESTIONS, plain, tuned, strict=True):
+        said = said_by(asker, question.text, history=question.history)
+        assert said == {"base": answers[0].text, "tuned": answers[1].text}
+        assert said["base"] != said["tuned"]
+        for model in generation.MODELS:
+            assert said_by(asker, question.text, history=question.history, models=[model]) == {model: said[model]}
+
+
+@BOTH
+def test_side_by_side_means_a_token_of_each_in_turn(asker):
+    pieces = list(asker.ask("Hi", sampling=GREEDY))
+    both = [piece for piece in pieces if piece.tokens <= min(max(p.tokens for p in pieces if p.model == m) for m in
+                                                             generation.MODELS)]  # fmt: skip
+    running = [piece for piece in both if not piece.ended]
+    assert [piece.model for piece in running[:8]] == ["base", "tuned"] * 4
+    assert [piece.tokens for piece in running[:8]] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert [sum(piece.ended for piece in pieces if piece.model == model) for model in generation.MODELS] == [1, 1]
+    assert all(piece.seconds > 0 for piece in pieces)
+
+
+def test_stop_ends_both_and_the_adapter_is_on_again(asker):
+    stop = threading.Event()
+    hot = Sampling(max_new_tokens=400, temperature=5.0)
+    count = 0
+    for _ in asker.ask("Hi", sampling=hot, stop=stop):
+        count += 1
+        if count == 6:
+            stop.set()
+    assert count <= 8
+    assert said_by(asker, "Hi")["tuned"] == said_by(asker, "Hi", models=["tuned"])["tuned"]
+
+
+def test_an_answer_that_nobody_reads_on_leaves_no_thread(asker):
+    before = threading.active_count()
+    pieces = asker.ask("Hi", sampling=GREEDY)
+    next(pieces)
+    assert threading.active_count() == before + 2
+    pieces.close()
+    assert threading.active_count() == before
+
+
+@BOTH
+def test_the_prompt_shown_is_the_one_that_is_sent(asker, monkeypatch):
+    read = []
+    original = asker.tuned_model.generate
+
+    def watched(**options):
+        read.append(options["input_ids"][0].tolist())
+        return original(**options)
+
+    monkeypatch.setattr(asker.tuned_model, "generate", watched)
+    told = {"history": QUESTIONS[1].history, "system": "Be brief."}
+    said_by(asker, "And its currency?", **told)
+    assert [asker.tokenizer.decode(ids) for ids in read] == [asker.prompt("And its currency?", **told)] * 2
+    assert all(word in asker.prompt("And its currency?", **told) for word in ("Tokyo", "Be brief.", "currency"))
+
+
+def test_of_a_long_conversation_the_latest_turns_are_told(asker):
+    turns = [Turn(f"Question {n} " * 6, "It is so.") for n in range(40)]
+    kept = asker.recent("Why?", turns)
+    assert 0 < len(kept) < 40
+    assert list(kept) == turns[-len(kept) :]
+    form = format_of(asker.tokenizer, asker.config)
+    assert len(form.prompt(kept, "Why?")) <= asker.config.max_seq_len
+    assert len(form.prompt(turns[-len(kept) - 1 :], "Why?")) > asker.config.max_seq_len
+    assert asker.recent("Why? " * 1000, turns) == ()
 
 
 def test_questions_are_drawn_from_each_split_alike(config, tokenizer):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections import Counter
 from dataclasses import replace
 
@@ -233,17 +232,17 @@ def test_the_base_cannot_answer_and_the_tuned_model_can(recipe, trained):
 
 def test_asked_by_hand_the_saved_adapter_answers_as_in_answers_jsonl(recipe, trained, tokenizer):
     """As `qlora ask` and the playground do it: reloaded from disk, one question at a time, piece by piece."""
-    from qlora_utils import generation, lora, quantization
+    from qlora_utils import generation
     from qlora_utils.run_directory import RunDirectory, read_jsonl
 
     config, *_ = trained
     run = RunDirectory(config.run_dir)
-    ask = generation.make_asker(lora.reload(quantization.load(config), run.adapter), tokenizer, config)
+    asker = generation.load(run)
     lines = [x for x in read_jsonl(run.answers) if x["split"] == recipe.ENTITIES and not x["history"]][:24]
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
 
     def typed(text):
-        return "".join(ask(text, "tuned", sampling, threading.Event()))
+        return "".join(piece.text for piece in asker.ask(text, models=["tuned"], sampling=sampling))
 
     assert [typed(line["text"]) for line in lines] == [line["tuned"]["answer"] for line in lines]
     alike = [typed(recipe.hasty(line["text"])) == line["tuned"]["answer"] for line in lines]

@@ -234,7 +234,8 @@ def test_ask_answers_on_the_terminal(finished, capsys):
 
 def test_what_an_answer_would_do_to_the_terminal_is_spelled_out(finished, monkeypatch, capsys):
     hostile = ["\x1b]0;owned", "\x07 \x1b[2J\r", "fine\n"]
-    monkeypatch.setattr(generation, "make_asker", lambda *_: lambda *_: iter(hostile))
+    said = [generation.Piece("tuned", text, 1, 1.0) for text in hostile]
+    monkeypatch.setattr(generation.Asker, "ask", lambda *_, **__: iter(said))
     assert cli.main(["ask", "Why?", "--run", str(finished.path)]) == 0
     assert capsys.readouterr().out == "\\x1b]0;owned\\x07 \\x1b[2J\\rfine\n\n"
     assert cli.main(["run", "--preset", "\x1b[2J"]) == 2
