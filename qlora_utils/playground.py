@@ -283,8 +283,8 @@ class Playground:
                 work(what)
             except Exception as error:  # shown where the person looks: a thread's traceback reaches nobody
                 self._failure = error
-                told = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
-                self.problem.value = problem_page(told)
+                ours = type(error).__module__.startswith("qlora_utils") or isinstance(error, OSError)
+                self.problem.value = problem_page(str(error) if ours else f"{type(error).__name__}: {error}")
                 self._say("That did not work.")
             finally:
                 self.stop_button.disabled = True

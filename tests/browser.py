@@ -1,0 +1,67 @@
+"""Chromium, driven by Playwright, for the tests that look at pages as a person would."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+from conftest import ROOT
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+SCREENSHOTS = Path(os.environ.get("QLORA_SCREENSHOTS", ROOT / "outputs" / "screenshots"))
+SIZES = {"narrow": (400, 1400), "wide": (1600, 1000)}
+SCHEMES = ("light", "dark")
+
+
+def missing():
+    """What is not there of what these tests need, as a reason to skip them."""
+    for package in ("playwright", "axe_playwright_python", "voila", "jupyterlab"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed: make test-browser"
+    return "" if any(map(shutil.which, NAMES)) else "no Chromium here: make test-browser"
+
+
+@contextmanager
+def chromium():
+    """A headless browser."""
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, NAMES)))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def audit(page):
+    """What axe-core finds that keeps people from using a page: violations that are serious or critical."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{one['impact']} {one['id']}: {one['help']}: {[node['target'] for node in one['nodes'][:5]]}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ]
+
+
+def screenshot(page, name, locator=None):
+    """Keep a picture of the whole page, or of a part of it."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    if locator is not None:
+        locator.screenshot(path=SCREENSHOTS / f"{name}.png")
+    else:
+        page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+
+
+def in_every_look(page):
+    """The page at each size in each colour scheme: yields a name for it."""
+    for size, (width, height) in SIZES.items():
+        for scheme in SCHEMES:
+            page.set_viewport_size({"width": width, "height": height})
+            page.emulate_media(color_scheme=scheme)
+            page.wait_for_timeout(300)
+            yield f"{size}-{scheme}"

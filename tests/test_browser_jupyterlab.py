@@ -1,0 +1,81 @@
+"""Notebooks 01 and 07 in JupyterLab, in a real browser: run all of it, look at it, ask."""
+
+from __future__ import annotations
+
+import shutil
+
+import browser
+import nbformat
+import pytest
+from served import NOTEBOOKS, jupyterlab, served, trained
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A copy of the notebooks beside a run of their default name."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(NOTEBOOKS, folder / "notebooks")
+    trained(folder / "outputs", "demo")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    with served(jupyterlab(folder), folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def page(address):
+    with browser.chromium() as opened:
+        yield opened.new_page(viewport={"width": 1400, "height": 1000})
+
+
+def run_all(page, address, name):
+    """Open a notebook, run all its cells, and wait for the last."""
+    before, token = address.split("?")
+    page.goto(f"{before.removesuffix('lab')}lab/workspaces/{name}/tree/notebooks/{name}.ipynb?{token}", timeout=120_000)
+    notebook = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
+    notebook.locator(".jp-CodeCell").first.wait_for(timeout=120_000)
+    page.get_by_text("Kernel status: Idle").first.wait_for(state="attached", timeout=120_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+    count = sum(cell.cell_type == "code" for cell in cells)
+    page.wait_for_function(
+        r"""count => {
+          const panel = document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden)')
+          const prompts = [...panel.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(one => one.textContent)
+          const failed = panel.querySelector('[data-mime-type="application/vnd.jupyter.stderr"] .ansi-red-fg')
+          return failed || prompts.filter(text => /\[\d+\]/.test(text)).length === count
+        }""",
+        arg=count,
+        timeout=240_000,
+    )
+    errors = notebook.locator('[data-mime-type="application/vnd.jupyter.error"], .jp-RenderedText .ansi-red-fg')
+    assert errors.count() == 0, "\n".join(errors.all_inner_texts())
+    return notebook
+
+
+def test_notebook_01_runs_to_its_end_and_shows_its_figures(page, address, folder):
+    notebook = run_all(page, address, "01_data")
+    assert notebook.locator(".jp-OutputArea img").count() >= 1
+    notebook.locator(".jp-OutputArea img").first.scroll_into_view_if_needed()
+    browser.screenshot(page, "jupyterlab-01")
+    assert (folder / "outputs" / "demo" / "data" / "report.json").is_file()
+
+
+def test_notebook_07_is_asked_in_its_widgets(page, address):
+    notebook = run_all(page, address, "07_playground")
+    play = notebook.locator(".qlora-play")
+    play.get_by_label("Question").fill("What is the capital of Peru?")
+    play.get_by_label("Question").press("Enter")
+    asked = play.locator(".qlora-exchange").first
+    asked.get_by_text("What is the capital of Peru?", exact=True).wait_for(timeout=60_000)
+    play.get_by_text("Answered.").wait_for(timeout=60_000)
+    for model in ("base", "tuned"):
+        assert asked.locator(f".qlora-answer.{model} p").inner_text()
+    play.scroll_into_view_if_needed()
+    browser.screenshot(page, "jupyterlab-07", play)

@@ -1,0 +1,166 @@
+"""The playground in a real browser: served by Voilà, used by mouse and by keyboard alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import browser
+import pytest
+from served import free_port, served, trained
+
+from qlora_utils import playground
+from qlora_utils.run_directory import read_jsonl
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())]
+
+READY, ANSWERED = "is ready:", "Answered."
+# Writes down how long each of the two answers on top is, whenever the page changes.
+WATCH = """() => {
+  window.seen = []
+  new MutationObserver(() => {
+    const answers = [...document.querySelectorAll('.qlora-exchange:first-child .qlora-answer p')]
+    window.seen.push(answers.map(one => one.textContent.length))
+  }).observe(document.body, {subtree: true, childList: true, characterData: true})
+}"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Run directories: two that can be asked, and one with a broken adapter."""
+    folder = tmp_path_factory.mktemp("runs")
+    first = trained(folder, "first")
+    for name in ("second", "broken"):
+        shutil.copytree(first.path, folder / name)
+    (folder / "broken" / "adapter" / "adapter_model.safetensors").write_bytes(b"not what it was")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder, tmp_path_factory):
+    app = tmp_path_factory.mktemp("app")
+    notebook = app / "playground.ipynb"
+    notebook.write_text(json.dumps(playground.app_notebook(playground.RunDirectory(folder / "first"))))
+    with served(playground.serve_command(notebook, ["--no-browser", f"--port={free_port()}"]), app) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser.chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(chromium, address):
+    """A page of its own, with a kernel of its own, as soon as the model is loaded."""
+    context = chromium.new_context(viewport={"width": 1200, "height": 900}, accept_downloads=True)
+    page = context.new_page()
+    page.goto(address, timeout=120_000)
+    page.get_by_text(READY).wait_for(timeout=120_000)
+    yield page
+    context.close()
+
+
+def said(page, model):
+    """What a model has said to the newest question."""
+    return page.locator(f".qlora-exchange:first-child .qlora-answer.{model} p").inner_text()
+
+
+def test_a_question_typed_is_answered_in_both_columns_as_the_answers_come(page):
+    page.evaluate(WATCH)
+    page.get_by_label("Question").fill("What is the capital of Chile?")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_text(ANSWERED).wait_for(timeout=60_000)
+    assert said(page, "base")
+    assert said(page, "tuned")
+    seen = [lengths for lengths in page.evaluate("window.seen") if len(lengths) == 2]
+    for column in (0, 1):
+        grown = sorted({lengths[column] for lengths in seen})
+        assert len(grown) >= 3, f"it came at once: {grown}"
+    halves = [lengths for lengths in seen if 0 < lengths[0] < len(said(page, "base"))]
+    assert any(0 < tuned < len(said(page, "tuned")) for _, tuned in halves), "one came after the other"
+    assert page.locator(".qlora-answer h3").first.inner_text().count("tokens/s") == 1
+    page.get_by_text("The exact prompt").first.click()
+    assert "What is the capital of Chile?" in page.locator(".qlora-prompt pre").first.inner_text()
+    for look in browser.in_every_look(page):
+        browser.screenshot(page, f"playground-{look}")
+        assert browser.audit(page) == [], look
+        assert page.evaluate("document.scrollingElement.scrollWidth <= window.innerWidth"), f"{look}: cut at its side"
+
+
+def test_stop_examples_choice_and_export(page, folder):
+    page.get_by_label("Temperature").fill("2")
+    page.get_by_label("Most tokens").fill("4096")
+    page.get_by_label("Most tokens").press("Tab")
+    page.locator(".qlora-examples button").first.click()
+    example = page.locator(".qlora-examples button").first.inner_text()
+    stop = page.get_by_role("button", name="Stop")
+    page.locator(".qlora-exchange").wait_for(timeout=30_000)
+    page.wait_for_timeout(1_000)
+    assert stop.is_enabled()
+    stop.click()
+    page.get_by_text("Stopped.").wait_for(timeout=30_000)
+    assert stop.is_disabled()
+    assert page.locator(".qlora-asked").first.inner_text() == example
+    page.get_by_role("button", name="tuned is better").click()
+    page.get_by_text("preferences.jsonl").wait_for(timeout=30_000)
+    line = read_jsonl(folder / "first" / "preferences.jsonl")[-1]
+    assert line["prompt"][-1]["content"] == example
+    assert line["chosen_model"] == "tuned"
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Save this conversation as JSON").click()
+    assert download.value.suggested_filename == "playground.json"
+    (exchange,) = json.loads(download.value.path().read_text())
+    assert exchange["question"] == example
+    assert exchange["preferred"] == "tuned"
+    assert exchange["answers"]["base"]["text"].split() == said(page, "base").split()
+
+
+def test_runs_are_switched_and_a_broken_one_is_a_message_in_the_page(page):
+    page.get_by_label("Run", exact=True).select_option("second")
+    page.get_by_text("second is ready:").wait_for(timeout=60_000)
+    page.get_by_label("Run", exact=True).select_option("broken")
+    page.get_by_role("alert").wait_for(timeout=60_000)
+    assert "adapter" in page.get_by_role("alert").inner_text()
+    browser.screenshot(page, "playground-failure")
+    assert browser.audit(page) == []
+    page.get_by_label("Run", exact=True).select_option("first")
+    page.get_by_text("first is ready:").wait_for(timeout=60_000)
+    assert page.get_by_role("alert").count() == 0
+
+
+def test_with_the_keyboard_alone(page):
+    """Every control can be reached by Tab, in the order in which it stands, and used."""
+    reached = []
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        name = page.evaluate(
+            "(e => e.labels?.[0]?.innerText || e.innerText || e.tagName)(document.activeElement)"
+        ).strip()
+        if name in reached:
+            break
+        reached.append(name)
+    wanted = ["Run", "Answers of", "Temperature", "Top-p", "Most tokens", "System prompt", "Question", "Ask", "Clear"]
+    assert [name for name in reached if name in wanted] == wanted
+    page.get_by_label("Question").focus()
+    page.keyboard.type("What is the capital of Peru?")
+    page.keyboard.press("Enter")
+    page.get_by_text(ANSWERED).wait_for(timeout=60_000)
+    first = said(page, "tuned")
+    for key in ("Tab", "Tab", "Tab"):  # Ask, Clear, Follow up
+        page.keyboard.press(key)
+    page.keyboard.press("Space")
+    assert page.get_by_label("Follow up on the last answer").is_checked()
+    page.get_by_label("Question").focus()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("And its currency?")
+    page.keyboard.press("Enter")
+    page.get_by_text("follows up on").wait_for(timeout=60_000)
+    page.get_by_text(ANSWERED).wait_for(timeout=60_000)
+    page.locator("summary").first.focus()
+    page.keyboard.press("Enter")
+    assert first in page.locator(".qlora-prompt pre").first.inner_text()
+    page.get_by_role("button", name="base is better").first.focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("base preferred").wait_for(timeout=30_000)
