@@ -277,7 +277,6 @@ class Playground:
             if before is not None:
                 before.join()
             self._stop.clear()
-            self.stop_button.disabled = False
             self.problem.value = ""
             try:
                 work(what)
@@ -286,8 +285,6 @@ class Playground:
                 ours = type(error).__module__.startswith("qlora_utils") or isinstance(error, OSError)
                 self.problem.value = problem_page(str(error) if ours else f"{type(error).__name__}: {error}")
                 self._say("That did not work.")
-            finally:
-                self.stop_button.disabled = True
 
         self._worker = threading.Thread(target=run, daemon=True)
         self._worker.start()
@@ -343,6 +340,7 @@ class Playground:
         block = self._block(exchange, list(shown.values()))
         self.said.children = (block, *self.said.children)
         self._say("Answering …")
+        self.stop_button.disabled = False
         drawn = time.monotonic()
         try:
             for piece in self.asker.ask(
@@ -359,6 +357,7 @@ class Playground:
             exchange.problem = f"{type(error).__name__}: {error}"
             raise
         finally:
+            self.stop_button.disabled = True
             self._draw(exchange, shown, over=True)
             self.export.value = download_page(self.exchanges)
         if len(models) == 2:
