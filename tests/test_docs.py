@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
+import warnings
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -232,6 +233,14 @@ def test_every_target_is_told_of():
     assert targets().keys() - told - left_out == set()
 
 
+def test_what_check_says_of_the_example_is_what_the_page_shows(tmp_path, capsys):
+    (shown,) = blocks((ROOT / "docs" / "data.md").read_text(), ["text"])
+    example = str(ROOT / "data" / "examples" / "questions.csv")
+    assert cli.main(["check", example, "--output-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in shown.splitlines() if line not in said] == []
+
+
 def test_presets_are_told_of_with_what_they_take():
     table = (ROOT / "README.md").read_text().split("## What it takes", 1)[1].split("\n## ", 1)[0]
     for preset in PRESETS:
@@ -319,21 +328,19 @@ def test_environment_variables_are_read_by_something(page):
             assert name in OF_OTHERS or re.search(rf"\b{name}\b", scripts), f"{name}: nothing reads it"
 
 
-@PER_PAGE
-def test_messages_of_the_program_are_quoted_as_they_are(page):
-    """The symptoms of the troubleshooting page are searched for; what is left out stands as …"""
-    if page.name != "troubleshooting.md":
-        pytest.skip("quotes no messages")
+@pytest.mark.parametrize("name", ["README.md", "docs/troubleshooting.md"])
+def test_messages_of_the_program_are_quoted_as_they_are(name):
+    """The symptoms of the first columns are searched for; what differs from case to case stands as …"""
     foreign = ("ensurepip is not available", "qlora: command not found", "nvidia-…")  # Python's, the shell's, pip's
     sources = "".join(path.read_text() for path in (ROOT / "qlora_utils").glob("*.py")) + MAKEFILE
     sources = " ".join(re.sub(r"\"\s*\n\s*[rf]*\"", "", sources).split())  # strings that go on in the next line
-    for row in re.findall(r"^\| (.*?) \|", text_of(page), re.M):
-        for message in re.findall(r"`([^`]{12,})`", row):
-            if message in foreign:
-                continue
-            for part in re.split(r"…|\(.*?\)", message):
+    tables = re.findall(r"^\| what you see \|.*?\n\n", (ROOT / name).read_text() + "\n", re.M | re.S)
+    assert tables
+    for row in re.findall(r"^\| (.*?) \|", "".join(tables), re.M):
+        for message in re.findall(r"`([^`]+)`", row):
+            for part in re.split(r"…|\(.*?\)", message) if message not in foreign else ():
                 words = part.strip(" .:,")
-                assert not words or words in sources, f"{message}: no such message"
+                assert words in sources, f"{message}: no such message"
 
 
 # ---------------------------------------------------------------------------------------------------- licence, citation
@@ -367,7 +374,7 @@ def test_the_changelog_knows_this_version():
 # ---------------------------------------------------------------------------------------------------- the picture
 
 
-def test_the_picture_is_drawn_from_a_run_whatever_its_texts(tmp_path):
+def test_the_picture_is_drawn_from_a_run_whatever_its_texts(tmp_path, monkeypatch):
     def line(number, right, text):
         base, tuned = {"answer": "$", "exact_match": 0.0}, {"answer": "\\frac{ " + text, "exact_match": float(right)}
         asked = {"split": "held-out rows", "text": text, "expected": "$x^2$ \x1b[2J", "history": []}
@@ -384,10 +391,14 @@ def test_the_picture_is_drawn_from_a_run_whatever_its_texts(tmp_path):
     metrics = {"base": scores, "tuned": scores, "train": {"kept_step": 8}, "held_out": {"questions": 5}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "config.json").write_text(json.dumps({"config": {"trace_rows": 3}}))
-    script = tmp_path / "docs" / "result.py"  # so that it writes beside this copy
-    script.parent.mkdir()
-    script.write_text((ROOT / "docs" / "result.py").read_text())
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
-    assert (tmp_path / "docs" / "result.png").read_bytes().startswith(b"\x89PNG")
+    spec = importlib.util.spec_from_file_location("result", ROOT / "docs" / "result.py")
+    result = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(result)
+    monkeypatch.setattr(result, "OUT", tmp_path / "result.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a glyph that is missing
+        assert result.main([str(tmp_path)]) == 0
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    shown = [line["text"] for line in result.chosen(lines)]
+    assert shown == [lines[0]["text"], lines[1]["text"], lines[3]["text"], lines[2]["text"]]  # the wrong one last
+    assert result.main([]) == 2
