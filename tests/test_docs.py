@@ -380,7 +380,7 @@ def test_the_picture_is_drawn_from_a_run_whatever_its_texts(tmp_path, monkeypatc
         asked = {"split": "held-out rows", "text": text, "expected": "$x^2$ \x1b[2J", "history": []}
         return {**asked, "tags": {"domain": f"{number}"}, "base": base, "tuned": tuned}
 
-    lines = [line(number, number != 2, f"${number} & <b> _^ \x00 " + "long " * 60) for number in range(5)]
+    lines = [line(number, number != 2, f"${number} & <b> _^$ \x00 " + "long " * 60) for number in range(5)]
     history = [
         {"step": step, "loss": 2.0 / (step + 1), "eval_loss": 1.0 / (step + 1), "eval_exact_match": step / 9}
         for step in range(9)
