@@ -10,6 +10,7 @@ import re
 import shlex
 import tempfile
 import textwrap
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -129,14 +130,18 @@ class Check:
 
     @property
     def text(self) -> str:
-        """All of it as lines of text, safe on a terminal."""
+        """All of it as lines of text, safe on a terminal, the verdict after what was found."""
+        return "\n\n".join([self.details, _wrapped(self.verdict), self.next_steps])
+
+    @property
+    def details(self) -> str:
+        """The first row as it was read, the report, what is left out and what is worth knowing."""
         parts = [self._as_read(), on_terminal(report_table(self.report))]
         parts.append(f"Tokens are those of the tokenizer of {cut(self.config.model, 200)}.")
         if self.rejected:
             parts.append(left_out(self.rejected))
         if self.warnings:
             parts.append("\n".join(["Worth knowing:", *(_wrapped(warning, "- ") for warning in self.warnings)]))
-        parts += [_wrapped(self.verdict), self._next()]
         return "\n\n".join(parts)
 
     def _as_read(self) -> str:
@@ -153,7 +158,9 @@ class Check:
             lines.append(f"  kept as tags: {cut(', '.join(first.tags), 160)}")
         return "\n".join(lines)
 
-    def _next(self) -> str:
+    @property
+    def next_steps(self) -> str:
+        """The commands that train on these rows."""
         lines = ["To train on it:", f"  {on_terminal(self.command())}"]
         if self.config.model.startswith(EMBEDDED) and not self.config.dataset.startswith(EMBEDDED):
             other = {"causal": "llama2-7b", "encoder-decoder": "flan-t5-large"}[self.config.architecture]
@@ -197,42 +204,33 @@ def check(dataset: str, config: RunConfig, *, rows: int | None = None) -> Check:
 
     from qlora_utils.training import scored_rows  # torch
 
-    form, scored = format_of(tokenizer, config), scored_rows(prepared.held_out, config)
-    return Check(
-        config,
-        rows,
-        row,
-        first,
-        prepared.report,
-        prepared.rejected,
-        sum(form.count(conversation) for conversation in prepared.train),
-        len(scored),
-        _answers(prepared, tokenizer, config),
-    )
+    examples, answers = _counted(prepared, tokenizer, config)
+    scored = len(scored_rows(prepared.held_out, config))
+    return Check(config, rows, row, first, prepared.report, prepared.rejected, examples, scored, answers)
 
 
-def _answers(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Answers:
+def _counted(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> tuple[int, Answers]:
+    """How many examples there are to train on, and what their answers look like; each row is read once."""
     import numpy
 
-    keys, lengths, texts = bytearray(), list[int](), dict[int, str]()
+    form, examples = format_of(tokenizer, config), 0
+    keys, lengths, ends = bytearray(), array("q"), array("q")
     for row in prepared.train:
-        for turn in row.turns:
-            keys += digest(normalise(turn.answer) or turn.answer)
-            lengths.append(len(turn.answer))
+        examples += form.count(row)
+        for answer in (turn.answer for turn in row.turns):
+            keys += digest(normalise(answer) or answer)
+            lengths.append(len(answer))
+        ends.append(len(lengths))
     _, firsts, counts = numpy.unique(digest_array(keys), return_index=True, return_counts=True)
-    place = int(firsts[counts.argmax()])
-    seen = 0
-    for row in prepared.train:
-        if seen + len(row.turns) > place:
-            texts[place] = row.turns[place - seen].answer
-            break
-        seen += len(row.turns)
-    ordered = numpy.sort(lengths)
+    first = int(firsts[counts.argmax()])  # among all answers, the first of the commonest
+    place = int(numpy.searchsorted(ends, first, side="right"))  # of its conversation
+    turn = first - (ends[place - 1] if place else 0)
+    ordered = numpy.sort(numpy.frombuffer(lengths, dtype=numpy.int64))
     held = [turn.answer for row in prepared.held_out[:_ANSWERS_LOOKED_AT] for turn in row.turns]
     tokens = [len(ids) for ids in tokenizer(held, add_special_tokens=False, verbose=False)["input_ids"]]
-    return Answers(
+    return examples, Answers(
         count=len(lengths),
-        commonest=texts[place],
+        commonest=prepared.train[place].turns[turn].answer,
         commonest_share=int(counts.max()) / len(lengths),
         long_share=float(ordered[-max(1, len(lengths) // 10) :].sum() / ordered.sum()),
         longest=max(tokens),
@@ -413,7 +411,7 @@ def _free_name(config: RunConfig, preset: str | None = None) -> str:
 def keep_upload(name: str, content: bytes, config: RunConfig) -> Path:
     """Write a file that somebody uploaded into `output_dir/.uploads`, from where it can be given as `dataset`.
 
-    Its name says what it was called and what is in it: another file of the same name does not replace it.
+    It lies in a folder named after its content: another file of the same name does not replace it.
 
     Args:
         name: as the page gave it, which may be anything.
@@ -436,7 +434,7 @@ def keep_upload(name: str, content: bytes, config: RunConfig) -> Path:
     import hashlib
 
     mark = hashlib.sha256(content).hexdigest()[:8]
-    path = Path(config.output_dir).resolve() / ".uploads" / f"{_safe(Path(name).stem)}-{mark}{suffix}"
+    path = Path(config.output_dir).resolve() / ".uploads" / mark / f"{_safe(Path(name).stem)}{suffix}"
     if not path.is_file():
         write_bytes(path, [content])
     return path
@@ -457,33 +455,37 @@ def uploader(config: RunConfig) -> ipywidgets.VBox:
         tooltip=f"Questions and answers as {', '.join(SUFFIXES)}, at most {UPLOAD_MB} MB",
         layout=widgets.Layout(width="max-content"),
     )
-    told = widgets.HTML(_told(f"No file yet. One of {', '.join(SUFFIXES)}, at most {UPLOAD_MB} MB."))
+    told = widgets.HTML(_page(f"No file yet. It may be {', '.join(SUFFIXES)}, of at most {UPLOAD_MB} MB."))
 
     def on_file(change: Mapping[str, Any]) -> None:
         for file in change["new"]:
-            told.value = _told(f"{cut(file['name'], 80)} is being read …")
-            told.value = _told(_uploaded(file["name"], bytes(file["content"]), config))
+            told.value = _page(f"{cut(file['name'], 80)} is being read …")
+            told.value = _page(*_uploaded(file["name"], bytes(file["content"]), config))
 
     upload.observe(on_file, names="value")
     return widgets.VBox([upload, told])
 
 
-def _uploaded(name: str, content: bytes, config: RunConfig) -> str:
-    """What to say of an uploaded file."""
+def _uploaded(name: str, content: bytes, config: RunConfig) -> tuple[str, str]:
+    """What to say of an uploaded file: the verdict, and what led to it and follows from it."""
     try:
         path = keep_upload(name, content, config)
         found = check(str(path), config)
     except Exception as error:  # shown where the person looks: of a traceback in a kernel's log nobody hears
         ours = isinstance(error, (ValueError, RuntimeError, OSError))
-        return f"{cut(name, 80)} cannot be trained on. {'' if ours else f'{type(error).__name__}: '}{error}"
-    return (
-        f"{found.text}\n\nThe file lies here, where the command finds it:\n  {path}\nOr in this notebook: write\n"
-        f"  dataset = {str(path)!r}\n  run_name = {_free_name(found.config)!r}\ninto the cell of the parameters and "
-        "run it again from the top."
+        return f"{cut(name, 80)} cannot be trained on. {'' if ours else f'{type(error).__name__}: '}{error}", ""
+    here = (
+        f"In this notebook: write\n  dataset = {str(path)!r}\n  run_name = {_free_name(found.config)!r}\ninto the cell "
+        "of the parameters, and run it again from the top."
     )
+    return found.verdict, "\n\n".join([found.details, found.next_steps, here])
 
 
-def _told(text: str) -> str:
-    """Text as it stands in the page; `status` has a screen reader say it."""
-    shown = in_page(on_terminal(text))
-    return f'<div role="status" style="white-space: pre-wrap; font-family: monospace; line-height: 1.4">{shown}</div>'
+def _page(verdict: str, details: str = "") -> str:
+    """Both as they stand in the page; a screen reader says the first, as `status`, when it changes."""
+    first, rest = (in_page(on_terminal(text)) for text in (verdict, details))
+    kept = "white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.4"
+    return (
+        f'<div role="status" style="{kept}"><b>{first}</b></div>'
+        f'<div style="{kept}; font-family: monospace; margin-top: 1em">{rest}</div>'
+    )

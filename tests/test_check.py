@@ -15,7 +15,7 @@ from test_runner import only
 from qlora_utils import check, cli, data, runner
 from qlora_utils.config import RunConfig
 from qlora_utils.rows import Rejected
-from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
+from qlora_utils.run_directory import RunDirectory, read_json
 from qlora_utils.sources import DataError, read_source
 
 EXAMPLE = ROOT / "data" / "examples" / "questions.csv"
@@ -98,15 +98,6 @@ def test_a_run_on_the_example_learns_it_by_heart(tmp_path, monkeypatch, capsys):
     assert splits["training rows"]["base"]["exact_match"] == 0
 
 
-def test_a_short_run_on_the_example(tmp_path, monkeypatch):
-    only(monkeypatch, "01_data", "04_training")
-    arguments = ["-p", f"dataset={EXAMPLE}", "-p", "steps=2", "-p", "trace_rows=0"]
-    assert cli.main(["run", "--run-name", "own", "--output-dir", str(tmp_path), *arguments]) == 0
-    run = RunDirectory(tmp_path / "own")
-    assert [line["step"] for line in read_jsonl(run.history) if "loss" in line] == [1, 2]
-    assert read_json(run.metrics)["train"]["final_loss"] < read_json(run.metrics)["train"]["first_loss"]
-
-
 # ------------------------------------------------------------------------------------------------ what is told
 
 
@@ -176,6 +167,20 @@ def test_few_rows_get_few_passes_with_a_model_that_knows_something(config):
     mine = RunConfig.build({**config.model_dump(), "steps": 30})
     assert check.check(str(EXAMPLE), mine).advised == {}
     assert "steps=30" in shlex.split(check.check(str(EXAMPLE), mine).command())
+
+
+@pytest.mark.parametrize("at", [0, 7, 39])
+def test_the_commonest_answer_is_quoted_from_wherever_it_stands(tmp_path, config, at):
+    rows = [[f"It is {n}." for _ in range(1 + n % 3)] for n in range(40)]
+    rows[at][-1:] = ["Yes."] * 40
+    messages = [
+        {"messages": [{"role": role, "content": text} for n, answer in enumerate(row) for role, text in
+                      (("user", f"Why {n} of {len(row)}, {answer}?"), ("assistant", answer))]}
+        for row in rows
+    ]  # fmt: skip
+    answers = check.check(written(tmp_path, messages, PLAIN[1]), config).answers
+    assert (answers.commonest, answers.count) == ("Yes.", sum(map(len, rows)))
+    assert answers.commonest_share == 40 / answers.count
 
 
 def test_of_an_encoder_decoder_answers_are_counted(tmp_path):
@@ -324,22 +329,33 @@ def text_of(page):
     return "".join(texts), elements
 
 
+PAGE = [("div", ["role", "style"]), ("b", []), ("div", ["style"])]
+
+
+def only_upload(config):
+    (path,) = (Path(config.output_dir).resolve() / ".uploads").glob("*/*")
+    return path
+
+
 def test_an_uploaded_file_ends_in_report_verdict_and_command(config):
     view = check.uploader(config)
     assert "at most 8 MB" in view.children[1].value
     assert not Path(config.output_dir).exists()  # a view that nobody uses does nothing
     text, elements = text_of(given(view, "My questions.csv", EXAMPLE.read_bytes()))
-    (path,) = (Path(config.output_dir) / ".uploads").iterdir()
+    path = only_upload(config)
     assert path.read_bytes() == EXAMPLE.read_bytes()
-    assert re.fullmatch(r"My-questions-[0-9a-f]{8}\.csv", path.name)
-    assert check.check(str(path), config).text in text
-    for part in ("train / held-out", "This can be trained on", f"dataset={path.resolve()}", f"\n  {path.resolve()}\n"):
+    assert path.name == "My-questions.csv"
+    found = check.check(str(path), config)
+    assert text.startswith(found.verdict)
+    for part in (found.details, found.next_steps, f"dataset={path}", f"\n  dataset = '{path}'\n"):
         assert part in text
-    assert elements == [("div", ["role", "style"])]
+    assert "train / held-out" in text
+    assert elements == PAGE
     given(view, "My questions.csv", EXAMPLE.read_bytes())
-    assert [*path.parent.iterdir()] == [path]
+    assert only_upload(config) == path
     given(view, "My questions.csv", EXAMPLE.read_bytes() + b"Why?,So.\n")
-    assert len([*path.parent.iterdir()]) == 2
+    assert len([*path.parent.parent.iterdir()]) == 2
+    assert path.read_bytes() == EXAMPLE.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -367,12 +383,12 @@ def test_whatever_a_file_is_called_it_lies_where_uploads_lie_and_is_shown_as_tex
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     for name in (text, f"{text}.csv"):
         shown = given(check.uploader(config), name, content)
-        assert text_of(shown)[1] == [("div", ["role", "style"])]
+        assert text_of(shown)[1] == PAGE
         assert not UNSEEN.search(shown)
     uploads = Path(config.output_dir) / ".uploads"
     new = {path for path in tmp_path.rglob("*") if path.is_file()} - before
-    assert {path.parent for path in new if ".prepared" not in path.parts} == {uploads}
-    assert all(re.fullmatch(r"[A-Za-z0-9][\w.-]*\.csv", path.name) for path in uploads.iterdir())
+    assert {path.parent.parent for path in new if ".prepared" not in path.parts} == {uploads}
+    assert all(re.fullmatch(r"[A-Za-z0-9][\w.-]*\.csv", path.name) for path in uploads.glob("*/*"))
 
 
 def test_rows_of_an_upload_are_shown_as_text(config):
@@ -380,5 +396,5 @@ def test_rows_of_an_upload_are_shown_as_text(config):
     shown = given(check.uploader(config), "rows.jsonl", "\n".join(map(json.dumps, rows)).encode())
     text, elements = text_of(shown)
     assert "This can be trained on" in text
-    assert elements == [("div", ["role", "style"])]
+    assert elements == PAGE
     assert not UNSEEN.search(shown)
