@@ -6,6 +6,7 @@ same in a page: choose a file, read the verdict.
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import tempfile
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,7 @@ FEW_ROWS = 100  # conversations to train on, below which their number is remarke
 FEW_SCORED = 30  # scored conversations, below which a score is a hint
 MANY_PASSES = 10  # over the rows to train on, beyond which other parameters are advised,
 FEW_PASSES = 5  # and how many then are, of a model that has read a lot
+ROOM_AT_MOST = 256  # tokens for an answer that are advised at most: every question of notebook 06 may take as many
 UPLOAD_MB = 8  # Jupyter's connection to a page closes on messages of 10 MiB
 _ANSWERS_LOOKED_AT = 1000  # held-out conversations whose answers are measured in tokens
 
@@ -85,8 +88,9 @@ class Check:
         """Parameters that suit these rows better than the preset's, where a run would go wrong with those."""
         found = {} if self.rows else _advised(self.config, self.examples)
         plain = RunConfig.from_preset(self.config.preset)
-        if self.answers.cut_share and self.config.max_new_tokens == plain.max_new_tokens:
-            found["max_new_tokens"] = -(-(self.answers.longest + 1) // 16) * 16
+        room = min(ROOM_AT_MOST, -(-(self.answers.longest + 1) // 16) * 16)  # with the </s>, in whole sixteens
+        if self.answers.cut_share and plain.max_new_tokens == self.config.max_new_tokens < room:
+            found["max_new_tokens"] = room
         return found
 
     def command(self, preset: str | None = None) -> str:
@@ -258,8 +262,10 @@ def left_out(rejected: Sequence[Rejected], *, reasons: int = 8, places: int = 3)
     lines = [f"{_many(len(rejected), 'row')} left out:"]
     for kind, count in counts.most_common(reasons):
         known = firsts[kind]
-        where = ", ".join(f"{cut(one.where, 60)} row {one.number}" for one in known)
-        lines.append(f"  {count:,} × {cut(known[0].reason, 160)}: {where}{', …' if count > len(known) else ''}")
+        by_file = [(where, [str(one.number) for one in ones]) for where, ones in groupby(known, lambda one: one.where)]
+        named = [f"{cut(where, 60)} {'row' if len(n) == 1 else 'rows'} {', '.join(n)}" for where, n in by_file]
+        more = ", …" if count > len(known) else ""
+        lines.append(f"  {count:,} × {cut(known[0].reason, 160)}: {', '.join(named)}{more}")
     if len(counts) > reasons:
         lines.append(f"  and for {_many(len(counts) - reasons, 'other reason')}")
     return "\n".join(lines)
@@ -322,9 +328,14 @@ def _of_texts(found: Check) -> list[str]:
             "once, up to case and punctuation. They stay, and weigh as much as rows of their own."
         )
     if report["truncated_share"]:
+        length, most = report["token_length"], math.ceil(report["token_length"]["p95"])
+        within = (
+            f"95% have {most:,} or fewer" if most > config.max_seq_len else f"the longest has {length['longest']:,}"
+        )
         said.append(
-            f"{report['truncated_share']:.1%} are longer than max_seq_len={config.max_seq_len} tokens, the longest "
-            f"{report['token_length']['longest']:,}. What lies beyond is cut and not learned: -p max_seq_len=N."
+            f"{report['truncated_share']:.1%} are longer than max_seq_len={config.max_seq_len} tokens, and what lies "
+            f"beyond is cut and not learned; {within}. More, -p max_seq_len=N, takes memory, and a model that reads "
+            "as many."
         )
     if report["unknown_share"] >= 0.001:
         said.append(
@@ -348,9 +359,11 @@ def _of_texts(found: Check) -> list[str]:
             "so it is mostly theirs."
         )
     if answers.cut_share:
+        room = found.advised.get("max_new_tokens")
         said.append(
             f"{answers.cut_share:.0%} of the held-out answers are longer than max_new_tokens={config.max_new_tokens} "
-            f"tokens (the longest {answers.longest}), where the model's answers end, and could not be given in full."
+            f"tokens (the longest {answers.longest:,}), where the model's answers end, and could not be given in full."
+            + (f" The command below has room for {room}." if room else "")
         )
     return said
 

@@ -106,7 +106,7 @@ def test_rows_left_out_are_counted_by_reason_with_file_and_row(tmp_path, config)
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     text = check.check(str(tmp_path / "rows.jsonl"), config).text
     assert "4 rows left out:" in text
-    assert re.search(r"  2 × not valid JSON.*: rows\.jsonl row 12, rows\.jsonl row 14\n", text)
+    assert re.search(r"  2 × not valid JSON.*: rows\.jsonl rows 12, 14\n", text)
     assert re.search(r"  1 × every turn is blank.*: rows\.jsonl row 13\n", text)
 
 
@@ -114,7 +114,8 @@ def test_many_reasons_and_many_rows_are_cut():
     rejected = [Rejected("f.csv", n, f"letter {chr(97 + n % 20)}: '{n}' at character {n}") for n in range(100)]
     lines = check.left_out(rejected).splitlines()
     assert lines[0] == "100 rows left out:"
-    assert lines[1].endswith("f.csv row 0, f.csv row 20, f.csv row 40, …")
+    assert check.left_out([Rejected("a", 1, "x"), Rejected("b", 0, "x")]).endswith("2 × x: a row 1, b row 0")
+    assert lines[1].endswith(": f.csv rows 0, 20, 40, …")
     assert lines[1].startswith("  5 × letter a")
     assert lines[-1] == "  and for 12 other reasons"
     assert len(lines) == 10
@@ -157,6 +158,8 @@ def test_answers_that_would_be_cut_get_room_in_the_command(tmp_path, config):
     assert f"max_new_tokens={room}" in shlex.split(found.command())
     wider = RunConfig.build({**config.model_dump(), "max_new_tokens": room})
     assert not check.check(found.config.dataset, wider).answers.cut_share
+    longer = check.check(written(tmp_path, PLAIN[0], [{"question": "Why?", "answer": LONG * 9}] * 2), config)
+    assert longer.answers.longest > longer.advised["max_new_tokens"] == check.ROOM_AT_MOST
 
 
 def test_few_rows_get_few_passes_with_a_model_that_knows_something(config):
