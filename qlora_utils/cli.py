@@ -1,4 +1,4 @@
-"""The command line: `qlora run`, `presets`, `plan`, `ask`, `compare`, `merge`, `ingredients`."""
+"""The command line: `qlora check`, `run`, `runs`, `presets`, `plan`, `ask`, `compare`, `merge` and their like."""
 
 from __future__ import annotations
 
@@ -71,6 +71,26 @@ def _parser() -> argparse.ArgumentParser:
         "--config", type=Path, metavar="FILE", help="repeat a run: take all values from its config.json, not a preset"
     )
     run.set_defaults(command=_run)
+
+    check = commands.add_parser("check", help="look at a dataset: can it be trained on, and what should be known?")
+    check.add_argument("dataset", metavar="DATASET", help="a hub id, or a local file, folder or saved dataset")
+    check.add_argument("--preset", default="pocket", help="of the run it is meant for (default: pocket)")
+    check.add_argument(
+        "-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="any RunConfig field"
+    )
+    check.add_argument("--rows", type=int, metavar="N", help="look at the first N rows of each part only")
+    check.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
+    check.set_defaults(command=_check)
+
+    runs = commands.add_parser("runs", help="list the runs: how far they came, their scores, their size on disk")
+    runs.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
+    runs.add_argument("--json", action="store_true", help="as JSON, for other programs")
+    runs.set_defaults(command=_runs)
+
+    report = commands.add_parser("report", help="make a run's report.html anew")
+    report.add_argument("--run", required=True, help="name of the run, or path of its directory")
+    report.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
+    report.set_defaults(command=_report)
 
     presets = commands.add_parser("presets", help="list presets, or all fields with their meaning")
     presets.add_argument("--fields", action="store_true", help="list the fields of RunConfig instead")
@@ -185,6 +205,41 @@ def _run(options: argparse.Namespace) -> int:
 
     report.write_report(run)
     print(report.summary(run))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from qlora_utils import check
+    from qlora_utils.config import ConfigError, RunConfig
+
+    given = _parameters(options.parameters)
+    if "dataset" in given:
+        raise ConfigError("-p dataset: the dataset is named already, first of all; leave one of them away.")
+    config = RunConfig.from_preset(
+        options.preset, **{"dataset": options.dataset, "output_dir": options.output_dir, **given}
+    )
+    print(check.check(config.dataset, config, rows=options.rows).text)
+    return 0
+
+
+def _runs(options: argparse.Namespace) -> int:
+    from qlora_utils import runs
+
+    found = runs.listed(Path(options.output_dir))
+    print(runs.as_json(found) if options.json else runs.table(found, Path(options.output_dir)))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from qlora_utils import report
+    from qlora_utils.config import RunConfig
+    from qlora_utils.run_directory import RunDirectory
+    from qlora_utils.shown import on_terminal
+
+    run = RunDirectory(RunConfig.continue_run(_run_path(options.run, options.output_dir)).run_dir)
+    run.known_metrics()
+    report.write_report(run)
+    print(on_terminal(str(run.report)))
     return 0
 
 

@@ -19,7 +19,7 @@ from qlora_utils.formats import Format, format_of
 from qlora_utils.instructions import instructions_of
 from qlora_utils.rows import Conversation, Rejected, conversation_of, record_of
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json
-from qlora_utils.sources import DataError, read_source
+from qlora_utils.sources import DataError, first_rows, read_source
 from qlora_utils.stored import Stored, digest_of, write_rows
 from qlora_utils.streaming import prepare_into
 from qlora_utils.tokenization import BareTokenizer, bare
@@ -135,7 +135,9 @@ class Prepared:
         )
 
 
-def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, processes: int | None = None) -> Prepared:
+def prepare(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, processes: int | None = None, rows: int | None = None
+) -> Prepared:
     """Read the config's dataset, set the held-out part aside, and report on what was found.
 
     Rows stream through as many processes as there are cores; only their digests and lengths are held. What was
@@ -145,12 +147,15 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, processes:
         config: the run.
         tokenizer: of the base model.
         processes: that rows are worked off by (None: one for each core, for few rows this one alone).
+        rows: read the first so many of each part only, and keep nothing of them for later (None: read all).
 
     Raises:
         DataError: the source cannot be read, or too few usable rows are left to train and to hold out.
         WorkerError: a process ended early, for want of memory, say.
     """
     source = read_source(config.dataset)
+    if rows is not None:
+        source = first_rows(source, rows)
     quick = bare(tokenizer)
     form = format_of(quick or tokenizer, config)
     shelf = Path(config.output_dir) / ".prepared"

@@ -210,6 +210,8 @@ def _shape_and_parts(columns: Mapping[str, Any]) -> tuple[str, list[tuple[str, s
             return "### Human / ### Assistant", _parts_of_marks(text)
         raise UnusableRowError("text has neither [INST] … [/INST] nor ### Human: … ### Assistant:")
     names = ", ".join(map(str, columns)).encode(errors="backslashreplace").decode()
+    if len(columns) == 1 and (mark := re.search(r"[;\t|]", names)):
+        raise UnusableRowError(f"one column, {names}: its fields seem to lie between {mark[0]!r}, expected commas")
     raise UnusableRowError(
         f"columns {names or 'none'}: expected text, messages, conversations, instruction/output or question/answer"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -118,6 +119,15 @@ def read_source(source: str) -> dict[str, Rows]:
             f"dataset: {path} holds no {', '.join(SUFFIXES)} file and no saved dataset. Expected rows in one of these."
         )
     return _by_part([_file(file) for file in files])
+
+
+def first_rows(source: Mapping[str, Rows], count: int) -> dict[str, Rows]:
+    """The first rows of each part, `count` at most, from a source; what they are is not known without reading them."""
+
+    def of_part(rows: Rows) -> Rows:
+        return Rows((Piece("first rows", lambda: itertools.islice(rows, count)),))
+
+    return {part: of_part(rows) for part, rows in source.items()}
 
 
 def part_of(name: str) -> str:

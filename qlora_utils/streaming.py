@@ -50,7 +50,7 @@ def prepare_into(
     """
     config, sums = form.config, Sums()
     parts = {part: _Part(folder / f"all-{part}") for part in ("train", "held_out")}
-    rejected, reasons = 0, list[str]()
+    rejected, reasons = 0, dict[str, str]()  # the first three reasons, each with its first row
     with ExitStack() as files:
         lines = {part: files.enter_context(parts[part].path.open("wb")) for part in parts}
         left_out = files.enter_context((folder / "rejected.jsonl").open("wb"))
@@ -60,14 +60,16 @@ def prepare_into(
             parts[chunk.part].add(chunk.where, taken)
             sums.add(taken.sums)
             left_out.writelines(line(vars(one)) for one in taken.rejected)
-            reasons += [f"{one.where} row {one.number}: {one.reason}" for one in taken.rejected[: 3 - len(reasons)]]
+            for one in taken.rejected:
+                if len(reasons) < 3:
+                    reasons.setdefault(one.reason, f"{one.where} row {one.number}: {one.reason}")
             rejected += len(taken.rejected)
             bar.update(len(chunk.rows))
     report = report_of(sums, form)
     sums = Sums()  # room for what follows
     train, held_out, by = _sides(parts, form)
     if not len(train) or not len(held_out):
-        raise DataError(_too_few(name, len(train), len(held_out), rejected, reasons))
+        raise DataError(_too_few(name, len(train), len(held_out), rejected, [*reasons.values()]))
     if config.train_rows is not None and config.train_rows < len(train):
         train = train.only(sorted(random.Random(config.seed).sample(range(len(train)), config.train_rows)))
     train.write(folder / "train.jsonl")

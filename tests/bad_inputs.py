@@ -484,7 +484,7 @@ DATASETS = [
     data("csv with zero bytes", "rows.csv", CSV + "q\0,a\0\n",
          left_out("rows.csv", r"rows\.csv row 0: a zero byte before or in line 2; expected text")),
     data("csv semicolons", "rows.csv", "question;answer\nq;a\n",
-         left_out("rows.csv", r"columns question;answer: expected text")),
+         left_out("rows.csv", r"one column, question;answer: its fields seem to lie between ';', expected commas")),
     data("not UTF-8", "rows.csv", CSV.encode() + b"caf\xe9,a\n",
          r"rows\.csv is not UTF-8 text \(line 2\)\. Save it as UTF-8"),
     data("UTF-16", "rows.csv", (CSV + "q,a\n").encode("utf-16"),
