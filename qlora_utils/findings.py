@@ -49,6 +49,16 @@ class Facts:
         return config
 
     @property
+    def versions(self) -> Mapping[str, Any]:
+        """Versions of the packages it ran with, by name."""
+        return _mapping(self.stored.get("versions"))
+
+    @property
+    def hardware(self) -> Mapping[str, Any]:
+        """Processor, cores, memory and GPU."""
+        return _mapping(self.stored.get("hardware"))
+
+    @property
     def train(self) -> Mapping[str, Any]:
         """What the training came to; empty if there was none."""
         train: Mapping[str, Any] = self.metrics.get("train", {})
@@ -65,6 +75,10 @@ class Facts:
         count = self.metrics.get("held_out", {}).get("questions")
         lines = self.answers[:count] if isinstance(count, int) else self.answers
         return [line for line in lines if line.get("split") != "training rows"]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def gather(run: RunDirectory) -> Facts:
@@ -91,7 +105,9 @@ def gather(run: RunDirectory) -> Facts:
     answers = taken("answers", lambda: read_jsonl(run.answers, dict), [])
     usable = [line for line in answers if _is_answer(line)]
     if len(usable) < len(answers):
-        missing["answers"] = f"{run.answers}: {len(answers) - len(usable):,} lines in it are no answers."
+        lost = len(answers) - len(usable)
+        kind = "is no answer" if lost == 1 else "are no answers"
+        missing["answers"] = f"{run.answers}: {counted(lost, 'line')} in it {kind}."
     return Facts(
         run=run,
         stored=stored,
@@ -228,7 +244,7 @@ def _passes(history: list[dict[str, Any]]) -> str:
 
 def where_it_ran(facts: Facts) -> str:
     """Hardware, day, versions, time, memory."""
-    versions, train = facts.stored.get("versions", {}), facts.train
+    versions, train = facts.versions, facts.train
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes")
                          if name in versions)  # fmt: skip
     when = trained_on_date(facts.run)
@@ -236,7 +252,7 @@ def where_it_ran(facts: Facts) -> str:
     took = ""
     if train:
         took = f"It took {duration(train['wall_s'])}, with a peak memory of {gigabytes(train['peak_memory_bytes'])}. "
-    place = machine(facts.stored.get("hardware", {}))
+    place = machine(facts.hardware)
     return f"{took}It ran{day} on {place}{', with ' if packages else ''}{packages}."
 
 
@@ -462,9 +478,10 @@ def data_sentences(facts: Facts) -> list[str]:
     )
     twice = data["exact_duplicates"], data["normalised_duplicates"]
     said.append(
-        f"{counted(twice[0], 'row')} stand there twice, {twice[1]:,} if case, spaces and punctuation do not count."
+        f"{counted(twice[0], 'row')} {'repeats' if twice[0] == 1 else 'repeat'} an earlier one, {twice[1]:,} if case, "
+        "spaces and punctuation do not count."
         if any(twice)
-        else "No row stands there twice."
+        else "No row repeats another."
     )
     return said
 

@@ -89,10 +89,12 @@ def page_of(facts: Facts) -> Html:
         "configuration": ("Configuration", sections.configuration),
         "again": ("How to repeat it", sections.again),
     }
+    opening = (sections.what_was_tuned, sections.what_came_of_it, sections.where_it_ran, sections.caveats,
+               sections.key_figures)  # fmt: skip
     return document(
         f"QLoRA run {name}",
         f"QLoRA run “{name}”",
-        [part for tell in (sections.opening, sections.caveats, sections.key_figures) for part in _told(facts, tell)],
+        [part for tell in opening for part in _told(facts, tell)],
         {key: (title, _told(facts, tell)) for key, (title, tell) in parts.items()},
         f"Written by qlora-utils from the run directory {facts.run.path.name}. Nothing on this page is fetched from "
         "elsewhere, and nothing on it runs.",

@@ -29,13 +29,19 @@ def absent(facts: Facts, name: str, otherwise: str) -> list[Html]:
 # ---------------------------------------------------------------------------------------------------- the opening
 
 
-def opening(facts: Facts) -> list[Html]:
-    """What was tuned, what came of it, where it ran: a few sentences that can be read alone."""
-    return [
-        element("p", findings.what_was_tuned(facts), class_="lead"),
-        element("p", findings.what_came_of_it(facts), class_="lead"),
-        paragraph(findings.where_it_ran(facts)),
-    ]
+def what_was_tuned(facts: Facts) -> list[Html]:
+    """What was tuned, on what: the first sentence."""
+    return [element("p", findings.what_was_tuned(facts), class_="lead")]
+
+
+def what_came_of_it(facts: Facts) -> list[Html]:
+    """What the questions say of it: the second."""
+    return [element("p", findings.what_came_of_it(facts), class_="lead")]
+
+
+def where_it_ran(facts: Facts) -> list[Html]:
+    """Time, memory, machine, day and versions: the third."""
+    return [paragraph(findings.where_it_ran(facts))]
 
 
 def caveats(facts: Facts) -> list[Html]:
@@ -76,7 +82,7 @@ def key_figures(facts: Facts) -> list[Html]:
 
 def _of_what(facts: Facts) -> str:
     """What the measured peak counts."""
-    gpu = facts.stored.get("hardware", {}).get("gpu")
+    gpu = facts.hardware.get("gpu")
     return "allocated on the GPU" if gpu else "of the whole process, libraries included"
 
 
@@ -452,7 +458,7 @@ def memory(facts: Facts) -> list[Html]:
     largest = sorted(parts, key=lambda name: -parts[name])[:3]
     sizes = ", ".join(f"{name} ({findings.gigabytes(parts[name])})" for name in largest)
     says = f"Planned memory by part. The largest are {sizes}; {findings.gigabytes(plan.peak)} at the peak."
-    on_cpu = not facts.stored.get("hardware", {}).get("gpu")
+    on_cpu = not facts.hardware.get("gpu")
     beside = (
         " The plan counts tensors alone; on a CPU the measured peak is of the whole process, with Python, PyTorch and "
         "the data in it, and for a small model these are most of it."
@@ -478,7 +484,7 @@ def _planned(facts: Facts) -> MemoryPlan | str:
         if shapes.known(model) is None and not is_there(locate(model)):
             return "No plan by part: the base model does not lie here, and nothing is fetched for a report."
         known = {name: value for name, value in facts.config.items() if name in RunConfig.model_fields}
-        config, gpu = RunConfig.build(known), facts.stored.get("hardware", {}).get("gpu")
+        config, gpu = RunConfig.build(known), facts.hardware.get("gpu")
         plan = recorded_plan(config, gpu, shapes.read(model))
     except (ConfigError, ModelError, FileNotFoundError) as error:
         return f"No plan by part: {error}"
@@ -559,7 +565,7 @@ def configuration(facts: Facts) -> list[Html]:
     else:
         parts = [paragraph(f"Every parameter is that of the preset {config['preset']}.")]
     every = [(name, _value(value), about[name]) for name, value in config.items()]
-    ran_on = {**facts.stored.get("versions", {}), **facts.stored.get("hardware", {}),
+    ran_on = {**facts.versions, **facts.hardware,
               "git commit": facts.stored.get("git_commit")}  # fmt: skip
     return [
         *parts,
@@ -595,7 +601,7 @@ def again(facts: Facts) -> list[Html]:
     file = shlex.quote(str(_from_here(facts.run.config)))
     commands.append(f"qlora run --config {file} --run-name {shlex.quote(f'{name}-again')}")
     changed = " The code had changes then that are in no commit." if str(commit).endswith("+") else ""
-    gpu = facts.stored.get("hardware", {}).get("gpu")
+    gpu = facts.hardware.get("gpu")
     same = (
         "A GPU adds up in another order each time: expect the loss to differ in the fourth digit, and an answer here "
         "and there."

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from conftest import MARKUP
-from runs import comparison, finished
+from runs import comparison, finished, told
 
 from qlora_utils import compare, report
-from qlora_utils.run_directory import read_json, read_jsonl, write_json, write_jsonl
+from qlora_utils.findings import gather
+from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
 
 KEYS = ("results", "scores", "beside", "answers", "training", "memory", "data", "configuration", "again")
 ATTRIBUTES = {"aria-label", "aria-labelledby", "charset", "class", "content", "dir", "href", "http-equiv", "id", "lang",
@@ -120,3 +125,91 @@ def test_a_run_of_an_earlier_version_can_still_be_told(tmp_path, tokenizer):
     write_jsonl(run.answers, [{n: v for n, v in x.items() if n != "split"} for x in read_jsonl(run.answers)])
     report.write_report(run)
     assert "exact match" in report.summary(run)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return told(tmp_path_factory.mktemp("outputs"), count=9, wrong=3)
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return RunDirectory(shutil.copytree(whole.path, tmp_path / "told"))
+
+
+def headings(run):
+    report.write_report(run)
+    return re.findall("<h2[^>]*>(.*?)</h2>", run.report.read_text())
+
+
+def test_a_run_that_is_whole_is_told_whole(copy):
+    assert headings(copy) == [
+        "To keep in mind", "Contents", "Scores on held-out questions", "Answers side by side", "Training", "Memory",
+        "Data", "Configuration", "How to repeat it",
+    ]  # fmt: skip
+    page = copy.report.read_text()
+    assert "cannot be told" not in page
+    assert 'class="note"' not in page
+    assert len(page) < 300_000
+
+
+FILES = ("metrics.json", "history.jsonl", "answers.jsonl", "data/report.json", "data/rejected.jsonl")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", [None, b"", b"{oops", b"[]", b"{}", b"\xff\xfe\n", b'{"step": "x"}\n'])
+def test_a_part_that_is_missing_or_damaged_is_told_and_the_rest_stands(copy, name, content):
+    before = headings(copy)
+    path = copy.path / name
+    path.unlink() if content is None else path.write_bytes(content)
+    assert [heading for heading in headings(copy) if heading != "To keep in mind"] == before[1:]
+    if name != "data/rejected.jsonl":
+        assert 'class="note"' in copy.report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "untouched"),
+    [
+        ("metrics.json", "metrics", {"data", "configuration", "again"}),
+        ("data/report.json", "data", {"scores", "answers", "training", "memory", "configuration", "again"}),
+        ("config.json", "stored", {"scores", "answers", "training", "data"}),
+    ],
+)
+def test_any_value_may_be_of_another_kind_or_gone(copy, name, field, untouched):
+    """What an earlier or later version left out, or wrote otherwise, takes away its own sections at most."""
+    stored, facts = read_json(copy.path / name), gather(copy)
+    places = [(key,) for key in stored if key != "config"]
+    places += [(key, inner) for key, value in stored.items() if isinstance(value, dict) for inner in value]
+    for number, place in enumerate(places):
+        changed = json.loads(json.dumps(stored))
+        within = changed[place[0]] if len(place) == 2 else changed
+        value = ("x", ..., [], -1, None, {})[number % 6]
+        if value is ...:
+            del within[place[-1]]
+        else:
+            within[place[-1]] = value
+        if len(place) == 1:
+            write_json(copy.path / name, changed)
+            altered = gather(copy)
+        else:  # nothing looks at these before the sections do
+            altered = replace(facts, **{field: changed})
+        parts = report.page_of(altered).split("<section")
+        assert len(parts) == 8, (place, value)
+        failed = {re.search('aria-labelledby="(.*?)"', part)[1] for part in parts[1:] if "cannot be told" in part}
+        assert not failed & untouched, (place, value)
+
+
+def test_words_that_differ_bring_two_elements_into_the_page_and_no_others(tmp_path, tokenizer):
+    """Where answers differ from what was expected its structure depends on them; what it is made of does not."""
+    made = set()
+    for number, (one, other) in enumerate(pairwise([*MARKUP, "plain words", "plain wolves"])):
+        run = finished(tmp_path / str(number), tokenizer, one)
+        (line,) = read_jsonl(run.answers)
+        answers = {"base": {"answer": f"{one} {other}"}, "tuned": {"answer": f"so {other} {one} {other}"}}
+        write_jsonl(run.answers, [{**line, "expected": f"{other} {one} now", **answers}])
+        report.write_report(run)
+        made |= {(tag, *names) for tag, names in made_of(run.report.read_text())}
+    report.write_report(finished(tmp_path / "plain", tokenizer, "plain"))
+    plain = {(tag, *names) for tag, names in made_of((tmp_path / "plain" / "r" / "report.html").read_text())}
+    assert made - plain <= {("ins",), ("del",), ("em",), ("br",)}
+    assert {("ins",), ("del",)} <= made
