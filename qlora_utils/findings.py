@@ -248,12 +248,11 @@ def where_it_ran(facts: Facts) -> str:
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes")
                          if name in versions)  # fmt: skip
     when = trained_on_date(facts.run)
-    day = "" if when is None else f" on {when[0]}," if when[1] else f" (its files are of {when[0]})"
+    day = "" if when is None else f", on {when[0]}" if when[1] else f" (files of {when[0]})"
     took = ""
     if train:
         took = f"It took {duration(train['wall_s'])}, with a peak memory of {gigabytes(train['peak_memory_bytes'])}. "
-    place = machine(facts.hardware)
-    return f"{took}It ran{day} on {place}{', with ' if packages else ''}{packages}."
+    return f"{took}It ran on {machine(facts.hardware)}{day}{', with ' if packages else ''}{packages}."
 
 
 def what_came_of_it(facts: Facts) -> str:
@@ -287,15 +286,14 @@ def verdict(facts: Facts) -> str:
     The test takes questions to be independent; the interval does not (`compare.pair_texts`).
     """
     paired, known = facts.metrics["paired"], gain(facts)
-    if known is None:
-        shown, how_far = paired["p_value"] < 0.05, ""
-    else:
+    shown, how_far = paired["p_value"] < 0.05, ""
+    if known is not None:
         difference, (low, high) = known
-        shown = paired["p_value"] < 0.05 and not low <= 0 <= high
-        how_far = f" of {difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+        shown = shown and not low <= 0 <= high
+        how_far = f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
     if not shown:
-        return f"A difference{how_far} is not shown by that: it may be chance."
-    return f"The difference{how_far} is more than chance."
+        return f"No difference is shown: {how_far or 'this'} may be chance."
+    return f"The difference{how_far and f', {how_far},'} is more than chance."
 
 
 def course(facts: Facts) -> str:
@@ -358,7 +356,7 @@ def _of_the_training(facts: Facts) -> list[str]:
         kept = "That step's adapter is kept." if train.get("kept_step") == best[0] else "A later adapter is kept."
         said.append(
             f"Overfitting: held-out loss was lowest, {best[1]:.3f}, at step {best[0]} and ends at {losses[-1]:.3f}. "
-            f"{kept} Fewer steps, more rows or a lower rank would do."
+            f"{kept} Fewer steps, more rows or a lower rank would help."
         )
     elif len(losses) > 2 and best and best[0] == steps[-1] and losses[-1] < 0.95 * losses[-2]:
         said.append("Held-out loss was still falling at the end: more steps may give more.")

@@ -191,8 +191,8 @@ thead th { vertical-align: bottom; border-bottom: 2px solid var(--soft) }
 tbody th { font-weight: 500 }
 th.number, td.number { text-align: right; white-space: nowrap }
 td small { color: var(--soft); white-space: nowrap; font-size: .85em }
-thead th.number { white-space: normal; min-width: 5rem }
-td { white-space: pre-line; min-width: 4rem } td.number { white-space: nowrap; min-width: 0 }
+thead th.number { white-space: normal; min-width: 6.5rem } tbody th { white-space: pre-line }
+td { white-space: pre-line; min-width: 6rem } td.number { white-space: nowrap; min-width: 0 }
 figure { margin: 1rem 0 1.75rem } figcaption { color: var(--soft); max-width: 42rem; font-size: .95rem }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 0 2rem }
 svg { display: block; width: 100%; max-width: 42rem; height: auto; overflow: visible }

@@ -71,7 +71,12 @@ def key_figures(facts: Facts) -> list[Html]:
             )
     _, losses = column(facts.history, "eval_loss")
     if losses:
-        figures["held-out loss"] = figure_of(f"{losses[-1]:.3f}", f"at the start {losses[0]:.3f}")
+        kept, loss = train.get("kept_step"), train.get("kept_loss")
+        beside = f"at the start {losses[0]:.3f}"
+        if kept is None or loss is None:
+            figures["held-out loss"] = figure_of(f"{losses[-1]:.3f}", beside)
+        else:
+            figures["held-out loss"] = figure_of(f"{loss:.3f}", f"of the adapter kept, step {kept}; {beside}")
     if train:
         figures["training time"] = figure_of(
             findings.duration(train["wall_s"]), f"{train['steps']:,} steps, {train['tokens_per_s']:,.0f} tokens/s"
@@ -216,7 +221,7 @@ def beside(comparison: Mapping[str, Any], count: int = 12) -> list[Html]:
     outdated = compare.outdated(comparison)
     parts = [
         paragraph(compare.questions_text(comparison)),
-        table("This run and others", ("", *names), rows),
+        table("This run and others", ("what", *names), rows),
         figure(_dots(comparison), "Exact match of each run, with 95 % intervals."),
         listed(compare.pair_texts(comparison)),
     ]
@@ -237,8 +242,9 @@ def beside(comparison: Mapping[str, Any], count: int = 12) -> list[Html]:
         *parts,
         element("h3", "Where they differ"),
         paragraph(
-            f"{found['count']:,} questions that some of these runs answer exactly and others do not; {len(shown)} of "
-            "them, spread evenly. ✓ stands before an exact answer, ✗ before any other."
+            f"{found['count']:,} questions that some of these runs answer exactly and others do not; "
+            f"{len(shown) if len(shown) < found['count'] else 'all'} of them. ✓ stands before an exact answer, "
+            "✗ before any other."
         ),
         table("Questions on which runs differ", ("question", "split", "expected", *names), asked),
     ]
@@ -488,7 +494,9 @@ def _planned(facts: Facts) -> MemoryPlan | str:
         plan = recorded_plan(config, gpu, shapes.read(model))
     except (ConfigError, ModelError, FileNotFoundError) as error:
         return f"No plan by part: {error}"
-    return plan or f"No plan by part: {gpu['name']} is none of the GPUs that plans are made for."
+    if plan is None:
+        return f"No plan by part: {(gpu or {}).get('name')} is none of the GPUs that plans are made for."
+    return plan
 
 
 # ---------------------------------------------------------------------------------------------------- data

@@ -40,6 +40,15 @@ def test_scores_stand_beside_each_other_with_their_intervals_and_by_group(run):
     assert 'aria-label="Shares from 0 to 1. exact match: base 0.000, tuned 0.900;' in said
 
 
+def test_the_key_figures_are_those_of_the_adapter_that_was_kept(run):
+    said = markup(sections.key_figures, run)
+    found = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", said))
+    assert found["exact match, tuned"].startswith("0.900<small>95 % interval 0.")
+    assert found["held-out loss"] == "0.400<small>of the adapter kept, step 20; at the start 3.100</small>"
+    assert found["peak memory"] == "800 MB<small>of the whole process, libraries included</small>"
+    assert found["training time"].startswith("2 min")
+
+
 def test_differences_from_the_preset_come_first_and_every_parameter_has_its_meaning(run):
     said = markup(sections.configuration, run)
     assert rows(said)[1] == ["lora_r", "4", "16", "rank of the update matrices"]
