@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +12,14 @@ from qlora_utils import findings
 from qlora_utils.run_directory import DamagedError, RunDirectory, read_json, read_jsonl, write_json, write_jsonl
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return told(tmp_path_factory.mktemp("outputs"))
+
+
 @pytest.fixture
-def run(tmp_path):
-    return told(tmp_path)
+def run(whole, tmp_path):
+    return RunDirectory(shutil.copytree(whole.path, tmp_path / "told"))
 
 
 def changed(run, section, **values):

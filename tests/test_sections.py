@@ -1,18 +1,24 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 from runs import comparison, told
 
 from qlora_utils import findings, sections
 from qlora_utils.page import join
-from qlora_utils.run_directory import read_json, write_json
+from qlora_utils.run_directory import RunDirectory, read_json, write_json
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return told(tmp_path_factory.mktemp("outputs"), lora_r=4)
 
 
 @pytest.fixture
-def run(tmp_path):
-    return told(tmp_path, lora_r=4)
+def run(whole, tmp_path):
+    return RunDirectory(shutil.copytree(whole.path, tmp_path / "told"))
 
 
 def markup(tell, run):
