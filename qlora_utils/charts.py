@@ -279,10 +279,10 @@ def nice(low: float, high: float, about: int) -> list[float]:
 
 
 def _linear(values: Sequence[float], top: float | None) -> tuple[float, float, list[float]]:
-    """Ends and ticks of an axis from 0, or from the lowest value where that is below."""
+    """Ends and ticks of an axis with 0 on it, which makes it long enough to be divided."""
     low = min(0.0, *values)
-    high = top if top is not None else max(values) * 1.05
-    if high <= low:
+    high = max(0.0, top if top is not None else max(values) * 1.05)
+    if high - low < 1e-290:
         high = low + 1
     return low, high, nice(low, high, 4)
 

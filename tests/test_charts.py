@@ -78,12 +78,12 @@ def test_dots_stand_at_their_share_each_kind_with_a_mark_of_its_own():
 
 
 @settings(deadline=None)
-@given(st.floats(-1e12, 1e12), st.floats(1e-9, 1e12), st.integers(1, 8))
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e12), st.integers(1, 8))
 def test_ticks_are_round_and_lie_between_the_ends(low, span, about):
     high = low + span
     ticks = charts.nice(low, high, about)
     assert len(ticks) <= 2 * about + 2
-    assert all(low - span / 100 <= tick <= high + span / 100 for tick in ticks) or high == low
+    assert all(low - span / 100 <= tick <= high + span / 100 for tick in ticks)
 
 
 @pytest.mark.parametrize(("value", "said"), [(0.0005, "0.0005"), (2000, "2,000"), (0.30000000000000004, "0.3")])
