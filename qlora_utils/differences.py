@@ -31,7 +31,7 @@ def differences(answer: str, expected: str) -> list[Piece]:
         return [("same", answer)] if answer else []
     given, wanted = _words(answer), _words(expected)
     if not answer.strip():
-        return [("missing", expected)]
+        return _together([("same", answer), ("missing", expected)])
     keys = [[normalise_answer(word) for word in words] for words in (given, wanted)]
     # What counts for nothing must not hold two texts apart, nor together.
     places = [[index for index, key in enumerate(side) if key] for side in keys]

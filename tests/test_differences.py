@@ -63,6 +63,7 @@ def test_what_is_missing_stands_in_the_expected_text(answer, expected):
         ("Paris.", "the Paris", [("same", "Paris.")]),
         ("", "", []),
         ("", "Paris", [("missing", "Paris")]),
+        ("\n", "Paris", [("same", "\n"), ("missing", "Paris")]),
         ("Rome", "Paris", [("added", "Rome")]),
         (
             "The capital of Chile is Lima.",
