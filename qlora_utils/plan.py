@@ -7,14 +7,15 @@ Every part is counted from the model's shape: what is stored, and what autograd 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils import shapes
 from qlora_utils.config import Architecture, ConfigError, ModelError, RunConfig
-from qlora_utils.hardware import GIB, Card, attention_kernel, liger_kernels, precision, this_card
+from qlora_utils.hardware import CARDS, GIB, Card, attention_kernel, liger_kernels, precision, this_card
 from qlora_utils.run_directory import read_jsonl
 from qlora_utils.shapes import Shape
 
@@ -415,6 +416,32 @@ def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> str:
             f"{chosen.optimizer:<19}{plan.peak / GIB:>6.1f}{room(card) / GIB:>7.1f}"
         )
     return "\n".join(lines)
+
+
+def recorded_plan(config: RunConfig, gpu: Mapping[str, Any] | None, shape: Shape) -> MemoryPlan | None:
+    """What a run was planned to take on the machine that its `config.json` names, wherever we are now.
+
+    Args:
+        config: as it was stored.
+        gpu: `hardware.gpu` of `config.json`, name and memory in bytes; None: it ran on a CPU.
+        shape: of the base model.
+
+    Returns:
+        None for a GPU that is in none of `CARDS`.
+
+    Raises:
+        ConfigError: nothing fits that GPU.
+    """
+    if gpu is not None:
+        words = re.split(r"[^A-Za-z0-9]+", str(gpu["name"]))
+        alike = [card for card in CARDS.values() if card.name.split("-")[0] in words]
+        if not alike:
+            return None
+        nearest = min(alike, key=lambda card: abs(card.memory - gpu["memory_bytes"]))
+        return plan_for(config, replace(nearest, name=str(gpu["name"]), memory=gpu["memory_bytes"]), shape)[1]
+    by_hardware = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels}
+    settled = {name: choose(config, None, shape.architecture)[0] for name, choose in by_hardware.items()}
+    return predict(shape, _on_cpu(config.model_copy(update=settled)))
 
 
 def plan_for(config: RunConfig, card: Card | None, shape: Shape) -> tuple[Settled, MemoryPlan]:

@@ -8,7 +8,7 @@ from conftest import MARKUP
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_utils import cli, compare, report, runner, scores
+from qlora_utils import cli, compare, report, runner, scores, sections
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.run_directory import RunDirectory, read_json, write_json, write_jsonl
 
@@ -233,15 +233,8 @@ def test_what_cannot_be_compared_says_what_to_do(tmp_path, pair):
 # ---------------------------------------------------------------------------------------------------- shown
 
 
-def with_a_report(run, monkeypatch):
-    """What else a report tells is left out here: it has its own tests."""
-    monkeypatch.setattr(report, "report_table", lambda _: "")
-    write_json(run.data / "report.json", {})
-    return run
-
-
-def test_the_command_prints_writes_and_tells_the_report(tmp_path, pair, monkeypatch, capsys):
-    one = with_a_report(pair[0], monkeypatch)
+def test_the_command_prints_writes_and_tells_the_report(tmp_path, pair, capsys):
+    one = pair[0]
     assert cli.main(["compare", "--output-dir", str(tmp_path), "--runs", "one", str(pair[1].path), "--show", "3"]) == 0
     out = capsys.readouterr().out
     assert "one 60 of 60, two 60 of 60" in out
@@ -251,11 +244,15 @@ def test_the_command_prints_writes_and_tells_the_report(tmp_path, pair, monkeypa
     assert not pair[1].comparison.exists()
     page = one.report.read_text()
     assert "Beside other runs" in page
-    assert page.count("data:image/png;base64,") == 1
+    assert 'aria-label="Exact match, by split. split 0 (30): one ' in page
     assert page.count("<td>✗ ") == 12
 
 
-def test_the_command_does_without_a_report(tmp_path, pair, capsys):
+def test_the_command_does_without_a_report(tmp_path, pair, capsys, monkeypatch):
+    def missing(_):
+        raise FileNotFoundError("config.json: missing.")
+
+    monkeypatch.setattr(report, "write_report", missing)
     assert cli.main(["compare", "--output-dir", str(tmp_path), "--runs", "one", "two"]) == 0
     assert "no report: " in capsys.readouterr().out
     assert pair[0].comparison.is_file()
@@ -284,19 +281,19 @@ def test_several_pairs_are_corrected_and_said_so(tmp_path, pair):
     assert not any("Holm" in text for text in compare.pair_texts(compare.compare(pair)))
 
 
-def test_hostile_text_is_shown_as_text(tmp_path, monkeypatch):
+def test_hostile_text_is_shown_as_text(tmp_path):
     hostile = "<script>alert(1)</script> $\\frac$"
     kinds = {"split": hostile, "text": hostile, "history": [{"question": hostile, "answer": hostile}]}
     runs = [
         made(tmp_path, name, [line(1, right, answer=hostile, **kinds), line(2, True)], dataset=hostile[: 9 + right])
         for name, right in (("a", True), ("b", False))
     ]
-    one = with_a_report(runs[0], monkeypatch)
+    one = runs[0]
     write_json(one.comparison, compare.compare(runs))
     report.write_report(one)
     page = one.report.read_text()
     assert "<script>" not in page
-    section = page[page.index("Beside other runs") : page.index("<h2>Figures")]
+    section = page[page.index('id="beside"') : page.index('id="answers"')]
     assert section.count("&lt;script&gt;") >= 7
 
 
@@ -319,6 +316,6 @@ def test_a_comparison_knows_when_answers_have_changed(pair):
     assert compare.outdated(found) == []
     write_jsonl(pair[1].answers, answered(3, 0.5))
     assert compare.outdated(found) == ["two"]
-    assert "Out of date:</b> two" in report._beside(found)
+    assert "Out of date:</strong> two" in "".join(sections.beside(found))
     pair[0].answers.unlink()
     assert compare.outdated(found) == ["one", "two"]

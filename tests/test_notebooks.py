@@ -16,7 +16,7 @@ TOPICS = ["data", "quantization", "lora", "training", "curves", "answers", "play
 SHARED_MODULES = {
     "config", "rows", "run_directory", "sources", "instructions", "formats", "packs", "hardware", "shapes", "plan",
     "attention", "fused", "loss", "generation", "scores", "ingredients", "merge", "compare", "shown", "runner",
-    "report", "cli",
+    "report", "sections", "findings", "page", "charts", "differences", "cli",
     "checkpoints", "locks", "recovery", "history", "model_files", "trainer",
     "tokenization", "measures", "split", "streaming", "workers", "stored", "cache", "check", "runs",
 }  # fmt: skip

@@ -273,3 +273,20 @@ def test_predictions_hold_on_this_gpu(tmp_path, billion, prepared, head, checkpo
     trainer.train()
     predicted = predict(shapes.read(str(billion)), config, pass_tokens=tokens)
     assert predicted.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+
+
+def test_a_recorded_run_is_planned_for_its_own_machine_wherever_we_are(monkeypatch):
+    pocket = RunConfig.from_preset("pocket")
+    shape = shapes.read(pocket.model)
+    monkeypatch.setattr(plan, "this_card", lambda: None)
+    on_cpu = predict(shape, settle(pocket, shape=shape).config)
+    monkeypatch.setattr(plan, "this_card", lambda: pytest.fail("it ran elsewhere"))
+    assert plan.recorded_plan(pocket, None, shape) == on_cpu
+    for name, card in (
+        ("Tesla T4", CARDS["T4"]),
+        ("NVIDIA A100-SXM4-80GB", CARDS["A100-80"]),
+        ("NVIDIA A10", CARDS["A10"]),
+    ):
+        recorded = plan.recorded_plan(LARGE, {"name": name, "memory_bytes": card.memory}, LLAMA_2_7B)
+        assert recorded == plan_for(LARGE, card, LLAMA_2_7B)[1]
+    assert plan.recorded_plan(LARGE, {"name": "NVIDIA A10G", "memory_bytes": 10**10}, LLAMA_2_7B) is None

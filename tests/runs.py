@@ -1,0 +1,118 @@
+"""Finished runs as the tests of the report have them: files as a run leaves them, and no model."""
+
+from __future__ import annotations
+
+import random
+
+from qlora_utils.answers import group
+from qlora_utils.config import RunConfig
+from qlora_utils.formats import format_of
+from qlora_utils.measures import data_report
+from qlora_utils.run_directory import RunDirectory, write_json, write_jsonl
+from qlora_utils.scores import exact_match, rouge_l, token_f1
+
+SCORES = {"exact_match": 0.5, "f1": 0.5, "rouge_l": 0.5, "perplexity": 3.0, "stopped": 1.0,
+          "intervals": {name: [0.1, 3.2] for name in ("exact_match", "f1", "rouge_l", "perplexity")}}  # fmt: skip
+
+
+def finished(folder, tokenizer, text):
+    config = RunConfig.from_preset("pocket", output_dir=str(folder), run_name="r")
+    run = RunDirectory(config.run_dir)
+    run.begin(config)
+    train = {"steps": 2, "kept_step": 1, "kept_loss": 1.25, "first_loss": 3.0, "final_loss": 1.0, "tokens": 10,
+             "tokens_per_s": 5.0, "wall_s": 2.0, "peak_memory_bytes": 10**9}  # fmt: skip
+    paired = {"gained": 1, "lost": 0, "p_value": 1.0}
+    groups = {"split": {text: {"questions": 1, "base": SCORES, "tuned": SCORES, "paired": paired}}}
+    run.add_metrics(
+        train=train, base=SCORES, tuned=SCORES, held_out={"rows": 1, "questions": 1}, paired=paired, groups=groups
+    )
+    write_jsonl(run.history, [{"step": 0, "eval_loss": 3.0}, {"step": 2, "eval_loss": 1.5}])
+    line = {"split": text, "text": text, "expected": text, "base": {"answer": text}, "tuned": {"answer": text}}
+    write_jsonl(run.answers, [{**line, "history": [{"question": f"before {text}", "answer": text}]}])
+    write_json(run.data / "report.json", data_report([], format_of(tokenizer, RunConfig.from_preset("pocket"))))
+    return run
+
+
+def comparison(run, text):
+    """What `compare` would say of a run of that name, and another of nearly the same name."""
+    first = {"name": text, "preset": text, "asked": 1, "answers": str(run.path / "gone")}
+    runs = [first, {**first, "name": f"{text} 2"}]
+    names = [one["name"] for one in runs]
+    scores = {name: {key: value for key, value in SCORES.items() if key != "perplexity"} for name in names}
+    answers = {name: {"answer": text, "right": number == 0} for number, name in enumerate(names)}
+    line = {"split": text, "text": text, "expected": text, "history": [{"question": text, "answer": text}]}
+    pair = {"first": names[0], "second": names[1], "difference": 0.5, "interval": [0.1, 0.9], "gained": 1, "lost": 0,
+            "p_value": 0.5, "p_holm": 0.5}  # fmt: skip
+    return {
+        "runs": runs,
+        "differences": {text: dict.fromkeys(names, text)},
+        "questions": {"shared": 1, "clusters": 1},
+        "scores": scores,
+        "splits": {text: {"questions": 1, "scores": scores}, f"{text} 2": {"questions": 1, "scores": scores}},
+        "pairs": [pair],
+        "disagreements": {"count": 1, "shown": [{**line, "answers": answers}]},
+    }
+
+
+def answered(number, right, split, kind):
+    """A line of `answers.jsonl` as `answers.evaluate` writes it."""
+    expected = f"The {kind} of country {number} is town {number}."
+    given = {"base": "it is of town", "tuned": expected if right else f"The {kind} of country {number} is hamlet 7."}
+    scored = {
+        model: {"answer": answer, "stopped": True, "exact_match": exact_match(answer, expected),
+                "f1": round(token_f1(answer, expected), 4), "rouge_l": round(rouge_l(answer, expected), 4)}
+        for model, answer in given.items()
+    }  # fmt: skip
+    tags = {"entity": f"country {number // 2}", "domain": "countries", "kind": kind, "fact": f"town {number}"}
+    history = [{"question": "Where is it?", "answer": "There.", "system": ""}] if number % 3 == 0 else []
+    return {"split": split, "text": f"What is the {kind} of country {number}?", "expected": expected,
+            "history": history, "where": "test.jsonl", "number": number, "tags": tags, "system": "", "guess": 0.0,
+            **scored}  # fmt: skip
+
+
+def told(folder, *, wrong=6, count=60, **changes):
+    """A run that has everything a report tells of; `wrong` of its answers to held-out questions are not exact."""
+    config = RunConfig.from_preset("pocket", output_dir=str(folder), run_name="told", **changes)
+    run = RunDirectory(config.run_dir)
+    run.record(config)
+    order = random.Random(1).sample(range(count), count)
+    lines = [
+        answered(number, order[number] >= wrong, f"held-out {'entities' if number % 2 else 'phrasings'}", kind)
+        for number, kind in zip(range(count), ["capital", "currency"] * count, strict=False)
+    ]
+    trained = [answered(100 + number, True, "training rows", "capital") for number in range(9)]
+    write_jsonl(run.answers, [*lines, *trained])
+    (whole,) = group([{**line, "split": "all"} for line in lines], "split").values()
+    for model, value in (("base", 17.0), ("tuned", 1.2)):
+        whole[model]["perplexity"] = value
+        whole[model]["intervals"]["perplexity"] = [value - 0.1, value + 0.1]
+    run.add_metrics(
+        train={"steps": 20, "kept_step": 20, "kept_loss": 0.4, "first_loss": 3.0, "final_loss": 0.3, "tokens": 12345,
+               "tokens_per_s": 5000.0, "wall_s": 130.0, "peak_memory_bytes": 8 * 10**8, "skipped_steps": 0},
+        held_out={"rows": 70, "questions": count, "answer_tokens": 900, "chosen_on": False},
+        **{name: whole[name] for name in ("base", "tuned", "paired")},
+        groups={by: group(lines, by) for by in ("split", "kind")},
+    )  # fmt: skip
+    history = [{"step": 0, "epoch": 0.0, "eval_loss": 3.1, "eval_exact_match": 0.0}]
+    for step in range(1, 21):
+        history.append(
+            {"step": step, "epoch": step / 100, "loss": 3.0 / step, "lr": 1e-3 / step, "grad_norm": 1.0,
+             "tokens": 600 * step, "tokens_per_s": 5000.0 + step, "peak_memory_bytes": 8 * 10**8}
+        )  # fmt: skip
+        if step % 5 == 0:
+            history.append({"step": step, "epoch": step / 100, "eval_loss": 2.0 / step**0.5, "eval_exact_match": 0.9})
+    write_jsonl(run.history, history)
+    write_json(run.data / "report.json", {**DATA, "train": 900, "held_out": 100})
+    write_jsonl(run.data / "rejected.jsonl", [{"where": "a.csv", "number": n, "reason": "no answer"} for n in range(3)])
+    return run
+
+
+DATA = {
+    "conversations": 1003, "turns": 1500, "turns_per_conversation": {"1": 506, "2": 497}, "shapes": {"messages": 1003},
+    "scripts": {"Latin": 1000, "Thai": 3}, "tokens": 54_000, "unit": "conversation",
+    "token_length": {"mean": 54.0, "p5": 35.0, "p25": 38.0, "p50": 44.0, "p75": 73.0, "p95": 84.0, "p99": 94.0,
+                     "longest": 600, "histogram": {"edges": [0.0, 300.0, 600.0], "counts": [1000, 3]}},
+    "max_seq_len": 512, "truncated_share": 0.003, "unknown_share": 0.0, "batch_size": 16, "padding_share": 0.37,
+    "exact_duplicates": 2, "normalised_duplicates": 4, "rows_with_blank_turn": 0, "rows_ending_unanswered": 1,
+    "source": "rows.csv", "rejected": 3, "held_out_by": "set aside at random", "leakage": 0,
+}  # fmt: skip
