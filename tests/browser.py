@@ -58,7 +58,7 @@ def audit(page):
 
     found = Axe().run(page).response["violations"]
     return [
-        f"{one['impact']} {one['id']}: {one['help']}: {[node['target'] for node in one['nodes'][:5]]}"
+        f"{one['impact']}: {one['id']}, {one['help']}: {[node['target'] for node in one['nodes'][:5]]}"
         for one in found
         if one["impact"] in ("serious", "critical")
     ]
