@@ -62,13 +62,15 @@ def install(checkout: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("".join(f"{name}=={before[name]}\n" for name in KEPT if name in before))
-        options = ["--quiet", "--disable-pip-version-check", "--root-user-action=ignore", "-c", str(constraints)]
+        options = ["--disable-pip-version-check", "--root-user-action=ignore", "-c", str(constraints)]
         pip = subprocess.run(
             [sys.executable, "-m", "pip", "install", *options, str(checkout)], capture_output=True, text=True
         )
     if pip.returncode:
+        said = pip.stdout + pip.stderr
+        said = said[max(0, said.find("The conflict is caused by")) :][-2000:].strip()
         raise MachineError(
-            f"{(pip.stdout + pip.stderr).strip()}\npip could not install {checkout}. Is there a network? If packages "
+            f"{said}\npip could not install {checkout}. Is there a network? If packages "
             "were changed here before, begin with a fresh machine (Colab: Runtime, Disconnect and delete runtime)."
         )
     after = _versions()

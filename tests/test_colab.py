@@ -73,6 +73,11 @@ class Machine:
         return subprocess.run([self.python, "-c", code], cwd=self.content, env={**self.env, **env}, capture_output=True,
                               text=True, timeout=300)  # fmt: skip
 
+    def install(self):
+        """What the set-up cell does in the clone."""
+        command = [self.python, "-m", "qlora_utils.colab"]
+        return subprocess.run(command, cwd=self.clone, env=self.env, capture_output=True, text=True, timeout=300)
+
     def set_up(self, *, colab=True, before="", after="", keep_in_drive=False, **env):
         """Run the set-up cell's own bytes in a new session."""
         cell = set_up_cell()
@@ -232,23 +237,20 @@ def test_a_machine_of_ones_own_is_left_alone(machine):
     assert not machine.clone.exists()
 
 
-def test_what_is_missing_is_installed_and_what_the_machine_is_built_on_stays(machine, tmp_path):
-    """As on Colab: an older transformers, no papermill; and a newest transformers that wants another torch."""
+def test_what_is_missing_is_installed_and_what_is_too_old_replaced(machine, tmp_path, served):
+    """As on Colab: an older transformers, no papermill."""
     preinstalled(machine, "transformers", "5.9.0")
     for link in (tmp_path / "preinstalled").glob("papermill*"):
         link.unlink()
     wheels = tmp_path / "wheels"
     make_wheel(wheels, "transformers", "5.98")
-    make_wheel(wheels, "transformers", "5.99", "torch>=99")
-    make_wheel(wheels, "torch", "99")
     make_wheel(wheels, "papermill", "99")
     machine.env["PIP_FIND_LINKS"] = str(wheels)
-    run = machine.set_up(after="print(torch := __import__('torch').__version__)")
-    assert run.returncode == 0, run.stderr
-    assert f"installed: papermill 99, qlora-utils {qlora_utils.__version__}\n" in run.stdout
-    assert "replaced: transformers 5.9.0 → 5.98\n" in run.stdout
-    assert run.stdout.splitlines()[-1] == TORCH
-    assert not list(machine.site.glob("torch*"))
+    subprocess.run(["git", "clone", "-q", served, machine.clone], check=True, env=machine.env)
+    run = machine.install()
+    told = f"installed: papermill 99, qlora-utils {qlora_utils.__version__}\nreplaced: transformers 5.9.0 → 5.98\n"
+    assert run.stdout == told, run.stderr
+    assert machine.install().stdout == "\n"  # nothing to do
 
 
 def test_a_machine_with_too_old_a_torch_is_told_so_and_left_as_it_is(machine):
@@ -268,12 +270,19 @@ def test_a_clone_that_fails_says_what_to_do_and_can_be_tried_again(machine):
     assert not machine.clone.exists()
 
 
-def test_pip_that_fails_says_what_to_do(machine, tmp_path, served):
+def test_torch_stays_even_where_pip_would_replace_it_and_it_is_said_what_to_do(machine, tmp_path, served):
+    """Something wants a torch that there is; pip would fetch it, and with it break whatever was built for the other."""
+    newer = f"{TORCH.split('+')[0]}.post1"
+    make_wheel(tmp_path / "wheels", "torch", newer)
+    make_wheel(tmp_path / "wheels", "newest_thing", "1", f"torch>={newer}")
+    machine.env["PIP_FIND_LINKS"] = str(tmp_path / "wheels")
     subprocess.run(["git", "clone", "-q", served, machine.clone], check=True, env=machine.env)
     path = machine.clone / "pyproject.toml"
-    path.write_text(path.read_text().replace('"tqdm>=4.66"', '"tqdm>=4.66", "numpy<2"'))
-    run = machine.set_up(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path), PIP_CONFIG_FILE=os.devnull)
+    few = 'dependencies = ["torch>=2.8", "newest-thing"]\n'
+    path.write_text(re.sub(r"^dependencies = \[\n.*?^\]\n", few, path.read_text(), flags=re.MULTILINE | re.DOTALL))
+    run = machine.set_up()
     assert run.returncode == 1
+    assert re.search(rf"The user requested \(constraint\) torch.*=={re.escape(TORCH)}", run.stderr)
     assert f"pip could not install {machine.clone}. Is there a network?" in run.stderr
     assert not list(machine.site.glob("*.dist-info"))
 
