@@ -375,8 +375,8 @@ def view_here() -> View:
     if HEADLESS not in os.environ and ipython is not None and hasattr(ipython.get_ipython(), "kernel"):
         return NotebookView()
     if HEADLESS in os.environ:  # a kernel's stderr is none, whatever it ends up on; the runner has looked
-        columns = os.environ.get(TERMINAL, "")
-        return TerminalView(sys.stderr, int(columns)) if columns.isdigit() else LogView(sys.stderr)
+        columns = os.environ.get(TERMINAL)
+        return TerminalView(sys.stderr, int(columns)) if columns else LogView(sys.stderr)
     if sys.stderr.isatty():
         return TerminalView(sys.stderr, os.get_terminal_size(sys.stderr.fileno()).columns or 80)
     return LogView(sys.stderr)
