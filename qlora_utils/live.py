@@ -57,7 +57,7 @@ class Moment:
 def headline(moment: Moment) -> str:
     """In words what the training is doing, or how it ended."""
     where = f"step {moment.step:,} of {moment.steps:,}"
-    why = f": {moment.reason}" if moment.reason else ""
+    why = f": {cut(moment.reason, 400)}" if moment.reason else ""
     return {
         "training": f"Training, {where}",
         "measuring": f"Measuring on held-out rows, after {where}",
@@ -141,7 +141,7 @@ def as_page(moment: Moment) -> str:
     bar = f'<progress style="width:100%" aria-label="steps done" max="{moment.steps}" value="{moment.step}"></progress>'
     return (
         f'<div style="max-width:42em;{_FONT}">'
-        f'<p style="margin:0 0 .3em"><strong>{in_page(on_terminal(headline(moment)))}</strong></p>{bar}'
+        f'<p style="margin:0 0 .3em"><strong>{in_page(headline(moment))}</strong></p>{bar}'
         f'<dl style="display:grid;grid-template-columns:repeat(auto-fit,minmax(8em,1fr));gap:.3em 1em;margin:.4em 0">'
         f"{facts}</dl>{curve(moment.lines, moment.steps)}{samples_table(moment.lines)}</div>"
     )

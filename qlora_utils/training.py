@@ -40,6 +40,7 @@ from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write
 from qlora_utils.scores import exact_match
 from qlora_utils.shown import cut
 from qlora_utils.sources import DataError
+from qlora_utils.tokenization import bare
 from qlora_utils.trainer import TRAINERS, Steps, Traced
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def make_trainer(
         DataError: no token of any row carries loss.
     """
     config = settle(config).config
-    form = format_of(tokenizer, config)
+    form = format_of(bare(tokenizer) or tokenizer, config)  # the same ids in three quarters of the time
     train_rows = form.examples(prepared.train, training=True)
     collator = make_collator(tokenizer, config)
     if not any(collator.answer_tokens(row) for row in train_rows):
