@@ -448,9 +448,9 @@ class Progress(TrainerCallback):
         """Where the training stands now."""
         now, steps_here = self.now(), self.step - self.first_step
         each = (now - self.stepping) / steps_here if steps_here > 0 else None  # with measuring and saving
-        over = self.phase not in ("training", "measuring")
+        over = self.phase not in ("training", "measuring") or self.step >= self.steps
         return Moment(
-            step=self.step, steps=self.steps, lines=self.history.lines, phase=self.phase, reason=self.reason,
+            step=self.step, steps=self.steps, lines=tuple(self.history.lines), phase=self.phase, reason=self.reason,
             elapsed_s=now - self.began, left_s=None if over or each is None else each * (self.steps - self.step),
             memory_bytes=memory_bytes(), peak_memory_bytes=peak_memory_bytes(),
         )  # fmt: skip
