@@ -13,7 +13,7 @@ import torch
 from conftest import MARKUP
 from hypothesis import given
 from hypothesis import strategies as st
-from test_training import CrashAt, changed, losses, train, trained_weights
+from test_training import Break, CrashAt, changed, losses, train, trained_weights
 
 from qlora_utils import live, recovery
 from qlora_utils.run_directory import HEADLESS, TERMINAL, read_jsonl
@@ -175,9 +175,8 @@ def test_one_that_was_stopped_or_diverged_says_so(config, tokenizer, prepared, m
     assert (view.last.phase, view.last.step) == ("stopped", 3)
     assert "Stopped after step 3 of 8" in live.as_page(view.last)
     view = Watched(monkeypatch).view
-    wild = changed(config, run_name="wild", learning_rate=1e30, warmup_ratio=0.0, lr_scheduler="constant")
     with pytest.raises(recovery.DivergedError):
-        train(wild, tokenizer, prepared)
+        train(changed(config, run_name="wild"), tokenizer, prepared, Break(2))
     assert view.last.phase == "failed"
     assert "no finite numbers" in Words(live.as_page(view.last)).text
     assert "failed" in live.as_line(view.last)
