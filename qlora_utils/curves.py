@@ -25,6 +25,8 @@ COLUMNS = {
     "peak_memory_bytes": "peak memory (GB)",
 }
 
+SAMPLE = ("question", "expected", "answer")  # of one held-out question, asked at every measurement
+
 
 def read_history(run: RunDirectory) -> History:
     """The lines of a run's `history.jsonl`, in order.
@@ -42,6 +44,9 @@ def read_history(run: RunDirectory) -> History:
         for name in COLUMNS:
             if not isinstance(line.get(name, 0), (int, float, type(None))):
                 raise damaged(run.history, f"{name}: expected a number, found {type(line[name]).__name__}", number)
+        sample = line.get("sample", {})
+        if not (isinstance(sample, dict) and all(isinstance(sample.get(name, ""), str) for name in SAMPLE)):
+            raise damaged(run.history, f"sample: expected an object with {', '.join(SAMPLE)} as text", number)
     return lines
 
 

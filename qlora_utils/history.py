@@ -1,10 +1,9 @@
-"""What a training tells while it runs: a line of `history.jsonl` for each logged step, and a bar with the time left."""
+"""What a training writes down while it runs: a line of `history.jsonl` for each logged step."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -12,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm as notebook_tqdm
-from tqdm.std import tqdm as text_tqdm
 from transformers import TrainerCallback
 
-from qlora_utils.run_directory import HEADLESS, read_jsonl, write_jsonl
+from qlora_utils.run_directory import read_jsonl, write_jsonl
 
 
 class HistoryWriter(TrainerCallback):
-    """Writes one line of `history.jsonl` per logged step, the held-out loss on the line of its step."""
+    """Writes one line of `history.jsonl` per logged step, the held-out loss on the line of its step.
+
+    `lines` are those written so far, and those that were there of a training that goes on.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lines: list[dict[str, Any]] = []
         self.training_s = 0.0
         self.tokens_before = 0
         self.seconds_before = 0.0
@@ -38,7 +39,8 @@ class HistoryWriter(TrainerCallback):
         kept = (
             [line for line in read_jsonl(self.path) if line["step"] <= state.global_step] if self.path.is_file() else []
         )
-        write_jsonl(self.path, kept if state.global_step else [])
+        self.lines = kept if state.global_step else []
+        write_jsonl(self.path, self.lines)
         self.tokens_before = int(state.num_input_tokens_seen)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -60,7 +62,7 @@ class HistoryWriter(TrainerCallback):
             self.training_s += time.perf_counter() - self.began
             self.began = 0.0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Append the line of this step; what is not a number becomes null."""
         if not self.writes:
             return
@@ -81,43 +83,13 @@ class HistoryWriter(TrainerCallback):
             self.tokens_before, self.seconds_before = tokens, self.training_s
         elif "eval_loss" in logs:
             line |= {name: logs[name] for name in ("eval_loss", "eval_exact_match") if name in logs}
+            line |= {"sample": logs["eval_sample"]} if "eval_sample" in logs else {}
         else:
             return
         numbers = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in line.items()}
+        self.lines.append(numbers)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(numbers) + "\n")
-
-
-class Progress(TrainerCallback):
-    """A progress bar with the time left: a widget in Jupyter, a line of text elsewhere."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-        self.shown: dict[str, str] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar where a resumed training stands."""
-        headless = HEADLESS in os.environ
-        kind = text_tqdm if headless else notebook_tqdm
-        options: dict[str, Any] = {"mininterval": 2.0, "ncols": 100, "file": sys.stderr} if headless else {}
-        self.bar = kind(total=state.max_steps, initial=state.global_step, desc="training", unit="step", **options)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """One step on."""
-        if self.bar is not None:
-            self.bar.update(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Show the latest losses."""
-        names = {"loss": "loss", "eval_loss": "held-out", "eval_exact_match": "right"}
-        self.shown |= {names[name]: f"{value:.3f}" for name, value in (logs or {}).items() if name in names}
-        if self.bar is not None:
-            self.bar.set_postfix(self.shown, refresh=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the bar."""
-        if self.bar is not None:
-            self.bar.close()
+            file.write(json.dumps(numbers, ensure_ascii=False) + "\n")
 
 
 def peak_memory_bytes() -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEADLESS = "QLORA_HEADLESS"  # environment variable that the runner sets for its kernels: progress as plain text
+TERMINAL = "QLORA_TERMINAL"  # another, there where their stderr ends up on a terminal: its columns
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "papermill")
 
 
@@ -170,6 +172,7 @@ class RunDirectory:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{name}.png.{os.getpid()}.new")
         figure.savefig(temporary, dpi=150, bbox_inches="tight", format="png")
+        temporary.write_bytes(with_few_colours(temporary.read_bytes()))
         temporary.replace(target)
 
     def sweep(self) -> None:
@@ -179,6 +182,23 @@ class RunDirectory:
                 process = re.fullmatch(r"\..+\.(\d+)\.[^.]+", path.name)
                 if process and not _is_alive(int(process[1])):
                     path.unlink(missing_ok=True)
+
+
+def with_few_colours(png: bytes) -> bytes:
+    """The same picture with a palette of 256 colours, as it is if that is not smaller; figures have few anyway.
+
+    Args:
+        png: of a figure; one with transparent parts is left as it is.
+    """
+    from PIL import Image
+
+    with Image.open(BytesIO(png)) as picture:
+        if picture.mode == "RGBA" and picture.getchannel("A").getextrema() != (255, 255):
+            return png
+        written = BytesIO()
+        few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(written, "PNG", optimize=True, dpi=picture.info.get("dpi"))
+    return min(png, written.getvalue(), key=len)
 
 
 def _is_alive(process: int) -> bool:

@@ -11,11 +11,12 @@ import signal
 import sys
 import threading
 import time
+from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from qlora_utils import checkpoints, curves, data, locks, model_files
 from qlora_utils.config import (
@@ -37,7 +38,16 @@ from qlora_utils.config import (
     locate,
     project_folder,
 )
-from qlora_utils.run_directory import HEADLESS, RunDirectory, read_json, require_adapter, write_json
+from qlora_utils.run_directory import (
+    HEADLESS,
+    TERMINAL,
+    RunDirectory,
+    read_json,
+    require_adapter,
+    with_few_colours,
+    write_json,
+    write_text,
+)
 from qlora_utils.sources import SUFFIXES
 
 
@@ -232,6 +242,9 @@ def run_series(
         # Notebooks declare the parameters a reader may want to turn; any field may be injected, checked above.
         logging.getLogger("papermill").setLevel(logging.ERROR)
         os.environ[HEADLESS] = "1"
+        os.environ.pop(TERMINAL, None)
+        if sys.stderr.isatty():
+            os.environ[TERMINAL] = str(shutil.get_terminal_size().columns)
         if notebooks and not config.model.startswith(EMBEDDED):
             _say_if_no_gpu(config)
         for path in notebooks:
@@ -294,6 +307,7 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
     from traitlets.config import Config
 
     copy = run.notebooks / path.name
+    lines = _WholeLines(sys.stderr)
 
     def execute() -> None:
         papermill.execute_notebook(
@@ -303,13 +317,17 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
             cwd=str(path.parent),
             kernel_name="python3",
             progress_bar=False,
-            stderr_file=sys.stderr,  # progress bars reach the terminal as they move
+            stderr_file=lines,  # progress reaches the terminal as it moves
+            coalesce_streams=True,  # in the copy what was drawn over is left out
             extra_arguments=["--log-level=CRITICAL"],  # else it may tell of the interrupt with which it is ended
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),
         )
 
     with _asked_to_stop() as asked:
         failure = _in_thread(execute)
+    lines.end()
+    if failure is None:
+        _make_smaller(copy)
     if asked:
         told = "stopped in " + path.stem + _what_is_saved(path, run, failure)
         raise Stopped(asked[0], f"{told}. To go on: {_again(config, parameters, path)}") from None
@@ -326,6 +344,41 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
         ) from None
     if failure is not None:
         raise failure
+
+
+class _WholeLines:
+    """Passes text on to a terminal or log, and can end a line that whoever drew it did not live to end."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+        self.open = False
+
+    def write(self, text: str) -> None:
+        """Pass on."""
+        self.file.write(text)
+        self.open = not text.endswith("\n") if text else self.open
+
+    def flush(self) -> None:
+        """Pass on."""
+        self.file.flush()
+
+    def end(self) -> None:
+        """Begin a new line, unless this is the beginning of one."""
+        if self.open:
+            self.write("\n")
+            self.flush()
+
+
+def _make_smaller(copy: Path) -> None:
+    """Give the figures of an executed notebook fewer colours, where that makes them smaller."""
+    import nbformat
+
+    notebook = nbformat.read(copy, as_version=4)  # type: ignore[no-untyped-call]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    for output in outputs:
+        if drawn := output["data"].get("image/png"):
+            output["data"]["image/png"] = b64encode(with_few_colours(b64decode(drawn))).decode()
+    write_text(copy, nbformat.writes(notebook) + "\n")  # type: ignore[no-untyped-call]
 
 
 def _what_is_saved(path: Path, run: RunDirectory, failure: BaseException | None) -> str:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from qlora_utils.formats import Format
 from qlora_utils.measures import Sums, Taken, digest_array, report_of, take
-from qlora_utils.run_directory import HEADLESS, write_json
+from qlora_utils.run_directory import HEADLESS, TERMINAL, write_json
 from qlora_utils.sources import DataError, Row, Rows
 from qlora_utils.split import chosen, leaked
 from qlora_utils.stored import BLOCK, line
@@ -158,7 +158,10 @@ def _progress(source: Mapping[str, Rows]) -> Any:
     headless = HEADLESS in os.environ
     counts = [rows.count for rows in source.values()]
     total = sum(count for count in counts if count is not None) if None not in counts else None
-    options: dict[str, Any] = {"mininterval": 2.0, "ncols": 100} if headless else {}
+    columns = os.environ.get(TERMINAL, "")
+    # a terminal draws a bar over itself; in a log every one stays
+    often: dict[str, Any] = {"mininterval": 2.0 if columns else 30.0, "ncols": int(columns or 100)}
+    options = often if headless else {}
     bar = text_tqdm if headless else notebook_tqdm
     return bar(total=total, desc="preparing rows", unit="row", delay=PATIENCE, file=sys.stderr, leave=False, **options)
 

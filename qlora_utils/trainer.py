@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,23 @@ from transformers.trainer_callback import ExportableState
 
 from qlora_utils import checkpoints, recovery
 from qlora_utils.config import Architecture, RunConfig, first_line
+from qlora_utils.live import Progress
 from qlora_utils.lora import HEAD
 from qlora_utils.loss import response_loss
 from qlora_utils.packs import LikeLengths
 from qlora_utils.plan import learn, too_large_at_last
 from qlora_utils.quantization import compute_dtype
+
+
+@dataclass(frozen=True)
+class Traced:
+    """How the traced questions were answered: the share that was right, and one of them with its answer.
+
+    `sample` has `question`, `expected`, `answer` and whether that is `right`; None if nothing was asked.
+    """
+
+    exact_match: float
+    sample: dict[str, Any] | None = None
 
 
 class Steps(Trainer):
@@ -34,10 +47,11 @@ class Steps(Trainer):
     nothing.
     """
 
-    def __init__(self, *, config: RunConfig, trace: Callable[[Any], float] | None, **options: Any) -> None:
+    def __init__(self, *, config: RunConfig, trace: Callable[[Any], Traced] | None, **options: Any) -> None:
         super().__init__(**options)
         self.config = config
         self.trace = trace
+        self.progress: Progress | None = None  # who shows the training as it goes
         self.watch = recovery.Watch()
         self.step_loss = torch.zeros(())
         self.logged_at = 0  # the step of the last line of history.jsonl
@@ -290,8 +304,8 @@ class Steps(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
         **_: Any,
-    ) -> dict[str, float]:
-        """The mean loss over all held-out answer tokens, and exact match on the questions traced.
+    ) -> dict[str, Any]:
+        """The mean loss over all held-out answer tokens, exact match on the questions traced, and one of them.
 
         Trainer's own loss averages the means of batches.
         """
@@ -299,9 +313,12 @@ class Steps(Trainer):
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         size = self.args.per_device_eval_batch_size
         loss, _tokens = response_loss(self.model, rows, self._collator(), batch_size=size)
-        metrics = {f"{metric_key_prefix}_loss": loss}
+        metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": loss}
         if self.trace is not None:
-            metrics[f"{metric_key_prefix}_exact_match"] = self.trace(self.model)
+            traced = self.trace(self.model)
+            metrics[f"{metric_key_prefix}_exact_match"] = traced.exact_match
+            if traced.sample is not None:
+                metrics[f"{metric_key_prefix}_sample"] = traced.sample
         best = self.state.best_metric
         if self.config.keep == "best" and self.state.global_step and (best is None or loss < best):
             self.control.should_save = True  # whatever save_steps says: this may be the adapter to keep

@@ -29,7 +29,8 @@ from qlora_utils.config import DONE_FIELDS, GO_ON_FIELDS, ConfigError, RunConfig
 from qlora_utils.data import Prepared
 from qlora_utils.formats import Format, format_of
 from qlora_utils.generation import Sampling, answer_all, questions_of
-from qlora_utils.history import HistoryWriter, Progress, peak_memory_bytes
+from qlora_utils.history import HistoryWriter, peak_memory_bytes
+from qlora_utils.live import Progress
 from qlora_utils.lora import record_base
 from qlora_utils.packs import StepCollator, make_collator
 from qlora_utils.plan import LEARNED, answer_room, settle, too_large_at_last, within_learned
@@ -37,14 +38,17 @@ from qlora_utils.quantization import compute_dtype
 from qlora_utils.rows import Conversation
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_text
 from qlora_utils.scores import exact_match
+from qlora_utils.shown import cut
 from qlora_utils.sources import DataError
-from qlora_utils.trainer import TRAINERS, Steps
+from qlora_utils.tokenization import bare
+from qlora_utils.trainer import TRAINERS, Steps, Traced
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 
+SAMPLE = 500  # characters of a sample question and its answer that `history.jsonl` has, at most
 BEGUN = "begun_in"  # attribute of a model whose training has begun: the run directory
 
 
@@ -158,7 +162,7 @@ def make_trainer(
         DataError: no token of any row carries loss.
     """
     config = settle(config).config
-    form = format_of(tokenizer, config)
+    form = format_of(bare(tokenizer) or tokenizer, config)  # the same ids in three quarters of the time
     train_rows = form.examples(prepared.train, training=True)
     collator = make_collator(tokenizer, config)
     if not any(collator.answer_tokens(row) for row in train_rows):
@@ -174,6 +178,8 @@ def make_trainer(
     if tokens < bound:
         print(f"at most {tokens:,} tokens in a pass instead of {bound:,}: more ran out of memory here before "
               f"({Path(config.output_dir) / LEARNED}; remove it to forget)")  # fmt: skip
+    history = HistoryWriter(run.history)
+    progress = Progress(history)
     trainer = trainer_of(
         config=config,
         model=tuned_model,
@@ -183,9 +189,10 @@ def make_trainer(
         eval_dataset=form.examples(measured_rows(prepared.held_out, config), training=False),
         trace=make_trace(prepared.held_out, tokenizer, config) if config.trace_rows else None,
         data_collator=StepCollator(collator, tokens, config.micro_batch_size),
-        callbacks=[HistoryWriter(run.history), Progress()],
+        callbacks=[history, progress],
     )
     trainer.rows = prepared.digest
+    trainer.progress = progress
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -219,17 +226,23 @@ def _measured(rows: int, config: RunConfig) -> set[int]:
 
 def make_trace(
     held_out: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: RunConfig
-) -> Callable[[PeftModel], float]:
-    """A function from the model to its exact match on `trace_rows` held-out questions, always the same ones."""
+) -> Callable[[PeftModel], Traced]:
+    """A function from the model to how it answers `trace_rows` held-out questions, always the same ones."""
     known = questions_of(measured_rows(held_out, config), tokenizer, config, count=config.trace_rows)
     traced = random.Random(config.seed).sample(known, min(config.trace_rows, len(known)))
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
+    # one that can be read without the turns before it, if there is one
+    one = next((index for index, asked in enumerate(traced) if not asked.history), 0)
 
-    def trace(model: PeftModel) -> float:
+    def trace(model: PeftModel) -> Traced:
         size, room = config.answer_batch_size, answer_room(config)
         answers = answer_all(model, tokenizer, traced, config, sampling=sampling, batch_size=size, batch_tokens=room)
         right = [exact_match(answer.text, asked.expected) for answer, asked in zip(answers, traced, strict=True)]
-        return sum(right) / len(right) if right else 0.0
+        if not right:
+            return Traced(0.0)
+        texts = {"question": traced[one].text, "expected": traced[one].expected, "answer": answers[one].text}
+        sample = {name: cut(text, SAMPLE) for name, text in texts.items()}
+        return Traced(sum(right) / len(right), {**sample, "right": bool(right[one])})
 
     return trace
 
@@ -443,7 +456,7 @@ def _run(trainer: Steps, run: RunDirectory, last: Path | None) -> None:
         trainer.add_callback(_TakePlace(trainer, read_json(last / checkpoints.RECORD)))
     leave = recovery.LeaveWhenAsked()
     trainer.add_callback(leave)
-    with leave.listening():
+    with leave.listening(), trainer.progress.watching() if trainer.progress else nullcontext():
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except Exception as error:

@@ -870,6 +870,8 @@ RUN_DIRECTORIES = [
             r"history\.jsonl, line 3: damaged, expected step, a whole number", *FROM_05),
     spoiled("history with text", line_replaced("history.jsonl", 2, '{"step": 2, "loss": "low"}'),
             r"history\.jsonl, line 2: damaged, loss: expected a number, found str", *FROM_05),
+    spoiled("history with another sample", line_replaced("history.jsonl", 2, '{"step": 2, "sample": ["q", "a"]}'),
+            r"history\.jsonl, line 2: damaged, sample: expected an object with question, expected", *FROM_05),
     spoiled("data missing", lambda run: shutil.rmtree(run / "data"),
             r"train\.jsonl: missing\. Notebook 01_data writes", *FROM_06),
     spoiled("data damaged", line_replaced("data/train.jsonl", 2, "{oops"),

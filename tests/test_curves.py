@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import base64
+import json
+import random
+
 import matplotlib.pyplot as plt
 import pytest
-from conftest import MARKUP
+from conftest import MARKUP, ROOT
 
 from qlora_utils import curves
-from qlora_utils.run_directory import RunDirectory, write_jsonl
+from qlora_utils.run_directory import DamagedError, RunDirectory, with_few_colours, write_jsonl
 
 HISTORY = [{"step": 0, "epoch": 0.0, "eval_loss": 3.0}] + [
     line
@@ -85,3 +89,35 @@ def test_table_and_reading(tmp_path):
         file.write('{"step": 21, "lo')  # cut off by a crash
     assert curves.read_history(run) == HISTORY
     assert curves.loss_table(HISTORY).count("\n") == 6
+    for sample in ("text", {"question": "q", "expected": "e", "answer": 5}):
+        write_jsonl(run.history, [*HISTORY, {"step": 22, "eval_loss": 1.0, "sample": sample}])
+        with pytest.raises(DamagedError, match=r"sample: expected an object with question, expected, answer as text"):
+            curves.read_history(run)
+
+
+def test_the_notebook_stays_small_with_curves_as_long_and_noisy_as_real_ones(config, run):
+    """Its own cells are run here, and what they draw is written as the inline backend and `qlora run` write it."""
+    from IPython.core.pylabtools import print_figure
+
+    noise = random.Random(0)
+    lines = []
+    for step in range(0, 251, 5):
+        loss = (3.0 * 0.97**step + 0.01) * noise.uniform(0.8, 1.2)
+        lines.append({"step": step, "loss": loss, "lr": 1e-3 * (1 - step / 250), "grad_norm": 2 * loss,
+                      "tokens_per_s": noise.uniform(5000, 6000), "peak_memory_bytes": 10**9})  # fmt: skip
+        if step % 25 == 0:
+            lines.append({"step": step, "eval_loss": loss, "eval_exact_match": step / 250})
+    write_jsonl(run.history, lines)
+    notebook = json.loads((ROOT / "notebooks" / "05_curves.ipynb").read_text(encoding="utf-8"))
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names = {"RunDirectory": RunDirectory, "config": config, "run": run}
+    drawn = []
+    for source in code[next(i for i, source in enumerate(code) if "import curves" in source) :]:
+        exec(source, names)
+        for number in plt.get_fignums():
+            png = print_figure(plt.figure(number), "png", bbox_inches="tight")
+            drawn.append(len(base64.b64encode(with_few_colours(png))))
+        plt.close("all")
+    assert len(drawn) >= 4
+    assert sum(drawn) + len(json.dumps(notebook)) < 250_000
+    assert sum(path.stat().st_size for path in run.figures.glob("*.png")) < 250_000

@@ -52,15 +52,18 @@ def test_each_logged_step_is_a_line_in_which_what_is_no_number_is_null(tmp_path)
     assert held_out == {"step": 2, "epoch": 0.2, "eval_loss": 1.5}
 
 
-def test_the_bar_begins_where_the_training_does(monkeypatch):
-    monkeypatch.setenv("QLORA_HEADLESS", "1")
-    bar = history.Progress()
-    bar.on_train_begin(None, state(4), CONTROL)
-    bar.on_step_end(None, state(5), CONTROL)
-    bar.on_log(None, state(5), CONTROL, logs={"loss": 1.25, "eval_loss": 2.0})
-    assert (bar.bar.n, bar.bar.total) == (5, 10)
-    assert bar.shown == {"loss": "1.250", "held-out": "2.000"}
-    bar.on_train_end(None, state(5), CONTROL)
+def test_a_sample_answer_goes_with_what_was_measured_and_comes_back(tmp_path):
+    path = tmp_path / "history.jsonl"
+    sample = {"question": "Où ?\u2028", "expected": "là", "answer": "</td>\n", "right": False}
+    writer = history.HistoryWriter(path)
+    writer.on_train_begin(None, state(0), CONTROL)
+    for step in (2, 4):
+        writer.on_log(None, state(step), CONTROL, logs={"eval_loss": 1.5, "eval_sample": sample})
+    assert writer.lines == read_jsonl(path)
+    assert [line["sample"] for line in writer.lines] == [sample, sample]
+    again = history.HistoryWriter(path)
+    again.on_train_begin(None, state(3), CONTROL)
+    assert again.lines == read_jsonl(path) == writer.lines[:1]
 
 
 def test_peak_memory_is_at_least_what_this_process_holds_now():

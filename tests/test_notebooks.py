@@ -17,7 +17,7 @@ SHARED_MODULES = {
     "config", "rows", "run_directory", "sources", "instructions", "formats", "packs", "hardware", "shapes", "plan",
     "attention", "fused", "loss", "generation", "scores", "ingredients", "merge", "compare", "shown", "runner",
     "report", "sections", "findings", "page", "charts", "differences", "cli",
-    "checkpoints", "locks", "recovery", "history", "model_files", "trainer",
+    "checkpoints", "locks", "recovery", "history", "live", "model_files", "trainer",
     "tokenization", "measures", "split", "streaming", "workers", "stored", "cache", "check", "runs", "colab",
 }  # fmt: skip
 PER_NOTEBOOK = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from base64 import b64decode
+from io import BytesIO
 
 import nbformat
 import pytest
-from conftest import BOTH
+from conftest import BOTH, ROOT
+from PIL import Image
 
 from qlora_utils import checkpoints, cli, generation, report, runner
 from qlora_utils.config import ConfigError, RunConfig
-from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
+from qlora_utils.run_directory import TERMINAL, RunDirectory, read_json, read_jsonl, write_json, write_jsonl
 
 QUICK = ["-p", "steps=6", "-p", "train_rows=48", "-p", "eval_steps=3", "-p", "score_rows=6", "-p", "max_new_tokens=8"]
 
@@ -199,8 +203,54 @@ def test_the_seven_notebooks_run_and_leave_the_run_directory(finished):
         text = json.dumps(notebook)
         assert "torch 2" in text  # stamped with versions
         assert copy.stat().st_size < 300_000
+        figures = [o.data["image/png"] for c in cells for o in c.outputs if "image/png" in o.get("data", {})]
+        assert all(Image.open(BytesIO(b64decode(figure))).mode == "P" for figure in figures)
         errors = [o["text"] for c in cells for o in c.outputs if o.output_type == "stream" and o.name == "stderr"]
+        assert "\r" not in "".join(errors)
         assert not [line for line in errors if "warning" in line.lower() or "gemm_4bit" in line]
+
+
+@BOTH
+def test_the_copy_of_the_training_says_how_it_went_in_a_few_lines(finished):
+    notebook = nbformat.read(finished.notebooks / "04_training.ipynb", as_version=4)
+    told = [o["text"] for cell in notebook.cells for o in cell.get("outputs", []) if o.get("name") == "stderr"]
+    assert len(told) == 1
+    lines = told[0].splitlines()
+    assert len(lines) < 8
+    assert lines[-1].startswith("done  6/6  loss ")
+    assert "right" in lines[-1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_kernels_are_told_whether_somebody_looks_at_a_terminal(tmp_path, monkeypatch):
+    config, parameters = runner.resolve(
+        preset="pocket", run_name="a", output_dir=str(tmp_path), parameters={}, start=None
+    )
+    told = []
+    monkeypatch.setattr(runner, "_run_one", lambda *_: told.append(os.environ.get(TERMINAL)))
+    monkeypatch.setattr(runner, "series", lambda: [ROOT / "notebooks" / "01_data.ipynb"])
+    monkeypatch.setenv("COLUMNS", "97")
+    monkeypatch.setenv(TERMINAL, "left over")
+    for stderr in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        runner.run_series(config, parameters, fresh=True)
+    assert told == ["97", None]
+
+
+def test_a_line_that_nobody_ended_is_ended():
+    file = io.StringIO()
+    lines = runner._WholeLines(file)
+    lines.end()
+    assert not file.getvalue()
+    for text in ("\rtraining 1/8", "\rtraining 2/8", ""):
+        lines.write(text)
+    lines.end()
+    lines.end()
+    assert file.getvalue() == "\rtraining 1/8\rtraining 2/8\n"
 
 
 @BOTH

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from qlora_utils import checkpoints, lora, quantization, recovery, training
 from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.curves import read_history
 from qlora_utils.formats import IGNORED, encode, format_of
 from qlora_utils.generation import Answer, Question, Sampling, answer_all
 from qlora_utils.loss import decoder_inputs, response_loss, row_losses
@@ -642,10 +643,14 @@ def test_the_best_adapter_survives_an_interruption(config, tokenizer, prepared, 
 
 @BOTH
 def test_the_held_out_score_is_traced(config, tokenizer, prepared):
-    _, _, history = train(changed(config, trace_rows=5, eval_rows=8, max_new_tokens=4), tokenizer, prepared)
+    _, run, history = train(changed(config, trace_rows=5, eval_rows=8, max_new_tokens=4), tokenizer, prepared)
     traced = [line for line in history if "eval_exact_match" in line]
     assert [line["step"] for line in traced] == [0, 4, 8]
     assert all(line["eval_exact_match"] in {n / 5 for n in range(6)} and "eval_loss" in line for line in traced)
+    assert len({(line["sample"]["question"], line["sample"]["expected"]) for line in traced}) == 1
+    questions = {turn.question: turn.answer for row in prepared.held_out for turn in row.turns}
+    assert questions[traced[0]["sample"]["question"]] == traced[0]["sample"]["expected"]
+    assert read_history(run) == history
 
 
 def test_tracing_counts_right_answers(config, tuned_model, tokenizer, prepared, monkeypatch):
@@ -657,9 +662,12 @@ def test_tracing_counts_right_answers(config, tuned_model, tokenizer, prepared, 
         return [Answer(q.expected if i % 2 else "no", True) for i, q in enumerate(questions)]
 
     monkeypatch.setattr(training, "answer_all", half_right)
-    assert trace(tuned_model) == 0.5
-    assert trace(tuned_model) == 0.5
+    first, second = trace(tuned_model), trace(tuned_model)
+    assert first == second
+    assert first.exact_match == 0.5
     assert said[0] == said[1]
+    assert first.sample["question"] in said[0]
+    assert first.sample["right"] == (first.sample["answer"] == first.sample["expected"])
     assert len(said[0]) == 4
 
 
