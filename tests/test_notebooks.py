@@ -18,7 +18,7 @@ SHARED_MODULES = {
     "attention", "fused", "loss", "generation", "scores", "ingredients", "merge", "compare", "shown", "runner",
     "report", "cli",
     "checkpoints", "locks", "recovery", "history", "model_files", "trainer",
-    "tokenization", "measures", "split", "streaming", "workers", "stored", "cache",
+    "tokenization", "measures", "split", "streaming", "workers", "stored", "cache", "languages", "drawing",
 }  # fmt: skip
 PER_NOTEBOOK = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
