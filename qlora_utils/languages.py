@@ -135,10 +135,12 @@ def plot_languages(found: Sequence[Language], ax: Axes) -> Figure:
     ax.annotate("characters\nper token", (1.0, 1.01), xycoords="axes fraction", fontsize="small")
     ax.set_yticks(range(len(found)), [f"{one.name} ({len(one.tokens):,})" for one in found])
     ax.set_ylim(len(found) - 0.5, -0.5)
-    ax.set(xscale="log", xlabel="tokens of question and answer, logarithmic: median, middle half, 90 %")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.set(xlabel="tokens of question and answer: median, middle half, 90 %")
+    if ax.get_xlim()[1] > 10 * max(1.0, ax.get_xlim()[0]):  # of pocket questions a linear scale shows more
+        ax.set(xscale="log", xlabel=f"{ax.get_xlabel()} (logarithmic)")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_minor_formatter("")
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.xaxis.set_minor_formatter("")
     ax.set_title("What each language costs in tokens", loc="left")
     unframed(ax, grid="x")
     return ax.get_figure()  # type: ignore[return-value]
