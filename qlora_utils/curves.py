@@ -121,7 +121,7 @@ def plot_overview(histories: Mapping[str, History]) -> Figure:
     import matplotlib.pyplot as plt
 
     measured = [name for name in COLUMNS if any(column(history, name)[0] for history in histories.values())]
-    figure, axes = plt.subplots(2, 4, figsize=(13, 5), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(12, 4.4), layout="constrained")
     for name, ax in zip(measured, axes.flat, strict=False):
         plot_column(histories, name, ax)
     for ax in axes.flat[len(measured) :]:
