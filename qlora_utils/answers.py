@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared
+from qlora_utils.drawing import BASE, ORANGE, TUNED, unframed
 from qlora_utils.formats import format_of
 from qlora_utils.generation import Answer, Question, Sampling, answer_all, questions_of
 from qlora_utils.lora import base_alone
@@ -307,22 +308,22 @@ def plot_groups(groups: Mapping[str, Mapping[str, Any]], ax: Axes, *, score: str
         score: a key of `SCORES`.
     """
     places = range(len(groups))
-    for model, color in (("base", "tab:gray"), ("tuned", "tab:blue")):
+    for model, color in (("base", BASE), ("tuned", TUNED)):
         values = [members[model][score] for members in groups.values()]
         bounds = [members[model]["intervals"][score] for members in groups.values()]
         ax.errorbar(
             values, places, xerr=_whiskers(values, bounds), fmt="o", color=color, capsize=3, markersize=6, label=model
         )
     for place, members in zip(places, groups.values(), strict=True):
-        ax.plot([members[m][score] for m in ("base", "tuned")], [place, place], color="tab:gray", alpha=0.25, zorder=0)
+        ax.plot([members[m][score] for m in ("base", "tuned")], [place, place], color=BASE, alpha=0.25, zorder=0)
     known = [(members["guess"], place) for place, members in enumerate(groups.values()) if "guess" in members]
     if known and score == "exact_match":
-        ax.plot(*zip(*known, strict=True), "|", color="tab:orange", markersize=12, markeredgewidth=2, label="a guess")
+        ax.plot(*zip(*known, strict=True), "|", color=ORANGE, markersize=12, markeredgewidth=2, label="a guess")
     labels = [in_figure(f"{cut(value, 80)} ({members['questions']})") for value, members in groups.items()]
     ax.set_yticks(places, labels)
     ax.set(xlim=(-0.03, 1.03), ylim=(len(groups) - 0.5, -0.5), xlabel=SCORES[score])
-    ax.grid(axis="x", alpha=0.3)
-    ax.legend(loc="center", framealpha=1, edgecolor="none")
+    unframed(ax, grid="x")
+    ax.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 0.995))  # a title goes above, by its pad
     return ax.get_figure()  # type: ignore[return-value]
 
 
@@ -336,12 +337,16 @@ def _whiskers(values: Sequence[float], bounds: Sequence[Sequence[float]]) -> lis
 def plot_scores(metrics: Mapping[str, Any], ax: Axes) -> Figure:
     """Base and tuned scores as bars with their 95 % intervals."""
     names = [name for name in SCORES if name in metrics["base"]]
-    for offset, model in ((-0.2, "base"), (0.2, "tuned")):
+    for offset, model, color in ((-0.2, "base", BASE), (0.2, "tuned", TUNED)):
         values = [metrics[model][name] for name in names]
         bounds = [metrics[model]["intervals"][name] for name in names]
         places = [index + offset for index in range(len(names))]
-        ax.bar(places, values, width=0.38, yerr=_whiskers(values, bounds), capsize=4, label=model)
+        ax.bar(places, values, width=0.38, yerr=_whiskers(values, bounds), capsize=4, color=color, label=model)
+        for place, value, (_, high) in zip(places, values, bounds, strict=True):
+            ax.annotate(f"{value:.2f}", (place, max(value, high) + 0.02), ha="center", va="bottom", fontsize="small")
     ax.set_xticks(range(len(names)), [SCORES[name] for name in names])
-    ax.set(ylim=(0, 1.05), ylabel="share", title="Held-out questions, with 95 % intervals")
-    ax.legend(frameon=False)
+    ax.set(ylim=(0, 1.1), ylabel="mean over the questions")
+    ax.set_title("Scores on held-out questions, with 95 % intervals", loc="left")
+    ax.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    unframed(ax)
     return ax.get_figure()  # type: ignore[return-value]

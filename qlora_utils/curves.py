@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qlora_utils.drawing import COLORS, HELD_OUT, PALE, TRAINING, unframed
 from qlora_utils.run_directory import RunDirectory, damaged, read_jsonl
 from qlora_utils.shown import in_figure
 
@@ -91,23 +92,27 @@ def plot_column(histories: Mapping[str, History], name: str, ax: Axes) -> Figure
 
     Args:
         histories: run name -> history.
-        name: a key of `COLUMNS`. The noisy training loss gets its smoothed trend, raw values in pale behind it.
+        name: a key of `COLUMNS`. Losses have a logarithmic scale, and the noisy one of training is smoothed, its raw
+            values in pale behind.
         ax: to draw on.
     """
-    for run_name, history in histories.items():
+    for number, (run_name, history) in enumerate(histories.items()):
         steps, values = column(history, name)
+        color = COLORS[number % len(COLORS)]
         if name == "peak_memory_bytes":
             values = [value / 1e9 for value in values]
         if name == "loss":
-            (line,) = ax.plot(steps, smooth(values), label=in_figure(run_name))
-            ax.plot(steps, values, color=line.get_color(), alpha=0.3, linewidth=1)
+            ax.plot(steps, smooth(values), color=color, label=in_figure(run_name))
+            ax.plot(steps, values, color=color, alpha=0.3, linewidth=1)
         else:
-            ax.plot(
-                steps, values, label=in_figure(run_name), marker="o" if name.startswith("eval_") else None, markersize=3
-            )
+            marker = "o" if name.startswith("eval_") else None
+            ax.plot(steps, values, color=color, label=in_figure(run_name), marker=marker, markersize=3)
     ax.set(xlabel="step", title=COLUMNS[name])
-    ax.grid(alpha=0.3)
-    if name in ("loss", "eval_loss", "tokens_per_s", "peak_memory_bytes"):
+    unframed(ax, grid="both")
+    drawn = [value for history in histories.values() for value in column(history, name)[1]]
+    if name in ("loss", "eval_loss") and min(drawn, default=1) > 0:
+        _logarithmic(ax)
+    elif name in ("loss", "eval_loss", "tokens_per_s", "peak_memory_bytes"):
         ax.set_ylim(bottom=0, top=1.05 * ax.get_ylim()[1])
     if name == "eval_exact_match":
         ax.set_ylim(-0.03, 1.03)
@@ -121,7 +126,7 @@ def plot_overview(histories: Mapping[str, History]) -> Figure:
     import matplotlib.pyplot as plt
 
     measured = [name for name in COLUMNS if any(column(history, name)[0] for history in histories.values())]
-    figure, axes = plt.subplots(2, 4, figsize=(16, 6.5), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(12, 4.4), layout="constrained")
     for name, ax in zip(measured, axes.flat, strict=False):
         plot_column(histories, name, ax)
     for ax in axes.flat[len(measured) :]:
@@ -134,27 +139,34 @@ def plot_losses(history: History, ax: Axes) -> Figure:
 
     The scale is logarithmic: most of what matters happens after the first steep fall.
     """
-    from matplotlib.ticker import LogLocator
-
     steps, values = column(history, "loss")
-    ax.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, label="training")
-    ax.plot(steps, smooth(values), color="tab:blue", label="training, smoothed")
+    ax.plot(steps, values, color=TRAINING, alpha=0.3, linewidth=1, label="training")
+    ax.plot(steps, smooth(values), color=TRAINING, label="training, smoothed")
     steps, values = column(history, "eval_loss")
-    ax.plot(steps, values, color="tab:orange", marker="o", markersize=4, label="held-out")
+    ax.plot(steps, values, color=HELD_OUT, marker="o", markersize=4, label="held-out")
     best = lowest(history)
     if best is not None:
         side = "right" if best[0] > 0.9 * steps[-1] else "center"
         if turned(history):
-            ax.axvspan(best[0], steps[-1], color="tab:red", alpha=0.06, linewidth=0, label="overfitting")
+            ax.axvspan(best[0], steps[-1], color=PALE, alpha=0.6, linewidth=0, zorder=0, label="overfitting")
         ax.annotate(f"lowest {best[1]:.3f}\nat step {best[0]}", best, xytext=(0, 18), textcoords="offset points",
                     ha=side, fontsize="small", arrowprops={"arrowstyle": "-", "color": "tab:gray"})  # fmt: skip
-    ax.set(xlabel="step", ylabel="nats per answer token", title="Loss (logarithmic scale)", yscale="log")
+    ax.set(xlabel="step", ylabel="nats per answer token (logarithmic)")
+    ax.set_title("Loss in training and on rows held out", loc="left")
+    _logarithmic(ax)
+    unframed(ax, grid="both")
+    ax.legend(frameon=False)
+    return ax.get_figure()  # type: ignore[return-value]
+
+
+def _logarithmic(ax: Axes) -> None:
+    """A vertical scale on which most of a training can be seen, with numbers that people read."""
+    from matplotlib.ticker import LogLocator
+
+    ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
-    ax.grid(alpha=0.3)
-    ax.legend(frameon=False)
-    return ax.get_figure()  # type: ignore[return-value]
 
 
 def loss_table(history: History) -> str:

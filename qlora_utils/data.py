@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils import model_files
 from qlora_utils.cache import find, key_of, new_entry, shelf_in_use
 from qlora_utils.config import DATA_FIELDS, ModelError, RunConfig, locate, model_advice
+from qlora_utils.drawing import BLUE, ORANGE, unframed
 from qlora_utils.formats import Format, format_of
 from qlora_utils.instructions import instructions_of
 from qlora_utils.rows import Conversation, Rejected, conversation_of, record_of
@@ -232,9 +233,15 @@ def plot_lengths(report: Mapping[str, Any], ax: Axes) -> Figure:
     """Histogram of tokens per conversation or example, with `max_seq_len` marked where it lies within."""
     histogram, unit = report["token_length"]["histogram"], report.get("unit", "conversation")
     edges, counts = histogram["edges"], histogram["counts"]
-    ax.bar(edges[:-1], counts, width=[b - a for a, b in pairwise(edges)], align="edge", alpha=0.8)
-    if report["max_seq_len"] < edges[-1]:
-        ax.axvline(report["max_seq_len"], color="tab:red", linestyle="--", label=f"max_seq_len {report['max_seq_len']}")
-        ax.legend()
-    ax.set(xlabel=f"tokens per {unit}", ylabel=f"{unit}s", title=f"Length of {unit}s")
+    widths = [b - a for a, b in pairwise(edges)]
+    ax.bar(edges[:-1], counts, width=widths, align="edge", color=BLUE, edgecolor="white", linewidth=0.5)
+    marked = {"median": report["token_length"]["p50"], "max_seq_len": report["max_seq_len"]}
+    for (name, value), height in zip(marked.items(), (0.97, 0.8), strict=True):
+        if value < edges[-1]:
+            ax.axvline(value, color=ORANGE, linewidth=1.5, linestyle="--")
+            place = (value, height)
+            ax.annotate(f" {name} {value:,.0f}", place, xycoords=("data", "axes fraction"), va="top", color=ORANGE)
+    ax.set(xlabel=f"tokens per {unit}", ylabel=f"{unit}s")
+    ax.set_title(f"How long {unit}s are", loc="left")
+    unframed(ax)
     return ax.get_figure()  # type: ignore[return-value]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import SPEED_FIELDS, ConfigError, RunConfig, check_folder, locate, project_folder
+from qlora_utils.drawing import COLORS, unframed
 from qlora_utils.run_directory import RunDirectory, damaged, hardware, read_json, read_jsonl, versions, write_json
 from qlora_utils.shown import cut, in_figure
 from qlora_utils.sources import SUFFIXES
@@ -265,7 +266,7 @@ def plot(stored: Mapping[str, Any], name: str, ax: Axes) -> Figure:
     splits = list(stored["lines"][0]["exact_match"])
     values = {v: m for v, changed in INGREDIENTS[name].items() if len(m := _lines_of(stored, changed)) > 1}
     for index, split in enumerate(splits):
-        color = f"C{index}"
+        color = COLORS[index % len(COLORS)]
         aside = 0.16 * (index - (len(splits) - 1) / 2)
         for place, members in enumerate(values.values()):
             scores = [line["exact_match"][split] for line in members]
@@ -276,7 +277,7 @@ def plot(stored: Mapping[str, Any], name: str, ax: Axes) -> Figure:
             ax.plot([place + aside + 0.05] * len(scores), scores, ".", color=color, alpha=0.5, markersize=5)
     ax.set_xticks(range(len(values)), [value.replace(" at ", "\nat ") for value in values])
     ax.set(title=name, ylabel="exact match", xlim=(-0.5, len(values) - 0.5))
-    ax.grid(axis="y", alpha=0.3)
+    unframed(ax, grid="y")
     return ax.get_figure()  # type: ignore[return-value]
 
 
@@ -284,7 +285,7 @@ def plot_all(stored: Mapping[str, Any]) -> Figure:
     """A panel for each ingredient, on one scale."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(INGREDIENTS), figsize=(16, 4.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, len(INGREDIENTS), figsize=(14, 3.6), layout="constrained", sharey=True)
     for name, ax in zip(INGREDIENTS, axes, strict=True):
         plot(stored, name, ax)
         ax.label_outer()

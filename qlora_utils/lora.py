@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qlora_utils.config import ConfigError, ModelError, RunConfig, first_line
+from qlora_utils.drawing import BLUE, ORANGE, unframed
 from qlora_utils.fused import fuse
 from qlora_utils.loss import without_logits
 from qlora_utils.model_files import check_adapter
@@ -320,10 +321,15 @@ def trainable_table(rows: list[ModuleParameters]) -> str:
 def plot_trainable(rows: list[ModuleParameters], ax: Axes) -> Figure:
     """Where the trainable parameters sit: a bar for each module, LoRA and full training apart."""
     shown = [row for row in rows if row.trainable]
-    names = [row.module for row in shown]
-    ax.barh(names, [row.lora for row in shown], label="LoRA")
-    ax.barh(names, [row.in_full for row in shown], left=[row.lora for row in shown], label="in full")
+    names, whole = [row.module for row in shown], sum(row.trainable for row in shown)
+    ax.barh(names, [row.lora for row in shown], color=BLUE, label="LoRA")
+    ax.barh(names, [row.in_full for row in shown], left=[row.lora for row in shown], color=ORANGE, label="in full")
+    for place, row in enumerate(shown):
+        ax.annotate(f" {row.trainable:,} ({row.trainable / whole:.0%})", (row.trainable, place), va="center")
     ax.invert_yaxis()
-    ax.set(xlabel="trainable parameters", title="Where the trainable parameters sit")
+    ax.set(xlabel="trainable parameters, all layers together", xlim=(0, 1.3 * max(row.trainable for row in shown)))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.set_title("Where the trainable parameters sit", loc="left")
     ax.legend(frameon=False)
+    unframed(ax, grid="x")
     return ax.get_figure()  # type: ignore[return-value]

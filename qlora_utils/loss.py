@@ -16,9 +16,13 @@ import torch
 from torch import nn
 
 from qlora_utils import recovery
+from qlora_utils.drawing import BASE, TUNED, unframed
 from qlora_utils.formats import IGNORED, Encoded
+from qlora_utils.shown import in_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
 CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**27}  # of fp32 logits held at a time: what a CPU's cache holds, what fills a GPU
@@ -270,6 +274,45 @@ def row_losses(
     finally:
         model.train(was_training)
     return losses, counts
+
+
+@torch.no_grad()
+def answer_losses(model: nn.Module, row: Encoded, collator: Any) -> tuple[list[int], list[float]]:
+    """The labelled tokens of one row, and the negative log-likelihood of each, in nats. The model's mode is put back.
+
+    Args: as `row_losses`, with one row.
+    """
+    was_training = model.training
+    model.eval()
+    plain: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    device = next(model.parameters()).device
+    try:
+        batch = {name: _on(device, value) for name, value in collator([row]).items()}
+        hidden, targets = answer_states(plain, batch)
+        return targets.tolist(), token_losses(hidden, head_weight(plain), targets).tolist()
+    finally:
+        model.train(was_training)
+
+
+def plot_tokens(pieces: Sequence[str], before: Sequence[float], after: Sequence[float], ax: Axes) -> Figure:
+    """The loss of each token of an answer, before training and after.
+
+    Args:
+        pieces: the tokens as text; a few dozen.
+        before: nats, one for each.
+        after: the same.
+        ax: to draw on.
+    """
+    places = range(len(pieces))
+    ax.bar([place - 0.2 for place in places], before, width=0.4, color=BASE, label="before training")
+    ax.bar([place + 0.2 for place in places], after, width=0.4, color=TUNED, label="after")
+    names = [in_figure(piece).replace("\n", "⏎") for piece in pieces]
+    ax.set_xticks(places, names, rotation=60, ha="right", rotation_mode="anchor", fontsize="small")
+    ax.set(ylabel="nats")
+    ax.set_title("What each token of one held-out answer costs", loc="left")
+    ax.legend(frameon=False)
+    unframed(ax)
+    return ax.get_figure()  # type: ignore[return-value]
 
 
 def _on(device: torch.device, value: Any) -> Any:

@@ -21,15 +21,16 @@ import torch
 from torch import nn
 
 from qlora_utils import answers, generation, lora, model_files, quantization
-from qlora_utils.config import ConfigError, ModelError, RunConfig, architecture_of, check_folder, first_line, locate
+from qlora_utils.config import ConfigError, ModelError, RunConfig, architecture_of, check_folder, locate
 from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.formats import format_of
 from qlora_utils.generation import Answer, Question, Sampling
 from qlora_utils.loss import row_losses
 from qlora_utils.packs import make_collator
 from qlora_utils.plan import answer_room
+from qlora_utils.quantization import Checkpoint
 from qlora_utils.rows import Conversation, Turn
-from qlora_utils.run_directory import RunDirectory, provenance, read_json, write_json
+from qlora_utils.run_directory import RunDirectory, provenance, write_json
 from qlora_utils.shown import cut
 
 if TYPE_CHECKING:
@@ -235,54 +236,6 @@ def _rounded(name: str, value: Callable[[], torch.Tensor], dtype: torch.dtype) -
 def as_loaded(name: str, parameter: torch.Tensor) -> torch.Tensor:
     """A base weight as the loaded model computes with it: NF4 dequantized, all else as it is."""
     return quantization.dequantize(parameter) if quantization.is_quantized(parameter) else parameter.detach()
-
-
-class Checkpoint:
-    """Base weights read from the base model's own files, one at a time.
-
-    Raises:
-        ModelError: no safetensors at the source, or, when called, a weight that is not in them in its full shape.
-    """
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        folder = Path(source)
-        if not folder.is_dir():  # a hub id: the loader of the base model has fetched it by now
-            from huggingface_hub import snapshot_download
-
-            try:
-                folder = Path(snapshot_download(source, local_files_only=True))
-            except OSError as error:
-                raise ModelError(f"model: the files of {source} cannot be found ({first_line(error)}).") from error
-        self.files: dict[str, Path] = {}
-        if (index := folder / "model.safetensors.index.json").is_file():
-            files = read_json(index)["weight_map"]
-            if outside := [file for file in files.values() if Path(file).name != file]:
-                raise ModelError(f"model: {index} names {outside[0]}, expected names of files in the same folder.")
-            self.files = {name: folder / file for name, file in files.items()}
-        elif (single := folder / "model.safetensors").is_file():
-            from safetensors import safe_open
-
-            with safe_open(single, framework="pt") as file:
-                self.files = dict.fromkeys(file.keys(), single)
-        else:
-            raise ModelError(f"model: {folder} holds no model.safetensors and no model.safetensors.index.json.")
-
-    def __call__(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
-        """The weight of that name, on the CPU, in the precision that it was published in."""
-        from safetensors import safe_open
-
-        weight = None
-        if name in self.files:
-            with safe_open(self.files[name], framework="pt") as file:
-                weight = file.get_tensor(name)
-        if weight is None or weight.shape != quantization.unquantized_shape(parameter):
-            found = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"
-            raise ModelError(
-                f"base: {name} {found} in the files of {self.source}; expected shape "
-                f"{tuple(quantization.unquantized_shape(parameter))}, not quantized. Take --base quantized."
-            )
-        return weight
 
 
 # ---------------------------------------------------------------------------------------------------- files

@@ -8,9 +8,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import RunConfig
+from qlora_utils.drawing import BLUE, PALE, SKY, unframed
 from qlora_utils.formats import IGNORED, Encoded
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
 
@@ -275,13 +278,6 @@ def groups(sizes: Sequence[tuple[int, ...]], tokens: int, examples: int | None =
     return passes
 
 
-def filled_share(lengths: Sequence[int], tokens: int, batch_size: int) -> float:
-    """Share of the room in the packs of `tokens` tokens that is used, steps of `batch_size` taken in order."""
-    steps = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
-    packs = sum(len(fill(step, tokens)) for step in steps)
-    return sum(lengths) / max(1, packs * tokens)
-
-
 def real_share(sizes: Sequence[tuple[int, ...]], tokens: int, batch_size: int) -> float:
     """Share of padded passes that is no padding, steps of `batch_size` taken in order. Args as `groups`."""
     room = 0
@@ -295,3 +291,48 @@ def real_share(sizes: Sequence[tuple[int, ...]], tokens: int, batch_size: int) -
 def passes_text(step: dict[str, Any], collator: Collator | PairCollator) -> str:
     """The passes of a step, from `StepCollator`, as lines of text: what lies in each."""
     return "\n".join(f"pass {number}: {collator.text(one)}" for number, one in enumerate(step["passes"], start=1))
+
+
+def plot_padding(examples: Sequence[Encoded], collator: Collator | PairCollator, axes: Sequence[Axes]) -> Figure:
+    """What is computed of some examples: as one padded batch, and as they are laid out here, on the same scale.
+
+    That is packed or, of an encoder-decoder, padded in groups of like length. Packs are drawn no longer than the batch.
+
+    Args:
+        examples: a dozen or two.
+        collator: of the run.
+        axes: two, which should share both scales.
+    """
+    sizes = [collator.sizes(example) for example in examples]
+    whole = len(sizes) * sum(map(max, zip(*sizes, strict=True)))
+    padded, like = padded_rows(sizes, whole), padded_rows(sizes, whole // 4)
+    laid_out = packed_rows([sum(size) for size in sizes]) if collator.packing else like
+    for rows, ax in zip((padded, laid_out), axes, strict=True):
+        for place, row in enumerate(rows):
+            left, real = 0, 0
+            for length, filled in row:
+                ax.barh(place, length, left=left, height=0.85, color=(BLUE, SKY)[real % 2] if filled else PALE)
+                left, real = left + length, real + filled
+        ax.set(xlabel="tokens (gray: padding)")
+        unframed(ax)
+    share = {name: 1 - real_share(sizes, room, len(sizes)) for name, room in (("all", whole), ("like", whole // 4))}
+    axes[0].set_title(f"Padded: {share['all']:.0%} is padding", loc="left")
+    axes[1].set_title("Packed: none is" if collator.packing else f"Like with like: {share['like']:.0%} is", loc="left")
+    axes[0].set(ylabel="rows of the batch", yticks=[], ylim=(len(sizes) - 0.4, -0.6))
+    return axes[0].get_figure()  # type: ignore[return-value]
+
+
+def packed_rows(lengths: Sequence[int]) -> list[list[tuple[int, bool]]]:
+    """Conversations laid end to end in packs as long as the longest: of each pack the lengths."""
+    return [[(lengths[index], True) for index in pack] for pack in fill(lengths, max(lengths))]
+
+
+def padded_rows(sizes: Sequence[tuple[int, ...]], tokens: int) -> list[list[tuple[int, bool]]]:
+    """Examples padded in `groups`: of each a length with True, what is real, and one with False, for each dimension."""
+    rows = []
+    for group in groups(sizes, tokens):
+        widths = [max(lengths) for lengths in zip(*(sizes[index] for index in group), strict=True)]
+        for index in group:
+            pairs = zip(sizes[index], widths, strict=True)
+            rows.append([part for real, width in pairs for part in ((real, True), (width - real, False))])
+    return rows

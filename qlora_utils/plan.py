@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_utils import shapes
 from qlora_utils.config import Architecture, ConfigError, ModelError, RunConfig
+from qlora_utils.drawing import unframed
 from qlora_utils.hardware import CARDS, GIB, Card, attention_kernel, liger_kernels, precision, this_card
 from qlora_utils.run_directory import read_jsonl
 from qlora_utils.shapes import Shape
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 PARTS = ("weights", "quantization constants", "expanded weights", "head", "adapters", "gradients", "optimizer",
          "activations", "logits", "workspace")  # fmt: skip
+# What is frozen is blue, what training adds orange, what a pass keeps gray; lighter and darker tell the parts apart.
+PART_COLORS = ("#08519c", "#6baed6", "#c6dbef", "#7f2704", "#d94801", "#fd8d3c", "#fdd0a2",
+               "#8c8c8c", "#bdbdbd", "#e3e3e3")  # fmt: skip
 MEAN_TOKENS = 460  # of a conversation where nothing is known of the data: the mean of the Guanaco rows
 PASS_TOKENS = (32768, 24576, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024, 512)
 CHUNK = 2**27  # bytes of fp32 logits held at a time: `loss.CHUNK_BYTES["cuda"]`
@@ -456,14 +460,19 @@ def plot_plan(plans: Mapping[str, MemoryPlan], ax: Axes, card: Card | None = Non
         left = 0.0
         for number, name in enumerate(PARTS):
             size = plan.parts[name] / GIB
-            ax.barh(position, size, left=left, color=f"C{number}", label=name if position == 0 else None)
+            ax.barh(position, size, left=left, color=PART_COLORS[number], label=name if position == 0 else None)
             left += size
-        ax.plot([plan.peak / GIB] * 2, [position - 0.4, position + 0.4], color="black", linewidth=2)
+        ax.plot([plan.peak / GIB] * 2, [position - 0.45, position + 0.45], color="black", linewidth=2)
+        end = max(left, plan.peak / GIB)
+        ax.annotate(f" {plan.peak / GIB:.1f} GiB", (end, position), va="center", fontsize="small")
     if card is not None:
-        ax.axvline(room(card) / GIB, color="tab:red", linestyle="--", label=f"room on {card.name}")
+        ax.axvline(room(card) / GIB, color="black", linestyle="--", label=f"room on {card.name}")
     ax.set_yticks(range(len(plans)), list(plans))
     ax.invert_yaxis()
-    ax.set(xlabel="GiB; black line: at the peak", title="Memory of a training step")
+    ax.margins(x=0.12)
+    ax.set(xlabel="GiB; black line: at the peak")
+    ax.set_title("Memory of a training step", loc="left")
+    unframed(ax, grid="x")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax.get_figure()  # type: ignore[return-value]
 

@@ -5,18 +5,21 @@ NF4 and double quantization: Dettmers et al., QLoRA, 2023, https://arxiv.org/abs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from qlora_utils import attention, model_files
-from qlora_utils.config import Architecture, ModelError, RunConfig, locate, model_advice
+from qlora_utils.config import Architecture, ModelError, RunConfig, first_line, locate, model_advice
+from qlora_utils.drawing import BLUE, GRAY, ORANGE, SKY, YELLOW, unframed
 from qlora_utils.fused import keep_expanded
 from qlora_utils.hardware import compute_dtype
 from qlora_utils.plan import settle_to_load
+from qlora_utils.run_directory import read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -203,17 +206,81 @@ def memory_table(rows: list[PartMemory]) -> str:
 
 
 def plot_memory(rows: list[PartMemory], ax: Axes) -> Figure:
-    """Stacked bars: fp32, bf16 and as loaded, each part a colour."""
-    bottoms = [0.0, 0.0, 0.0]
+    """Bars of stacked parts: fp32, bf16 and as loaded. What was quantized is drawn in one family of colours."""
+    colors = {"embeddings": GRAY, "attention": BLUE, "feed-forward": SKY, "norms": YELLOW, "head": "silver"}
+    lefts = [0.0, 0.0, 0.0]
     for row in rows:
         sizes = [row.fp32 / 1e6, row.bf16 / 1e6, row.loaded / 1e6]
-        ax.bar(["fp32", "bf16", "as loaded"], sizes, bottom=bottoms, label=row.part)
-        bottoms = [bottom + size for bottom, size in zip(bottoms, sizes, strict=True)]
-    for position, total in enumerate(bottoms):
-        ax.annotate(f"{total:,.1f}", (position, total), ha="center", va="bottom")
-    ax.set(ylabel="MB", title="Weights of the base model in memory")
-    ax.legend(frameon=False)
+        stored = f"{row.part} (NF4)" if row.quantized else row.part
+        ax.barh(["fp32", "bf16", "as loaded"], sizes, left=lefts, color=colors[row.part], label=stored)
+        lefts = [left + size for left, size in zip(lefts, sizes, strict=True)]
+    for position, total in enumerate(lefts):
+        ax.annotate(f" {total:,.1f} MB, {total / lefts[0]:.0%}", (total, position), va="center")
+    ax.set(xlabel="MB", xlim=(0, 1.22 * max(lefts)))
+    ax.set_title("Weights of the base model in memory", loc="left")
+    ax.invert_yaxis()
+    ax.legend(frameon=False, ncols=len(rows), loc="upper center", bbox_to_anchor=(0.45, -0.2), columnspacing=1)
+    unframed(ax, grid="x")
     return ax.get_figure()  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------------------------------------- original weights
+
+
+class Checkpoint:
+    """Base weights read from the base model's own files, one at a time.
+
+    Raises:
+        ModelError: no safetensors at the source, or, when called, a weight that is not in them in its full shape.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        folder = Path(source)
+        if not folder.is_dir():  # a hub id: the loader of the base model has fetched it by now
+            from huggingface_hub import snapshot_download
+
+            try:
+                folder = Path(snapshot_download(source, local_files_only=True))
+            except OSError as error:
+                raise ModelError(f"model: the files of {source} cannot be found ({first_line(error)}).") from error
+        self.files: dict[str, Path] = {}
+        if (index := folder / "model.safetensors.index.json").is_file():
+            files = read_json(index)["weight_map"]
+            if outside := [file for file in files.values() if Path(file).name != file]:
+                raise ModelError(f"model: {index} names {outside[0]}, expected names of files in the same folder.")
+            self.files = {name: folder / file for name, file in files.items()}
+        elif (single := folder / "model.safetensors").is_file():
+            from safetensors import safe_open
+
+            with safe_open(single, framework="pt") as file:
+                self.files = dict.fromkeys(file.keys(), single)
+        else:
+            raise ModelError(f"model: {folder} holds no model.safetensors and no model.safetensors.index.json.")
+
+    def __call__(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """The weight of that name, on the CPU, in the precision that it was published in."""
+        from safetensors import safe_open
+
+        weight = None
+        if name in self.files:
+            with safe_open(self.files[name], framework="pt") as file:
+                weight = file.get_tensor(name)
+        if weight is None or weight.shape != unquantized_shape(parameter):
+            found = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"
+            raise ModelError(
+                f"base: {name} {found} in the files of {self.source}; expected shape "
+                f"{tuple(unquantized_shape(parameter))}, not quantized. To merge without them, take --base quantized."
+            )
+        return weight
+
+
+def original_weight(config: RunConfig, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+    """A 4-bit weight as it was before, shape (out, in); None where the model's files hold it in 4 bits only."""
+    try:
+        return Checkpoint(locate(config.model))(name, tensor)
+    except ModelError:
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------- one weight
@@ -243,16 +310,66 @@ def nf4_levels(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.quant_state.code.float().cpu()  # type: ignore[attr-defined]
 
 
-def plot_levels(tensor: torch.Tensor, ax: Axes) -> Figure:
-    """How often each of the 16 NF4 levels is used; they stand closer where normally distributed weights are many."""
+def level_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Which of the 16 levels each weight was rounded to, 0 to 15, shape (weights,), block after block."""
     packed = tensor.data.view(-1)
-    codes = torch.cat([packed >> 4, packed & 0x0F]).cpu()
-    levels = nf4_levels(tensor)
-    counts = torch.bincount(codes.long(), minlength=16) / codes.numel()
-    ax.bar(levels.numpy(), counts.numpy(), width=0.04, color="tab:blue")
-    ax.axhline(1 / 16, color="tab:gray", linestyle="--", linewidth=1, label="if all were used alike")
-    ax.set(
-        xlabel="level, as a share of the block's largest weight", ylabel="share of weights", title="The 16 NF4 levels"
+    return torch.stack([packed >> 4, packed & 0x0F], dim=1).flatten().long().cpu()
+
+
+def in_blocks(values: torch.Tensor, largest: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Values of the shape of a 4-bit weight, divided by the largest magnitude of their block, shape (weights,).
+
+    Args:
+        values: one for each weight.
+        largest: the weights whose blocks' magnitudes count.
+        tensor: the 4-bit weight, for the size of its blocks.
+    """
+    size = tensor.quant_state.blocksize  # type: ignore[attr-defined]
+    flat = torch.nn.functional.pad(largest.detach().float().cpu().flatten(), (0, -largest.numel() % size))
+    peaks = flat.view(-1, size).abs().amax(dim=1).clamp_min(1e-12).repeat_interleave(size)[: values.numel()]
+    return values.detach().float().cpu().flatten() / peaks
+
+
+def rounding_errors(tensor: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """Mean distance between a weight and what became of it, by level, shape (16,); 1 is the block's largest weight.
+
+    Args:
+        tensor: the 4-bit weight.
+        original: the same before, shape (out, in).
+    """
+    off = in_blocks(dequantize(tensor).cpu() - original.detach().float().cpu(), original, tensor).abs()
+    levels = level_of(tensor)[: off.numel()]
+    counts = torch.bincount(levels, minlength=16).clamp_min(1)
+    return torch.bincount(levels, weights=off, minlength=16) / counts
+
+
+def plot_rounding(tensor: torch.Tensor, original: torch.Tensor, axes: Sequence[Axes]) -> Figure:
+    """A weight before and after NF4, and how far rounding moved it, level by level.
+
+    Args:
+        tensor: the 4-bit weight.
+        original: the same before, shape (out, in).
+        axes: three, one above the other, which should share the horizontal scale.
+    """
+    levels = nf4_levels(tensor).numpy()
+    before = in_blocks(original, original, tensor).numpy()
+    used = torch.bincount(level_of(tensor)[: before.size], minlength=16).numpy() / before.size
+    axes[0].hist(before, bins=201, range=(-1, 1), color=GRAY)
+    axes[0].set_title(f"Before: {before.size:,} weights, each divided by the largest of its block", loc="left")
+    axes[0].set(ylabel="weights")
+    axes[1].bar(levels, used, width=0.03, color=BLUE)
+    axes[1].axhline(1 / 16, color=GRAY, linestyle="--", linewidth=1)
+    axes[1].annotate(
+        "if all were used alike", (1.05, 1 / 16), ha="right", va="bottom", fontsize="small", color="dimgray"
     )
-    ax.legend(frameon=False)
-    return ax.get_figure()  # type: ignore[return-value]
+    axes[1].set_title("After: one of 16 levels", loc="left")
+    axes[1].set(ylabel="share of weights")
+    axes[2].bar(levels, rounding_errors(tensor, original).numpy(), width=0.03, color=ORANGE)
+    axes[2].set_title("Mean rounding error at each level", loc="left")
+    axes[2].set(ylabel="error", xlabel="1 is the largest weight of a block of "
+                f"{tensor.quant_state.blocksize}; thin lines: the levels", xlim=(-1.07, 1.07))  # type: ignore[attr-defined]  # fmt: skip
+    for ax in axes:
+        for level in levels:
+            ax.axvline(level, color=BLUE, linewidth=0.5, alpha=0.5, zorder=0)
+        unframed(ax)
+    return axes[0].get_figure()  # type: ignore[return-value]

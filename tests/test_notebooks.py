@@ -19,6 +19,7 @@ SHARED_MODULES = {
     "report", "sections", "findings", "page", "charts", "differences", "cli",
     "checkpoints", "locks", "recovery", "history", "live", "model_files", "trainer",
     "tokenization", "measures", "split", "streaming", "workers", "stored", "cache", "check", "runs", "colab",
+    "languages", "drawing",
 }  # fmt: skip
 PER_NOTEBOOK = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -120,7 +121,19 @@ def test_title_links_goal_and_exercises(path):
             assert f"({neighbour.name})" in cells[0].source
     assert "**Goal.**" in cells[1].source
     assert "| device |" in cells[1].source
-    assert "## Exercises" in cells[-1].source
+    assert "## Exercises" in cells[-1].source  # tests/test_solutions.py knows more of them
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[:6], ids=lambda path: path.stem)
+def test_a_notebook_draws_and_keeps_at_least_one_figure_named_after_it(path):
+    saved = [
+        ast.literal_eval(node.args[1])
+        for cell in code_cells(path)
+        for node in ast.walk(ast.parse(cell.source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "save_figure"
+    ]
+    assert saved
+    assert all(name.startswith(path.stem[:2]) for name in saved)
 
 
 def test_every_library_name_a_notebook_uses_exists():

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import pytest
+from conftest import BOTH
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_utils.formats import IGNORED, Encoded, encode
+from qlora_utils.drawing import PALE
+from qlora_utils.formats import IGNORED, Encoded, encode, format_of
 from qlora_utils.packs import (
     Collator,
     LikeLengths,
     PairCollator,
     StepCollator,
     fill,
-    filled_share,
     groups,
+    make_collator,
+    packed_rows,
+    padded_rows,
     passes_text,
+    plot_padding,
     real_share,
 )
 
@@ -81,8 +86,9 @@ def test_packs_of_real_rows_are_close_to_full(llama_tokenizer, real_rows):
 
     conversations, _ = parse_rows([Row("x", n, {"text": text}) for n, text in enumerate(real_rows)])
     lengths = [len(e.input_ids) for e in encode(conversations, llama_tokenizer, max_seq_len=2048)]
-    assert filled_share(lengths, 2048, 64) > 0.93
-    assert filled_share(lengths, 2048, 1000) > 0.99
+    steps = [lengths[start : start + 64] for start in range(0, len(lengths), 64)]
+    assert sum(lengths) > 0.93 * 2048 * sum(len(fill(step, 2048)) for step in steps)
+    assert sum(lengths) > 0.99 * 2048 * len(fill(lengths, 2048))
 
 
 def rows_of(lengths):
@@ -125,3 +131,37 @@ def test_like_lengths_share_a_step_and_each_epoch_has_an_order_of_its_own():
     assert list(sampler) != first
     spread = [max(part) - min(part) for n in range(0, 400, 8) if (part := [lengths[i] for i in first[n : n + 8]])]
     assert sum(spread) / len(spread) < 15  # of 100 at random
+
+
+@given(SIZES)
+def test_drawn_rows_hold_every_token_and_padded_ones_are_of_one_width(sizes):
+    rows = padded_rows(sizes, len(sizes) * 600)
+    assert len(rows) == len(sizes)
+    assert {sum(length for length, _ in row) for row in rows} == {sum(map(max, zip(*sizes, strict=True)))}
+    assert sum(length for row in rows for length, real in row if real) == sum(map(sum, sizes))
+    packed = packed_rows([sum(size) for size in sizes])
+    assert sum(length for row in packed for length, _ in row) == sum(map(sum, sizes))
+    assert max(sum(length for length, _ in row) for row in packed) == max(map(sum, sizes))
+
+
+@BOTH
+def test_padding_is_drawn_as_large_as_it_is(prepared, tokenizer, config):
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_hex
+
+    collator = make_collator(tokenizer, config)
+    examples = format_of(tokenizer, config).examples(prepared.train, training=True)[:16]
+    figure, axes = plt.subplots(1, 2, sharex=True, sharey=True)
+    assert plot_padding(examples, collator, axes) is figure
+    shares = []
+    for ax in axes:
+        areas = dict.fromkeys((True, False), 0.0)
+        for bar in ax.patches:
+            areas[to_hex(bar.get_facecolor()) != PALE] += bar.get_width()
+        assert areas[True] == sum(map(collator.tokens, examples))
+        shares.append(areas[False] / sum(areas.values()))
+    plt.close(figure)
+    assert f"{shares[0]:.0%}" in axes[0].get_title(loc="left")
+    assert shares[1] < shares[0]
+    assert shares[1] == 0 or f"{shares[1]:.0%}" in axes[1].get_title(loc="left")
+    assert (shares[1] == 0) == collator.packing

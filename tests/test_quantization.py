@@ -183,13 +183,34 @@ def test_pickled_weights_are_refused(tmp_path):
         quantization.load(RunConfig.from_preset("pocket", model=str(folder)))
 
 
-def test_figures(base_model):
+def test_figures(base_model, config):
     import matplotlib.pyplot as plt
 
-    _, axes = plt.subplots(1, 2)
-    quantization.plot_memory(quantization.memory_by_part(base_model), axes[0])
-    figure = quantization.plot_levels(quantization.first_quantized(base_model)[1], axes[1])
-    heights = [patch.get_height() for patch in axes[1].patches]
-    assert len(heights) == 16
-    assert sum(heights) == pytest.approx(1)
+    figure, axes = plt.subplots(4)
+    rows = quantization.memory_by_part(base_model)
+    quantization.plot_memory(rows, axes[0])
+    assert axes[0].texts[0].get_text() == f" {sum(row.fp32 for row in rows) / 1e6:,.1f} MB, 100%"
+    name, weight = quantization.first_quantized(base_model)
+    original = quantization.original_weight(config, name, weight)
+    assert quantization.plot_rounding(weight, original, axes[1:]) is figure
+    before, after, errors = ([bar.get_height() for bar in ax.patches] for ax in axes[1:])
+    assert sum(before) == original.numel()  # none lies beyond the largest of its block
+    assert len(after) == len(errors) == 16
+    assert sum(after) == pytest.approx(1)
     plt.close(figure)
+
+
+@BOTH
+def test_rounding_goes_to_the_nearest_level_and_its_error_is_half_a_gap_at_most(base_model, config):
+    name, weight = quantization.first_quantized(base_model)
+    original = quantization.original_weight(config, name, weight)
+    assert quantization.original_weight(config, f"{name}.not", weight) is None
+    levels = quantization.nf4_levels(weight)
+    scaled = quantization.in_blocks(original, original, weight)
+    nearest = (scaled[:, None] - levels).abs().argmin(dim=1)
+    assert (nearest == quantization.level_of(weight)).float().mean() > 0.999  # but for ties
+    errors = quantization.rounding_errors(weight, original)
+    gaps = levels.diff()
+    widest = torch.maximum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]])) / 2
+    assert (errors <= widest + 0.02).all()  # and what double quantization adds
+    assert errors[1] > 1.5 * errors[7]  # levels stand wider apart where weights are few
