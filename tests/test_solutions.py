@@ -14,7 +14,7 @@ from test_notebooks import assigned_names, code_cells, parameters_cell
 from qlora_utils.config import RunConfig
 from qlora_utils.run_directory import RunDirectory
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("0[1-6]_*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0[1-7]_*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 PER_SOLUTION = pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
 
@@ -37,10 +37,9 @@ def sections(path):
     return found
 
 
-def test_every_notebook_but_the_playground_has_its_solutions():
-    # the last notebook is one to play with; whether it has solutions too is its own affair
-    assert {path.name for path in NOTEBOOKS} <= {path.name for path in SOLUTIONS}
-    assert len(NOTEBOOKS) == 6
+def test_every_notebook_has_its_solutions():
+    assert [path.name for path in NOTEBOOKS] == [path.name for path in SOLUTIONS]
+    assert len(NOTEBOOKS) == 7
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
