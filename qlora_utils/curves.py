@@ -129,6 +129,7 @@ def plot_overview(histories: Mapping[str, History]) -> Figure:
     figure, axes = plt.subplots(2, 4, figsize=(12, 4.4), layout="constrained")
     for name, ax in zip(measured, axes.flat, strict=False):
         plot_column(histories, name, ax)
+        ax.set_title(COLUMNS[name].replace(" (", "\n(").replace(" on ", "\non "), fontsize="medium")  # side by side
     for ax in axes.flat[len(measured) :]:
         ax.remove()
     return figure

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import random
 
@@ -121,3 +122,13 @@ def test_the_notebook_stays_small_with_curves_as_long_and_noisy_as_real_ones(con
     assert len(drawn) >= 4
     assert sum(drawn) + len(json.dumps(notebook)) < 250_000
     assert sum(path.stat().st_size for path in run.figures.glob("*.png")) < 250_000
+
+
+def test_in_the_overview_no_title_reaches_into_the_next(tmp_path):
+    line = {"step": 1, "loss": 1.0, "eval_loss": 1.0, "eval_exact_match": 0.5, "lr": 1e-4, "grad_norm": 1.0,
+            "tokens_per_s": 10.0, "peak_memory_bytes": 1e9}  # fmt: skip
+    figure = curves.plot_overview({"a": [line, {**line, "step": 2}]})
+    figure.draw_without_rendering()
+    boxes = [ax.title.get_window_extent() for ax in figure.axes]
+    assert len(boxes) == len(curves.COLUMNS)
+    assert not [1 for first, second in itertools.combinations(boxes, 2) if first.overlaps(second)]
