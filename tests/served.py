@@ -64,17 +64,21 @@ def jupyterlab(folder):
     ]  # fmt: skip
 
 
-def trained(folder, name):
-    """A run whose training was real and short."""
-    config = RunConfig.from_preset(
-        "pocket", output_dir=str(folder), run_name=name, steps=12, batch_size=8, eval_steps=12,
-        trace_rows=0, score_rows=4, max_new_tokens=24,
-    )  # fmt: skip
+def prepared_run(folder, name, **values):
+    """A run as notebook 01 leaves it: its config, its directory and its rows."""
+    short = {"steps": 12, "batch_size": 8, "eval_steps": 12, "trace_rows": 0, "score_rows": 4, "max_new_tokens": 24}
+    config = RunConfig.from_preset("pocket", output_dir=str(folder), run_name=name, **{**short, **values})
     run = RunDirectory(config.run_dir)
     run.begin(config)
-    tokenizer = data.load_tokenizer(config)
-    prepared = data.prepare(config, tokenizer)
+    prepared = data.prepare(config, data.load_tokenizer(config))
     prepared.save(run)
+    return config, run, prepared
+
+
+def trained(folder, name):
+    """A run whose training was real and short."""
+    config, run, prepared = prepared_run(folder, name)
+    tokenizer = data.load_tokenizer(config)
     training.train(config, lora.attach(quantization.load(config), config), tokenizer, prepared, run)
     return run
 

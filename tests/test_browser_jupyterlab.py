@@ -1,4 +1,4 @@
-"""Notebooks 01 and 07 in JupyterLab, in a real browser: run all of it, look at it, ask."""
+"""Notebooks 01, 04 and 07 in JupyterLab, in a real browser: run all of it, watch it train, ask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import browser
 import nbformat
 import pytest
-from served import NOTEBOOKS, jupyterlab, served, trained
+from served import NOTEBOOKS, jupyterlab, prepared_run, served, trained
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())]
 
@@ -18,6 +18,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(NOTEBOOKS, folder / "notebooks")
     trained(folder / "outputs", "demo")
+    # notebook 04 trains a run of its own
+    prepared_run(folder / "outputs", "live", steps=24, eval_steps=6, trace_rows=4, eval_rows=32)
+    path = folder / "notebooks" / "04_training.ipynb"
+    path.write_text(path.read_text().replace('run_name = \\"demo\\"', 'run_name = \\"live\\"'))
     return folder
 
 
@@ -65,6 +69,28 @@ def test_notebook_01_runs_to_its_end_and_shows_its_figures(page, address, folder
     notebook.locator(".jp-OutputArea img").first.scroll_into_view_if_needed()
     browser.screenshot(page, "jupyterlab-01")
     assert (folder / "outputs" / "demo" / "data" / "report.json").is_file()
+
+
+def test_notebook_04_shows_its_training_as_it_goes(page, address):
+    page.add_init_script(
+        """window.seen = []; setInterval(() => {
+          const shown = [...document.querySelectorAll('.jp-OutputArea strong')].map(one => one.textContent)
+          const drawn = document.querySelectorAll('svg[aria-label^="Loss against step"] circle').length
+          const told = shown.find(text => /^(Training|Measuring|Done)/.test(text))
+          if (told) window.seen.push([told, drawn])
+        }, 100)"""
+    )
+    notebook = run_all(page, address, "04_training")
+    seen = page.evaluate("window.seen")
+    assert len({told for told, _ in seen if told.startswith("Training, step")}) >= 3, "it did not move"
+    assert len({drawn for _, drawn in seen}) >= 3, "the curve did not grow"
+    assert seen[-1][0] == "Done, 24 steps"
+    view = notebook.locator(".jp-OutputArea-output", has=page.locator('svg[aria-label^="Loss against step"]')).first
+    text = view.inner_text()
+    for word in ("held-out loss", "tokens/s", "at peak", "expected:", "not yet"):
+        assert word in text
+    view.scroll_into_view_if_needed()
+    browser.screenshot(page, "jupyterlab-04", view)
 
 
 def test_notebook_07_is_asked_in_its_widgets(page, address):
