@@ -183,7 +183,7 @@ def samples_table(lines: Sequence[Mapping[str, Any]], most: int = 8) -> str:
 
 # ---------------------------------------------------------------------------------------------------- the curve
 
-_WIDTH, _LEFT, _RIGHT, _TOP = 420, 34, 412, 26  # of the drawing, in units of its own, about a pixel each
+_WIDTH, _LEFT, _RIGHT, _TOP = 420, 42, 412, 26  # of the drawing, in units of its own, about a pixel each
 _TRAINING, _HELD_OUT, _EXACT = "#2f7fd0", "#d9730d", "#2e8b57"  # each 3:1 and more against white and against black
 _POINTS = 200  # that one line has at most
 

@@ -32,9 +32,16 @@ def address(folder):
 
 
 @pytest.fixture(scope="module")
-def page(address):
+def chromium():
     with browser.chromium() as opened:
-        yield opened.new_page(viewport={"width": 1400, "height": 1000})
+        yield opened
+
+
+@pytest.fixture
+def page(chromium):
+    page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+    yield page
+    page.close()
 
 
 def run_all(page, address, name):
@@ -48,16 +55,21 @@ def run_all(page, address, name):
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
     count = sum(cell.cell_type == "code" for cell in cells)
-    page.wait_for_function(
-        r"""count => {
-          const panel = document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden)')
-          const prompts = [...panel.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(one => one.textContent)
-          const failed = panel.querySelector('[data-mime-type="application/vnd.jupyter.stderr"] .ansi-red-fg')
-          return failed || prompts.filter(text => /\[\d+\]/.test(text)).length === count
-        }""",
-        arg=count,
-        timeout=240_000,
-    )
+    try:
+        page.wait_for_function(
+            r"""count => {
+              const panel = document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden)')
+              const prompts = [...panel.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(one => one.textContent)
+              const failed = panel.querySelector('[data-mime-type="application/vnd.jupyter.stderr"] .ansi-red-fg')
+              return failed || prompts.filter(text => /\[\d+\]/.test(text)).length === count
+            }""",
+            arg=count,
+            timeout=240_000,
+        )
+    except Exception:
+        browser.screenshot(page, f"jupyterlab-{name[:2]}-failed")
+        prompts = notebook.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
+        raise AssertionError(f"{prompts}\n{notebook.inner_text()[-2000:]}") from None
     errors = notebook.locator('[data-mime-type="application/vnd.jupyter.error"], .jp-RenderedText .ansi-red-fg')
     assert errors.count() == 0, "\n".join(errors.all_inner_texts())
     return notebook
