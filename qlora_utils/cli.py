@@ -308,11 +308,11 @@ def _ask(options: argparse.Namespace) -> int:
 
 
 def _playground(options: argparse.Namespace) -> int:
-    from qlora_utils import playground
+    from qlora_utils import app
     from qlora_utils.run_directory import RunDirectory
 
     further = [f"--port={options.port}"] if options.port else []
-    playground.serve(
+    app.serve(
         RunDirectory(_run_path(options.run, options.output_dir)),
         [*further, *["--no-browser"] * options.no_browser],
     )

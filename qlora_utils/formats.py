@@ -152,6 +152,10 @@ class Format(ABC):
         """
 
     @abstractmethod
+    def whole_prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
+        """The same before anything of it is cut."""
+
+    @abstractmethod
     def last_answer(self, conversation: Conversation) -> Encoded:
         """The conversation with loss on its last answer alone, of which at least the first token counts."""
 
@@ -202,6 +206,10 @@ class ChatFormat(Format):
     def prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
         """As `encode_prompt`."""
         return encode_prompt(history, question, self.tokenizer, system=system)
+
+    def whole_prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
+        """The prompt, of which nothing is cut."""
+        return self.prompt(history, question, system)
 
     def last_answer(self, conversation: Conversation) -> Encoded:
         """The whole conversation, cut at its end."""
@@ -376,9 +384,16 @@ class InstructionFormat(Format):
         return len(conversation.turns)
 
     def prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
-        """The fixed instruction, closed by `</s>`."""
+        """The fixed instruction, closed by `</s>`; what is too long is cut at its start."""
+        return self._read(history, question, system, self.config.max_seq_len)
+
+    def whole_prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
+        """The same, however long."""
+        return self._read(history, question, system, None)
+
+    def _read(self, history: Sequence[Turn], question: str, system: str, limit: int | None) -> list[int]:
         text = source_text(history, question, self.instructions.fixed, self.instructions.earlier, system)
-        return read_by_encoder([text], self.tokenizer, self.config.max_seq_len)[0]
+        return read_by_encoder([text], self.tokenizer, limit)[0]
 
     def last_answer(self, conversation: Conversation) -> Encoded:
         """The last of its examples."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -352,21 +352,24 @@ def _side_by_side(
     """
     model.eval()
     options = {"generation_config": sampling.generation_config(model, tokenizer)}
-    answering = {name: _Answering(model, tokenizer, prompt, options) for name in sides}
-    margins = {name: _Margins() for name in sides}
+    answering: dict[str, _Answering] = {}
+    margins = {name: Margins() for name in sides}
     try:
+        for name in sides:
+            answering[name] = _Answering(model, tokenizer, prompt, options)
         while running := [name for name in answering if not answering[name].ended]:
             for name in running:
                 with sides[name]():
                     text = answering[name].step(cut=stop.is_set())
                 one = answering[name]
-                yield Piece(name, margins[name].within(text), one.tokens, one.seconds, one.ended)
+                said = margins[name].within(restored(text, MARKS))
+                yield Piece(name, said, one.tokens, one.seconds, one.ended)
     finally:
         for one in answering.values():
             one.close()
 
 
-class _Margins:
+class Margins:
     """Takes away the white space before the first word and after the last, where the format puts some."""
 
     def __init__(self) -> None:
@@ -378,12 +381,6 @@ class _Margins:
         shown = text.rstrip()
         self.begun, self.held_back = self.begun or bool(shown), text[len(shown) :]
         return shown
-
-
-def without_margins(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces without the white space before the first word and after the last."""
-    margins = _Margins()
-    yield from filter(None, map(margins.within, pieces))
 
 
 @dataclass(frozen=True)
@@ -436,9 +433,15 @@ class Asker:
         """The latest of the earlier turns with which the prompt is not longer than `max_seq_len` tokens."""
         form = format_of(self.tokenizer, self.config)
         kept = tuple(history)
-        while kept and len(form.prompt(kept, question, system)) > self.config.max_seq_len:
+        while kept and len(form.whole_prompt(kept, question, system)) > self.config.max_seq_len:
             kept = kept[1:]
         return kept
+
+    def too_long(self, question: str, system: str = "") -> str:
+        """What to know of a question that by itself is longer than all that was trained on; nothing of others."""
+        tokens = len(format_of(self.tokenizer, self.config).whole_prompt([], question, system))
+        limit = self.config.max_seq_len
+        return f"{tokens:,} tokens, and the run was trained on {limit:,} at most" if tokens > limit else ""
 
 
 def load(run: RunDirectory) -> Asker:

@@ -1,17 +1,13 @@
 """The answer playground: base and tuned answers side by side as they come, settings, follow-ups, choices (notebook 07).
 
 `generation.load` turns a run into something to ask, `answer_page` and its like turn what was said into HTML, and
-`Playground` only wires both to widgets, so that each can be tested by itself. `serve` shows that notebook as a page.
+`Playground` only wires both to widgets, so that each can be tested by itself. `app` serves that notebook as a page.
 """
 
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
-import os
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,17 +15,17 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import ipywidgets as widgets
 
 from qlora_utils import generation, locks
-from qlora_utils.config import ConfigError, RunConfig, project_folder
+from qlora_utils.config import RunConfig, first_line
 from qlora_utils.data import Prepared
 from qlora_utils.generation import MODELS, Asker, Sampling
-from qlora_utils.recovery import free
+from qlora_utils.recovery import free, is_out_of_memory
 from qlora_utils.rows import Turn
-from qlora_utils.run_directory import RunDirectory, read_jsonl, require_adapter, write_jsonl
+from qlora_utils.run_directory import RunDirectory, require_adapter, write_text
 from qlora_utils.scores import score_text
 from qlora_utils.shown import cut, in_page
 
@@ -52,7 +48,8 @@ class Exchange:
     """A question and what came of it.
 
     `prompt` is what the models read, `history` the turns before, `left_out` how many turns more there were no tokens
-    for, `preferred` the model whose answer a person chose, `problem` what went wrong.
+    for, `adapter` when the adapter asked was written, `note` what to know of the question, `preferred` the model whose
+    answer a person chose, `problem` what went wrong.
     """
 
     run: str
@@ -63,6 +60,8 @@ class Exchange:
     prompt: str
     sampling: Sampling
     asked_at: str
+    adapter: str = ""
+    note: str = ""
     answers: dict[str, Said] = field(default_factory=dict)
     preferred: str | None = None
     problem: str = ""
@@ -72,6 +71,12 @@ class Exchange:
         """The answer that a follow-up builds on: the preferred one, else that of the tuned model."""
         return self.answers[self.preferred or ("tuned" if "tuned" in self.answers else "base")].text
 
+    @property
+    def a_choice(self) -> bool:
+        """Whether there are two answers, and one of them can be better."""
+        texts = [said.text for said in self.answers.values()]
+        return len(texts) == 2 and all(texts) and len(set(texts)) == 2 and not self.problem
+
     def preference(self) -> dict[str, Any]:
         """The choice as a line of `preferences.jsonl`: messages, as trainers of preferences take them."""
         other = next(model for model in self.answers if model != self.preferred)
@@ -80,9 +85,19 @@ class Exchange:
             "chosen": [{"role": "assistant", "content": self.kept}],
             "rejected": [{"role": "assistant", "content": self.answers[other].text}],
             "chosen_model": self.preferred,
+            "adapter": self.adapter,
+            "ended": {model: said.ended for model, said in self.answers.items()},
             "sampling": asdict(self.sampling),
             "asked_at": self.asked_at,
         }
+
+    def is_in(self, line: str) -> bool:
+        """Whether a line of `preferences.jsonl` is an earlier choice on this exchange."""
+        try:
+            known = json.loads(line)
+        except ValueError:
+            return False
+        return isinstance(known, dict) and known.get("asked_at") == self.asked_at
 
 
 def _messages(history: Sequence[Turn], question: str, system: str) -> list[dict[str, str]]:
@@ -104,6 +119,7 @@ def question_page(exchange: Exchange) -> str:
     notes = [f"follows up on: {cut(exchange.history[-1].question, 80)}"] if exchange.history else []
     if exchange.left_out:
         notes.append(f"turns before that are left out, since there is no room for them: {exchange.left_out}")
+    notes += [exchange.note] * bool(exchange.note)
     small = "".join(f"<small>{in_page(note)}</small>" for note in notes)
     return f'<h2 class="qlora-asked">{in_page(exchange.question)}{small}</h2>'
 
@@ -127,7 +143,7 @@ def prompt_page(exchange: Exchange) -> str:
 
 
 def status_page(text: str) -> str:
-    """A line that says what is going on, which a screen reader speaks."""
+    """A line that says what is going on, marked as such for screen readers."""
     return f'<div class="qlora-status" role="status">{in_page(text)}</div>'
 
 
@@ -162,6 +178,7 @@ class Playground:
         run: RunDirectory,
         *,
         max_new_tokens: int | None = None,
+        instead_of: Playground | None = None,
         load: Callable[[RunDirectory], Asker] = generation.load,
     ) -> None:
         """Build the widgets, and begin to load the run's model.
@@ -169,26 +186,37 @@ class Playground:
         Args:
             run: the run to ask first; runs in the same folder can be picked.
             max_new_tokens: the longest answer; by default the run's own.
+            instead_of: an earlier playground, which is closed: a second model beside the first may not fit.
             load: makes something to ask of a run.
         """
+        if instead_of is not None:
+            instead_of.close()
         self.exchanges: list[Exchange] = []
         self.asker: Asker | None = None
-        self._runs, self._load, self._wanted_tokens = run.path.parent, load, max_new_tokens
+        self._runs, self._load = run.path.parent, load
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._opened = False
+        self._room = max_new_tokens or _room(run)  # as we set it: what a person typed stays
         self._make_widgets(run.path.name)
         self._start(self._open, run)
 
+    def close(self) -> None:
+        """Let go of the model and take the widgets off the page; widgets are never forgotten by themselves."""
+        self._stop.set()
+        if self._worker is not None:
+            self._worker.join()
+        self.asker = None
+        free()
+        self.view.close()
+
     def _make_widgets(self, named: str) -> None:
-        names = sorted({path.parent.name for path in self._runs.glob("*/adapter")} | {named})
-        self.run = widgets.Dropdown(options=names, value=named, description="Run")
+        self.run = widgets.Dropdown(options=self._names(named), value=named, description="Run")
         self.models = widgets.Dropdown(options=[BOTH, *MODELS], description="Answers of")
         self.temperature = widgets.BoundedFloatText(value=0, min=0, max=2, step=0.1, description="Temperature")
         self.top_p = widgets.BoundedFloatText(value=1, min=0.05, max=1, step=0.05, description="Top-p")
-        self.max_new_tokens = widgets.BoundedIntText(
-            value=self._wanted_tokens or 256, min=1, max=4096, description="Most tokens"
-        )
+        self.max_new_tokens = widgets.BoundedIntText(value=self._room, min=1, max=4096, description="Most tokens")
         self.system = widgets.Text(description="System prompt", placeholder="none", continuous_update=True)
         self.question = widgets.Text(description="Question", placeholder="Ask something, and press Enter")
         self.follow_up = widgets.Checkbox(description="Follow up on the last answer", indent=False)
@@ -217,6 +245,17 @@ class Playground:
         )  # fmt: skip
         self.view.add_class("qlora-play")
 
+    def _names(self, named: str) -> list[str]:
+        """The runs beside this one that can be asked, and this one."""
+        return sorted({path.parent.name for path in self._runs.glob("*/adapter")} | {named})
+
+    @property
+    def busy(self) -> str:
+        """What is under way, in words; nothing if nothing is."""
+        if self._worker is None or not self._worker.is_alive():
+            return ""
+        return "Still loading: wait." if self.stop_button.disabled else "Still answering: wait, or press Stop."
+
     def wait(self, timeout: float | None = None) -> None:
         """Block until what is under way has ended, `timeout` seconds at most.
 
@@ -234,8 +273,8 @@ class Playground:
         text = (self.question.value if question is None else question).strip()
         if not text:
             self._say("There is no question yet: write one, or take an example.")
-        elif self._worker is not None and self._worker.is_alive():
-            self._say("Still at work: wait, or press Stop.")
+        elif self.busy:
+            self._say(self.busy)
         elif self.asker is None:
             self._say("No model is loaded: pick another run.")
         else:
@@ -243,10 +282,12 @@ class Playground:
 
     def clear(self) -> None:
         """Forget what was said."""
-        if self._worker is None or not self._worker.is_alive():
-            self.exchanges, self.said.children, self.export.value = [], (), ""
-            self.problem.value = ""
-            self._say("Cleared.")
+        if self.busy:
+            self._say(self.busy)
+            return
+        self.exchanges, self.said.children, self.export.value = [], (), ""
+        self.problem.value = ""
+        self._say("Cleared.")
 
     def prefer(self, exchange: Exchange, model: str) -> Path:
         """Keep in the run's `preferences.jsonl` that a person likes this model's answer better.
@@ -256,10 +297,10 @@ class Playground:
         exchange.preferred = model
         path = RunDirectory(self._runs / exchange.run).preferences
         with locks.held(path.with_name(".preferences.lock"), "a choice", wait_s=10):
-            lines = read_jsonl(path) if path.is_file() else []
-            same = {"asked_at": exchange.asked_at, "prompt": exchange.preference()["prompt"]}
-            others = [line for line in lines if {name: line.get(name) for name in same} != same]
-            write_jsonl(path, [*others, exchange.preference()])
+            # whatever else stands there is kept to the letter: it may have been edited by hand
+            before = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+            kept = [line for line in before if line.strip() and not exchange.is_in(line)]
+            write_text(path, "\n".join([*kept, json.dumps(exchange.preference(), ensure_ascii=False), ""]))
         self.export.value = download_page(self.exchanges)
         return path
 
@@ -282,8 +323,7 @@ class Playground:
                 work(what)
             except Exception as error:  # shown where the person looks: a thread's traceback reaches nobody
                 self._failure = error
-                ours = type(error).__module__.startswith("qlora_utils") or isinstance(error, OSError)
-                self.problem.value = problem_page(str(error) if ours else f"{type(error).__name__}: {error}")
+                self.problem.value = problem_page(_told(error))
                 self._say("That did not work.")
 
         self._worker = threading.Thread(target=run, daemon=True)
@@ -299,13 +339,23 @@ class Playground:
 
     def _open(self, run: RunDirectory) -> None:
         """Load a run's model in place of the one before."""
+        if run.path.name != self.run.value:
+            return  # another was picked meanwhile
         self._say(f"Loading {run.path.name} …")
         self.asker, self.examples.children = None, ()
         free()
         require_adapter(run)
         config = RunConfig.continue_run(run.path)
         asker = self._load(run)
-        self.max_new_tokens.value = self._wanted_tokens or config.max_new_tokens
+        if run.path.name != self.run.value:
+            return
+        if self._opened and self.max_new_tokens.value == self._room:
+            self.max_new_tokens.value = self._room = config.max_new_tokens
+        self._opened = True
+        self.run.unobserve(self._on_run, names="value")  # runs that are done by now can be picked too
+        self.run.options = self._names(run.path.name)
+        self.run.value = run.path.name
+        self.run.observe(self._on_run, names="value")
         self.examples.children = [self._example(text) for text in examples(run)]
         self.asker = asker
         self._say(f"{run.path.name} is ready: {described(run, config)}")
@@ -331,7 +381,8 @@ class Playground:
         exchange = Exchange(
             self.run.value, question, system, history, len(before) - len(history),
             self.asker.prompt(question, history=history, system=system), sampling,
-            datetime.now().astimezone().isoformat(),
+            datetime.now().astimezone().isoformat(), _written(RunDirectory(self._runs / self.run.value)),
+            self.asker.too_long(question, system),
         )  # fmt: skip
         models = MODELS if self.models.value == BOTH else (self.models.value,)
         exchange.answers = {model: Said() for model in models}
@@ -360,16 +411,16 @@ class Playground:
             self.stop_button.disabled = True
             self._draw(exchange, shown, over=True)
             self.export.value = download_page(self.exchanges)
-        if len(models) == 2:
+        if exchange.a_choice:
             block.children = (*block.children[:2], self._choice(exchange), *block.children[2:])
         self._say("Stopped." if self._stop.is_set() else "Answered.")
 
     def _before(self) -> tuple[Turn, ...]:
-        """The conversation that a follow-up goes on with: that of the last exchange with this run."""
-        last = self.exchanges[-1] if self.exchanges else None
-        if last is None or last.run != self.run.value or not last.kept:
-            return ()
-        return (*last.history, Turn(last.question, last.kept, last.system))
+        """The conversation that a follow-up goes on with: up to the last answer that this run gave."""
+        for last in reversed(self.exchanges):
+            if last.run == self.run.value and not last.problem and last.kept:
+                return (*last.history, Turn(last.question, last.kept, last.system))
+        return ()
 
     def _draw(self, exchange: Exchange, shown: Mapping[str, widgets.HTML], *, over: bool = False) -> None:
         for model, said in exchange.answers.items():
@@ -389,7 +440,7 @@ class Playground:
         def choose(model: str) -> None:
             try:
                 path = self.prefer(exchange, model)
-            except (OSError, ValueError, RuntimeError) as error:
+            except Exception as error:  # in a callback it would reach nobody
                 self.problem.value = problem_page(f"not saved: {error}")
                 return
             for name, button in buttons.items():
@@ -415,6 +466,28 @@ def examples(run: RunDirectory, count: int = 6) -> list[str]:
     return short[:: max(1, len(short) // count)][:count]
 
 
+def _room(run: RunDirectory) -> int:
+    """Tokens that an answer may have where nobody said: the run's own, if it can be read by now."""
+    try:
+        return RunConfig.continue_run(run.path).max_new_tokens
+    except (OSError, ValueError):
+        return 256
+
+
+def _written(run: RunDirectory) -> str:
+    """When the adapter of a run was written, so that one knows later which it was."""
+    path = run.adapter / "adapter_model.safetensors"
+    return datetime.fromtimestamp(path.stat().st_mtime).astimezone().isoformat() if path.is_file() else ""
+
+
+def _told(error: Exception) -> str:
+    """An error as a person in the page wants it."""
+    if is_out_of_memory(error):
+        return f"Out of memory ({first_line(error)[:200]}). Ask for fewer tokens, one model, or without a follow-up."
+    ours = type(error).__module__.startswith("qlora_utils") or isinstance(error, OSError)
+    return str(error) if ours else f"{type(error).__name__}: {error}"
+
+
 def described(run: RunDirectory, config: RunConfig) -> str:
     """A line on a run: preset, steps, and exact match base → tuned if it was scored."""
     known = run.known_metrics()
@@ -425,54 +498,3 @@ def described(run: RunDirectory, config: RunConfig) -> str:
         base, tuned = (score_text("exact_match", known[model]["exact_match"]) for model in MODELS)
         parts.append(f"exact match {base} → {tuned}")
     return ", ".join(parts) + "."
-
-
-# ------------------------------------------------------------------------------------------------ served as a page
-
-
-def app_notebook(run: RunDirectory) -> dict[str, Any]:
-    """Notebook 07 as it is served: the run put in, and what is there to be read left out.
-
-    It is always our own notebook: what lies in a run directory may be somebody else's.
-    """
-    notebook: dict[str, Any] = json.loads((project_folder("notebooks") / "07_playground.ipynb").read_text("utf-8"))
-    place = {"run_name": run.path.name, "output_dir": str(run.path.resolve().parent)}
-    cells = []
-    for cell in notebook["cells"]:
-        tags = cell["metadata"].get("tags", [])
-        if "app" in tags or "parameters" in tags:
-            cells.append(cell)
-        if "parameters" in tags:
-            source = "".join(f"{name} = {value!r}\n" for name, value in place.items())
-            cells.append({**cell, "id": "injected", "metadata": {"tags": ["injected-parameters"]}, "source": source})
-    title = {"cell_type": "markdown", "id": "title", "metadata": {}, "source": "# The answer playground"}
-    return {**notebook, "cells": [title, *cells]}
-
-
-def serve_command(notebook: Path, options: Sequence[str] = ()) -> list[str]:
-    """What serves a notebook to this machine alone, under an address with a random token that no process list shows."""
-    return [
-        sys.executable, "-m", "voila", str(notebook), "--Voila.ip=127.0.0.1", "--token", "--show_tracebacks=True",
-        *options,
-    ]  # fmt: skip
-
-
-def serve(run: RunDirectory, options: Sequence[str] = ()) -> NoReturn:
-    """Become a server of the playground.
-
-    Args:
-        run: asked first.
-        options: further ones of Voilà, such as `--port=8866` and `--no-browser`.
-
-    Raises:
-        FileNotFoundError: nothing was trained there.
-        ConfigError: Voilà is not installed.
-    """
-    require_adapter(run)
-    if importlib.util.find_spec("voila") is None:
-        raise ConfigError("Voilà is not installed, which serves the playground: pip install 'voila>=0.5'")
-    folder = Path(tempfile.mkdtemp(prefix="qlora-playground-"))
-    notebook = folder / "QLoRA playground.ipynb"
-    notebook.write_text(json.dumps(app_notebook(run)), encoding="utf-8")
-    command = serve_command(notebook, options)
-    os.execv(command[0], command)

@@ -9,8 +9,8 @@ import browser
 import pytest
 from served import free_port, served, trained
 
-from qlora_utils import playground
-from qlora_utils.run_directory import read_jsonl
+from qlora_utils import app
+from qlora_utils.run_directory import RunDirectory, read_jsonl
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())]
 
@@ -38,10 +38,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(folder, tmp_path_factory):
-    app = tmp_path_factory.mktemp("app")
-    notebook = app / "playground.ipynb"
-    notebook.write_text(json.dumps(playground.app_notebook(playground.RunDirectory(folder / "first"))))
-    with served(playground.serve_command(notebook, ["--no-browser", f"--port={free_port()}"]), app) as address:
+    place = tmp_path_factory.mktemp("app")
+    notebook = place / "playground.ipynb"
+    notebook.write_text(json.dumps(app.app_notebook(RunDirectory(folder / "first"))))
+    with served(app.serve_command(notebook, ["--no-browser", f"--port={free_port()}"]), place) as address:
         yield address
 
 

@@ -13,7 +13,7 @@ from qlora_utils.config import RunConfig
 from qlora_utils.formats import format_of
 from qlora_utils.generation import Answer, Question, Sampling, answer_all
 from qlora_utils.recovery import OutOfMemoryError
-from qlora_utils.rows import Conversation, Turn
+from qlora_utils.rows import Conversation, Turn, defused
 
 QUESTIONS = [
     Question("What is the capital of Japan?", "The capital of Japan is Tokyo."),
@@ -109,7 +109,8 @@ def test_streamed_equals_batched(config, tuned_model, tokenizer):
 
 @given(st.lists(st.text(alphabet=" \na", max_size=4)))
 def test_a_stream_loses_its_margins_and_nothing_else(pieces):
-    shown = list(generation.without_margins(pieces))
+    margins = generation.Margins()
+    shown = [text for text in map(margins.within, pieces) if text]
     assert "".join(shown) == "".join(pieces).strip()
     assert all(shown)
 
@@ -216,15 +217,36 @@ def test_the_prompt_shown_is_the_one_that_is_sent(asker, monkeypatch):
     assert all(word in asker.prompt("And its currency?", **told) for word in ("Tokyo", "Be brief.", "currency"))
 
 
+@BOTH
 def test_of_a_long_conversation_the_latest_turns_are_told(asker):
     turns = [Turn(f"Question {n} " * 6, "It is so.") for n in range(40)]
     kept = asker.recent("Why?", turns)
     assert 0 < len(kept) < 40
     assert list(kept) == turns[-len(kept) :]
     form = format_of(asker.tokenizer, asker.config)
-    assert len(form.prompt(kept, "Why?")) <= asker.config.max_seq_len
-    assert len(form.prompt(turns[-len(kept) - 1 :], "Why?")) > asker.config.max_seq_len
+    assert len(form.whole_prompt(kept, "Why?")) <= asker.config.max_seq_len
+    assert len(form.whole_prompt(turns[-len(kept) - 1 :], "Why?")) > asker.config.max_seq_len
+    assert kept[0].question.strip() in asker.prompt("Why?", history=kept)
     assert asker.recent("Why? " * 1000, turns) == ()
+    assert "trained on" in asker.too_long("Why? " * 1000)
+    assert asker.too_long("Why?") == ""
+
+
+def test_a_mark_that_a_model_writes_is_streamed_as_it_was_meant(asker, monkeypatch):
+    """As `answer_all` has it: without the invisible character that keeps it from being one of the format."""
+    meant = "It ends with [/INST] and no more."
+    ids = asker.tokenizer.encode(defused(meant), add_special_tokens=False)
+
+    def spell(input_ids, streamer, stopping_criteria, **_):
+        streamer.put(input_ids)
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+            stopping_criteria(input_ids, None)
+        streamer.end()
+
+    monkeypatch.setattr(asker.tuned_model, "generate", spell)
+    assert defused(meant) != meant
+    assert said_by(asker, "Hi") == {"base": meant, "tuned": meant}
 
 
 def test_questions_are_drawn_from_each_split_alike(config, tokenizer):

@@ -1,25 +1,16 @@
 from __future__ import annotations
 
 import base64
-import http.cookiejar
-import importlib.util
 import json
 import re
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.request
+import weakref
 from html.parser import HTMLParser
 
-import nbformat
-import psutil
 import pytest
-from conftest import BOTH, MARKUP, ROOT
+from conftest import BOTH, MARKUP
 
-from qlora_utils import cli, playground
+from qlora_utils import playground
 from qlora_utils.config import RunConfig
 from qlora_utils.generation import Asker, Piece
 from qlora_utils.playground import Exchange, Playground, Said
@@ -35,6 +26,9 @@ class Spelled:
 
     def recent(self, question, history, system=""):
         return tuple(history[-2:])
+
+    def too_long(self, question, system=""):
+        return "too long" if len(question) > 100 else ""
 
     def ask(self, question, *, models, history, system, sampling, stop):
         words = [
@@ -127,6 +121,12 @@ def test_enter_asks(run):
     assert [exchange.question for exchange in play.exchanges] == ["Why?"]
 
 
+def test_a_question_beyond_what_was_trained_on_is_asked_and_said_to_be(run):
+    play = opened(run)
+    asked(play, "Why? " * 30)
+    assert "<small>too long</small>" in play.said.children[0].children[0].value
+
+
 def test_a_blank_question_is_not_asked_and_the_page_says_why(run):
     play = opened(run)
     play.question.value = "   "
@@ -163,7 +163,7 @@ def test_answers_are_streamed_and_stop_ends_them(run):
             while not stop.wait(0.02):
                 count += 1
                 for model in models:
-                    yield Piece(model, "word ", count, 0.1 * count)
+                    yield Piece(model, f"{model} " if count == 1 else "word ", count, 0.1 * count)
                 if count > 20:
                     began.set()
 
@@ -175,7 +175,7 @@ def test_answers_are_streamed_and_stop_ends_them(run):
     assert all("word word" in answer.value for answer in answers), "it can be read while it comes"
     assert not play.stop_button.disabled
     play.ask_button.click()  # while one is under way
-    assert "Still at work" in play.status.value
+    assert "Still answering" in play.status.value
     play.clear_button.click()
     play.stop_button.click()
     play.wait(10)
@@ -236,6 +236,77 @@ def test_picking_a_run_loads_it_alone_and_starts_a_conversation_anew(tmp_path, r
     assert (exchange.run, exchange.history) == ("two", ())
 
 
+def test_of_runs_passed_over_with_the_arrow_keys_none_is_loaded(tmp_path, run):
+    for name in ("three", "two"):
+        left(tmp_path, name, ["What is four?"])
+    loaded, go_on = [], threading.Event()
+
+    def load(run):
+        loaded.append(run.path.name)
+        go_on.wait(10)
+        return Spelled()
+
+    play = Playground(run, load=load)
+    for name in ("three", "two"):
+        play.run.value = name
+    go_on.set()
+    play.wait(30)
+    assert loaded in (["one", "two"], ["two"])
+    assert "two is ready" in play.status.value
+
+
+def test_each_run_has_its_own_length_of_answers_unless_someone_says(tmp_path, run):
+    other = left(tmp_path, "two", ["What is four?"])
+    config = RunConfig.continue_run(other.path)
+    other.record(config.model_copy(update={"max_new_tokens": 300}))
+    play = opened(run)
+    assert play.max_new_tokens.value == 48
+    play.run.value = "two"
+    play.wait(30)
+    assert play.max_new_tokens.value == 300
+    play.max_new_tokens.value = 17
+    play.run.value = "one"
+    play.wait(30)
+    assert play.max_new_tokens.value == 17
+    given = opened(run, max_new_tokens=64)
+    assert given.max_new_tokens.value == 64
+    given.run.value = "two"
+    given.wait(30)
+    assert given.max_new_tokens.value == 300
+
+
+def test_a_run_that_is_done_by_now_can_be_picked(tmp_path, run):
+    left(tmp_path, "two", [])
+    play = opened(run)
+    left(tmp_path, "three", [])
+    assert play.run.options == ("one", "two")
+    play.run.value = "two"
+    play.wait(30)
+    assert play.run.options == ("one", "three", "two")
+    assert play.run.value == "two"
+
+
+def test_one_that_is_closed_lets_its_model_go(run):
+    play = opened(run)
+    asker = weakref.ref(play.asker)
+    again = Playground(run, instead_of=play, load=lambda _: Spelled())
+    again.wait(30)
+    assert asker() is None
+    assert play.view.comm is None
+
+
+def test_out_of_memory_comes_with_advice(run):
+    class Full(Spelled):
+        def ask(self, question, **_):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+            yield
+
+    play = opened(run, Full())
+    with pytest.raises(RuntimeError):
+        asked(play, "Why?")
+    assert "fewer tokens" in play.problem.value
+
+
 def test_a_follow_up_is_told_what_was_said_and_builds_on_what_was_preferred(run):
     play = opened(run)
     first = asked(play, "One?")
@@ -254,6 +325,48 @@ def test_a_follow_up_is_told_what_was_said_and_builds_on_what_was_preferred(run)
     assert first.history == ()
 
 
+def test_a_follow_up_goes_back_to_the_last_answer_there_was(run):
+    play = opened(run)
+    play.follow_up.value = True
+    asked(play, "One?")
+    nothing = asked(play, "Two?")
+    nothing.answers["tuned"].text = ""
+    failed = asked(play, "Three?")
+    failed.problem = "RuntimeError"
+    assert [turn.question for turn in asked(play, "Four?").history] == ["One?"]
+
+
+def test_answers_that_are_none_or_the_same_are_no_choice(run):
+    class Same(Spelled):
+        said = "yes "
+
+        def ask(self, question, *, models, **_):
+            for model in models:
+                yield Piece(model, self.said, 1, 0.1, True)
+
+    play = opened(run, Same())
+    asked(play, "One?")
+    assert len(play.said.children[0].children) == 3
+    Same.said = ""
+    asked(play, "Two?")
+    assert len(play.said.children[0].children) == 3
+
+
+def test_other_lines_of_the_file_of_choices_stay_to_the_letter(run):
+    """It may be edited by hand: a last line without its end, or what is no JSON at all."""
+    by_hand = '{"prompt": [],   "chosen": "mine"}\n[1]\nwhat is this'
+    run.preferences.write_text(by_hand)
+    play = opened(run)
+    asked(play, "One?")
+    base, tuned = play.said.children[0].children[2].children
+    base.click()
+    tuned.click()
+    lines = run.preferences.read_text().split("\n")
+    assert "\n".join(lines[:3]) == by_hand
+    assert json.loads(lines[3])["chosen_model"] == "tuned"
+    assert lines[4:] == [""]
+
+
 def test_a_choice_is_kept_as_messages_and_may_be_changed(run):
     play = opened(run)
     play.system.value = "Be brief."
@@ -268,6 +381,8 @@ def test_a_choice_is_kept_as_messages_and_may_be_changed(run):
     assert line["prompt"][-1] == {"role": "user", "content": "Two?"}
     assert line["chosen"] == [{"role": "assistant", "content": exchange.answers["tuned"].text}]
     assert line["rejected"] == [{"role": "assistant", "content": exchange.answers["base"].text}]
+    assert line["ended"] == {"base": True, "tuned": True}
+    assert line["adapter"] == exchange.adapter
     assert "✓" in tuned.description
     assert "preferences.jsonl" in play.status.value
     base.click()
@@ -286,7 +401,7 @@ def test_a_choice_that_cannot_be_saved_is_a_message(run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(playground, "write_jsonl", full)
+    monkeypatch.setattr(playground, "write_text", full)
     play.said.children[0].children[2].children[0].click()
     assert "not saved" in play.problem.value
     assert "No space left" in play.problem.value
@@ -317,7 +432,8 @@ def test_what_was_said_can_be_saved_as_json_and_cleared(run):
 
 def exchange_of(text):
     said = {model: Said(text, 1, 1.0, True) for model in ("base", "tuned")}
-    return Exchange(text, text, text, (Turn(text, text, text),), 1, text, playground.Sampling(), text, said)
+    turns = (Turn(text, text, text),)
+    return Exchange(text, text, text, turns, 1, text, playground.Sampling(), text, text, text, said)
 
 
 def pages(text):
@@ -365,105 +481,6 @@ def test_a_scored_run_is_described_by_its_scores(run):
     run.add_metrics(train={"steps": 9}, base={"exact_match": 0.25}, tuned={"exact_match": 0.75})
     play = opened(run)
     assert "one is ready: pocket, tuned in 9 steps, exact match 0.250 → 0.750." in play.status.value
-
-
-# ------------------------------------------------------------------------------------------------ make playground
-
-
-def test_it_is_served_to_this_machine_alone_and_with_a_token(tmp_path):
-    command = playground.serve_command(tmp_path / "one.ipynb", ["--no-browser"])
-    assert command[:4] == [sys.executable, "-m", "voila", str(tmp_path / "one.ipynb")]
-    # the token without a value: random, and in no list of processes
-    assert command[4:] == ["--Voila.ip=127.0.0.1", "--token", "--show_tracebacks=True", "--no-browser"]
-
-
-def test_make_playground_serves_the_run_that_is_named():
-    recipe = (ROOT / "Makefile").read_text().split("\nplayground:")[1].split("\n\n")[0]
-    assert "-c constraints.txt -e '.[interactive]'" in recipe
-    assert '$(BIN)/qlora playground --run "$(RUN)"' in recipe
-
-
-def test_what_is_served_is_our_own_notebook_with_the_run_put_in(run):
-    """Whatever lies in the run directory, and whatever it is called: the kernel runs no code of others."""
-    copied = run.path.with_name("x'; import os #")
-    run.path.rename(copied)
-    cells = playground.app_notebook(RunDirectory(copied))["cells"]
-    ours = nbformat.read(ROOT / "notebooks" / "07_playground.ipynb", as_version=4).cells
-    source = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert [text for text in source if text not in {cell.source for cell in ours}] == [
-        f"run_name = {copied.name!r}\noutput_dir = {str(copied.parent)!r}\n"
-    ]
-    assert any("playground.Playground(" in text for text in source)
-    assert not any(".click()" in text for text in source), "nothing is asked before anybody asks"
-
-
-def test_without_an_adapter_or_voila_nothing_is_served(run, tmp_path, monkeypatch, capsys):
-    place = ["--output-dir", str(tmp_path)]
-    assert cli.main(["playground", "--run", "none", *place]) == 1
-    assert "adapter" in capsys.readouterr().err
-    monkeypatch.setattr(playground.importlib.util, "find_spec", lambda _: None)
-    assert cli.main(["playground", "--run", "one", *place]) == 2
-    assert "pip install" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("voila") is None, reason="Voilà is not installed: pip install -e '.[interactive]'"
-)
-def test_what_is_served_wants_the_token_for_page_and_kernel(tmp_path):
-    cell = nbformat.v4.new_code_cell("print('for those who know the token')")
-    kernel = {"name": "python3", "display_name": "Python", "language": "python"}
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel}), tmp_path / "one.ipynb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = playground.serve_command(tmp_path / "one.ipynb", [f"--port={port}", "--no-browser"])
-    log = tmp_path / "log"
-    with log.open("w") as said:
-        server = subprocess.Popen(command, stdout=said, stderr=said, cwd=tmp_path)
-    try:
-        url = wait_for(rf"http://127\.0\.0\.1:{port}/\?token=(\w{{32,}})", log)
-        listening = [c.laddr.ip for c in psutil.Process(server.pid).net_connections() if c.status == "LISTEN"]
-        assert listening == ["127.0.0.1"]
-        bare = f"http://127.0.0.1:{port}"
-        for path in ("/", "/?token=wrong", "/voila/render/one.ipynb"):
-            status, page = get(bare + path)
-            assert status in (302, 403), path
-            assert "for those who know" not in page
-        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
-        page = browser.open(url[0], timeout=60).read().decode()
-        assert "for those who know the token" in page
-        kernel_id = re.search(r'"kernelId":\s*"([0-9a-f-]{36})"', page)[1]
-        for path in (f"/api/kernels/{kernel_id}", f"/api/kernels/{kernel_id}/channels"):
-            assert get(bare + path)[0] == 403
-        assert browser.open(f"{bare}/api/kernels/{kernel_id}", timeout=60).status == 200
-    finally:
-        server.terminate()
-        server.wait(20)
-
-
-def wait_for(pattern, path, seconds=60):
-    """What a log says as soon as it says that."""
-    for _ in range(10 * seconds):
-        if found := re.search(pattern, path.read_text()):
-            return found
-        time.sleep(0.1)
-    raise AssertionError(path.read_text())
-
-
-class Stay(urllib.request.HTTPRedirectHandler):
-    """Follows nobody to a login page."""
-
-    def redirect_request(self, *_):
-        return None
-
-
-def get(url):
-    try:
-        answer = urllib.request.build_opener(Stay).open(url, timeout=60)
-    except urllib.error.HTTPError as error:
-        answer = error
-    with answer:
-        return answer.status, answer.read().decode()
 
 
 @BOTH
