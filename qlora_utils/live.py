@@ -14,14 +14,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Protocol, TextIO
 
 import torch
 from transformers import TrainerCallback
 
 from qlora_utils.config import first_line
-from qlora_utils.curves import column
+from qlora_utils.curves import column, sample_answers
 from qlora_utils.history import HistoryWriter, peak_memory_bytes
 from qlora_utils.run_directory import HEADLESS, TERMINAL
 from qlora_utils.shown import cut, in_page, on_terminal
@@ -160,14 +159,12 @@ def samples_table(lines: Sequence[Mapping[str, Any]], most: int = 8) -> str:
         lines: of `history.jsonl`.
         most: rows shown: the first and the last ones. Measurements that gave the same answer share a row.
     """
-    asked = [(line["step"], line["sample"]) for line in lines if line.get("sample")]
+    asked = [line["sample"] for line in lines if line.get("sample")]
     if not asked:
         return ""
-    question, expected = (in_page(cut(asked[-1][1][name], 300)) for name in ("question", "expected"))
+    question, expected = (in_page(cut(asked[-1][name], 300)) for name in ("question", "expected"))
     rows = []
-    for (answer, right), same in groupby(asked, key=lambda one: (one[1]["answer"], one[1]["right"])):
-        steps = [step for step, _ in same]
-        span = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,}–{steps[-1]:,}"
+    for span, answer, right in sample_answers(lines):
         cells = (span, in_page(cut(answer, 300)) or "(nothing)", "right" if right else "not yet")
         rows.append("<tr>" + "".join(f'<td style="{_CELL}">{cell}</td>' for cell in cells) + "</tr>")
     if len(rows) > most:
