@@ -375,8 +375,16 @@ def view_here() -> View:
         columns = os.environ.get(TERMINAL)
         return TerminalView(sys.stderr, int(columns)) if columns else LogView(sys.stderr)
     if sys.stderr.isatty():
-        return TerminalView(sys.stderr, os.get_terminal_size(sys.stderr.fileno()).columns or 80)
+        return TerminalView(sys.stderr, _columns(sys.stderr))
     return LogView(sys.stderr)
+
+
+def _columns(file: TextIO) -> int:
+    """Of the terminal that a file is; 80 where it does not tell, as some serial lines and IDEs do not."""
+    try:
+        return os.get_terminal_size(file.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 class Progress(TrainerCallback):
@@ -406,7 +414,10 @@ class Progress(TrainerCallback):
         if not getattr(state, "is_world_process_zero", True):  # of several processes one
             self.view = None
             return
-        self.view = self.view or view_here()
+        try:
+            self.view = self.view or view_here()
+        except Exception as error:
+            self._unseen(error)
         self._show(news=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -473,8 +484,11 @@ class Progress(TrainerCallback):
         try:
             show(self.moment())
         except Exception as error:
-            self.view = None
-            warnings.warn(f"the training goes on unseen: it cannot be shown ({first_line(error)})", stacklevel=2)
+            self._unseen(error)
+
+    def _unseen(self, error: Exception) -> None:
+        self.view = None
+        warnings.warn(f"the training goes on unseen: it cannot be shown ({first_line(error)})", stacklevel=3)
 
 
 def memory_bytes() -> int:
