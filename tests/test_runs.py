@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 
 import pytest
 from conftest import MARKUP
@@ -53,7 +54,7 @@ def scored(folder, name, **values):
 
 
 def lock(run, process):
-    (run.path / ".training.lock").write_text(json.dumps({"pid": process, "doing": "training", "since": 0.0}))
+    (run.path / ".training.lock").write_text(json.dumps({"pid": process, "doing": "training", "since": time.time()}))
 
 
 def test_each_run_is_told_as_far_as_it_came(tmp_path):
@@ -85,6 +86,12 @@ def test_a_training_that_begins_is_one_before_its_first_step(tmp_path):
     run = prepared(tmp_path, "a")
     lock(run, os.getpid())
     assert (runs.look_at(run.path).state, runs.look_at(run.path).step) == ("training", 0)
+
+
+def test_a_number_of_a_process_that_was_given_anew_is_no_training(tmp_path):
+    run = stopped(tmp_path, "a")
+    (run.path / ".training.lock").write_text(json.dumps({"pid": os.getpid(), "doing": "training", "since": 1e9}))
+    assert runs.look_at(run.path).state == "stopped"
 
 
 def test_an_adapter_of_a_training_before_does_not_make_a_new_one_done(tmp_path):
