@@ -136,8 +136,8 @@ def language_table(found: Sequence[Language]) -> str:
         lines.append(f"{on_terminal(one.name):<17}{count:>20}{middle:>15,.0f}{_held(one):>18}{spelled}")
     if any(one.characters_per_token is None for one in found):
         lines.append(
-            "A language that is not spelled looks cheap: the tokenizer takes each stretch that it has no tokens for as "
-            "one <unk>, and a model can neither read nor write it."
+            "A language that is not spelled looks cheap: the tokenizer takes each stretch that it has\n"
+            "no tokens for as one <unk>, and a model can neither read nor write it."
         )
     return "\n".join(lines)
 
