@@ -31,7 +31,7 @@ test-slow: $(READY) ## run the tests that take minutes: trainings killed twenty 
 
 test-browser: $(READY) ## try playground, JupyterLab and report in Chromium; leaves outputs/screenshots
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser,interactive]'
-	@bash .ci/chromium $(BIN)/playwright
+	@bash .ci/chromium $(BIN)/playwright >/dev/null
 	QLORA_BROWSER=required $(BIN)/python -m pytest -m browser
 
 gpu-check: $(READY) ## on a GPU: its tests and the seven notebooks; MODEL= and DATA= for llama2-7b

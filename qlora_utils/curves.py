@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.drawing import COLORS, HELD_OUT, PALE, TRAINING, unframed
@@ -26,6 +27,7 @@ COLUMNS = {
     "peak_memory_bytes": "peak memory (GB)",
 }
 
+NUMBERS = (*COLUMNS, "epoch")
 SAMPLE = ("question", "expected", "answer")  # of one held-out question, asked at every measurement
 
 
@@ -40,15 +42,43 @@ def read_history(run: RunDirectory) -> History:
     if not lines:
         raise damaged(run.history, "it holds no line of a training")
     for number, line in enumerate(lines, start=1):
-        if not isinstance(line.get("step"), int):
-            raise damaged(run.history, "expected step, a whole number, and what was measured then", number)
-        for name in COLUMNS:
-            if not isinstance(line.get(name, 0), (int, float, type(None))):
-                raise damaged(run.history, f"{name}: expected a number, found {type(line[name]).__name__}", number)
-        sample = line.get("sample", {})
-        if not (isinstance(sample, dict) and all(isinstance(sample.get(name, ""), str) for name in SAMPLE)):
-            raise damaged(run.history, f"sample: expected an object with {', '.join(SAMPLE)} as text", number)
+        if fault := fault_of_numbers(line) or fault_of_sample(line):
+            raise damaged(run.history, fault, number)
     return lines
+
+
+def fault_of_numbers(line: Mapping[str, Any]) -> str:
+    """What keeps a line from being one of a training: its step, or a column that is no number. Empty if nothing does.
+
+    Fields that are not drawn may hold whatever they like: a later version may add some.
+    """
+    if not isinstance(line.get("step"), int):
+        return "expected step, a whole number, and what was measured then"
+    for name in NUMBERS:
+        if not isinstance(line.get(name, 0), (int, float, type(None))):
+            return f"{name}: expected a number, found {type(line[name]).__name__}"
+    return ""
+
+
+def fault_of_sample(line: Mapping[str, Any]) -> str:
+    """What keeps a line's sample, which it need not have, from being shown. Empty if nothing does."""
+    sample = line.get("sample", {})
+    if isinstance(sample, dict) and all(isinstance(sample.get(name, ""), str) for name in SAMPLE):
+        return ""
+    return f"sample: expected an object with {', '.join(SAMPLE)} as text"
+
+
+def sample_answers(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, bool]]:
+    """How the sample question was answered: steps, the answer, whether it was right.
+
+    Measurements one after the other that gave the same answer are told as one.
+    """
+    asked = [(line["step"], line["sample"]) for line in history if line.get("sample")]
+    rows = []
+    for (answer, right), same in groupby(asked, key=lambda one: (one[1].get("answer", ""), bool(one[1].get("right")))):
+        steps = [step for step, _ in same]
+        rows.append((f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,}–{steps[-1]:,}", answer, right))
+    return rows
 
 
 def column(history: History, name: str) -> tuple[list[int], list[float]]:

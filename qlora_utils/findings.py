@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from qlora_utils.curves import column, lowest, smooth, turned
+from qlora_utils.curves import column, fault_of_numbers, fault_of_sample, lowest, smooth, turned
 from qlora_utils.run_directory import DamagedError, RunDirectory, read_json, read_jsonl
 from qlora_utils.scores import (
     TITLES,
@@ -112,7 +112,7 @@ def gather(run: RunDirectory) -> Facts:
         run=run,
         stored=stored,
         metrics=metrics,
-        history=[line for line in history if _is_step(line)],
+        history=[_step(line) for line in history if not fault_of_numbers(line)],
         data=taken("data", lambda: read_json(run.data / "report.json"), {}),
         reasons=taken("rejected", lambda: _reasons(run), {}),
         answers=usable,
@@ -120,9 +120,9 @@ def gather(run: RunDirectory) -> Facts:
     )
 
 
-def _is_step(line: Any) -> bool:
-    numbers = [value for value in line.values() if value is not None]
-    return isinstance(line.get("step"), int) and all(isinstance(value, (int, float)) for value in numbers)
+def _step(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of the history, without its sample where that is damaged: the numbers stand without it."""
+    return {name: value for name, value in line.items() if name != "sample"} if fault_of_sample(line) else line
 
 
 def _is_answer(line: Any) -> bool:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 2000  # conversations that are looked at: two seconds
 SURE = 0.8  # probability; below, nothing is claimed
+UNKNOWN = 0.05  # share of unknown tokens; with more, how much of a text a token holds says nothing
 LEAST = 0.01  # share of a sample that a language needs to be named by itself
 UNSURE, OTHERS = "unsure", "other languages"
 NAMES = {
@@ -40,17 +41,25 @@ NAMES = {
 class Language:
     """The conversations of a sample that are in one language: of each what is asked and answered, the format left out.
 
-    `tokens` and `characters` have one number for each conversation.
+    `tokens`, `characters` and `unknown` have one number for each conversation.
     """
 
     name: str
     tokens: list[int]
     characters: list[int]
+    unknown: list[int]  # of the tokens: each stands for a stretch of any length that the vocabulary cannot spell
 
     @property
-    def characters_per_token(self) -> float:
-        """How much of a text one token holds."""
+    def characters_per_token(self) -> float | None:
+        """How much of a text one token holds; None where too many are unknown to say."""
+        if self.unknown_share > UNKNOWN:
+            return None
         return sum(self.characters) / max(1, sum(self.tokens))
+
+    @property
+    def unknown_share(self) -> float:
+        """Of all its tokens."""
+        return sum(self.unknown) / max(1, sum(self.tokens))
 
 
 def language(text: str) -> str:
@@ -78,17 +87,23 @@ def by_language(
     options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     encoded: Any = tokenizer(texts, **options)["input_ids"] if texts else []
     found: dict[str, Language] = {}
+    unknown = tokenizer.unk_token_id  # None: it spells everything
     for text, ids in zip(texts, encoded, strict=True):
         name = language(text)
-        into = found.setdefault(name, Language(name, [], []))
+        into = found.setdefault(name, Language(name, [], [], []))
         into.tokens.append(len(ids))
         into.characters.append(len(text))
+        into.unknown.append(0 if unknown is None else ids.count(unknown))
     unsure = [found.pop(UNSURE)] if UNSURE in found else []
     ranked = sorted(found.values(), key=lambda one: (-len(one.tokens), one.name))
     large = [one for one in ranked if len(one.tokens) >= LEAST * len(chosen)]
     small = ranked[len(large) :]
-    rest = Language(OTHERS, [n for one in small for n in one.tokens], [n for one in small for n in one.characters])
-    return [*large, *([rest] if small else []), *unsure]
+    return [*large, *([_together(small)] if small else []), *unsure]
+
+
+def _together(small: Sequence[Language]) -> Language:
+    parts = [[number for one in small for number in getattr(one, name)] for name in ("tokens", "characters", "unknown")]
+    return Language(OTHERS, *parts)
 
 
 def _said(conversation: Conversation) -> str:
@@ -104,20 +119,42 @@ def _identifier() -> Any:
 
 
 def language_table(found: Sequence[Language]) -> str:
-    """Conversations, median of their tokens, and characters per token of each language, as lines of text."""
+    """Conversations, median of their tokens, and characters per token of each language, as lines of text.
+
+    Where a tokenizer has no token for some of the text, the share of its tokens that do spell it stands beside.
+    """
     import statistics
 
     whole = sum(len(one.tokens) for one in found)
-    lines = [f"{'':<17}{'conversations':>20}{'median tokens':>15}{'characters/token':>18}"]
+    unknown = any(sum(one.unknown) for one in found)
+    head = f"{'':<17}{'conversations':>20}{'median tokens':>15}{'characters/token':>18}"
+    lines = [f"{head}{'spelled':>10}" if unknown else head]
     for one in found:
         count = f"{len(one.tokens):,} ({len(one.tokens) / whole:.0%})"
         middle = statistics.median(one.tokens)
-        lines.append(f"{on_terminal(one.name):<17}{count:>20}{middle:>15,.0f}{one.characters_per_token:>18.1f}")
+        spelled = f"{_spelled(one):>10}" if unknown else ""
+        lines.append(f"{on_terminal(one.name):<17}{count:>20}{middle:>15,.0f}{_held(one):>18}{spelled}")
+    if any(one.characters_per_token is None for one in found):
+        lines.append(
+            "A language that is not spelled looks cheap: the tokenizer takes each stretch that it has\n"
+            "no tokens for as one <unk>, and a model can neither read nor write it."
+        )
     return "\n".join(lines)
+
+
+def _held(one: Language) -> str:
+    return "–" if one.characters_per_token is None else f"{one.characters_per_token:.1f}"
+
+
+def _spelled(one: Language) -> str:
+    """The share of tokens that are known, never rounded up to all."""
+    return f"{min(1 - one.unknown_share, 0.99 if sum(one.unknown) else 1.0):.0%}"
 
 
 def plot_languages(found: Sequence[Language], ax: Axes) -> Figure:
     """Tokens per conversation for each language: the middle half, 90 %, the median; on the right, what a token holds.
+
+    Of a language that the tokenizer cannot spell, the share of tokens that are known stands there instead.
 
     Args:
         found: from `by_language`.
@@ -131,7 +168,8 @@ def plot_languages(found: Sequence[Language], ax: Axes) -> Figure:
         ax.plot([low, high], [place, place], color=SKY, linewidth=2, solid_capstyle="butt")
         ax.plot([first, third], [place, place], color=BLUE, linewidth=9, solid_capstyle="butt")
         ax.plot(middle, place, "o", color="white", markeredgecolor="black", markersize=7)
-        ax.annotate(f"{one.characters_per_token:.1f}", (1.02, place), xycoords=("axes fraction", "data"), va="center")
+        beside = f"spelled: {_spelled(one)}" if one.characters_per_token is None else _held(one)
+        ax.annotate(beside, (1.02, place), xycoords=("axes fraction", "data"), va="center")
     ax.annotate("characters\nper token", (1.0, 1.01), xycoords="axes fraction", fontsize="small")
     ax.set_yticks(range(len(found)), [f"{one.name} ({len(one.tokens):,})" for one in found])
     ax.set_ylim(len(found) - 0.5, -0.5)

@@ -14,14 +14,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Protocol, TextIO
 
 import torch
 from transformers import TrainerCallback
 
 from qlora_utils.config import first_line
-from qlora_utils.curves import column
+from qlora_utils.curves import column, sample_answers
 from qlora_utils.history import HistoryWriter, peak_memory_bytes
 from qlora_utils.run_directory import HEADLESS, TERMINAL
 from qlora_utils.shown import cut, in_page, on_terminal
@@ -160,14 +159,12 @@ def samples_table(lines: Sequence[Mapping[str, Any]], most: int = 8) -> str:
         lines: of `history.jsonl`.
         most: rows shown: the first and the last ones. Measurements that gave the same answer share a row.
     """
-    asked = [(line["step"], line["sample"]) for line in lines if line.get("sample")]
+    asked = [line["sample"] for line in lines if line.get("sample")]
     if not asked:
         return ""
-    question, expected = (in_page(cut(asked[-1][1][name], 300)) for name in ("question", "expected"))
+    question, expected = (in_page(cut(asked[-1][name], 300)) for name in ("question", "expected"))
     rows = []
-    for (answer, right), same in groupby(asked, key=lambda one: (one[1]["answer"], one[1]["right"])):
-        steps = [step for step, _ in same]
-        span = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,}–{steps[-1]:,}"
+    for span, answer, right in sample_answers(lines):
         cells = (span, in_page(cut(answer, 300)) or "(nothing)", "right" if right else "not yet")
         rows.append("<tr>" + "".join(f'<td style="{_CELL}">{cell}</td>' for cell in cells) + "</tr>")
     if len(rows) > most:
@@ -378,8 +375,16 @@ def view_here() -> View:
         columns = os.environ.get(TERMINAL)
         return TerminalView(sys.stderr, int(columns)) if columns else LogView(sys.stderr)
     if sys.stderr.isatty():
-        return TerminalView(sys.stderr, os.get_terminal_size(sys.stderr.fileno()).columns or 80)
+        return TerminalView(sys.stderr, _columns(sys.stderr))
     return LogView(sys.stderr)
+
+
+def _columns(file: TextIO) -> int:
+    """Of the terminal that a file is; 80 where it does not tell, as some serial lines and IDEs do not."""
+    try:
+        return os.get_terminal_size(file.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 class Progress(TrainerCallback):
@@ -409,7 +414,10 @@ class Progress(TrainerCallback):
         if not getattr(state, "is_world_process_zero", True):  # of several processes one
             self.view = None
             return
-        self.view = self.view or view_here()
+        try:
+            self.view = self.view or view_here()
+        except Exception as error:
+            self._unseen(error)
         self._show(news=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -476,8 +484,11 @@ class Progress(TrainerCallback):
         try:
             show(self.moment())
         except Exception as error:
-            self.view = None
-            warnings.warn(f"the training goes on unseen: it cannot be shown ({first_line(error)})", stacklevel=2)
+            self._unseen(error)
+
+    def _unseen(self, error: Exception) -> None:
+        self.view = None
+        warnings.warn(f"the training goes on unseen: it cannot be shown ({first_line(error)})", stacklevel=3)
 
 
 def memory_bytes() -> int:

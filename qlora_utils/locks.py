@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+TOLERANCE_S = 60.0  # by which clocks may differ: the time a process began is counted from the start of the machine
 # What file systems answer that know no locks, as some network and FUSE mounts.
 _NO_LOCKS = {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
@@ -79,6 +80,46 @@ def _is_still(path: Path, file: int) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(file))
     except FileNotFoundError:
+        return False
+
+
+def is_alive(process: int, since: float | None = None) -> bool:
+    """Whether there is a process of that number on this machine, whoever it belongs to.
+
+    Args:
+        process: its number.
+        since: seconds since 1970 by which it must have begun; one that began later has taken over a number that was
+            free again. None: any counts.
+    """
+    if process <= 0:  # groups of processes
+        return False
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        pass  # somebody else's
+    except (ProcessLookupError, OverflowError):
+        return False
+    return since is None or not _is_another(process, since)
+
+
+def _is_another(process: int, since: float) -> bool:
+    import psutil
+
+    try:
+        known = psutil.Process(process)
+        return known.status() == psutil.STATUS_ZOMBIE or known.create_time() > since + TOLERANCE_S
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, OSError):  # it does not tell
+        return False
+
+
+def is_at_work(path: Path) -> bool:
+    """Whether the process that a lock file names is alive. The lock itself is left alone: to try it would hold it."""
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return is_alive(int(known["pid"]), float(known["since"]))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return False
 
 

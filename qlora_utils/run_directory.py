@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_utils import colab
 from qlora_utils.config import ANSWER_FIELDS, RunConfig
+from qlora_utils.locks import is_alive
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -179,8 +180,9 @@ class RunDirectory:
         """Remove half-written files of processes that are no more; those of living ones are about to be renamed."""
         for folder in (self.path, self.data, self.figures, self.notebooks):
             for path in folder.glob(".*.*"):
-                process = re.fullmatch(r"\..+\.(\d+)\.[^.]+", path.name)
-                if process and not _is_alive(int(process[1])):
+                process = re.fullmatch(r"\..+\.(\d{1,9})\.[^.]+", path.name)
+                # one of this process' own number was left by another: before it writes, it sweeps
+                if process and (int(process[1]) == os.getpid() or not is_alive(int(process[1]))):
                     path.unlink(missing_ok=True)
 
 
@@ -199,16 +201,6 @@ def with_few_colours(png: bytes) -> bytes:
         few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         few.save(written, "PNG", optimize=True, dpi=picture.info.get("dpi"))
     return min(png, written.getvalue(), key=len)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return process != os.getpid()
 
 
 def write_bytes(path: Path, blocks: Iterable[bytes]) -> None:

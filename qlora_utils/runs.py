@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_utils.config import ConfigError, RunConfig, first_line
+from qlora_utils.locks import is_at_work
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
 from qlora_utils.scores import score_text
 from qlora_utils.shown import cut
@@ -104,7 +105,7 @@ def _told(run: RunDirectory) -> dict[str, Any]:
             pair = tuple(float(metrics[model]["exact_match"]) for model in ("base", "tuned"))
             told |= {"state": "scored", "exact_match": pair, "questions": int(metrics["held_out"]["questions"])}
         return told
-    busy = _is_at_work(run.path / ".training.lock")
+    busy = is_at_work(run.path / ".training.lock")
     saved = _saved(run)
     if history or saved or busy:
         last = int(history[-1]["step"]) if history else 0
@@ -127,17 +128,6 @@ def _steps(config: RunConfig, saved: Mapping[str, Any]) -> int | None:
     if config.epochs is None:
         return config.steps
     return int(saved["max_steps"]) if saved else None
-
-
-def _is_at_work(lock: Path) -> bool:
-    """Whether the process that a lock file names is alive. The lock itself is left alone: to try it would hold it."""
-    try:
-        os.kill(int(json.loads(lock.read_text(encoding="utf-8"))["pid"]), 0)
-    except PermissionError:
-        return True  # somebody else's
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return False
-    return True
 
 
 def _room(path: Path) -> tuple[float, int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils import compare, findings
 from qlora_utils.charts import NARROW, Interval, Line, bar_chart, dot_chart, histogram, line_chart
 from qlora_utils.config import PLACE_FIELDS, PRESETS, RunConfig
-from qlora_utils.curves import column, lowest, smooth, turned
+from qlora_utils.curves import column, lowest, sample_answers, smooth, turned
 from qlora_utils.differences import differences
 from qlora_utils.findings import Facts
 from qlora_utils.page import Html, described, element, figure, folded, join, listed, note, paragraph, table, text
@@ -386,7 +386,36 @@ def training(facts: Facts) -> list[Html]:
         ]  # fmt: skip
         head = ("step", "training loss", "held-out loss", "exact match on the way")
         parts.append(folded("The losses in numbers", table("Losses by step", head, rows, numbers=(1, 2, 3))))
-    return parts
+    return [*parts, *_sample(facts)]
+
+
+_SAMPLES = 8  # answers to the sample question that are shown
+
+
+def _sample(facts: Facts) -> list[Html]:
+    """How one held-out question was answered as the training went, where it was asked."""
+    asked = [line["sample"] for line in facts.history if line.get("sample")]
+    if not asked:
+        return []
+    said = sample_answers(facts.history)
+    shown = said if len(said) <= _SAMPLES else [*compare.evenly(said[:-1], _SAMPLES - 1), said[-1]]
+    some = f", of which {len(shown)} are shown" if len(shown) < len(said) else ""
+    question, expected = (element("span", _short(asked[-1].get(name, "")), dir="auto")
+                          for name in ("question", "expected"))  # fmt: skip
+    return [
+        element("h3", "One question on the way"),
+        paragraph(
+            f"Asked {findings.counted(len(asked), 'time')} while the model was trained; it gave "
+            f"{findings.counted(len(said), 'answer')} one after the other{some}."
+        ),
+        described({"question": question, "expected": expected}),
+        table(
+            "Answers to one held-out question by step",
+            ("step", "answer", "right?"),
+            [(steps, _short(answer) or "(nothing)", "✓ right" if right else "✗ not yet")
+             for steps, answer, right in shown],
+        ),
+    ]  # fmt: skip
 
 
 # column of history.jsonl → what it is, its unit, what it is multiplied by

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-import shutil
+import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
 from conftest import ROOT
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-PLAYWRIGHTS = Path.home() / ".cache" / "ms-playwright"
 SCREENSHOTS = Path(os.environ.get("QLORA_SCREENSHOTS", ROOT / "outputs" / "screenshots"))
 SIZES = {"narrow": (400, 1400), "wide": (1600, 1000)}
 SCHEMES = ("light", "dark")
@@ -33,11 +32,14 @@ def _missing():
     for package in ("playwright", "axe_playwright_python", "voila", "jupyterlab"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed: make test-browser"
-    return (
-        ""
-        if any(map(shutil.which, NAMES)) or list(PLAYWRIGHTS.glob("chromium-*"))
-        else "no Chromium: make test-browser"
-    )
+    return "no Chromium: make test-browser" if found() is None else ""
+
+
+@functools.cache
+def found():
+    """The path of this machine's Chromium, empty for the one that Playwright brought, None where there is neither."""
+    asked = subprocess.run(["bash", ROOT / ".ci" / "chromium"], stdout=subprocess.PIPE, text=True, check=False)
+    return asked.stdout.strip() if asked.returncode == 0 else None
 
 
 @contextmanager
@@ -45,9 +47,8 @@ def chromium():
     """A headless browser."""
     from playwright.sync_api import sync_playwright
 
-    path = next(filter(None, map(shutil.which, NAMES)), None)  # None: the one that Playwright brought
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=found() or None, args=["--no-sandbox"])
         yield browser
         browser.close()
 

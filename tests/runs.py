@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 from qlora_utils.answers import group
 from qlora_utils.config import RunConfig
 from qlora_utils.formats import format_of
+from qlora_utils.history import HistoryWriter
 from qlora_utils.measures import data_report
 from qlora_utils.run_directory import RunDirectory, write_json, write_jsonl
 from qlora_utils.scores import exact_match, rouge_l, token_f1
 
 SCORES = {"exact_match": 0.5, "f1": 0.5, "rouge_l": 0.5, "perplexity": 3.0, "stopped": 1.0,
           "intervals": {name: [0.1, 3.2] for name in ("exact_match", "f1", "rouge_l", "perplexity")}}  # fmt: skip
+
+
+def measured(run, step, loss, answer, *, epoch=0.0, right=False, text="Where is it?", exact=0.0):
+    """The line of a measurement on held-out rows as `HistoryWriter` writes it."""
+    sample = {"question": text, "expected": text, "answer": answer, "right": right}
+    writer = HistoryWriter(run.history)
+    logs = {"eval_loss": loss, "eval_exact_match": exact, "eval_sample": sample}
+    writer.on_log(None, SimpleNamespace(global_step=step, epoch=epoch), None, logs=logs)
+    return writer.lines[-1]
 
 
 def finished(folder, tokenizer, text):
@@ -26,7 +37,8 @@ def finished(folder, tokenizer, text):
     run.add_metrics(
         train=train, base=SCORES, tuned=SCORES, held_out={"rows": 1, "questions": 1}, paired=paired, groups=groups
     )
-    write_jsonl(run.history, [{"step": 0, "eval_loss": 3.0}, {"step": 2, "eval_loss": 1.5}])
+    for step, loss in ((0, 3.0), (2, 1.5)):
+        measured(run, step, loss, text, text=text)
     line = {"split": text, "text": text, "expected": text, "base": {"answer": text}, "tuned": {"answer": text}}
     write_jsonl(run.answers, [{**line, "history": [{"question": f"before {text}", "answer": text}]}])
     write_json(run.data / "report.json", data_report([], format_of(tokenizer, RunConfig.from_preset("pocket"))))
@@ -93,14 +105,15 @@ def told(folder, *, wrong=6, count=60, **changes):
         **{name: whole[name] for name in ("base", "tuned", "paired")},
         groups={by: group(lines, by) for by in ("split", "kind")},
     )  # fmt: skip
-    history = [{"step": 0, "epoch": 0.0, "eval_loss": 3.1, "eval_exact_match": 0.0}]
+    history = [measured(run, 0, 3.1, "it is of")]
     for step in range(1, 21):
         history.append(
             {"step": step, "epoch": step / 100, "loss": 3.0 / step, "lr": 1e-3 / step, "grad_norm": 1.0,
              "tokens": 600 * step, "tokens_per_s": 5000.0 + step, "peak_memory_bytes": 8 * 10**8}
         )  # fmt: skip
         if step % 5 == 0:
-            history.append({"step": step, "epoch": step / 100, "eval_loss": 2.0 / step**0.5, "eval_exact_match": 0.9})
+            line = {"epoch": step / 100, "right": step > 10, "exact": 0.9}
+            history.append(measured(run, step, 2.0 / step**0.5, f"Town {7 if step > 10 else step}.", **line))
     write_jsonl(run.history, history)
     write_json(run.data / "report.json", {**DATA, "train": 900, "held_out": 100})
     write_jsonl(run.data / "rejected.jsonl", [{"where": "a.csv", "number": n, "reason": "no answer"} for n in range(3)])

@@ -11,6 +11,7 @@ import subprocess
 import tomllib
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -290,11 +291,46 @@ def test_all_that_a_run_leaves_is_told_of():
             assert f"`{path.name}" in page, f"{path.name} is not told of"
 
 
-def test_columns_of_the_history_are_told_of():
+def test_what_lies_beside_the_runs_is_told_of(tmp_path):
+    from qlora_utils import check, plan
+
+    page = (ROOT / "docs" / "run_directory.md").read_text()
+    config = RunConfig.from_preset("pocket", output_dir=str(tmp_path))
+    check.keep_upload("a.csv", b"question,answer\nwhy,so\n", config)
+    plan.learn(config, 100)
+    (tmp_path / ".prepared").mkdir()
+    assert len(list(tmp_path.iterdir())) == 3
+    for path in tmp_path.iterdir():
+        assert f"`{path.name}{'' if path.is_file() else '/'}`" in page
+
+
+def test_columns_of_the_history_are_told_of(tmp_path):
+    """Those that are drawn, and all that `HistoryWriter` writes."""
+    from runs import measured
+
     from qlora_utils.curves import COLUMNS
+    from qlora_utils.history import HistoryWriter
 
     section = (ROOT / "docs" / "run_directory.md").read_text().split("## history.jsonl", 1)[1].split("\n## ", 1)[0]
-    for name in ("step", "epoch", "tokens", *COLUMNS):
+    at = SimpleNamespace(global_step=1, epoch=0.1, num_input_tokens_seen=1)
+    writer = HistoryWriter(tmp_path / "history.jsonl")
+    writer.on_log(None, at, None, logs={"loss": 1.0, "learning_rate": 0.1, "skipped_steps": 1})
+    line = measured(RunDirectory(tmp_path), 1, 1.0, "answer")
+    for name in {*writer.lines[0], *line, *line["sample"], *COLUMNS}:
+        assert f"`{name}`" in section
+
+
+def test_fields_of_a_preference_are_told_of():
+    from qlora_utils.generation import Sampling
+    from qlora_utils.playground import Exchange, Said
+
+    section = (ROOT / "docs" / "run_directory.md").read_text().split("## preferences.jsonl", 1)[1].split("\n## ", 1)[0]
+    said = {model: Said() for model in ("base", "tuned")}
+    one = Exchange(
+        run="a", question="q", system="", history=(), left_out=0, prompt="", sampling=Sampling(), asked_at="",
+        answers=said, preferred="base",
+    )  # fmt: skip
+    for name in one.preference():
         assert f"`{name}`" in section
 
 

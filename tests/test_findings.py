@@ -114,6 +114,24 @@ def test_a_held_out_loss_that_calls_for_it_is_spoken_of(run, losses, said):
     assert said not in " ".join(findings.caveats(with_losses(run, 3.0, 1.0, 0.99)))
 
 
+def test_a_measurement_counts_whatever_else_stands_on_its_line(run):
+    """As the sample answer does, on every line that has a held-out loss."""
+    lines = read_jsonl(run.history)
+    measured = [line for line in lines if "eval_loss" in line]
+    assert all(line["sample"] for line in measured)
+    whole = findings.gather(run)
+    assert whole.history == lines
+    assert "held-out loss falls from 3.100" in findings.course(whole)
+    for value in ("text", ["q"], {"answer": 5}, None):
+        write_jsonl(run.history, [{**line, "sample": value, "of_a_later_version": {}} for line in lines])
+        facts = findings.gather(run)
+        assert findings.course(facts) == findings.course(whole)
+        assert not [line for line in facts.history if line.get("sample")]
+    for name, value in (("step", "1"), ("eval_loss", "1.0"), ("epoch", []), ("lr", {})):
+        write_jsonl(run.history, [lines[0], {**lines[1], name: value}])
+        assert findings.gather(run).history == [lines[0]]
+
+
 def test_few_questions_and_shared_entities_are_said_to_be_so(run):
     said = " ".join(findings.caveats(findings.gather(run)))
     assert "Only 60 questions: the tuned model's exact match may be anything from 0." in said

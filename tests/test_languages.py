@@ -69,6 +69,43 @@ def test_the_pocket_rows_are_english_or_unsure(tokenizer):
     assert len(found[0].tokens) > 0.85 * 1000
 
 
+@pytest.fixture(scope="module")
+def english_only():
+    """A tokenizer of English letters, to which each stretch of others is one `<unk>`, as T5's vocabulary has it."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyzCIĠ ?.,'"
+    vocabulary = [("<unk>", 0.0), *((letter, -3.0) for letter in sorted(set(letters)))]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(vocabulary, unk_id=0)), unk_token="<unk>")
+
+
+def test_what_a_tokenizer_cannot_spell_does_not_look_cheap(english_only, tokenizer):
+    import matplotlib.pyplot as plt
+
+    rows = [asked(TEXTS["English"])] * 3 + [asked(TEXTS["Chinese"])] * 2 + [asked(f"{TEXTS['English']} 5")]
+    found = {one.name: one for one in languages.by_language(rows, english_only)}
+    english, chinese = found["English"], found["Chinese"]
+    assert sum(chinese.tokens) < 0.2 * sum(chinese.characters), "each stretch is one token"
+    assert chinese.unknown_share > 0.5
+    assert chinese.characters_per_token is None
+    assert sum(english.unknown) == 2  # the 5, once asked, once answered
+    assert english.characters_per_token == pytest.approx(1.0)
+    lines = {line.split()[0]: line.split() for line in languages.language_table(list(found.values())).splitlines()[1:]}
+    assert lines["Chinese"][-2:] == ["–", f"{1 - chinese.unknown_share:.0%}"]
+    assert lines["English"][-2:] == ["1.0", "99%"]
+    assert "A language that is not spelled looks cheap" in languages.language_table(list(found.values()))
+    figure, ax = plt.subplots()
+    languages.plot_languages(list(found.values()), ax)
+    said = [text.get_text() for text in ax.texts]
+    assert f"spelled: {1 - chinese.unknown_share:.0%}" in said
+    assert "1.0" in said
+    plt.close(figure)
+    whole = languages.by_language(rows, tokenizer)
+    assert not any(sum(one.unknown) for one in whole)
+    assert "spelled" not in languages.language_table(whole)
+
+
 @pytest.mark.real_data
 def test_real_rows_hold_the_languages_that_they_do_and_cost_what_they_do(real_rows, llama_tokenizer):
     rows = [parse(Row("x", number, {"text": text})) for number, text in enumerate(real_rows)]

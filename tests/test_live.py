@@ -191,6 +191,14 @@ def test_a_view_that_breaks_does_not_end_the_training(config, tokenizer, prepare
     assert view.last is None
 
 
+def test_a_view_that_cannot_be_chosen_does_not_end_the_training(config, tokenizer, prepared, monkeypatch):
+    monkeypatch.setenv(HEADLESS, "1")
+    monkeypatch.setenv(TERMINAL, "wide")
+    with pytest.warns(UserWarning, match=r"goes on unseen.*wide"):
+        _, _, history = train(changed(config, steps=2), tokenizer, prepared)
+    assert len(losses(history)) == 2
+
+
 # ------------------------------------------------------------------------------------------------ seldom enough
 
 
@@ -386,6 +394,25 @@ def test_where_it_runs_decides_how_it_is_shown(monkeypatch):
     view = live.view_here()
     assert isinstance(view, live.TerminalView)
     assert view.columns == 132
+
+
+class Mute(io.StringIO):
+    """A terminal that does not tell its size."""
+
+    def isatty(self):
+        return True
+
+    def fileno(self):
+        raise OSError("inappropriate ioctl")
+
+
+def test_a_terminal_that_does_not_tell_its_size_has_80_columns(monkeypatch):
+    monkeypatch.delenv(HEADLESS, raising=False)
+    monkeypatch.setitem(live.sys.modules, "IPython", None)
+    monkeypatch.setattr(live.sys, "stderr", Mute())
+    view = live.view_here()
+    assert isinstance(view, live.TerminalView)
+    assert view.columns == 80
 
 
 def test_in_a_notebook_one_output_is_replaced_and_stays(monkeypatch):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from qlora_utils import locks
@@ -55,3 +58,41 @@ def test_it_is_given_back_after_an_error_too(tmp_path):
         raise ZeroDivisionError
     with locks.held(tmp_path / "new" / ".lock", "training"):
         pass
+
+
+def test_the_process_that_a_lock_names_is_alive_until_it_is_not(tmp_path, other):
+    path = tmp_path / ".lock"
+    assert locks.is_at_work(path)
+    os.kill(other.pid, signal.SIGKILL)
+    while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert not locks.is_at_work(path), "dead, though nobody has asked for its exit status yet"
+    other.wait()
+    assert not locks.is_at_work(path)
+
+
+def test_a_number_that_was_given_anew_is_another_process(tmp_path, other):
+    path = tmp_path / ".lock"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps({**written, "since": written["since"] - 3600}))
+    assert not locks.is_at_work(path)
+    assert locks.is_alive(other.pid)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "3", "[]", "{}", '{"pid": 1}', '{"pid": "x", "since": 1}', "\udcff", '{"pid": 0, "since": 9e9}',
+     '{"pid": -1, "since": 9e9}', '{"pid": 1e400, "since": 9e9}', '{"pid": 9999999999999, "since": 9e9}'],
+)  # fmt: skip
+def test_a_lock_file_that_names_nobody_means_nothing(tmp_path, content):
+    (tmp_path / ".lock").write_text(content, errors="surrogateescape")
+    assert not locks.is_at_work(tmp_path / ".lock")
+
+
+def test_a_process_of_somebody_else_is_alive(monkeypatch):
+    def refused(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(locks.os, "kill", refused)
+    assert locks.is_alive(os.getpid())
+    assert locks.is_alive(os.getpid(), time.time())

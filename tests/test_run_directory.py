@@ -63,6 +63,16 @@ def test_not_a_number_is_never_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_half_written_files_go_with_the_process_that_wrote_them(tmp_path):
+    run = RunDirectory(tmp_path)
+    names = {number: tmp_path / f".config.json.{number}.abc" for number in (2**22 + 1, os.getpid(), os.getppid())}
+    dated = tmp_path / ".notes.20261126101500.txt"
+    for path in (*names.values(), dated):
+        path.write_text("{")
+    run.sweep()
+    assert sorted(tmp_path.iterdir()) == sorted([names[os.getppid()], dated])
+
+
 def test_a_missing_file_names_the_notebook_that_writes_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"history\.jsonl: missing\. Notebook 04_training"):
         read_jsonl(tmp_path / "history.jsonl")

@@ -254,6 +254,19 @@ def test_a_line_that_nobody_ended_is_ended():
 
 
 @BOTH
+def test_the_report_tells_the_held_out_losses_that_were_measured(finished):
+    page = finished.report.read_text()
+    lines = [line for line in read_jsonl(finished.history) if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [0, 3, 6]
+    assert all(line["sample"] for line in lines)
+    for line in lines:
+        assert f'<td class="number">{line["eval_loss"]:.4f}</td>' in page
+    assert f"at the start {lines[0]['eval_loss']:.3f}" in page
+    assert "Answers to one held-out question by step" in page
+    assert "Nothing was logged" not in page
+
+
+@BOTH
 def test_metrics_have_the_promised_shape(finished):
     metrics = read_json(finished.metrics)
     for model in ("base", "tuned"):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 
 import pytest
 from conftest import MARKUP
@@ -53,7 +54,7 @@ def scored(folder, name, **values):
 
 
 def lock(run, process):
-    (run.path / ".training.lock").write_text(json.dumps({"pid": process, "doing": "training", "since": 0.0}))
+    (run.path / ".training.lock").write_text(json.dumps({"pid": process, "doing": "training", "since": time.time()}))
 
 
 def test_each_run_is_told_as_far_as_it_came(tmp_path):
@@ -85,6 +86,12 @@ def test_a_training_that_begins_is_one_before_its_first_step(tmp_path):
     run = prepared(tmp_path, "a")
     lock(run, os.getpid())
     assert (runs.look_at(run.path).state, runs.look_at(run.path).step) == ("training", 0)
+
+
+def test_a_number_of_a_process_that_was_given_anew_is_no_training(tmp_path):
+    run = stopped(tmp_path, "a")
+    (run.path / ".training.lock").write_text(json.dumps({"pid": os.getpid(), "doing": "training", "since": 1e9}))
+    assert runs.look_at(run.path).state == "stopped"
 
 
 def test_an_adapter_of_a_training_before_does_not_make_a_new_one_done(tmp_path):
@@ -209,18 +216,19 @@ def test_the_report_is_made_anew_and_its_place_is_printed(tmp_path, tokenizer, c
     assert run.report.read_text() == page
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (None, r"no such run\. `qlora run --run-name a` makes it"),
-        (prepared, r"metrics\.json: missing\. Notebook 04_training writes it: run that first"),
-        (stopped, r"metrics\.json: missing\. Notebook 04_training writes it: run that first"),
-    ],
-)
-def test_a_run_that_has_not_got_that_far_says_which_notebook_to_run(tmp_path, capsys, make, message):
-    run = make(tmp_path, "a") if make else RunDirectory(tmp_path / "a")
+def test_without_a_run_there_is_nothing_to_report(tmp_path, capsys):
     status, out, error = asked(capsys, "report", "--run", "a", "--output-dir", str(tmp_path))
     assert (status, out) == (1, "")
-    assert re.search(message, error)
+    assert re.search(r"no such run\. `qlora run --run-name a` makes it", error)
     assert error.count("\n") == 1
-    assert not run.report.exists()
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("make", [begun, prepared, stopped])
+def test_the_report_of_a_run_that_is_not_done_says_so(tmp_path, capsys, make):
+    run = make(tmp_path, "a")
+    assert asked(capsys, "report", "--run", "a", "--output-dir", str(tmp_path))[:2] == (0, f"{run.report}\n")
+    page = run.report.read_text()
+    assert "No training has come to its end here yet" in page
+    assert "Notebook 04_training writes it: run that first" in page
+    assert ("Held-out loss stays at 1.500" in page) == (make is stopped)

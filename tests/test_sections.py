@@ -4,11 +4,11 @@ import re
 import shutil
 
 import pytest
-from runs import comparison, told
+from runs import comparison, measured, told
 
 from qlora_utils import findings, sections
 from qlora_utils.page import join
-from qlora_utils.run_directory import RunDirectory, read_json, write_json
+from qlora_utils.run_directory import RunDirectory, read_json, write_json, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,31 @@ def test_the_key_figures_are_those_of_the_adapter_that_was_kept(run):
     assert found["held-out loss"] == "0.400<small>of the adapter kept, step 20; at the start 3.100</small>"
     assert found["peak memory"] == "800 MB<small>of the whole process, libraries included</small>"
     assert found["training time"].startswith("2 min")
+
+
+def test_the_curves_have_what_was_measured_on_held_out_rows(run):
+    said = markup(sections.training, run)
+    by_step = {row[0]: row for row in rows(said)}
+    assert by_step["20"][1:] == ["0.1500", f"{2 / 20**0.5:.4f}", "0.900"]
+    assert "held-out loss falls from 3.100" in said
+    assert "Exact match in training, on held-out questions goes from 0 at step 0 to 0.9" in said
+
+
+def test_how_one_question_was_answered_on_the_way_is_told(run):
+    said = markup(sections.training, run)
+    assert rows(said)[-4:] == [
+        ["0", "it is of", "✗ not yet"], ["5", "Town 5.", "✗ not yet"], ["10", "Town 10.", "✗ not yet"],
+        ["15–20", "Town 7.", "✓ right"],
+    ]  # fmt: skip
+    assert "Asked 5 times while the model was trained; it gave 4 answers" in said
+    run.history.unlink()
+    for step in range(40):
+        measured(run, step, 1.0, f"answer {step}")
+    said = markup(sections.training, run)
+    assert [row[1] for row in rows(said) if row[1].startswith("answer ")][::7] == ["answer 0", "answer 39"]
+    assert "40 answers one after the other, of which 8 are shown" in said
+    write_jsonl(run.history, [{"step": 1, "eval_loss": 1.0}])
+    assert "One question" not in markup(sections.training, run)
 
 
 def test_differences_from_the_preset_come_first_and_every_parameter_has_its_meaning(run):
