@@ -322,6 +322,14 @@ def given(view, name, content):
     return told.value
 
 
+def given_by_ipywidgets_7(view, name, content):
+    """As on Colab: `value` is a dict of files by name."""
+    upload, told = view.children
+    file = {"metadata": {"name": name, "type": "", "size": len(content), "lastModified": 0}, "content": content}
+    upload.notify_change({"name": "value", "old": {}, "new": {name: file}, "owner": upload, "type": "change"})
+    return told.value
+
+
 def text_of(page):
     """The text of a page, and its elements with their attributes."""
     texts, elements = [], []
@@ -359,6 +367,31 @@ def test_an_uploaded_file_ends_in_report_verdict_and_command(config):
     given(view, "My questions.csv", EXAMPLE.read_bytes() + b"Why?,So.\n")
     assert len([*path.parent.parent.iterdir()]) == 2
     assert path.read_bytes() == EXAMPLE.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["My questions.csv", "rows.xlsx"])
+def test_what_ipywidgets_7_and_8_give_is_read_alike(config, name):
+    content = EXAMPLE.read_bytes()
+    old, new = (give(check.uploader(config), name, content) for give in (given_by_ipywidgets_7, given))
+    assert text_of(old)[0] == text_of(new)[0]
+    assert ("This can be trained on" in old) == (name != "rows.xlsx")
+
+
+@pytest.mark.parametrize("value", [[{"name": "rows.csv"}], ["rows.csv"], {"rows.csv": b""}, [{}], 3])
+def test_a_value_of_another_form_is_told_and_not_passed_over(config, value):
+    view = check.uploader(config)
+    upload, told = view.children
+    upload.notify_change({"name": "value", "old": (), "new": value, "owner": upload, "type": "change"})
+    assert "cannot be trained on" in told.value
+
+
+def test_a_fault_of_our_own_is_told_in_the_page_too(config, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(check, "_free_name", broken)
+    text, _ = text_of(given(check.uploader(config), "rows.csv", EXAMPLE.read_bytes()))
+    assert text == "rows.csv cannot be trained on. ZeroDivisionError: division by zero"
 
 
 @pytest.mark.parametrize(
