@@ -8,6 +8,7 @@ import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
+import nbformat
 import pytest
 from conftest import MARKUP, ROOT
 from test_runner import only
@@ -425,6 +426,17 @@ def test_whatever_a_file_is_called_it_lies_where_uploads_lie_and_is_shown_as_tex
     new = {path for path in tmp_path.rglob("*") if path.is_file()} - before
     assert {path.parent.parent for path in new if ".prepared" not in path.parts} == {uploads}
     assert all(re.fullmatch(r"[A-Za-z0-9][\w.-]*\.csv", path.name) for path in uploads.glob("*/*"))
+
+
+def test_in_notebook_01_the_rows_of_the_run_are_saved_before_others_can_be_tried():
+    """Below the upload it would look as if the chosen file were saved."""
+    cells = [cell.source for cell in nbformat.read(ROOT / "notebooks" / "01_data.ipynb", as_version=4).cells]
+    heading = next(n for n, text in enumerate(cells) if "## Your own questions" in text)
+    saves = [n for n, text in enumerate(cells) if "prepared.save(run)" in text]
+    assert len(saves) == 1
+    assert saves[0] < heading
+    assert "check.uploader(config)" in cells[heading + 1]
+    assert "What we made" in cells[heading + 2]
 
 
 def test_rows_of_an_upload_are_shown_as_text(config):
