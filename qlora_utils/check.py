@@ -471,22 +471,30 @@ def uploader(config: RunConfig) -> ipywidgets.VBox:
     told = widgets.HTML(_page(f"No file yet. It may be {', '.join(SUFFIXES)}, of at most {UPLOAD_MB} MB."))
 
     def on_file(change: Mapping[str, Any]) -> None:
-        for file in change["new"]:
-            told.value = _page(f"{cut(file['name'], 80)} is being read …")
-            told.value = _page(*_uploaded(file["name"], bytes(file["content"]), config))
+        name = "The file"
+        try:
+            for name, content in _files_of(change["new"]):
+                told.value = _page(f"{cut(name, 80)} is being read …")
+                told.value = _page(*_uploaded(name, content, config))
+        except Exception as error:  # shown where the person looks: of a traceback in a kernel's log nobody hears
+            kind = "" if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: "
+            told.value = _page(f"{cut(name, 80)} cannot be trained on. {kind}{error}")
 
     upload.observe(on_file, names="value")
     return widgets.VBox([upload, told])
 
 
+def _files_of(value: Any) -> list[tuple[str, bytes]]:
+    """Name and content of each file in the value of a `FileUpload`: in ipywidgets 7, Colab's, a dict by name."""
+    if isinstance(value, Mapping):
+        return [(str(name), bytes(file["content"])) for name, file in value.items()]
+    return [(str(file["name"]), bytes(file["content"])) for file in value]
+
+
 def _uploaded(name: str, content: bytes, config: RunConfig) -> tuple[str, str]:
     """What to say of an uploaded file: the verdict, and what led to it and follows from it."""
-    try:
-        path = keep_upload(name, content, config)
-        found = check(str(path), config)
-    except Exception as error:  # shown where the person looks: of a traceback in a kernel's log nobody hears
-        ours = isinstance(error, (ValueError, RuntimeError, OSError))
-        return f"{cut(name, 80)} cannot be trained on. {'' if ours else f'{type(error).__name__}: '}{error}", ""
+    path = keep_upload(name, content, config)
+    found = check(str(path), config)
     here = (
         f"In this notebook: write\n  dataset = {str(path)!r}\n  run_name = {_free_name(found.config)!r}\ninto the cell "
         "of the parameters, and run it again from the top."

@@ -6,6 +6,7 @@ import this module needs Python alone.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ KEPT = (
     "ipykernel", "ipython", "ipywidgets", "jupyter-client", "pyzmq", "tornado", "traitlets",
 )  # fmt: skip
 RECORD = ".installed.json"  # in the clone: when pip ran, and what it changed
+PREPARED = ".prepared"  # among outputs: made anew in a moment, and not moved
 IN_DRIVE = Path("MyDrive") / "qlora" / "outputs"  # below the mount
 
 
@@ -211,7 +214,8 @@ def keep_in_drive(outputs: Path) -> Path:
         The folder in Drive.
 
     Raises:
-        MachineError: Drive was not mounted, or holds a run of the same name as one that lies here.
+        MachineError: Drive was not mounted, has no room, or holds something else of the same name as what lies here;
+            nothing is lost.
     """
     from google.colab import drive
 
@@ -223,32 +227,111 @@ def keep_in_drive(outputs: Path) -> Path:
             f"Google Drive was not mounted ({error}). Run this again and allow access, or set KEEP_IN_DRIVE = False."
         ) from error
     kept = mount / IN_DRIVE
-    kept.mkdir(parents=True, exist_ok=True)
-    if outputs.is_symlink():
-        outputs.unlink()
-    elif outputs.is_dir():
-        _move(outputs, kept)
-    outputs.symlink_to(kept, target_is_directory=True)
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        if outputs.is_symlink():
+            outputs.unlink()
+        elif outputs.is_dir():
+            _move(outputs, kept)
+        outputs.symlink_to(kept, target_is_directory=True)
+    except OSError as error:  # shutil's own among them: a full Drive, a link that leads nowhere
+        raise MachineError(
+            f"Outputs could not be moved to {kept} ({_reason(error)}). Nothing is lost: what has not moved lies in "
+            f"{outputs} as before. Make room in Drive, or remove what is named if it is a link that leads nowhere, and "
+            "run this cell again."
+        ) from error
     return kept
 
 
 def _move(outputs: Path, kept: Path) -> None:
-    """Move every run to `kept`: copied whole, then removed here. What is prepared anew in a moment stays behind."""
-    runs = [path for path in sorted(outputs.iterdir()) if not path.name.startswith(".")]
-    if both := [path.name for path in runs if (kept / path.name).exists()]:
+    """Move all but `.prepared` to `kept`: each run, upload and file copied whole, compared, and only then removed here.
+
+    Raises:
+        MachineError: what lies there under the same name is not the same.
+        OSError: something cannot be copied; it stays.
+    """
+    from qlora_utils.plan import LEARNED
+
+    found = [path for path in sorted(outputs.iterdir()) if path.name not in (PREPARED, LEARNED)]
+    # A folder whose name begins with a dot, such as that of uploads, may be in both places: what is in it moves.
+    shared = [path for path in found if path.name.startswith(".") and path.is_dir() and (kept / path.name).is_dir()]
+    found = [path for path in found if path not in shared] + [one for path in shared for one in sorted(path.iterdir())]
+    moved = {path: kept / path.relative_to(outputs) for path in found}
+    if both := [path for path, there in moved.items() if there.exists() and not _holds(there, path)]:
         raise MachineError(
-            f"{', '.join(both)}: in {outputs} and in {kept}, and neither is thrown away. Rename one of them, as "
-            f"!mv {outputs / both[0]} {outputs / both[0]}-2, and run this cell again."
+            f"{', '.join(str(path.relative_to(outputs)) for path in both)}: in {outputs} and in {kept}, and neither is "
+            f"thrown away. Rename one of them, as !mv {both[0]} {both[0]}-2, and run this cell again."
         )
-    for path in runs:
-        whole = kept / f".{path.name}.moving"  # of an earlier time that was cut off, perhaps
+    for path, there in moved.items():
+        if not there.exists():
+            _copy(path, there)
+        _remove(path)
+    if (outputs / LEARNED).is_file():  # a line for each pass that ran out of memory, on whichever machine
+        with (kept / LEARNED).open("a", encoding="utf-8") as file:
+            file.write((outputs / LEARNED).read_text(encoding="utf-8"))
+        (outputs / LEARNED).unlink()
+    _remove(outputs / PREPARED)
+    for folder in (*shared, outputs):
+        folder.rmdir()  # unlike rmtree it leaves what somebody has written meanwhile
+
+
+def _copy(path: Path, there: Path) -> None:
+    """Copy a file or folder so that it has its name only once it is whole.
+
+    Raises:
+        OSError: it cannot be copied, or its copy is not like it; what was copied is removed.
+    """
+    whole = there.with_name(f".{there.name}.moving")
+    _remove(whole)  # of an earlier time that was cut off: files of another run may be in it
+    try:
         if path.is_dir():
-            shutil.copytree(path, whole, dirs_exist_ok=True)
+            shutil.copytree(path, whole)
         else:
             shutil.copyfile(path, whole)
-        whole.rename(kept / path.name)
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(outputs)
+        if differing := sorted(name or path.name for name, _ in _sizes(path) ^ _sizes(whole)):
+            raise OSError(f"{path}: the copy of {differing[0]} is not whole")
+        whole.rename(there)
+    except OSError:
+        with suppress(OSError):
+            _remove(whole)
+        raise
+
+
+def _files(path: Path) -> list[str]:
+    """Every file in a folder, links followed as a copy follows them, seen from there; of a file an empty name."""
+    if not path.is_dir():
+        return [""]
+    folders = os.walk(path, followlinks=True)
+    return [str((Path(folder) / name).relative_to(path)) for folder, _, names in folders for name in names]
+
+
+def _sizes(path: Path) -> set[tuple[str, int]]:
+    """Name and size in bytes of every file."""
+    return {(name, (path / name).stat().st_size) for name in _files(path)}
+
+
+def _holds(there: Path, path: Path) -> bool:
+    """Whether every file that is here is there, to the last byte: a removal that was cut off, or the same upload."""
+    pairs = ((path / name, there / name) for name in _files(path))
+    return there.is_dir() == path.is_dir() and all(
+        here.is_file() and other.is_file() and filecmp.cmp(here, other, shallow=False) for here, other in pairs
+    )
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a folder, or a link but not what it leads to; what is not there need not be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _reason(error: OSError) -> str:
+    """What failed, on one line; `shutil` gathers the failures of a folder into a list of them."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        source, _, why = error.args[0][0]
+        return f"{source}: {why}"
+    return " ".join(str(error).split())
 
 
 def advice(run: str) -> str:

@@ -8,6 +8,7 @@ import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
+import nbformat
 import pytest
 from conftest import MARKUP, ROOT
 from test_runner import only
@@ -322,6 +323,14 @@ def given(view, name, content):
     return told.value
 
 
+def given_by_ipywidgets_7(view, name, content):
+    """As on Colab: `value` is a dict of files by name."""
+    upload, told = view.children
+    file = {"metadata": {"name": name, "type": "", "size": len(content), "lastModified": 0}, "content": content}
+    upload.notify_change({"name": "value", "old": {}, "new": {name: file}, "owner": upload, "type": "change"})
+    return told.value
+
+
 def text_of(page):
     """The text of a page, and its elements with their attributes."""
     texts, elements = [], []
@@ -361,6 +370,31 @@ def test_an_uploaded_file_ends_in_report_verdict_and_command(config):
     assert path.read_bytes() == EXAMPLE.read_bytes()
 
 
+@pytest.mark.parametrize("name", ["My questions.csv", "rows.xlsx"])
+def test_what_ipywidgets_7_and_8_give_is_read_alike(config, name):
+    content = EXAMPLE.read_bytes()
+    old, new = (give(check.uploader(config), name, content) for give in (given_by_ipywidgets_7, given))
+    assert text_of(old)[0] == text_of(new)[0]
+    assert ("This can be trained on" in old) == (name != "rows.xlsx")
+
+
+@pytest.mark.parametrize("value", [[{"name": "rows.csv"}], ["rows.csv"], {"rows.csv": b""}, [{}], 3])
+def test_a_value_of_another_form_is_told_and_not_passed_over(config, value):
+    view = check.uploader(config)
+    upload, told = view.children
+    upload.notify_change({"name": "value", "old": (), "new": value, "owner": upload, "type": "change"})
+    assert "cannot be trained on" in told.value
+
+
+def test_a_fault_of_our_own_is_told_in_the_page_too(config, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(check, "_free_name", broken)
+    text, _ = text_of(given(check.uploader(config), "rows.csv", EXAMPLE.read_bytes()))
+    assert text == "rows.csv cannot be trained on. ZeroDivisionError: division by zero"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -392,6 +426,17 @@ def test_whatever_a_file_is_called_it_lies_where_uploads_lie_and_is_shown_as_tex
     new = {path for path in tmp_path.rglob("*") if path.is_file()} - before
     assert {path.parent.parent for path in new if ".prepared" not in path.parts} == {uploads}
     assert all(re.fullmatch(r"[A-Za-z0-9][\w.-]*\.csv", path.name) for path in uploads.glob("*/*"))
+
+
+def test_in_notebook_01_the_rows_of_the_run_are_saved_before_others_can_be_tried():
+    """Below the upload it would look as if the chosen file were saved."""
+    cells = [cell.source for cell in nbformat.read(ROOT / "notebooks" / "01_data.ipynb", as_version=4).cells]
+    heading = next(n for n, text in enumerate(cells) if "## Your own questions" in text)
+    saves = [n for n, text in enumerate(cells) if "prepared.save(run)" in text]
+    assert len(saves) == 1
+    assert saves[0] < heading
+    assert "check.uploader(config)" in cells[heading + 1]
+    assert "What we made" in cells[heading + 2]
 
 
 def test_rows_of_an_upload_are_shown_as_text(config):

@@ -19,15 +19,18 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import ANY
 
 import nbformat
 import pytest
 from conftest import ROOT
 
 import qlora_utils
-from qlora_utils import colab
+from qlora_utils import check, colab, runner
 from qlora_utils.colab import MachineError
+from qlora_utils.config import RunConfig
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, require_adapter, write_json
+from qlora_utils.sources import read_source
 
 NOTEBOOK = ROOT / "notebooks" / "01_data.ipynb"
 ADDRESS = re.findall(r'^Repository = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
@@ -374,14 +377,120 @@ def test_a_move_that_was_cut_off_is_done_again(drive, monkeypatch):
         return copy(source, target, **options)
 
     monkeypatch.setattr(shutil, "copytree", full_at_the_second)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(MachineError, match=r"could not be moved.*No space left.*Make room .* run this cell again"):
         colab.keep_in_drive(outputs)
+    assert not outputs.is_symlink()
     assert read_json(mount / colab.IN_DRIVE / "a" / "config.json") == {"run": "a"}
     assert read_json(outputs / "b" / "config.json") == {"run": "b"}
     monkeypatch.setattr(shutil, "copytree", copy)
     colab.keep_in_drive(outputs)
     assert read_json(outputs / "b" / "config.json") == {"run": "b"}
     assert sorted(path.name for path in (mount / colab.IN_DRIVE).iterdir()) == ["a", "b"]
+
+
+def everything(folder):
+    """Files below a folder and what is in them."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_uploads_and_what_was_learned_of_memory_move_and_only_what_is_prepared_stays(drive):
+    outputs = drive[1]
+    config = RunConfig.from_preset("pocket", output_dir=str(outputs))
+    upload = check.keep_upload("mine.csv", b"question,answer\nWhy?,So.\n", config)
+    for name in (".memory.jsonl", "demo/config.json", "demo/.lock", ".prepared/x/rows.jsonl", "notes.txt"):
+        (outputs / name).parent.mkdir(parents=True, exist_ok=True)
+        (outputs / name).write_text(f"{name}\n")
+    before = everything(outputs)
+    kept = colab.keep_in_drive(outputs)
+    assert everything(kept) == {name: text for name, text in before.items() if not name.startswith(".prepared")}
+    assert upload.read_bytes().endswith(b"Why?,So.\n")  # where the page said that it lies
+
+
+def test_an_upload_is_found_by_the_next_machine_where_the_page_said_that_it_lies(drive, monkeypatch):
+    """Before Drive was asked for and after; the next machine has its clone in the same place, and own uploads."""
+    outputs = drive[1]
+    outputs.mkdir(parents=True)
+    (outputs.parent / "notebooks").mkdir()
+    monkeypatch.chdir(outputs.parent / "notebooks")
+    config = RunConfig.from_preset("pocket", output_dir="../outputs")
+    example = (ROOT / "data" / "examples" / "questions.csv").read_bytes()
+    uploads = [check.keep_upload("before.csv", example, config)]
+    colab.keep_in_drive(outputs)
+    uploads.append(check.keep_upload("after.csv", example + b"Why?,So.\n", config))
+    (outputs / ".memory.jsonl").write_text('{"tokens": 1}\n')
+
+    outputs.unlink()  # the next machine
+    own = [check.keep_upload("before.csv", example, config), check.keep_upload("own.csv", b"a,b\n1,2\n", config)]
+    (outputs / ".memory.jsonl").write_text('{"tokens": 2}\n')
+    kept = colab.keep_in_drive(outputs)
+    assert {line["tokens"] for line in read_jsonl(kept / ".memory.jsonl")} == {1, 2}
+    assert len(list(kept.glob(".uploads/*/*"))) == 3
+    for path in uploads + own:
+        assert path.is_file()
+    monkeypatch.chdir(outputs.parent)  # as a notebook and as `qlora run` take it
+    for path in uploads:
+        asked = runner.resolve(preset=None, run_name="mine", output_dir="outputs", parameters={"dataset": str(path)},
+                               start=None)[0]  # fmt: skip
+        run = RunDirectory(asked.run_dir)
+        run.begin(asked)
+        again, _ = runner.resolve(preset=None, run_name="mine", output_dir="outputs", parameters={}, start=None)
+        assert len(list(read_source(again.dataset)["train"])) >= 30
+        shutil.rmtree(asked.run_dir)
+
+
+def test_what_an_earlier_try_left_half_copied_is_not_mixed_in(drive):
+    mount, outputs = drive
+    write_json(outputs / "demo" / "config.json", {"run": "demo"})
+    write_json(mount / colab.IN_DRIVE / ".demo.moving" / "adapter" / "of another.json", {})
+    colab.keep_in_drive(outputs)
+    assert list(everything(outputs)) == ["demo/config.json"]
+
+
+@pytest.mark.parametrize("name", ["demo/data/link", "link", ".uploads/link"])
+def test_what_cannot_be_copied_is_told_and_nothing_is_lost(drive, name):
+    mount, outputs = drive
+    write_json(outputs / "demo" / "config.json", {"run": "demo"})
+    (outputs / name).parent.mkdir(parents=True, exist_ok=True)
+    (outputs / name).symlink_to("nowhere")
+    with pytest.raises(MachineError, match=r"could not be moved .*link.*Nothing is lost.* run this cell again") as told:
+        colab.keep_in_drive(outputs)
+    assert str(told.value).count("\n") == 0
+    assert not outputs.is_symlink()
+    assert {**everything(outputs), **everything(mount / colab.IN_DRIVE)} == {"demo/config.json": ANY}
+    assert not list((mount / colab.IN_DRIVE).glob("**/*.moving"))
+    (outputs / name).unlink()
+    assert (colab.keep_in_drive(outputs) / "demo" / "config.json").is_file()
+
+
+def test_a_copy_that_is_not_whole_does_not_count(drive, monkeypatch):
+    """As a mount that answers before it has written, and then has no room."""
+    outputs = drive[1]
+    write_json(outputs / "demo" / "config.json", {"run": "demo"})
+    write_json(outputs / "demo" / "data" / "report.json", {})
+    copy = shutil.copyfile
+
+    def lossy(source, target, **options):
+        copy(source, target, **options)
+        if Path(source).name == "config.json":
+            Path(target).write_text("")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", lossy)
+        with pytest.raises(MachineError, match=r"could not be moved .*demo.*config\.json.*Nothing is lost"):
+            colab.keep_in_drive(outputs)
+    assert read_json(outputs / "demo" / "config.json") == {"run": "demo"}
+    assert read_json(colab.keep_in_drive(outputs) / "demo" / "config.json") == {"run": "demo"}
+
+
+def test_a_run_that_is_a_link_is_copied_and_what_it_leads_to_stays(drive, tmp_path):
+    mount, outputs = drive
+    write_json(tmp_path / "elsewhere" / "config.json", {"run": "elsewhere"})
+    outputs.mkdir(parents=True)
+    (outputs / "linked").symlink_to(tmp_path / "elsewhere")
+    colab.keep_in_drive(outputs)
+    assert read_json(mount / colab.IN_DRIVE / "linked" / "config.json") == {"run": "elsewhere"}
+    assert (tmp_path / "elsewhere" / "config.json").is_file()
 
 
 def test_what_is_missing_on_a_borrowed_machine_is_told_with_two_ways_to_get_it(drive, monkeypatch, tmp_path):

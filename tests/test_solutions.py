@@ -86,13 +86,13 @@ def test_make_looks_after_solutions_too():
     assert makefile.count("nbstripout --keep-id") == makefile.count("notebooks/solutions/*.ipynb") == 2
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run as the series leaves it, of a few steps."""
+@pytest.fixture(scope="module", params=["pocket", "pocket-t5"])
+def finished(request, tmp_path_factory):
+    """A run as the series leaves it, of a few steps; of each architecture, since solutions tell them apart."""
     from qlora_utils import answers, data, lora, quantization, training
 
     config = RunConfig.from_preset(
-        "pocket", output_dir=str(tmp_path_factory.mktemp("outputs")), run_name="finished", steps=40, eval_steps=20,
+        request.param, output_dir=str(tmp_path_factory.mktemp("outputs")), run_name="finished", steps=40, eval_steps=20,
         trace_rows=0, eval_rows=32, score_rows=12, max_new_tokens=24,
     )  # fmt: skip
     run = RunDirectory(config.run_dir)
