@@ -283,3 +283,33 @@ def test_an_adapter_that_lacks_weights_is_refused(saved, base_model):
     save_file(weights, saved / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=rf"it lacks {dropped}"):
         lora.reload(base_model, saved)
+
+
+@BOTH
+def test_switching_the_adapter_off_is_what_peft_means_by_it_and_leaves_what_trains(
+    config, tuned_model, tokenizer, prepared
+):
+    """Its switches are private to peft: should they ever mean something else, this shows."""
+    with torch.no_grad():
+        for name, parameter in tuned_model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.add_(0.1)
+    batch = on_its_device(tuned_model, tensors(prepared.held_out[:2], tokenizer, config))
+    batch = {name: value for name, value in batch.items() if name not in ("labels", "lengths")}
+    if tuned_model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"][:, :4]
+    trains = [parameter.requires_grad for parameter in tuned_model.parameters()]
+    tuned_model.eval()
+    with torch.no_grad():
+        tuned = tuned_model(**batch).logits
+        with lora.base_alone(tuned_model):
+            ours = tuned_model(**batch).logits
+            with lora.base_alone(tuned_model):  # within itself
+                pass
+            again = tuned_model(**batch).logits
+        with tuned_model.disable_adapter():
+            theirs = tuned_model(**batch).logits
+    assert torch.equal(ours, theirs)
+    assert torch.equal(again, theirs)
+    assert not torch.equal(tuned, theirs)
+    assert [parameter.requires_grad for parameter in tuned_model.parameters()] == trains
