@@ -253,9 +253,9 @@ def _move(outputs: Path, kept: Path) -> None:
     from qlora_utils.plan import LEARNED
 
     found = [path for path in sorted(outputs.iterdir()) if path.name not in (PREPARED, LEARNED)]
-    # A folder whose name begins with a dot, such as that of uploads, may be in both places: what is in it moves.
+    # A folder whose name begins with a dot, such as that of uploads, may be in both places: the files in it move.
     shared = [path for path in found if path.name.startswith(".") and path.is_dir() and (kept / path.name).is_dir()]
-    found = [path for path in found if path not in shared] + [one for path in shared for one in sorted(path.iterdir())]
+    found = [path for path in found if path not in shared] + [path / name for path in shared for name in _files(path)]
     moved = {path: kept / path.relative_to(outputs) for path in found}
     if both := [path for path, there in moved.items() if there.exists() and not _holds(there, path)]:
         raise MachineError(
@@ -264,6 +264,7 @@ def _move(outputs: Path, kept: Path) -> None:
         )
     for path, there in moved.items():
         if not there.exists():
+            there.parent.mkdir(parents=True, exist_ok=True)
             _copy(path, there)
         _remove(path)
     if (outputs / LEARNED).is_file():  # a line for each pass that ran out of memory, on whichever machine
@@ -271,8 +272,9 @@ def _move(outputs: Path, kept: Path) -> None:
             file.write((outputs / LEARNED).read_text(encoding="utf-8"))
         (outputs / LEARNED).unlink()
     _remove(outputs / PREPARED)
-    for folder in (*shared, outputs):
-        folder.rmdir()  # unlike rmtree it leaves what somebody has written meanwhile
+    for folder, _, _ in [step for path in shared for step in os.walk(path, topdown=False)]:
+        Path(folder).rmdir()
+    outputs.rmdir()  # unlike rmtree it leaves what somebody has written meanwhile
 
 
 def _copy(path: Path, there: Path) -> None:

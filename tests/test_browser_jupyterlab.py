@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from contextlib import suppress
 
 import browser
 import nbformat
 import pytest
+from conftest import ROOT
 from served import NOTEBOOKS, jupyterlab, prepared_run, served, trained
+from test_runner import QUICK
+
+from qlora_utils import cli
+from qlora_utils.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())]
+
+RUNNING = re.compile(r"\[(\*|\d+)\]")  # the prompt of a cell that is waiting, running or done
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +53,23 @@ def page(chromium):
     page.close()
 
 
+def start(page, notebook):
+    """Choose "Run All Cells". Before the notebook has its session that clears the prompts and runs nothing: again."""
+    from playwright.sync_api import expect
+
+    for _ in range(5):
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.wait_for_timeout(500)  # prompts of an earlier time are gone by then
+        with suppress(AssertionError):
+            expect(notebook.locator(".jp-CodeCell .jp-InputPrompt", has_text=RUNNING).first).to_be_attached(
+                timeout=8000
+            )
+            return
+    browser.screenshot(page, "jupyterlab-not-started")
+    raise AssertionError("no cell was run")
+
+
 def run_all(page, address, name):
     """Open a notebook, run all its cells, and wait for the last."""
     before, token = address.split("?")
@@ -51,8 +77,7 @@ def run_all(page, address, name):
     notebook = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
     notebook.locator(".jp-CodeCell").first.wait_for(timeout=120_000)
     page.get_by_text("Kernel status: Idle").first.wait_for(state="attached", timeout=120_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    start(page, notebook)
     cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
     count = sum(cell.cell_type == "code" for cell in cells)
     try:
@@ -81,6 +106,34 @@ def test_notebook_01_runs_to_its_end_and_shows_its_figures(page, address, folder
     notebook.locator(".jp-OutputArea img").first.scroll_into_view_if_needed()
     browser.screenshot(page, "jupyterlab-01")
     assert (folder / "outputs" / "demo" / "data" / "report.json").is_file()
+
+
+def test_a_file_chosen_in_notebook_01_is_judged_in_the_page(page, address, folder):
+    """The example can be trained on, and the path that is told holds it; of other columns it is said what was meant."""
+    from playwright.sync_api import expect
+
+    notebook = run_all(page, address, "01_data")
+    told = notebook.locator(".jp-OutputArea").filter(has=page.get_by_role("button", name="Choose a file"))
+    wrong = folder / "wrong.csv"
+    wrong.write_text("head,tail\n1,2\n")
+    for path, verdict in (
+        (wrong, "wrong.csv cannot be trained on. "),
+        (
+            ROOT / "data" / "examples" / "questions.csv",
+            "This can be trained on: 24 conversations to train on, 6 held out",
+        ),
+    ):
+        with page.expect_file_chooser() as chooser:
+            told.get_by_role("button", name="Choose a file").click()
+        chooser.value.set_files(path)
+        expect(told.get_by_role("status")).to_contain_text(verdict, timeout=60_000)
+        if path == wrong:
+            expect(told.get_by_role("status")).to_contain_text("columns head, tail: expected")
+        told.scroll_into_view_if_needed()
+        browser.screenshot(page, f"jupyterlab-01-{path.stem}", told)
+    (kept,) = (folder / "outputs" / ".uploads").glob("*/questions.csv")
+    expect(told).to_contain_text(f"dataset = '{kept}'")
+    assert kept.read_bytes() == path.read_bytes()
 
 
 def test_notebook_04_shows_its_training_as_it_goes(page, address):
@@ -117,3 +170,26 @@ def test_notebook_07_is_asked_in_its_widgets(page, address):
         assert asked.locator(f".qlora-answer.{model} p").inner_text()
     play.scroll_into_view_if_needed()
     browser.screenshot(page, "jupyterlab-07", play)
+
+
+def test_every_figure_of_the_series_can_be_seen_in_its_notebook(page, tmp_path, monkeypatch):
+    """A quick run as `qlora run` leaves it; its figures and its executed notebooks are kept as pictures."""
+    from nbconvert import HTMLExporter
+
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # kernels inherit it, and would show no figure
+    assert cli.main(["run", "--preset", "pocket", "--run-name", "seen", "--output-dir", str(tmp_path), *QUICK]) == 0
+    run = RunDirectory(tmp_path / "seen")
+    page.route("http**", lambda route: route.abort())  # what a converted notebook would fetch: MathJax
+    for path in sorted(run.notebooks.glob("*.ipynb")):
+        shown = tmp_path / f"{path.stem}.html"
+        shown.write_text(HTMLExporter().from_filename(str(path))[0])
+        page.goto(shown.as_uri())
+        images = page.locator(".jp-OutputArea-output img")
+        widths = images.evaluate_all("images => images.map(image => image.naturalWidth)")
+        kept = sorted(run.figures.glob(f"{path.stem[:2]}_*.png"))
+        assert len(widths) >= len(kept)
+        assert all(width > 300 for width in widths)
+        browser.screenshot(page, f"notebook-{path.stem}")
+        for figure in kept:
+            shutil.copyfile(figure, browser.SCREENSHOTS / f"figure-{figure.name}")
+    assert {path.name[:2] for path in run.figures.glob("*.png")} == {"01", "02", "03", "04", "05", "06"}

@@ -86,17 +86,33 @@ def test_the_example_can_be_trained_on_and_its_command_is_a_run_of_it(tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_run_on_the_example_learns_it_by_heart(tmp_path, monkeypatch, capsys):
-    """The very command that `qlora check` prints; with keep=best it would have kept an adapter that knows nothing."""
+def test_the_example_of_the_readme_is_checked_learned_by_heart_and_asked(tmp_path, monkeypatch, capsys):
+    """Word for word, since fewer steps do not teach it, and keep=best would keep an adapter that knows nothing."""
+    monkeypatch.chdir(ROOT)
     only(monkeypatch, "01_data", "04_training", "06_answers")
-    found = check.check(str(EXAMPLE), RunConfig.from_preset("pocket", output_dir=str(tmp_path)))
-    assert cli.main(shlex.split(found.command())[1:]) == 0
-    run = RunDirectory(tmp_path / "questions")
+    section = (ROOT / "README.md").read_text().split("\n## Your own data")[1]
+    looked, trained = (shlex.split(line, comments=True)[1:] for line in section.split("```")[1].splitlines()[1:])
+    place = ["--output-dir", str(tmp_path)]
+    status, said, _ = asked(capsys, *looked, *place)
+    assert status == 0
+    assert "This can be trained on" in said
+    advised = next(shlex.split(line) for line in said.splitlines() if line.startswith("  qlora run "))
+    own = [word for word in trained if "=" in word]
+    assert own[1:] == [word for word in advised if "=" in word and not word.startswith("dataset=")] == ["keep=last"]
+
+    assert cli.main([*trained, *place]) == 0
+    run = RunDirectory(tmp_path / "library")
     report, splits = read_json(run.data / "report.json"), read_json(run.metrics)["groups"]["split"]
     assert (report["train"], report["held_out"]) == (24, 6)
     assert splits["training rows"]["questions"] == 24
     assert splits["training rows"]["tuned"]["exact_match"] > 0.9
     assert splits["training rows"]["base"]["exact_match"] == 0
+
+    (turn,) = data.Prepared.load(run).train[0].turns
+    status, said, _ = asked(capsys, "ask", turn.question, "--run", "library", *place)
+    assert (status, said.strip()) == (0, turn.answer)
+    with EXAMPLE.open(newline="") as file:
+        assert {"question": turn.question, "answer": turn.answer} in csv.DictReader(file)
 
 
 # ------------------------------------------------------------------------------------------------ what is told

@@ -421,13 +421,14 @@ def test_an_upload_is_found_by_the_next_machine_where_the_page_said_that_it_lies
     (outputs / ".memory.jsonl").write_text('{"tokens": 1}\n')
 
     outputs.unlink()  # the next machine
-    own = [check.keep_upload("before.csv", example, config), check.keep_upload("own.csv", b"a,b\n1,2\n", config)]
+    own = [check.keep_upload("same.csv", example, config), check.keep_upload("own.csv", b"a,b\n1,2\n", config)]
     (outputs / ".memory.jsonl").write_text('{"tokens": 2}\n')
     kept = colab.keep_in_drive(outputs)
     assert {line["tokens"] for line in read_jsonl(kept / ".memory.jsonl")} == {1, 2}
-    assert len(list(kept.glob(".uploads/*/*"))) == 3
+    assert len(list(kept.glob(".uploads/*/*"))) == 4
     for path in uploads + own:
         assert path.is_file()
+    assert len({path.parent.name for path in uploads + own}) == 3  # two have the same content
     monkeypatch.chdir(outputs.parent)  # as a notebook and as `qlora run` take it
     for path in uploads:
         asked = runner.resolve(preset=None, run_name="mine", output_dir="outputs", parameters={"dataset": str(path)},
@@ -437,6 +438,15 @@ def test_an_upload_is_found_by_the_next_machine_where_the_page_said_that_it_lies
         again, _ = runner.resolve(preset=None, run_name="mine", output_dir="outputs", parameters={}, start=None)
         assert len(list(read_source(again.dataset)["train"])) >= 30
         shutil.rmtree(asked.run_dir)
+
+
+def test_a_removal_that_was_cut_off_is_done_again(drive):
+    """The run is whole in Drive already, and in part still here; that is no other run of the same name."""
+    mount, outputs = drive
+    for name in ("config.json", "data/report.json"):
+        write_json(mount / colab.IN_DRIVE / "demo" / name, {"run": name})
+    write_json(outputs / "demo" / "data" / "report.json", {"run": "data/report.json"})
+    assert set(everything(colab.keep_in_drive(outputs))) == {"demo/config.json", "demo/data/report.json"}
 
 
 def test_what_an_earlier_try_left_half_copied_is_not_mixed_in(drive):
