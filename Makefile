@@ -69,7 +69,7 @@ format: $(READY) ## put code and notebooks in order
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[interactive]'
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/01_data.ipynb
+	$(BIN)/jupyter lab $$([ "$$(id -u)" != 0 ] || echo --allow-root) --LabApp.default_url=/lab/tree/notebooks/01_data.ipynb
 
 RUN ?= demo
 

@@ -97,7 +97,7 @@ def _too_few(name: str, train: int, held_out: int, rejected: int, reasons: list[
         why = " Only files with test, validation or the like in their names were found: give one to train on too."
     else:
         why = "" if rejected else " Give more rows."
-    advice = ". Mend them; what rows may look like stands in README.md, Your own data." if reasons else "."
+    advice = ". Mend them; what rows may look like stands in docs/data.md." if reasons else "."
     if any("max_seq_len" in reason for reason in reasons):
         advice = ". Give a larger max_seq_len, or shorter rows."
     told = "; ".join(reason if len(reason) <= 150 else f"{reason[:149]}…" for reason in reasons)
