@@ -175,6 +175,7 @@ def make_wheel(folder, name, version, *requires):
             wheel.writestr(path, text)
 
 
+@pytest.mark.slow
 def test_notebook_01_runs_on_a_colab_machine_that_has_nothing_else(machine):
     assert "No module named 'qlora_utils'" in machine.run("import qlora_utils").stderr
     shutil.copyfile(NOTEBOOK, machine.content / "notebook.ipynb")
@@ -222,6 +223,7 @@ def test_outputs_in_drive_outlive_the_machine(machine, tmp_path):
     assert (drive / colab.IN_DRIVE / "begun" / "data" / "train.jsonl").read_text() == "{}\n"
 
 
+@pytest.mark.slow
 def test_kaggle_and_the_cell_run_twice_in_one_session(machine):
     again = f"{set_up_cell()}\nprint(Path.cwd())"
     kaggle = machine.set_up(colab=False, keep_in_drive=True, KAGGLE_KERNEL_RUN_TYPE="Interactive", after=again)
@@ -240,6 +242,7 @@ def test_a_machine_of_ones_own_is_left_alone(machine):
     assert not machine.clone.exists()
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_installed_and_what_is_too_old_replaced(machine, tmp_path, served):
     """As on Colab: an older transformers, no papermill."""
     preinstalled(machine, "transformers", "5.9.0")
