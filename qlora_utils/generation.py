@@ -298,39 +298,6 @@ class _Answering(StoppingCriteria, TextStreamer):
         return torch.full((input_ids.shape[0],), self._cut, device=input_ids.device, dtype=torch.bool)
 
 
-def stream(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    question: str,
-    config: RunConfig,
-    *,
-    history: Sequence[Turn] = (),
-    system: str = "",
-    sampling: Sampling | None = None,
-    stop: threading.Event | None = None,
-) -> Iterator[str]:
-    """Answer one question piece by piece, as the tokens come; the pieces join to the answer of `answer_all`.
-
-    Args:
-        model: base or tuned; put in eval mode.
-        tokenizer: of the base model.
-        question: without any marks.
-        config: the run, which says how a question is put.
-        history: earlier turns.
-        system: what the system is told with the question.
-        sampling: greedy if not given.
-        stop: set it to end the answer early.
-
-    Raises:
-        Exception: whatever generation raised.
-    """
-    prompt = format_of(tokenizer, config).prompt(history, question, system)
-    sampling, stop = sampling or Sampling(), stop or threading.Event()
-    for piece in _side_by_side(model, tokenizer, prompt, {"": nullcontext}, sampling=sampling, stop=stop):
-        if piece.text:
-            yield piece.text
-
-
 def _side_by_side(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

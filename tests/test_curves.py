@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import random
+import re
 
 import matplotlib.pyplot as plt
 import pytest
@@ -11,6 +12,7 @@ from conftest import MARKUP, ROOT
 
 from qlora_utils import curves
 from qlora_utils.run_directory import DamagedError, RunDirectory, with_few_colours, write_jsonl
+from qlora_utils.shown import on_terminal
 
 HISTORY = [{"step": 0, "epoch": 0.0, "eval_loss": 3.0}] + [
     line
@@ -61,7 +63,10 @@ def test_every_column_is_drawn_for_every_run():
 def test_the_name_of_a_run_is_no_formula(tmp_path):
     figure, ax = plt.subplots()
     curves.plot_column({text: [{"step": 1, "eval_loss": 1.0}] for text in MARKUP}, "eval_loss", ax)
-    figure.savefig(tmp_path / "figure.png")
+    figure.savefig(tmp_path / "figure.png")  # where a formula that is none would raise
+    named = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert [name.replace(r"\$", "$") for name in named] == [on_terminal(text) for text in MARKUP]
+    assert not any(re.search(r"(?<!\\)\$", name) for name in named)
     plt.close(figure)
 
 

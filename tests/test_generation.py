@@ -100,11 +100,10 @@ def test_batched_answers_equal_answers_one_by_one(config, tuned_model, tokenizer
 @BOTH
 def test_streamed_equals_batched(config, tuned_model, tokenizer):
     whole = generation.answer_all(tuned_model, tokenizer, QUESTIONS, config, sampling=GREEDY, batch_size=3)
+    asker = generation.Asker(tuned_model, tokenizer, config)
     for question, answer in zip(QUESTIONS, whole, strict=True):
-        pieces = generation.stream(
-            tuned_model, tokenizer, question.text, config, history=question.history, sampling=GREEDY
-        )
-        assert "".join(pieces) == answer.text
+        said = said_by(asker, question.text, models=["tuned"], history=question.history)
+        assert said == {"tuned": answer.text}
 
 
 @given(st.lists(st.text(alphabet=" \na", max_size=4)))
@@ -115,23 +114,10 @@ def test_a_stream_loses_its_margins_and_nothing_else(pieces):
     assert all(shown)
 
 
-def test_stop_ends_a_stream(config, tuned_model, tokenizer):
-    stop = threading.Event()
-    pieces = []
-    sampling = Sampling(max_new_tokens=400, temperature=5.0)  # hot enough never to end by itself soon
-    for piece in generation.stream(tuned_model, tokenizer, "Hi", config, sampling=sampling, stop=stop):
-        pieces.append(piece)
-        stop.set()
-    assert len(pieces) < 20
-
-
 @BOTH
 def test_one_stop_event_serves_many_questions(config, tuned_model, tokenizer):
-    stop = threading.Event()
-    said = [
-        "".join(generation.stream(tuned_model, tokenizer, QUESTIONS[0].text, config, sampling=GREEDY, stop=stop))
-        for _ in "ab"
-    ]
+    asker, stop = generation.Asker(tuned_model, tokenizer, config), threading.Event()
+    said = [said_by(asker, QUESTIONS[0].text, stop=stop) for _ in "ab"]
     assert said[0] == said[1]
     assert not stop.is_set()
 
@@ -142,7 +128,7 @@ def test_a_failure_while_streaming_reaches_the_caller(config, tuned_model, token
 
     monkeypatch.setattr(tuned_model, "generate", fail)
     with pytest.raises(RuntimeError, match="out of memory, say"):
-        list(generation.stream(tuned_model, tokenizer, "Hi", config))
+        list(generation.Asker(tuned_model, tokenizer, config).ask("Hi"))
 
 
 @pytest.fixture
