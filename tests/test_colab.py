@@ -297,6 +297,7 @@ def test_a_package_loaded_before_pip_replaced_it_asks_for_a_restart(monkeypatch,
     """Of this process's own packages one is said to have been replaced a moment ago."""
     import tqdm
 
+    monkeypatch.delitem(sys.modules, "papermill", raising=False)  # another test may have loaded it
     version = metadata.version("tqdm")
     record = {
         "at": time.time() + 1,
