@@ -22,6 +22,8 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## run the seven notebooks on the pocket model; leaves outputs/demo
 	$(BIN)/qlora run --preset pocket --run-name demo
+	@printf '\nopen outputs/demo/report.html, or go on with one of\n'
+	@printf '  %s\n' '$(BIN)/qlora ask "What is the capital of Chile?" --run demo' 'make lab' 'make playground RUN=demo'
 
 test: $(READY) ## run the tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not browser"

@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qlora_utils.config import PLACE_FIELDS, ConfigError
+from qlora_utils.config import PLACE_FIELDS, ConfigError, no_such_run
 from qlora_utils.run_directory import RunDirectory, damaged, read_json, read_jsonl
 from qlora_utils.scores import (
     SCORES,
@@ -194,7 +194,7 @@ def _split(line: Line) -> str:
 
 def _config(run: RunDirectory) -> dict[str, Any]:
     if not run.config.is_file():
-        raise FileNotFoundError(f"{run.config}: no such run. `{_command(run)}` makes it.")
+        raise FileNotFoundError(no_such_run(run.path))
     config = read_json(run.config).get("config")
     if not (isinstance(config, dict) and "preset" in config):
         raise damaged(run.config, "expected the config of a run, with its preset")

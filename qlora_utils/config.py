@@ -6,6 +6,7 @@ import difflib
 import functools
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -319,7 +320,7 @@ class RunConfig(BaseModel):
         if Path(run_dir).is_file():
             raise ConfigError(f"{run_dir} is a file; expected a run directory, or the name of a run.")
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such run. `qlora run --run-name {Path(run_dir).name}` makes it.")
+            raise FileNotFoundError(no_such_run(Path(run_dir)))
         here = {"output_dir": str(Path(run_dir).parent), "run_name": Path(run_dir).name, "fresh": False}
         return cls.from_file(path, **{**here, **_steps_or_epochs(overrides)})
 
@@ -405,6 +406,17 @@ def check_names(names: Mapping[str, Any]) -> None:
     for name in names:
         if name not in RunConfig.model_fields:
             raise ConfigError(f"{_short(name, plain=True)}: no such parameter.{_near(name, RunConfig.model_fields)}")
+
+
+def no_such_run(run_dir: Path) -> str:
+    """What to say where a run is looked for that is not there: the runs that are, and the command that makes it."""
+    there = sorted(path.parent.name for path in run_dir.parent.glob("*/config.json"))
+    shown = ", ".join([*there[:8], *(["…"] if len(there) > 8 else [])])
+    command = ["qlora", "run", "--run-name", run_dir.name]
+    if run_dir.parent.resolve() != Path("outputs").resolve():
+        command += ["--output-dir", str(run_dir.parent)]
+    told = f" Runs there: {shown}." if there else ""
+    return f"{run_dir / 'config.json'}: no such run.{told} `{shlex.join(command)}` makes it."
 
 
 # What to do with a config.json that is damaged.

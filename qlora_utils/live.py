@@ -353,7 +353,7 @@ class TerminalView:
 class LogView:
     """Lines of a file or of a log that somebody reads later: seldom, and each stays."""
 
-    every_s, news_s = 30.0, 5.0
+    every_s, news_s = 30.0, 0.0
 
     def __init__(self, file: TextIO) -> None:
         self.file = file

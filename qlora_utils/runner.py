@@ -329,7 +329,7 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
     if failure is None:
         _make_smaller(copy)
     if asked:
-        told = "stopped in " + path.stem + _what_is_saved(path, run, failure)
+        told = f"stopped in {path.stem}{_what_is_saved(path, run, failure)}"
         raise Stopped(asked[0], f"{told}. To go on: {_again(config, parameters, path)}") from None
     if isinstance(failure, papermill.PapermillExecutionError):
         raise SeriesError(
@@ -387,7 +387,7 @@ def _what_is_saved(path: Path, run: RunDirectory, failure: BaseException | None)
     if path.stem != "04_training":
         return ""
     if name == "Interrupted":
-        return f", {text.removesuffix(' Run the same again to go on.').removesuffix('.')}"
+        return text.removeprefix("stopped").removesuffix(" Run the same again to go on.").removesuffix(".")
     last = checkpoints.newest(run.checkpoints)
     went_wrong = "" if name in ("KeyboardInterrupt", "DeadKernelError", "NoneType") else f" ({name}: {text})"
     return f" before it could save{went_wrong}; " + (f"the last checkpoint is {last}" if last else "no checkpoint yet")

@@ -35,7 +35,7 @@ class Listed:
     bytes: int  # on disk, all files together
     preset: str | None = None
     model: str | None = None
-    step: int | None = None
+    step: int | None = None  # of a training at work the last logged, of a stopped one that of its checkpoint, or 0
     steps: int | None = None  # None: not known, of a run in epochs that has no checkpoint yet
     held_out_loss: float | None = None  # of the adapter that is kept, or the last measured
     exact_match: tuple[float, float] | None = None  # base, tuned
@@ -108,9 +108,9 @@ def _told(run: RunDirectory) -> dict[str, Any]:
     busy = is_at_work(run.path / ".training.lock")
     saved = _saved(run)
     if history or saved or busy:
-        last = int(history[-1]["step"]) if history else 0
-        told |= {"state": "training" if busy else "stopped", "step": last, "steps": _steps(config, saved)}
-        return told
+        logged = int(history[-1]["step"]) if history else 0
+        state, step = ("training", logged) if busy else ("stopped", int(saved.get("global_step", 0)))
+        return {**told, "state": state, "step": step, "steps": _steps(config, saved)}
     return {**told, "state": "prepared" if (run.data / "train.jsonl").is_file() else "begun"}
 
 

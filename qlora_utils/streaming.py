@@ -103,7 +103,7 @@ def _too_few(name: str, train: int, held_out: int, rejected: int, reasons: list[
     told = "; ".join(reason if len(reason) <= 150 else f"{reason[:149]}…" for reason in reasons)
     return (
         f"dataset: {name} leaves {train} rows to train on and {held_out} to hold out; expected at least one of "
-        f"each.{why} Left out: {rejected}{f': {told}' if told else ''}{advice}"
+        f"each.{why} Rows left out: {rejected}{f' ({told})' if told else ''}{advice}"
     )
 
 

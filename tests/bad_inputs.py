@@ -468,7 +468,7 @@ DATASETS = [
     data("nested garbage", "rows.json", '[{"messages": [[["x"]]]}, {"messages": {"a": []}}]',
          left_out("rows.json", r"row 0: messages\[0\] is list, expected role and content; .*row 1: messages is dict")),
     data("jsonl every line broken", "rows.jsonl", lines("{oops", "]", "nonsense"),
-         left_out("rows.jsonl", r"Left out: 3: rows\.jsonl row 0: not valid JSON: .* at character")),
+         left_out("rows.jsonl", r"Rows left out: 3 \(rows\.jsonl row 0: not valid JSON: .* at character")),
     data("jsonl nested without end", "rows.jsonl", "[" * 100_000 + "\n",
          left_out("rows.jsonl", r"rows\.jsonl row 0: JSON that cannot be read")),
     data("jsonl a number of 5000 digits", "rows.jsonl", '{"question": ' + "9" * 5000 + "}\n",

@@ -378,6 +378,16 @@ def test_a_log_gets_whole_lines_at_measurements_and_twice_a_minute():
     assert lines[-1].startswith("stopped")
 
 
+def test_a_log_leaves_out_no_measurement_however_soon_it_follows():
+    clock, file = Clock(), io.StringIO()
+    progress = progress_of(live.LogView(file), clock)
+    for _ in range(5):
+        progress.on_step_end(None, state(progress.step + 1, 1000), control(evaluate=True))
+        clock.seconds += 0.5
+        progress.on_evaluate(None, state(progress.step, 1000), control())
+    assert [line.split()[1] for line in file.getvalue().splitlines()][-5:] == [f"{step}/1000" for step in range(1, 6)]
+
+
 def test_where_it_runs_decides_how_it_is_shown(monkeypatch):
     monkeypatch.delenv(HEADLESS, raising=False)
     assert isinstance(live.view_here(), live.LogView)  # stderr of a test is no terminal

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import time
 
@@ -34,7 +33,7 @@ def stopped(folder, name, **values):
     """As a training that was killed leaves it: a lock file that nobody holds, a checkpoint, a history beyond it."""
     run = prepared(folder, name, **values)
     write_jsonl(run.history, [{"step": 5, "loss": 2.0}, {"step": 5, "eval_loss": 1.5}, {"step": 7, "loss": 1.0}])
-    write_json(run.checkpoints / "checkpoint-5" / "trainer_state.json", {"max_steps": 40})
+    write_json(run.checkpoints / "checkpoint-5" / "trainer_state.json", {"global_step": 5, "max_steps": 40})
     lock(run, 2**22 + 1)  # beyond what Linux gives
     return run
 
@@ -64,8 +63,8 @@ def test_each_run_is_told_as_far_as_it_came(tmp_path):
     found = {run.name: run for run in runs.listed(tmp_path)}
     assert {name: run.state for name, run in found.items()} == {name: name for name in found}
     assert len(found) == 6
-    for name in ("stopped", "training"):
-        assert (found[name].step, found[name].steps, found[name].held_out_loss) == (7, 250, 1.5)
+    for name, step in (("stopped", 5), ("training", 7)):  # a stopped one goes on from its checkpoint
+        assert (found[name].step, found[name].steps, found[name].held_out_loss) == (step, 250, 1.5)
     assert (found["trained"].step, found["trained"].held_out_loss) == (40, 1.25)
     assert (found["scored"].exact_match, found["scored"].questions) == ((0.1, 0.75), 12)
     assert found["scored"].preset == "pocket"
@@ -79,7 +78,7 @@ def test_of_a_run_in_epochs_the_checkpoint_knows_the_steps(tmp_path):
     assert runs.look_at(run.path).steps == 40
     shutil.rmtree(run.checkpoints)
     assert runs.look_at(run.path).steps is None
-    assert "stopped, step 7 " in runs.table([runs.look_at(run.path)], tmp_path)
+    assert "stopped, step 0 " in runs.table([runs.look_at(run.path)], tmp_path)
 
 
 def test_a_training_that_begins_is_one_before_its_first_step(tmp_path):
@@ -98,7 +97,7 @@ def test_an_adapter_of_a_training_before_does_not_make_a_new_one_done(tmp_path):
     run = scored(tmp_path, "a")
     write_jsonl(run.history, [{"step": 3, "loss": 1.0}])
     found = runs.look_at(run.path)
-    assert (found.state, found.step, found.exact_match) == ("stopped", 3, None)
+    assert (found.state, found.step, found.exact_match) == ("stopped", 0, None)
 
 
 def spoil(run, name, content=b"{"):
@@ -219,9 +218,14 @@ def test_the_report_is_made_anew_and_its_place_is_printed(tmp_path, tokenizer, c
 def test_without_a_run_there_is_nothing_to_report(tmp_path, capsys):
     status, out, error = asked(capsys, "report", "--run", "a", "--output-dir", str(tmp_path))
     assert (status, out) == (1, "")
-    assert re.search(r"no such run\. `qlora run --run-name a` makes it", error)
+    command = f"`qlora run --run-name a --output-dir {tmp_path}` makes it"
+    assert error == f"qlora: {tmp_path}/a/config.json: no such run. {command}.\n"
     assert error.count("\n") == 1
     assert not (tmp_path / "a").exists()
+    begun(tmp_path, "demo")
+    begun(tmp_path, "mine")
+    assert "no such run. Runs there: demo, mine. `qlora" in asked(capsys, "ask", "Why?", "--run", "a",
+                                                                   "--output-dir", str(tmp_path))[2]  # fmt: skip
 
 
 @pytest.mark.parametrize("make", [begun, prepared, stopped])
