@@ -28,6 +28,7 @@ from qlora_utils.rows import Conversation, Rejected, first_readable
 from qlora_utils.run_directory import write_bytes
 from qlora_utils.shown import cut, in_page, on_terminal
 from qlora_utils.sources import SUFFIXES, DataError, Row, first_rows, read_source
+from qlora_utils.wording import counted
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -120,7 +121,7 @@ class Check:
     def verdict(self) -> str:
         """How much there is to train on, in two sentences."""
         config, report = self.config, self.report
-        train, held_out = _many(report["train"], "conversation"), f"{report['held_out']:,}"
+        train, held_out = counted(report["train"], "conversation"), f"{report['held_out']:,}"
         if self.rows:
             return (
                 f"This can be trained on: of the first {self.rows:,} rows of each part {train} to train on, {held_out} "
@@ -129,7 +130,7 @@ class Check:
         length = f"{config.epochs:g} epochs are" if config.epochs else f"{config.steps:,} steps are"
         return (
             f"This can be trained on: {train} to train on, {held_out} held out. One pass over them is "
-            f"{_many(self.steps_per_epoch, 'step')} of {config.batch_size}; {length} {self.passes:.3g} passes."
+            f"{counted(self.steps_per_epoch, 'step')} of {config.batch_size}; {length} {self.passes:.3g} passes."
         )
 
     @property
@@ -157,7 +158,7 @@ class Check:
             lines += [f"  system:   {cut(turn.system, 160)}"] if turn.system else []
             lines += [f"  question: {cut(turn.question, 160)}", f"  answer:   {cut(turn.answer, 160)}"]
         if len(first.turns) > 2:
-            lines.append(f"  and {_many(len(first.turns) - 2, 'more turn')}")
+            lines.append(f"  and {counted(len(first.turns) - 2, 'more turn')}")
         if first.tags:
             lines.append(f"  kept as tags: {cut(', '.join(first.tags), 160)}")
         return "\n".join(lines)
@@ -259,7 +260,7 @@ def left_out(rejected: Sequence[Rejected], *, reasons: int = 8, places: int = 3)
         counts[kind] += 1
         if len(firsts.setdefault(kind, [])) < places:
             firsts[kind].append(one)
-    lines = [f"{_many(len(rejected), 'row')} left out:"]
+    lines = [f"{counted(len(rejected), 'row')} left out:"]
     for kind, count in counts.most_common(reasons):
         known = firsts[kind]
         by_file = [(where, [str(one.number) for one in ones]) for where, ones in groupby(known, lambda one: one.where)]
@@ -267,7 +268,7 @@ def left_out(rejected: Sequence[Rejected], *, reasons: int = 8, places: int = 3)
         more = ", …" if count > len(known) else ""
         lines.append(f"  {count:,} × {cut(known[0].reason, 160)}: {', '.join(named)}{more}")
     if len(counts) > reasons:
-        lines.append(f"  and for {_many(len(counts) - reasons, 'other reason')}")
+        lines.append(f"  and for {counted(len(counts) - reasons, 'other reason')}")
     return "\n".join(lines)
 
 
@@ -285,7 +286,7 @@ def _of_numbers(found: Check) -> list[str]:
         return said  # the rest is known once all rows are
     if train < FEW_ROWS:
         said.append(
-            f"{_many(train, 'conversation')} to train on {'is' if train == 1 else 'are'} few: enough to see that all "
+            f"{counted(train, 'conversation')} to train on {'is' if train == 1 else 'are'} few: enough to see that all "
             "works, hardly enough to answer questions that are unlike them."
         )
     if "keep" in found.advised:
@@ -306,7 +307,7 @@ def _of_numbers(found: Check) -> list[str]:
         )
     if found.scored < FEW_SCORED:
         said.append(
-            f"Half of what is held out helps to choose the adapter, and {_many(found.scored, 'conversation')} "
+            f"Half of what is held out helps to choose the adapter, and {counted(found.scored, 'conversation')} "
             f"{'is' if found.scored == 1 else 'are'} scored: one more that is right changes exact match by "
             f"{1 / found.scored:.0%}. Take the scores as a hint."
         )
@@ -319,13 +320,13 @@ def _of_texts(found: Check) -> list[str]:
     said = []
     if report["leakage"]:
         said.append(
-            f"{report['leakage']:,} of {_many(report['held_out'], 'held-out question')} are also trained on: the "
+            f"{report['leakage']:,} of {counted(report['held_out'], 'held-out question')} are also trained on: the "
             "scores will be too good. Take them out of one of the two."
         )
     if report["normalised_duplicates"]:
         said.append(
-            f"{_many(report['normalised_duplicates'], 'row')} {_are(report['normalised_duplicates'])} there more than "
-            "once, up to case and punctuation. They stay, and weigh as much as rows of their own."
+            f"{counted(report['normalised_duplicates'], 'row')} {_are(report['normalised_duplicates'])} there more "
+            "than once, up to case and punctuation. They stay, and weigh as much as rows of their own."
         )
     if report["truncated_share"]:
         length, most = report["token_length"], math.ceil(report["token_length"]["p95"])
@@ -392,10 +393,6 @@ def _wrapped(text: str, mark: str = "") -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _are(count: int) -> str:

@@ -23,6 +23,7 @@ from qlora_utils.scores import (
     token_f1,
     with_interval,
 )
+from qlora_utils.wording import counted, duration, percent, size
 
 Line = Mapping[str, Any]  # of answers.jsonl
 SHOWN = 20  # answers, of which a third each are the best and the worst
@@ -150,37 +151,6 @@ def measured(metrics: Mapping[str, Any]) -> dict[str, str]:
     return {name: title for name, title in TITLES.items() if name in metrics["base"]}
 
 
-# ---------------------------------------------------------------------------------------------------- numbers in words
-
-
-def gigabytes(size: float) -> str:
-    """Bytes as people read them, in powers of ten."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size:.0f} bytes"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def percent(share: float) -> str:
-    """A share as a percentage: none, all, or with as many digits as it takes to be neither."""
-    if share in (0, 1):
-        return f"{share:.0%}"
-    return f"{share:.1%}" if 0.0005 <= share < 0.9995 else "less than 0.1%" if share < 0.5 else "more than 99.9%"
-
-
-def counted(number: int, one: str, many: str | None = None) -> str:
-    """A number with its noun: `1 row`, `2 rows`."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
 def trained_on_date(run: RunDirectory) -> tuple[str, bool] | None:
     """The day of the training, and whether it was written down; else that of its files, which a copy may change."""
     try:
@@ -251,7 +221,7 @@ def where_it_ran(facts: Facts) -> str:
     day = "" if when is None else f", on {when[0]}" if when[1] else f" (files of {when[0]})"
     took = ""
     if train:
-        took = f"It took {duration(train['wall_s'])}, with a peak memory of {gigabytes(train['peak_memory_bytes'])}. "
+        took = f"It took {duration(train['wall_s'])}, with a peak memory of {size(train['peak_memory_bytes'])}. "
     return f"{took}It ran on {machine(facts.hardware)}{day}{', with ' if packages else ''}{packages}."
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_utils import wording
 from qlora_utils.config import ConfigError, RunConfig, first_line
 from qlora_utils.locks import is_at_work
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
@@ -164,7 +165,7 @@ def table(runs: Sequence[Listed], folder: Path) -> str:
 
 
 def _cells(run: Listed) -> tuple[str, ...]:
-    size, moment = _size(run.bytes), time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
+    size, moment = wording.size(run.bytes), time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
     if run.fault is not None:
         return cut(run.name, 40), "", "damaged", "", "", moment, size
     state, loss, scores = run.state, "", ""
@@ -177,16 +178,6 @@ def _cells(run: Listed) -> tuple[str, ...]:
         base, tuned = (score_text("exact_match", value) for value in run.exact_match)
         scores = f"{base} → {tuned} ({run.questions})"
     return cut(run.name, 40), cut(f"{run.preset}, {run.model}", 50), state, loss, scores, moment, size
-
-
-def _size(count: int) -> str:
-    """Bytes in the unit that suits their number."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
 
 
 def as_json(runs: Iterable[Listed]) -> str:

@@ -4,8 +4,6 @@ import re
 import shutil
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from runs import answered, told
 
 from qlora_utils import findings
@@ -220,22 +218,10 @@ def test_answers_to_training_rows_are_not_among_them(run):
 # ---------------------------------------------------------------------------------------------------- in words
 
 
-@settings(deadline=None)
-@given(st.floats(0, 1))
-def test_a_share_is_none_or_all_only_if_it_is(share):
-    said = findings.percent(share)
-    assert (said in ("0%", "0.0%")) == (share == 0)
-    assert (said in ("100%", "100.0%")) == (share == 1)
-
-
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(findings.duration(51.04), "51 s"), (findings.duration(130), "2 min"), (findings.duration(3600 * 5), "5 h 0 min"),
-     (findings.gigabytes(8.18e8), "818 MB"), (findings.gigabytes(1.55e10), "15.5 GB"),
-     (findings.gigabytes(12), "12 bytes"),
-     (findings.counted(1, "row"), "1 row"), (findings.counted(1200, "row"), "1,200 rows"),
-     (findings.machine({"gpu": {"name": "Tesla T4", "memory_bytes": 15 * 2**30}}), "Tesla T4 with 15 GiB"),
+    [(findings.machine({"gpu": {"name": "Tesla T4", "memory_bytes": 15 * 2**30}}), "Tesla T4 with 15 GiB"),
      (findings.machine({"cpu": "AMD EPYC", "cores": 2, "gpu": None}), "2 cores of an AMD EPYC without a GPU")],
 )  # fmt: skip
-def test_numbers_are_said_as_people_say_them(value, said):
+def test_a_machine_is_said_as_people_say_it(value, said):
     assert value == said
