@@ -59,6 +59,15 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
 
 
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless browser, for the tests of one file: while it is there no other event loop may run."""
+    import browser
+
+    with browser.chromium() as opened:
+        yield opened
+
+
 def tensors(rows, tokenizer, config):
     """What one forward pass of the run's model gets of conversations."""
     from qlora_utils.formats import format_of

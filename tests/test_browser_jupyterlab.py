@@ -40,12 +40,6 @@ def address(folder):
         yield address
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    with browser.chromium() as opened:
-        yield opened
-
-
 @pytest.fixture
 def page(chromium):
     page = chromium.new_page(viewport={"width": 1400, "height": 1000})

@@ -45,12 +45,6 @@ def address(folder, tmp_path_factory):
         yield address
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    with browser.chromium() as opened:
-        yield opened
-
-
 @pytest.fixture
 def page(chromium, address):
     """A page of its own, with a kernel of its own, as soon as the model is loaded."""

@@ -5,19 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from browser import audit, chromium, missing, screenshot
+from browser import audit, missing, screenshot
 from runs import comparison, told
 
 from qlora_utils import report
 from qlora_utils.run_directory import write_json
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(missing()), reason=missing())]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +23,12 @@ def address(tmp_path_factory):
 
 
 @pytest.fixture
-def shown(browser, address):
+def shown(chromium, address):
     """The page in a window of some width, with what it asked of the network and said on the console."""
     pages = []
 
     def show(width, scheme="light"):
-        page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 1000})
+        page = chromium.new_page(color_scheme=scheme, viewport={"width": width, "height": 1000})
         page.asked, page.said = [], []
         page.on("request", lambda request: page.asked.append(request.url))
         page.on("console", lambda message: page.said.append(message.text))
