@@ -829,7 +829,7 @@ FROM_06 = ("run", "--run-name", "mine", "--from", "06")
 FROM_04 = ("run", "--run-name", "mine", "--from", "04")
 
 RUN_DIRECTORIES = [
-    Case("ask: no such run", missing_run, 1, r"none/config\.json: no such run\. `qlora run --run-name none` makes it"),
+    Case("ask: no such run", missing_run, 1, r"none/config\.json: no such run\. `qlora run --run-name none"),
     Case("ask: the run is a file", run_is_a_file, 2, r"mine is a file; expected a run directory"),
     Case("merge: no such run", lambda p: ["merge", "--run", "none", "--output-dir", str(p.outputs)], 1, r"no such run"),
     Case("compare: no such run", with_run("compare", "--runs", "mine", "none"), 1, r"none/config\.json: no such run"),

@@ -159,7 +159,7 @@ def run_killed(folder, prepared, runs, seed=1):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("runs", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path, prepared, runs):
     whole, *killed = run_killed(tmp_path, prepared, runs)
     assert whole["status"] == 0

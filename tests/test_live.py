@@ -382,6 +382,7 @@ def test_a_log_leaves_out_no_measurement_however_soon_it_follows():
     clock, file = Clock(), io.StringIO()
     progress = progress_of(live.LogView(file), clock)
     for _ in range(5):
+        progress.on_step_begin(None, state(progress.step, 1000), control())
         progress.on_step_end(None, state(progress.step + 1, 1000), control(evaluate=True))
         clock.seconds += 0.5
         progress.on_evaluate(None, state(progress.step, 1000), control())
