@@ -24,6 +24,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 wrongly asked for."""
     options = _parser().parse_args(arguments)
+    # Bars of other libraries, here and in the kernels of a series: what is loaded in a moment needs none.
+    os.environ.setdefault("TQDM_DELAY", "3")
     from qlora_utils.config import ConfigError
     from qlora_utils.shown import on_terminal
 

@@ -173,12 +173,25 @@ def test_ask_without_a_run_says_what_to_do(tmp_path, capsys):
     assert "no such run" in capsys.readouterr().err
 
 
+def test_what_loads_in_a_moment_draws_no_bar():
+    code = """if True:
+        from qlora_utils import cli
+        cli.main(["presets"])
+        from tqdm.auto import tqdm  # as transformers does
+        for _ in tqdm(range(100)): pass
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pocket" in done.stdout
+    assert done.stderr == ""
+
+
 @pytest.fixture(scope="session")
 def finished(preset, tmp_path_factory):
     """One quick run of the whole series, in a folder whose name has a space."""
     folder = tmp_path_factory.mktemp("run directories") / "a b"
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MPLBACKEND", raising=False)  # kernels inherit it, and their figures are to be seen
+        patch.setenv("TQDM_DELAY", "600")  # as what loads in a moment on a machine that has nothing else to do
         status = cli.main(["run", "--preset", preset, "--run-name", "quick", "--output-dir", str(folder), *QUICK])
     assert status == 0
     return RunDirectory(folder / "quick")
@@ -205,6 +218,7 @@ def test_the_seven_notebooks_run_and_leave_the_run_directory(finished):
         assert all(cell.execution_count for cell in cells)
         text = json.dumps(notebook)
         assert "torch 2" in text  # stamped with versions
+        assert "Loading weights" not in text
         assert copy.stat().st_size < 300_000
         figures = [o.data["image/png"] for c in cells for o in c.outputs if "image/png" in o.get("data", {})]
         assert all(Image.open(BytesIO(b64decode(figure))).mode == "P" for figure in figures)
