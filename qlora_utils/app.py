@@ -14,6 +14,13 @@ from typing import Any, NoReturn
 from qlora_utils.config import ConfigError, project_folder
 from qlora_utils.run_directory import RunDirectory, require_adapter
 
+# Of the page, for the browser to enforce: it fetches nothing from anywhere else, though Voilà's template asks a content
+# network for an icon font. `ws:` for browsers to which 'self' is no web socket.
+POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    "connect-src 'self' ws://127.0.0.1:* ws://localhost:*; frame-ancestors 'self'"
+)
+
 
 def app_notebook(run: RunDirectory) -> dict[str, Any]:
     """Notebook 07 as it is served: the run put in, and what is there to be read left out.
@@ -21,7 +28,7 @@ def app_notebook(run: RunDirectory) -> dict[str, Any]:
     It is always our own notebook: what lies in a run directory may be somebody else's.
     """
     notebook: dict[str, Any] = json.loads((project_folder("notebooks") / "07_playground.ipynb").read_text("utf-8"))
-    place = {"run_name": run.path.name, "output_dir": str(run.path.resolve().parent)}
+    place = {"run_name": run.path.name, "output_dir": str(run.path.absolute().parent)}
     cells = []
     for cell in notebook["cells"]:
         tags = cell["metadata"].get("tags", [])
@@ -38,7 +45,7 @@ def serve_command(notebook: Path, options: Sequence[str] = ()) -> list[str]:
     """What serves a notebook to this machine alone, under an address with a random token that no process list shows."""
     return [
         sys.executable, "-m", "voila", str(notebook), "--Voila.ip=127.0.0.1", "--token", "--show_tracebacks=True",
-        *options,
+        f"--Voila.tornado_settings={ {'headers': {'Content-Security-Policy': POLICY}} }", *options,
     ]  # fmt: skip
 
 

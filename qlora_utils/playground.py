@@ -142,6 +142,14 @@ def prompt_page(exchange: Exchange) -> str:
     )
 
 
+def no_choice_page(exchange: Exchange) -> str:
+    """Why there is nothing to choose, of two answers; nothing where something went wrong, which is told elsewhere."""
+    if exchange.problem:
+        return ""
+    texts = {said.text for said in exchange.answers.values()}
+    return f"<small>{'Both say the same' if len(texts) == 1 else 'One says nothing'}: nothing to choose.</small>"
+
+
 def status_page(text: str) -> str:
     """A line that says what is going on, marked as such for screen readers."""
     return f'<div class="qlora-status" role="status">{in_page(text)}</div>'
@@ -193,13 +201,15 @@ class Playground:
             instead_of.close()
         self.exchanges: list[Exchange] = []
         self.asker: Asker | None = None
+        self._loaded = ("", "")  # the run whose model that is, and when its adapter was written
         self._runs, self._load = run.path.parent, load
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
         self._failure: Exception | None = None
-        self._opened = False
-        self._room = max_new_tokens or _room(run)  # as we set it: what a person typed stays
+        self._opened = self._answers = False
+        self._room = max_new_tokens or _room(run)
         self._make_widgets(run.path.name)
+        self._room = self.max_new_tokens.value  # as we set it: what a person typed stays
         self._start(self._open, run)
 
     def close(self) -> None:
@@ -221,27 +231,30 @@ class Playground:
         self.question = widgets.Text(description="Question", placeholder="Ask something, and press Enter")
         self.follow_up = widgets.Checkbox(description="Follow up on the last answer", indent=False)
         self.ask_button = widgets.Button(description="Ask")
-        self.stop_button = widgets.Button(description="Stop", disabled=True)
+        # never disabled: the focus would leave it as an answer ends, and the key meant for it do something else
+        self.stop_button = widgets.Button(description="Stop")
+        self.stop_button.add_class("qlora-idle")
         self.clear_button = widgets.Button(description="Clear", tooltip="Forget everything said so far")
         self.status, self.problem, self.export = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.examples, self.said = widgets.HBox(), widgets.VBox()
         self.ask_button.on_click(lambda _: self.ask())
-        self.stop_button.on_click(lambda _: self._stop.set())
+        self.stop_button.on_click(lambda _: self.stop())
         self.clear_button.on_click(lambda _: self.clear())
         self.question.on_msg(self._on_key)
         self.run.observe(self._on_run, names="value")
         settings = widgets.HBox([self.temperature, self.top_p, self.max_new_tokens, self.system])
-        buttons = widgets.HBox([self.ask_button, self.stop_button, self.clear_button, self.follow_up])
+        buttons = widgets.HBox([self.ask_button, self.stop_button, self.follow_up])
+        afterwards = widgets.HBox([self.export, self.clear_button])  # far from what one presses again and again
         runs = widgets.HBox([self.run, self.models])
         style = resources.files("qlora_utils").joinpath("playground.css").read_text(encoding="utf-8")
-        for row in (settings, runs, buttons, self.examples):
+        for row in (settings, runs, buttons, self.examples, afterwards):
             row.add_class("qlora-row")
         for widget, name in ((self.question, "question"), (self.ask_button, "ask"), (self.examples, "examples"),
                              (buttons, "buttons"), (self.said, "said")):  # fmt: skip
             widget.add_class(f"qlora-{name}")
         self.view = widgets.VBox(
             [widgets.HTML(f"<style>{style}</style>"), runs, settings, self.question, buttons, self.examples,
-             self.status, self.problem, self.said, self.export]
+             self.status, self.problem, self.said, afterwards]
         )  # fmt: skip
         self.view.add_class("qlora-play")
 
@@ -254,7 +267,7 @@ class Playground:
         """What is under way, in words; nothing if nothing is."""
         if self._worker is None or not self._worker.is_alive():
             return ""
-        return "Still loading: wait." if self.stop_button.disabled else "Still answering: wait, or press Stop."
+        return "Still loading: wait." if not self._answers else "Still answering: wait, or press Stop."
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until what is under way has ended, `timeout` seconds at most.
@@ -280,6 +293,13 @@ class Playground:
         else:
             self._start(self._answer, text)
 
+    def stop(self) -> None:
+        """End the answer that is coming."""
+        if self._answers:
+            self._stop.set()
+        else:
+            self._say(self.busy or "Nothing is being answered.")
+
     def clear(self) -> None:
         """Forget what was said."""
         if self.busy:
@@ -294,13 +314,17 @@ class Playground:
 
         A second choice on the same exchange replaces the first.
         """
-        exchange.preferred = model
         path = RunDirectory(self._runs / exchange.run).preferences
-        with locks.held(path.with_name(".preferences.lock"), "a choice", wait_s=10):
-            # whatever else stands there is kept to the letter: it may have been edited by hand
-            before = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-            kept = [line for line in before if line.strip() and not exchange.is_in(line)]
-            write_text(path, "\n".join([*kept, json.dumps(exchange.preference(), ensure_ascii=False), ""]))
+        earlier, exchange.preferred = exchange.preferred, model
+        try:
+            with locks.held(path.with_name(".preferences.lock"), "a choice", wait_s=10):
+                # whatever else stands there is kept to the letter: it may have been edited by hand
+                before = path.read_bytes().decode().split("\n") if path.is_file() else []
+                kept = [line for line in before if line.strip() and not exchange.is_in(line)]
+                write_text(path, "\n".join([*kept, json.dumps(exchange.preference(), ensure_ascii=False), ""]))
+        except BaseException:
+            exchange.preferred = earlier  # a choice that is not saved is none
+            raise
         self.export.value = download_page(self.exchanges)
         return path
 
@@ -308,6 +332,11 @@ class Playground:
 
     def _say(self, text: str) -> None:
         self.status.value = status_page(text)
+
+    def _answering(self, begun: bool) -> None:
+        """From now on there is something to stop, or nothing any more."""
+        self._answers = begun
+        (self.stop_button.remove_class if begun else self.stop_button.add_class)("qlora-idle")
 
     def _start(self, work: Callable[[Any], None], what: Any) -> None:
         """Do something in a thread, so that the kernel stays free to take a click; after what is under way."""
@@ -325,6 +354,8 @@ class Playground:
                 self._failure = error
                 self.problem.value = problem_page(_told(error))
                 self._say("That did not work.")
+            finally:
+                self._answering(False)
 
         self._worker = threading.Thread(target=run, daemon=True)
         self._worker.start()
@@ -345,19 +376,20 @@ class Playground:
         self.asker, self.examples.children = None, ()
         free()
         require_adapter(run)
-        config = RunConfig.continue_run(run.path)
+        config, written = RunConfig.continue_run(run.path), _written(run)
         asker = self._load(run)
         if run.path.name != self.run.value:
             return
         if self._opened and self.max_new_tokens.value == self._room:
-            self.max_new_tokens.value = self._room = config.max_new_tokens
+            self.max_new_tokens.value = config.max_new_tokens
+            self._room = self.max_new_tokens.value
         self._opened = True
         self.run.unobserve(self._on_run, names="value")  # runs that are done by now can be picked too
         self.run.options = self._names(run.path.name)
         self.run.value = run.path.name
         self.run.observe(self._on_run, names="value")
         self.examples.children = [self._example(text) for text in examples(run)]
-        self.asker = asker
+        self.asker, self._loaded = asker, (run.path.name, written)
         self._say(f"{run.path.name} is ready: {described(run, config)}")
 
     def _example(self, text: str) -> widgets.Button:
@@ -372,17 +404,18 @@ class Playground:
     def _answer(self, question: str) -> None:
         """Ask the models chosen, and show what they say as they say it."""
         assert self.asker is not None
+        self._answering(True)
+        run, written = self._loaded  # not what is picked now: another may have been meanwhile
         sampling = Sampling(
             max_new_tokens=self.max_new_tokens.value, temperature=self.temperature.value, top_p=self.top_p.value
         )
         system = self.system.value.strip()
-        before = self._before() if self.follow_up.value else ()
+        before, gone = self._before(run) if self.follow_up.value else ((), 0)
         history = self.asker.recent(question, before, system)
         exchange = Exchange(
-            self.run.value, question, system, history, len(before) - len(history),
+            run, question, system, history, gone + len(before) - len(history),
             self.asker.prompt(question, history=history, system=system), sampling,
-            datetime.now().astimezone().isoformat(), _written(RunDirectory(self._runs / self.run.value)),
-            self.asker.too_long(question, system),
+            datetime.now().astimezone().isoformat(), written, self.asker.too_long(question, system),
         )  # fmt: skip
         models = MODELS if self.models.value == BOTH else (self.models.value,)
         exchange.answers = {model: Said() for model in models}
@@ -391,7 +424,6 @@ class Playground:
         block = self._block(exchange, list(shown.values()))
         self.said.children = (block, *self.said.children)
         self._say("Answering …")
-        self.stop_button.disabled = False
         drawn = time.monotonic()
         try:
             for piece in self.asker.ask(
@@ -408,19 +440,19 @@ class Playground:
             exchange.problem = f"{type(error).__name__}: {error}"
             raise
         finally:
-            self.stop_button.disabled = True
             self._draw(exchange, shown, over=True)
             self.export.value = download_page(self.exchanges)
-        if exchange.a_choice:
-            block.children = (*block.children[:2], self._choice(exchange), *block.children[2:])
+        if len(exchange.answers) > 1:
+            chosen = self._choice(exchange) if exchange.a_choice else widgets.HTML(no_choice_page(exchange))
+            block.children = (*block.children[:2], chosen, *block.children[2:])
         self._say("Stopped." if self._stop.is_set() else "Answered.")
 
-    def _before(self) -> tuple[Turn, ...]:
-        """The conversation that a follow-up goes on with: up to the last answer that this run gave."""
+    def _before(self, run: str) -> tuple[tuple[Turn, ...], int]:
+        """The conversation that a follow-up goes on with, up to the last answer of this run; turns it has lost."""
         for last in reversed(self.exchanges):
-            if last.run == self.run.value and not last.problem and last.kept:
-                return (*last.history, Turn(last.question, last.kept, last.system))
-        return ()
+            if last.run == run and not last.problem and last.kept:
+                return (*last.history, Turn(last.question, last.kept, last.system)), last.left_out
+        return (), 0
 
     def _draw(self, exchange: Exchange, shown: Mapping[str, widgets.HTML], *, over: bool = False) -> None:
         for model, said in exchange.answers.items():
@@ -443,6 +475,7 @@ class Playground:
             except Exception as error:  # in a callback it would reach nobody
                 self.problem.value = problem_page(f"not saved: {error}")
                 return
+            self.problem.value = ""
             for name, button in buttons.items():
                 button.description = f"✓ {name} preferred" if name == model else f"👍 {name} is better"
             self._say(f"Saved in {path}")

@@ -13,8 +13,8 @@ import threading
 import time
 from base64 import b64decode, b64encode
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -323,8 +323,8 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),
         )
 
-    with _asked_to_stop() as asked:
-        failure = _in_thread(execute)
+    with _asked_to_stop() as (asked, pass_on):
+        failure = _in_thread(execute, pass_on)
     lines.end()
     if failure is None:
         _make_smaller(copy)
@@ -393,10 +393,11 @@ def _what_is_saved(path: Path, run: RunDirectory, failure: BaseException | None)
     return f" before it could save{went_wrong}; " + (f"the last checkpoint is {last}" if last else "no checkpoint yet")
 
 
-def _in_thread(work: Any) -> BaseException | None:
+def _in_thread(work: Callable[[], None], meanwhile: Callable[[], None]) -> BaseException | None:
     """Do something in a thread and return what it raised. The main thread stays free to take signals.
 
-    nbclient would otherwise take them itself, and kill the kernel in the middle of a step.
+    nbclient would otherwise take them itself, and kill the kernel in the middle of a step. `meanwhile` is called again
+    and again.
     """
     raised: list[BaseException] = []
 
@@ -409,32 +410,54 @@ def _in_thread(work: Any) -> BaseException | None:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while thread.is_alive():
+        meanwhile()
         thread.join(0.2)
     return raised[0] if raised else None
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """In this context SIGINT and its like are handed to the kernel, which saves and leaves; twice, it is killed."""
+def _asked_to_stop() -> Iterator[tuple[list[int], Callable[[], None]]]:
+    """In this context SIGINT and its like are taken down, and handed to the kernel by a function to be called often.
+
+    The kernel saves and leaves; asked twice, it is killed.
+    """
     asked: list[int] = []
+    told: set[int] = set()
 
     def on_signal(number: int, _: Any) -> None:
         asked.append(number)
-        for kernel in _kernels():
-            os.kill(kernel, signal.SIGINT if len(asked) == 1 else signal.SIGKILL)
+
+    def pass_on() -> None:
+        for kernel in _kernels() if asked else []:
+            with suppress(ProcessLookupError):  # it has ended by itself
+                if len(asked) > 1:
+                    os.kill(kernel, signal.SIGKILL)
+                elif kernel not in told and _heeds_interrupts(kernel):
+                    os.kill(kernel, signal.SIGINT)
+                    told.add(kernel)
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield asked, pass_on
         return
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     # one that is ignored, as under nohup, stays so
     taken = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, on_signal) for number in taken}
     try:
-        yield asked
+        yield asked, pass_on
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _heeds_interrupts(kernel: int) -> bool:
+    """Whether a kernel would notice SIGINT now: between two cells, and before the first, it ignores it."""
+    try:
+        status = Path(f"/proc/{kernel}/status").read_text(encoding="ascii")
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> (signal.SIGINT - 1) & 1)
+    except (OSError, ValueError, IndexError, StopIteration):  # not told on this system
+        return True
 
 
 def _kernels() -> list[int]:
@@ -444,7 +467,7 @@ def _kernels() -> list[int]:
     found = []
     for child in psutil.Process().children(recursive=True):
         try:
-            if any("ipykernel" in word for word in child.cmdline()):
+            if any("ipykernel" in word or "kernel_launcher" in word for word in child.cmdline()):
                 found.append(child.pid)
         except psutil.Error:
             continue
@@ -509,8 +532,9 @@ def _clear(run: RunDirectory) -> None:
     """Remove what an earlier run of the same name left, and nothing else that may lie there."""
     left: Sequence[Path] = [run.config, run.data, run.adapter, run.merged, run.checkpoints, run.history, run.answers,
                             run.metrics, run.comparison, run.figures, run.notebooks, run.report]  # fmt: skip
-    present = [path for path in left if path.exists()]
+    present = [path for path in left if os.path.lexists(path)]
     if present:
         print(f"replacing in {run.path}: {', '.join(path.name for path in present)}", flush=True)
     for path in present:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # a link may lead to another disk, and to more than is ours: it goes, what it leads to stays
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -26,7 +26,8 @@ def test_it_is_served_to_this_machine_alone_and_with_a_token(tmp_path):
     command = app.serve_command(tmp_path / "one.ipynb", ["--no-browser"])
     assert command[:4] == [sys.executable, "-m", "voila", str(tmp_path / "one.ipynb")]
     # the token without a value: random, and in no list of processes
-    assert command[4:] == ["--Voila.ip=127.0.0.1", "--token", "--show_tracebacks=True", "--no-browser"]
+    assert command[4:7] == ["--Voila.ip=127.0.0.1", "--token", "--show_tracebacks=True"]
+    assert command[8:] == ["--no-browser"]
 
 
 def test_make_playground_serves_the_run_that_is_named():
@@ -48,6 +49,16 @@ def test_what_is_served_is_our_own_notebook_with_the_run_put_in(tmp_path):
     ]
     assert any("playground.Playground(" in text for text in source)
     assert not any(".click()" in text for text in source), "nothing is asked before anybody asks"
+
+
+def test_a_run_that_is_a_link_is_served_from_where_the_link_lies(tmp_path):
+    (tmp_path / "disk").mkdir()
+    left(tmp_path / "disk", "real", [])
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "disk" / "real")
+    (source,) = [cell["source"] for cell in app.app_notebook(RunDirectory(tmp_path / "runs" / "link"))["cells"]
+                 if cell["id"] == "injected"]  # fmt: skip
+    assert source == f"run_name = 'link'\noutput_dir = {str(tmp_path / 'runs')!r}\n"
 
 
 def test_without_an_adapter_or_voila_nothing_is_served(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import browser
+import psutil
 import pytest
 from served import free_port, served, trained
 
@@ -50,6 +51,8 @@ def page(chromium, address):
     """A page of its own, with a kernel of its own, as soon as the model is loaded."""
     context = chromium.new_context(viewport={"width": 1200, "height": 900}, accept_downloads=True)
     page = context.new_page()
+    page.answered = []  # addresses that sent something
+    page.on("response", lambda response: page.answered.append(response.url))
     page.goto(address, timeout=120_000)
     page.get_by_text(READY).wait_for(timeout=120_000)
     yield page
@@ -89,13 +92,12 @@ def test_stop_examples_choice_and_export(page, folder):
     page.get_by_label("Most tokens").press("Tab")
     page.locator(".qlora-examples button").first.click()
     example = page.locator(".qlora-examples button").first.inner_text()
-    stop = page.get_by_role("button", name="Stop")
     page.locator(".qlora-exchange").wait_for(timeout=30_000)
     page.wait_for_timeout(1_000)
-    assert stop.is_enabled()
-    stop.click()
+    assert page.locator(".qlora-idle").count() == 0
+    page.get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped.").wait_for(timeout=30_000)
-    assert stop.is_disabled()
+    page.locator(".qlora-idle").wait_for(timeout=30_000)
     assert page.locator(".qlora-asked").first.inner_text() == example
     page.get_by_role("button", name="tuned is better").click()
     page.get_by_text("preferences.jsonl").wait_for(timeout=30_000)
@@ -135,14 +137,15 @@ def test_with_the_keyboard_alone(page):
         if name in reached:
             break
         reached.append(name)
-    wanted = ["Run", "Answers of", "Temperature", "Top-p", "Most tokens", "System prompt", "Question", "Ask", "Clear"]
+    wanted = ["Run", "Answers of", "Temperature", "Top-p", "Most tokens", "System prompt", "Question", "Ask", "Stop",
+              "Follow up on the last answer", "Clear"]  # fmt: skip
     assert [name for name in reached if name in wanted] == wanted
     page.get_by_label("Question").focus()
     page.keyboard.type("What is the capital of Peru?")
     page.keyboard.press("Enter")
     page.get_by_text(ANSWERED).wait_for(timeout=60_000)
     first = said(page, "tuned")
-    for key in ("Tab", "Tab", "Tab"):  # Ask, Clear, Follow up
+    for key in ("Tab", "Tab", "Tab"):  # Ask, Stop, Follow up
         page.keyboard.press(key)
     page.keyboard.press("Space")
     assert page.get_by_label("Follow up on the last answer").is_checked()
@@ -158,3 +161,45 @@ def test_with_the_keyboard_alone(page):
     page.get_by_role("button", name="base is better").first.focus()
     page.keyboard.press("Enter")
     page.get_by_text("base preferred").wait_for(timeout=30_000)
+
+
+def test_an_example_stop_another_run_and_the_export_with_the_keyboard_alone(page):
+    for label, value in (("Temperature", "2"), ("Most tokens", "4096")):
+        page.get_by_label(label).focus()
+        page.keyboard.press("Control+a")
+        page.keyboard.type(value)
+    page.get_by_label("Follow up on the last answer").focus()
+    page.keyboard.press("Tab")  # to the first example
+    page.keyboard.press("Enter")
+    page.locator(".qlora-exchange").wait_for(timeout=30_000)
+    page.get_by_label("Question").focus()
+    for key in ("Tab", "Tab", "Enter"):
+        page.keyboard.press(key)
+    page.get_by_text("Stopped.").wait_for(timeout=30_000)
+    page.keyboard.press("Enter")  # once too often
+    page.get_by_text("Nothing is being answered.").wait_for(timeout=30_000)
+    assert page.locator(".qlora-exchange").count() == 1
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Save this conversation as JSON").focus()
+        page.keyboard.press("Enter")
+    assert json.loads(download.value.path().read_text())
+    page.get_by_label("Run", exact=True).focus()
+    page.keyboard.type("second")
+    page.get_by_text("second is ready:").wait_for(timeout=60_000)
+
+
+def test_it_fetches_nothing_from_elsewhere(page, address):
+    assert page.answered
+    here = address[: address.index("/", len("http://"))]
+    assert {url for url in page.answered if not url.startswith((here, "data:", "blob:"))} == set()
+
+
+def test_when_the_kernel_is_gone_the_page_says_so(page):
+    page.get_by_role("button", name="Ask", exact=True).wait_for()
+    for process in psutil.Process().children(recursive=True):
+        if any("ipykernel" in word for word in process.cmdline()):
+            process.kill()
+    page.locator(".qlora-play.jupyter-widgets-disconnected").wait_for(timeout=60_000)
+    said = page.evaluate("getComputedStyle(document.querySelector('.qlora-play'), '::before').content")
+    assert "The kernel has stopped" in said
+    browser.screenshot(page, "playground-kernel-gone")

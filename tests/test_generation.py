@@ -167,6 +167,7 @@ def test_side_by_side_means_a_token_of_each_in_turn(asker):
 
 
 def test_stop_ends_both_and_the_adapter_is_on_again(asker):
+    before = said_by(asker, "Hi")
     stop = threading.Event()
     hot = Sampling(max_new_tokens=400, temperature=5.0)
     count = 0
@@ -175,7 +176,8 @@ def test_stop_ends_both_and_the_adapter_is_on_again(asker):
         if count == 6:
             stop.set()
     assert count <= 8
-    assert said_by(asker, "Hi")["tuned"] == said_by(asker, "Hi", models=["tuned"])["tuned"]
+    assert before["base"] != before["tuned"]
+    assert said_by(asker, "Hi", models=["tuned"])["tuned"] == before["tuned"]
 
 
 def test_an_answer_that_nobody_reads_on_leaves_no_thread(asker):

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import threading
 import weakref
+from datetime import datetime
 from html.parser import HTMLParser
 
 import pytest
@@ -15,7 +17,7 @@ from qlora_utils.config import RunConfig
 from qlora_utils.generation import Asker, Piece
 from qlora_utils.playground import Exchange, Playground, Said
 from qlora_utils.rows import Turn
-from qlora_utils.run_directory import RunDirectory, read_jsonl, write_jsonl
+from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
 
 
 class Spelled:
@@ -83,6 +85,11 @@ def asked(play, question, timeout=30):
     return play.exchanges[-1]
 
 
+def idle(play):
+    """Whether Stop looks as if there was nothing to stop."""
+    return "qlora-idle" in play.stop_button._dom_classes
+
+
 def texts(exchange):
     return {model: said.text.strip() for model, said in exchange.answers.items()}
 
@@ -105,9 +112,8 @@ def test_the_newest_stands_on_top_with_both_answers_their_speed_and_the_prompt(r
     question, answers, choice, prompt = newest.children
     assert "Second?" in question.value
     assert "First?" in oldest.children[0].value
-    assert [
-        f"{model} Second?" in answer.value for model, answer in zip(("base", "tuned"), answers.children, strict=True)
-    ]
+    for model, answer in zip(("base", "tuned"), answers.children, strict=True):
+        assert f"{model} Second?" in answer.value
     assert all("5 tokens, 10 tokens/s" in answer.value for answer in answers.children)
     assert "&lt;s&gt;|[]|Second?" in prompt.value
     assert [button.description for button in choice.children] == ["👍 base is better", "👍 tuned is better"]
@@ -173,7 +179,7 @@ def test_answers_are_streamed_and_stop_ends_them(run):
     assert began.wait(10)
     answers = play.said.children[0].children[1].children
     assert all("word word" in answer.value for answer in answers), "it can be read while it comes"
-    assert not play.stop_button.disabled
+    assert not idle(play)
     play.ask_button.click()  # while one is under way
     assert "Still answering" in play.status.value
     play.clear_button.click()
@@ -183,7 +189,9 @@ def test_answers_are_streamed_and_stop_ends_them(run):
     assert all("stopped" in answer.value for answer in answers)
     assert not any(said.ended for said in play.exchanges[0].answers.values())
     assert "Stopped." in play.status.value
-    assert play.stop_button.disabled
+    assert idle(play)
+    play.stop_button.click()
+    assert "Nothing is being answered." in play.status.value
 
 
 def test_a_failure_is_a_message_in_the_page_and_the_playground_goes_on(run):
@@ -346,22 +354,23 @@ def test_answers_that_are_none_or_the_same_are_no_choice(run):
 
     play = opened(run, Same())
     asked(play, "One?")
-    assert len(play.said.children[0].children) == 3
+    assert "Both say the same: nothing to choose" in play.said.children[0].children[2].value
     Same.said = ""
     asked(play, "Two?")
-    assert len(play.said.children[0].children) == 3
+    assert "nothing to choose" in play.said.children[0].children[2].value
 
 
-def test_other_lines_of_the_file_of_choices_stay_to_the_letter(run):
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_other_lines_of_the_file_of_choices_stay_to_the_letter(run, end):
     """It may be edited by hand: a last line without its end, or what is no JSON at all."""
-    by_hand = '{"prompt": [],   "chosen": "mine"}\n[1]\nwhat is this'
-    run.preferences.write_text(by_hand)
+    by_hand = f'{{"prompt": [],   "chosen": "mine"}}{end}[1]{end}what is this'
+    run.preferences.write_bytes(by_hand.encode())
     play = opened(run)
     asked(play, "One?")
     base, tuned = play.said.children[0].children[2].children
     base.click()
     tuned.click()
-    lines = run.preferences.read_text().split("\n")
+    lines = run.preferences.read_bytes().decode().split("\n")
     assert "\n".join(lines[:3]) == by_hand
     assert json.loads(lines[3])["chosen_model"] == "tuned"
     assert lines[4:] == [""]
@@ -492,3 +501,79 @@ def test_with_the_real_model(run, config, tuned_model, tokenizer):
     assert all(0 < said.tokens <= 8 and said.ended for said in exchange.answers.values())
     play.follow_up.value = True
     assert exchange.kept in asked(play, "And its currency?").prompt
+
+
+class Slow(Spelled):
+    """Takes its time to build a prompt, as a long conversation does."""
+
+    def __init__(self):
+        self.building, self.go_on = threading.Event(), threading.Event()
+
+    def recent(self, question, history, system=""):
+        self.building.set()
+        assert self.go_on.wait(30)
+        return super().recent(question, history, system)
+
+
+def test_an_answer_belongs_to_the_run_whose_model_gave_it_whatever_is_picked_meanwhile(run, tmp_path):
+    other = left(tmp_path, "two", ["What?"])
+    slow = Slow()
+    play = opened(run, slow)
+    play.question.value = "Why?"
+    play.ask_button.click()
+    assert slow.building.wait(10)
+    assert play.busy == "Still answering: wait, or press Stop."
+    play.run.value = "two"
+    slow.go_on.set()
+    play.wait(30)
+    (exchange,) = play.exchanges
+    assert exchange.run == "one"
+    assert texts(exchange)  # it was told to stop, and has said something or not
+    exchange.answers["base"].text, exchange.answers["tuned"].text = "No.", "Yes."
+    assert play.prefer(exchange, "tuned") == run.preferences
+    assert not other.preferences.exists()
+
+
+def test_the_adapter_told_is_the_one_in_memory_not_one_written_since(run):
+    weights = run.adapter / "adapter_model.safetensors"
+    weights.write_bytes(b"old")
+    os.utime(weights, (1e9, 1e9))
+    play = opened(run)
+    weights.write_bytes(b"new")
+    assert datetime.fromisoformat(asked(play, "Why?").adapter).timestamp() == 1e9
+
+
+def test_turns_that_were_left_out_before_stay_counted(run):
+    play = opened(run)
+    play.follow_up.value = True
+    assert [asked(play, f"{number}?").left_out for number in range(6)] == [0, 0, 0, 1, 2, 3]
+
+
+def test_more_tokens_than_the_field_takes_are_not_taken_for_what_a_person_typed(tmp_path):
+    run = left(tmp_path, "one", ["Why?"])
+    config = RunConfig.continue_run(run.path, max_new_tokens=6000)
+    write_json(run.config, {**read_json(run.config), "config": config.model_dump(mode="json")})
+    left(tmp_path, "two", ["Why?"])
+    play = opened(run)
+    assert play.max_new_tokens.value == 4096
+    play.run.value = "two"
+    play.wait(30)
+    assert play.max_new_tokens.value == RunConfig.from_preset("pocket").max_new_tokens
+
+
+def test_a_choice_that_could_not_be_saved_is_none_until_it_is(run, monkeypatch):
+    play = opened(run)
+    exchange = asked(play, "Why?")
+    _, tuned = play.said.children[0].children[2].children
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_utils.playground.write_text", full)
+        tuned.click()
+    assert "No space left" in play.problem.value
+    assert exchange.preferred is None
+    tuned.click()
+    assert play.problem.value == ""
+    assert exchange.preferred == "tuned"

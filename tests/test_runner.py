@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from base64 import b64decode
 from io import BytesIO
@@ -480,6 +481,43 @@ def test_a_series_that_is_stopped_saves_and_goes_on(tmp_path, number):
     again.wait()
     assert f"going on from step {saved}" in (run.notebooks / "04_training.ipynb").read_text()
     assert [line["step"] for line in read_jsonl(run.history) if "loss" in line] == list(range(1, 401))
+
+
+def test_a_stop_asked_for_before_there_is_a_kernel_reaches_it(tmp_path):
+    """So does one between two cells, when a kernel ignores it."""
+    config = RunConfig.from_preset("pocket", run_name="a", output_dir=str(tmp_path))
+    run = RunDirectory(config.run_dir)
+    run.notebooks.mkdir(parents=True)
+    cells = [nbformat.v4.new_code_cell("import time; time.sleep(200)")]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path = tmp_path / "02_quantization.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    began, handler = time.monotonic(), signal.getsignal(signal.SIGINT)
+
+    def ask():  # as soon as the series listens
+        while signal.getsignal(signal.SIGINT) == handler:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(runner.Stopped, match=r"stopped in 02_quantization\. To go on: qlora run"):
+        runner._run_one(path, run, config, {})
+    assert time.monotonic() - began < 100
+    assert not runner._kernels()
+
+
+def test_starting_over_takes_a_link_away_and_leaves_what_it_leads_to(tmp_path):
+    run = RunDirectory(tmp_path / "a")
+    elsewhere = tmp_path / "a larger disk"
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_text("x")
+    run.path.mkdir()
+    run.checkpoints.symlink_to(elsewhere)
+    run.merged.symlink_to(tmp_path / "nowhere")
+    write_json(run.metrics, {})
+    runner._clear(run)
+    assert list(run.path.iterdir()) == []
+    assert (elsewhere / "kept").is_file()
 
 
 def test_an_unknown_notebook_is_refused():
