@@ -25,7 +25,7 @@ BADGES = re.compile(r"^\[!\[Open in (?:Colab|Kaggle)\].*(?:\n\[!\[Open in (?:Col
 def main(arguments: list[str]) -> int:
     """Stamp the checkout that this file lies in, and list what changed. Exit status 2 if the name cannot be one."""
     root = Path(__file__).resolve().parent.parent
-    given = arguments[0].removeprefix(SITE).removesuffix(".git").strip("/") if arguments and arguments[0] else None
+    given = arguments[0].removeprefix(SITE).strip("/").removesuffix(".git") if arguments and arguments[0] else None
     if given is not None and not re.fullmatch(OWNER_AND_NAME, given):
         print(f"stamp: {given!r}: expected owner/name, as in make stamp REPO=ada/qlora-notebooks", file=sys.stderr)
         return 2
@@ -56,6 +56,8 @@ def stamp(root: Path, repository: str | None = None) -> list[Path]:
     for path in (root / "README.md", root / "CITATION.cff"):
         if path.is_file():
             stamped[path] = _text(path.read_text(encoding="utf-8"), old, new, version)
+            if path.suffix == ".cff":
+                stamped[path] = re.sub(r"^version: .*$", f"version: {version}", stamped[path], flags=re.MULTILINE)
     # Last, so that after a crash the old name is still known.
     project = root / "pyproject.toml"
     stamped[project] = REPOSITORY.sub(f'Repository = "{SITE}{new}"', project.read_text(encoding="utf-8"))

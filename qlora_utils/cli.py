@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
     ingredients = commands.add_parser("ingredients", help="measure what each ingredient of QLoRA does, over seeds")
     ingredients.add_argument("--run", help="name of the run that is varied; the result goes into its directory")
-    ingredients.add_argument("--preset", default="pocket", help="or the preset that is varied (default: pocket)")
+    ingredients.add_argument("--preset", help="or the preset that is varied (default: pocket)")
     ingredients.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
     ingredients.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least two (default: 0 1 2)")
     ingredients.add_argument("--out", type=Path, help="JSON file for the result, gone on with if it is there")
@@ -193,7 +193,8 @@ def _run(options: argparse.Namespace) -> int:
     from qlora_utils import runner
     from qlora_utils.config import ConfigError
 
-    if options.config and options.preset:
+    given = _parameters(options.parameters)
+    if options.config and (options.preset or "preset" in given):
         raise ConfigError("--config and --preset: each says what to run; give one of them.")
     if options.config and options.start:
         raise ConfigError("--config and --from: --from goes on with the values of the run there; give one of them.")
@@ -201,7 +202,7 @@ def _run(options: argparse.Namespace) -> int:
         preset=options.preset,
         run_name=options.run_name,
         output_dir=options.output_dir,
-        parameters=_parameters(options.parameters),
+        parameters=given,
         start=options.start,
         fresh=options.fresh,
         config_file=options.config,
@@ -222,7 +223,7 @@ def _check(options: argparse.Namespace) -> int:
     if "dataset" in given:
         raise ConfigError("-p dataset: the dataset is named already, first of all; leave one of them away.")
     config = RunConfig.from_preset(
-        options.preset, **{"dataset": options.dataset, "output_dir": options.output_dir, **given}
+        given.pop("preset", options.preset), **{"dataset": options.dataset, "output_dir": options.output_dir, **given}
     )
     print(check.check(config.dataset, config, rows=options.rows).text)
     return 0
@@ -270,10 +271,13 @@ def _plan(options: argparse.Namespace) -> int:
     from qlora_utils.config import ConfigError, RunConfig
 
     given = _parameters(options.parameters)
+    preset = given.pop("preset", options.preset)
+    if options.run and preset:
+        raise ConfigError("--run and --preset: each says what is planned for; give one of them.")
     if options.run:
         config = RunConfig.continue_run(_run_path(options.run, options.output_dir), **given)
     else:
-        config = RunConfig.from_preset(options.preset or "llama2-7b", **given)
+        config = RunConfig.from_preset(preset or "llama2-7b", **given)
     shape = shapes.read(config.model)
     if options.gpu is None and (card := hardware.this_card()) is not None:
         cards = [card]
@@ -376,13 +380,16 @@ def _run_path(named: str, output_dir: str) -> Path:
 
 def _ingredients(options: argparse.Namespace) -> int:
     from qlora_utils import ingredients
-    from qlora_utils.config import RunConfig
+    from qlora_utils.config import ConfigError, RunConfig
     from qlora_utils.run_directory import RunDirectory
 
+    if options.run and options.preset:
+        raise ConfigError("--run and --preset: each says what is varied; give one of them.")
     if options.run:
         config = RunConfig.continue_run(_run_path(options.run, options.output_dir))
     else:
-        config = RunConfig.from_preset(options.preset, run_name=options.preset, output_dir=options.output_dir)
+        preset = options.preset or "pocket"
+        config = RunConfig.from_preset(preset, run_name=preset, output_dir=options.output_dir)
     path = options.out or RunDirectory(config.run_dir).ingredients
     ingredients.measure(config, options.seeds, path)
     print(f"written to {path}")

@@ -382,6 +382,11 @@ class RunConfig(BaseModel):
             if name not in skip and getattr(plain, name) != getattr(self, name)
         }
 
+    def changes(self) -> str:
+        """What differs from the preset, in words: `steps 12 instead of 250`."""
+        found = self.differences().items()
+        return ", ".join(f"{name} {_short(new)} instead of {_short(old)}" for name, (old, new) in found) or "nothing"
+
     def summary(self) -> str:
         """A readable listing, the fields that differ from the preset marked with `*`."""
         changed = self.differences()

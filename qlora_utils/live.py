@@ -351,17 +351,18 @@ class TerminalView:
 
 
 class LogView:
-    """Lines of a file or of a log that somebody reads later: seldom, and each stays."""
+    """Lines of a file or of a log that somebody reads later: at measurements, and seldom between; each stays."""
 
-    every_s, news_s = 30.0, 0.0
+    news_s = 0.0
 
     def __init__(self, file: TextIO) -> None:
-        self.file = file
+        self.file, self.every_s = file, 30.0
 
     def show(self, moment: Moment) -> None:
-        """Write a line."""
+        """Write a line. The longer it takes the fewer there are, so that those of a day can still be read."""
         self.file.write(as_line(moment) + "\n")
         self.file.flush()
+        self.every_s = max(30.0, moment.elapsed_s / 100)
 
     close = show
 

@@ -11,14 +11,19 @@ import nbformat
 import pytest
 from conftest import ROOT
 from served import NOTEBOOKS, jupyterlab, prepared_run, served, trained
-from test_runner import QUICK
 
 from qlora_utils import cli
-from qlora_utils.run_directory import RunDirectory
+from qlora_utils.run_directory import RunDirectory, read_json
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())]
 
 RUNNING = re.compile(r"\[(\*|\d+)\]")  # the prompt of a cell that is waiting, running or done
+
+FIGURES = {
+    "01_languages", "01_lengths", "01_padding", "02_memory", "02_nf4_levels", "03_plan", "03_rank_and_head",
+    "03_trainable", "04_tokens", "05_exact_match", "05_loss", "05_overview", "05_runs", "06_by_kind", "06_ingredients",
+    "06_scores",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -167,14 +172,18 @@ def test_notebook_07_is_asked_in_its_widgets(page, address):
 
 
 def test_every_figure_of_the_series_can_be_seen_in_its_notebook(page, tmp_path, monkeypatch):
-    """A quick run as `qlora run` leaves it; its figures and its executed notebooks are kept as pictures."""
+    """The whole run of `make demo`: its figures, executed notebooks and report are kept as pictures."""
     from nbconvert import HTMLExporter
 
     monkeypatch.delenv("MPLBACKEND", raising=False)  # kernels inherit it, and would show no figure
-    assert cli.main(["run", "--preset", "pocket", "--run-name", "seen", "--output-dir", str(tmp_path), *QUICK]) == 0
+    assert cli.main(["run", "--preset", "pocket", "--run-name", "seen", "--output-dir", str(tmp_path)]) == 0
     run = RunDirectory(tmp_path / "seen")
+    metrics = read_json(run.metrics)
+    assert metrics["base"]["exact_match"] < 0.1
+    assert metrics["tuned"]["exact_match"] > 0.9
     page.route("http**", lambda route: route.abort())  # what a converted notebook would fetch: MathJax
     for path in sorted(run.notebooks.glob("*.ipynb")):
+        assert path.stat().st_size < 300_000, path.name
         shown = tmp_path / f"{path.stem}.html"
         shown.write_text(HTMLExporter().from_filename(str(path))[0])
         page.goto(shown.as_uri())
@@ -186,4 +195,6 @@ def test_every_figure_of_the_series_can_be_seen_in_its_notebook(page, tmp_path, 
         browser.screenshot(page, f"notebook-{path.stem}")
         for figure in kept:
             shutil.copyfile(figure, browser.SCREENSHOTS / f"figure-{figure.name}")
-    assert {path.name[:2] for path in run.figures.glob("*.png")} == {"01", "02", "03", "04", "05", "06"}
+    assert {path.stem for path in run.figures.glob("*.png")} == FIGURES
+    page.goto(run.report.as_uri())
+    browser.screenshot(page, "report-demo")

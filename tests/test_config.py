@@ -15,6 +15,9 @@ from qlora_utils.run_directory import RunDirectory
 def test_every_preset_is_valid_and_round_trips(preset, tmp_path):
     config = RunConfig.from_preset(preset, output_dir=str(tmp_path), run_name="x")
     assert not config.differences()
+    assert config.changes() == "nothing"
+    changed = RunConfig.from_preset("pocket", steps=12, keep="last")
+    assert changed.changes() == "steps 12 instead of 250, keep 'last' instead of 'best'"
     RunDirectory(config.run_dir).begin(config)
     assert RunConfig.continue_run(config.run_dir) == config
 

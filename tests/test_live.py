@@ -378,6 +378,13 @@ def test_a_log_gets_whole_lines_at_measurements_and_twice_a_minute():
     assert lines[-1].startswith("stopped")
 
 
+def test_the_log_of_a_day_can_still_be_read():
+    clock, file = Clock(), io.StringIO()
+    go(progress_of(live.LogView(file), clock), clock, steps=86_400 // 20, seconds=20.0)
+    assert 100 < len(file.getvalue().splitlines()) < 600
+    assert len(file.getvalue()) < 100_000
+
+
 def test_a_log_leaves_out_no_measurement_however_soon_it_follows():
     clock, file = Clock(), io.StringIO()
     progress = progress_of(live.LogView(file), clock)

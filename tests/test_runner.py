@@ -156,6 +156,25 @@ def test_what_is_wrongly_asked_for_exits_2_and_writes_nothing(tmp_path, capsys, 
     assert not list((tmp_path / "outputs").iterdir())
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "--config", "c.json", "-p", "preset=llama2-7b"], ["plan", "--run", "demo", "--preset", "llama2-7b"],
+     ["plan", "--run", "demo", "-p", "preset=llama2-7b"], ["ingredients", "--run", "demo", "--preset", "pocket"]],
+)  # fmt: skip
+def test_what_to_run_is_said_once(capsys, arguments):
+    assert cli.main(arguments) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_a_preset_may_be_given_as_a_parameter(tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("question,answer\n" + "".join(f"Is {n} odd?,Perhaps.\n" for n in range(20)))
+    place = ["--output-dir", str(tmp_path)]
+    assert cli.main(["check", str(tmp_path / "rows.csv"), "-p", "preset=pocket-t5", *place]) == 0
+    assert "pocket-t5" in capsys.readouterr().out
+    assert cli.main(["plan", "-p", "preset=pocket", "--gpu", "T4"]) == 0
+    assert capsys.readouterr().out.startswith("pocket on T4")
+
+
 def test_presets_and_fields_are_listed(capsys):
     assert cli.main(["presets"]) == 0
     assert cli.main(["presets", "--fields"]) == 0
