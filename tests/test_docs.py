@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -438,3 +439,20 @@ def test_the_picture_is_drawn_from_a_run_whatever_its_texts(tmp_path, monkeypatc
     shown = [line["text"] for line in result.chosen(lines)]
     assert shown == [lines[0]["text"], lines[1]["text"], lines[3]["text"], lines[2]["text"]]  # the wrong one last
     assert result.main([]) == 2
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_a_plain_terminal_finds_the_commands_from_the_page_alone(page):
+    """In a shell that knows of no environment: what the page says before its first `qlora` makes it known."""
+    if not (ROOT / ".venv" / "bin" / "activate").is_file():
+        pytest.skip("the environment of this test is not the one that make makes")
+    lines = "\n".join(blocks(text_of(ROOT / page))).splitlines()
+    before = lines[: next(number for number, line in enumerate(lines) if line.startswith("qlora "))]
+    said = [line for line in before if line.startswith("source ")]
+    check = next(line for line in lines if line.startswith("qlora check data/"))
+    done = subprocess.run(
+        ["bash", "-ec", "\n".join([*said, check])], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "This can be trained on" in done.stdout
