@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from qlora_utils.curves import column, fault_of_numbers, fault_of_sample, lowest, smooth, turned
+from qlora_utils.measures import truncated_share
 from qlora_utils.run_directory import DamagedError, RunDirectory, read_json, read_jsonl
 from qlora_utils.scores import (
     TITLES,
@@ -23,7 +24,7 @@ from qlora_utils.scores import (
     token_f1,
     with_interval,
 )
-from qlora_utils.wording import counted, duration, percent, size
+from qlora_utils.wording import counted, duration, passes, percent, size
 
 Line = Mapping[str, Any]  # of answers.jsonl
 SHOWN = 20  # answers, of which a third each are the best and the worst
@@ -209,7 +210,7 @@ def _passes(history: list[dict[str, Any]]) -> str:
     _, epochs = column(history, "epoch")
     if not epochs or epochs[-1] <= 0:
         return ""
-    return f", {epochs[-1]:.2g} passes over the rows" if epochs[-1] > 1.005 else f", {percent(epochs[-1])} of one pass"
+    return f", {passes(epochs[-1])} over the rows"
 
 
 def where_it_ran(facts: Facts) -> str:
@@ -392,9 +393,12 @@ def _of_the_data(facts: Facts) -> list[str]:
             "on: scores on these say what was remembered, not what was learned."
         )
     if data.get("truncated_share", 0) > 0.02:
+        share, limit = percent(data["truncated_share"]), f"max_seq_len={data.get('max_seq_len')} tokens and are cut"
         said.append(
-            f"{percent(data['truncated_share'])} of the {data.get('unit', 'conversation')}s are longer than "
-            f"max_seq_len={data.get('max_seq_len')} tokens and are cut: their ends were never seen."
+            f"{share} of the examples read or write more than {limit}: of what is read the start, and of an answer the "
+            "end, were never seen."
+            if data.get("unit") == "example"
+            else f"{share} of the conversations are longer than {limit}: their ends were never seen."
         )
     if data.get("unknown_share", 0) > 0.001:
         said.append(
@@ -402,7 +406,8 @@ def _of_the_data(facts: Facts) -> list[str]:
             "and the model cannot learn to write them."
         )
     rejected = data.get("rejected", 0)
-    whole = data.get("train", 0) + data.get("held_out", 0) + rejected
+    # of an earlier version: those to train on, of which train_rows may have left most aside
+    whole = data.get("rows_read", data.get("train", 0) + data.get("held_out", 0) + rejected)
     if rejected > 0.1 * max(1, whole):
         said.append(f"{percent(rejected / whole)} of the rows were left out; the reasons stand under Data.")
     return said
@@ -430,16 +435,12 @@ def data_sentences(facts: Facts) -> list[str]:
             if data["leakage"]
             else "No held-out question also stands among those trained on."
         )
-    cut_off = data["truncated_share"]
     said.append(
-        f"Half of the {unit}s have {length['p50']:,.0f} tokens or fewer, the longest {length['longest']:,}; "
-        + (
-            f"{percent(cut_off)} are longer than max_seq_len={data['max_seq_len']} and are cut."
-            if cut_off
-            else f"none is longer than max_seq_len={data['max_seq_len']}."
-        )
+        f"Half of the {unit}s have {length['p50']:,.0f} tokens or fewer, the longest {length['longest']:,}"
+        f"{', read and written together' if unit == 'example' else ''}; {_cut(data)}."
     )
-    saved = "; packing them end to end avoids that" if config.get("packing") else ""
+    packed = config.get("packing") and unit != "example"  # an encoder-decoder is always padded
+    saved = "; packing them end to end avoids that" if packed else ""
     said.append(
         f"In random batches of {data['batch_size']}, {percent(data['padding_share'])} of all tokens would be "
         f"padding{saved}."
@@ -452,6 +453,22 @@ def data_sentences(facts: Facts) -> list[str]:
         else "No row repeats another."
     )
     return said
+
+
+def _cut(data: Mapping[str, Any]) -> str:
+    """How many examples are longer than `max_seq_len`, which holds for what a T5 reads and what it writes each."""
+    limit, count, apart = data["max_seq_len"], data.get("truncated"), data.get("unit") == "example"
+    share = truncated_share(data)
+    if not share:
+        return f"{'neither what is read nor what is written' if apart else 'none'} is longer than max_seq_len={limit}"
+    one = count == 1
+    many = percent(share) if count is None else f"{counted(count, data.get('unit', 'conversation'))} ({percent(share)})"
+    if apart:
+        return (
+            f"{many} {'reads or writes' if one else 'read or write'} more than max_seq_len={limit} tokens and "
+            f"{'is' if one else 'are'} cut"
+        )
+    return f"{many} {'is' if one else 'are'} longer than max_seq_len={limit} and {'is' if one else 'are'} cut"
 
 
 # ---------------------------------------------------------------------------------------------------- answers

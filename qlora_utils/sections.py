@@ -13,6 +13,7 @@ from qlora_utils.config import PLACE_FIELDS, PRESETS, RunConfig
 from qlora_utils.curves import column, lowest, sample_answers, smooth, turned
 from qlora_utils.differences import differences
 from qlora_utils.findings import Facts
+from qlora_utils.measures import truncated_share
 from qlora_utils.page import Html, described, element, figure, folded, join, listed, note, paragraph, table, text
 from qlora_utils.run_directory import read_json
 from qlora_utils.scores import paired_text, score_text
@@ -549,9 +550,21 @@ def data(facts: Facts) -> list[Html]:
             f"Length of {unit}s in tokens: mean {length['mean']}, 5 % below {length['p5']:g}, half below "
             f"{length['p50']:g}, 95 % below {length['p95']:g}, longest {length['longest']:,}."
         )
-        limit = data["max_seq_len"]
-        parts.append(figure(histogram(edges, counts, says=says, across=f"tokens per {unit}", limit=limit,
-                                      named=f"max_seq_len {limit:,}"), says))  # fmt: skip
+        # What an encoder-decoder reads and what it writes may each be as long; these lengths are of both together.
+        apart, most = unit == "example", data["max_seq_len"]
+        parts.append(
+            figure(
+                histogram(
+                    edges,
+                    counts,
+                    says=says,
+                    across=f"tokens per {unit}{', read and written' if apart else ''}",
+                    limit=None if apart else most,
+                    named=f"max_seq_len {most:,}",
+                ),
+                says,
+            )
+        )
     conversations = max(1, data["conversations"])
     shares = {name: f"{count:,} ({wording.percent(count / conversations)})" for name, count in data["scripts"].items()}
     rows = {
@@ -563,7 +576,7 @@ def data(facts: Facts) -> list[Html]:
         "tokens": f"{data['tokens']:,}",
         f"tokens per {unit}": f"mean {length['mean']}, median {length['p50']:g}, p95 {length['p95']:g}, longest "
         f"{length['longest']:,}",
-        "cut at max_seq_len": wording.percent(data["truncated_share"]),
+        "cut at max_seq_len": wording.percent(truncated_share(data)),
         "answer tokens that are <unk>": wording.percent(data.get("unknown_share", 0.0)),
         f"padding in random batches of {data['batch_size']}": wording.percent(data["padding_share"]),
         "duplicates": f"{data['exact_duplicates']:,} exact, {data['normalised_duplicates']:,} after normalising",

@@ -91,7 +91,8 @@ def test_a_run_with_nothing_to_warn_of_gets_no_warning(tmp_path):
         ("data", {"leakage": 3}, "3 held-out questions were also trained on"),
         ("data", {"truncated_share": 0.25}, "25.0% of the conversations are longer than max_seq_len=512"),
         ("data", {"unknown_share": 0.05}, "5.0% of the answer tokens are <unk>"),
-        ("data", {"rejected": 500}, "33.3% of the rows were left out"),
+        ("data", {"rejected": 500}, "33.3% of the rows were left out"),  # of an earlier version
+        ("data", {"rejected": 500, "rows_read": 2500}, "20.0% of the rows were left out"),
     ],
 )
 def test_every_caveat_is_there_when_it_is_due_and_only_then(run, section, values, said):
@@ -142,6 +143,53 @@ def test_what_was_found_in_the_data_is_said_in_words(run):
                  "3 rows could not", "No held-out question also", "0.3% are longer than max_seq_len=512",
                  "37.0% of all tokens", "packing", "2 rows repeat an earlier one, 4 if"):  # fmt: skip
         assert part in said
+
+
+def test_few_rows_to_train_on_do_not_make_those_left_out_many(run):
+    few = changed(run, "data", rejected=200, train=900, held_out=100, rows_read=33_000)
+    assert "were left out" not in " ".join(findings.caveats(few))
+
+
+@pytest.mark.parametrize(
+    ("epoch", "said"), [(125.0, "125 passes"), (1.0, "1 pass"), (2.5, "2.5 passes"), (0.5, "50.0% of one pass")]
+)
+def test_passes_over_the_rows_are_said_as_people_say_them(run, epoch, said):
+    write_jsonl(run.history, [{"step": 20, "epoch": epoch, "loss": 1.0}])
+    assert f", {said} over the rows." in findings.what_was_tuned(findings.gather(run))
+
+
+def of_an_encoder_decoder(run, **values):
+    """The data report as that of a T5: what is read and what is written of each answer."""
+    return changed(run, "data", unit="example", **values)
+
+
+@pytest.mark.parametrize("count", [1, 3, None])
+def test_one_that_is_cut_among_thousands_is_said_to_be_and_none_is_not(run, count):
+    cut = {"truncated_share": (count or 0) / 20_101} | ({} if count is None else {"truncated": count})
+    length = {**findings.gather(run).data["token_length"], "longest": 922}
+    said = " ".join(findings.data_sentences(changed(run, "data", conversations=20_101, token_length=length, **cut)))
+    assert "none is longer" not in said
+    number = {1: "1 conversation (less than 0.1%) is", 3: "3 conversations (less than 0.1%) are",
+              None: "less than 0.1% are"}[count]  # fmt: skip
+    assert f"the longest 922; {number} longer than max_seq_len=512" in said
+    length["longest"] = 512
+    none = {"truncated_share": 0.0, "truncated": 0}
+    said = " ".join(findings.data_sentences(changed(run, "data", token_length=length, **none)))
+    assert "the longest 512; none is longer than max_seq_len=512" in said
+
+
+def test_of_an_encoder_decoder_it_is_said_what_is_cut_of_which_text(run):
+    said = " ".join(findings.data_sentences(of_an_encoder_decoder(run, truncated_share=0.0, truncated=0)))
+    assert "none is longer" not in said
+    assert "the longest 600, read and written together" in said
+    assert "neither what is read nor what is written is longer than max_seq_len=512" in said
+    assert "packing" not in said  # it is always padded
+    said = " ".join(findings.data_sentences(of_an_encoder_decoder(run, truncated_share=0.25, truncated=250)))
+    assert "250 examples (25.0%) read or write more than max_seq_len=512 tokens and are cut" in said
+    said = " ".join(findings.caveats(findings.gather(run)))
+    assert "25.0% of the examples read or write more than max_seq_len=512 tokens and are cut" in said
+    assert "of what is read the start" in said
+    assert "their ends were never seen" not in said
 
 
 def test_what_is_missing_is_said_and_no_error(run):

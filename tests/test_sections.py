@@ -93,6 +93,21 @@ def test_differences_from_the_preset_come_first_and_every_parameter_has_its_mean
     assert "The preset gone is not known" in markup(sections.configuration, run)
 
 
+def test_the_limit_is_marked_where_lengths_are_what_it_limits(run):
+    assert ">max_seq_len 512</text>" in markup(sections.data, run)
+    report = run.data / "report.json"
+    write_json(report, {**read_json(report), "unit": "example"})
+    said = markup(sections.data, run)  # lengths of what is read and written together, each of which is limited
+    assert ">max_seq_len" not in said
+    assert "tokens per example, read and written" in said
+
+
+def test_a_share_that_an_earlier_version_rounded_away_is_not_told_as_none(run):
+    report = run.data / "report.json"
+    write_json(report, {**read_json(report), "truncated_share": 0.0, "conversations": 20_101})
+    assert ["cut at max_seq_len", "less than 0.1%"] in rows(markup(sections.data, run))
+
+
 def test_a_run_can_be_repeated_as_the_page_says(run, monkeypatch):
     stored = read_json(run.config)
     write_json(run.config, {**stored, "git_commit": "abc123+"})
