@@ -338,7 +338,7 @@ def _of_texts(found: Check) -> list[str]:
         told = (
             f"{share} read or write more than {limit}: of what is read the start, and of an answer the end, are cut "
             f"and not learned; {within}, read and written together."
-            if report["unit"] == "example"
+            if report.get("unit") == "example"
             else f"{share} are longer than {limit}, and what lies beyond is cut and not learned; {within}."
         )
         said.append(f"{told} More, -p max_seq_len=N, takes memory, and a model that reads as many.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils import compare, findings, wording
 from qlora_utils.charts import NARROW, Interval, Line, bar_chart, dot_chart, histogram, line_chart
 from qlora_utils.config import PLACE_FIELDS, PRESETS, RunConfig
-from qlora_utils.curves import column, lowest, sample_answers, smooth, turned
+from qlora_utils.curves import column, lowest, rose, sample_answers, smooth, turned
 from qlora_utils.differences import differences
 from qlora_utils.findings import Facts
 from qlora_utils.measures import truncated_share
@@ -440,7 +440,9 @@ def _losses(facts: Facts) -> Html:
         Line(points=[*zip(held_steps, held, strict=True)], name="held-out", colour=0, dots=True),
     ]
     best = lowest(history)
-    over = (best[0], held_steps[-1]) if best is not None and turned(history) else None
+    over = (best[0], held_steps[-1]) if best is not None and turned(history) and not rose(history) else None
+    # An encoder-decoder writes answers alone, whatever response_only says.
+    answers_alone = facts.config.get("response_only", True) or facts.data.get("unit") == "example"
     drawing = line_chart(
         [line for line in lines if line.points],
         says=f"{findings.course(facts)}{' After its lowest point held-out loss rises: overfitting.' if over else ''}",
@@ -451,7 +453,9 @@ def _losses(facts: Facts) -> Html:
     )
     return figure(
         drawing,
-        "Loss in nats per answer token, on a logarithmic scale. The pale line is the training loss as it was logged; "
+        f"{'Loss' if answers_alone else 'Held-out loss'} in nats per answer token"
+        f"{'' if answers_alone else ', the training loss per token of question and answer'}, on a logarithmic scale. "
+        "The pale line is the training loss as it was logged; "
         f"the dashed one, with dots, the held-out loss.{' Shaded: overfitting.' if over else ''}",
     )
 

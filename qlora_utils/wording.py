@@ -34,6 +34,11 @@ def passes(count: float) -> str:
     return f"{said} {'pass' if said == '1' else 'passes'}"
 
 
+def loss(value: float | None) -> str:
+    """A loss in three decimals; `none` where it was no number, as of an interval whose steps were all skipped."""
+    return "none" if value is None else f"{value:.3f}"
+
+
 def counted(number: int, one: str, many: str | None = None) -> str:
     """A number with its noun: `1 row`, `2 rows`."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
