@@ -293,7 +293,9 @@ def _logarithmic(values: Sequence[float]) -> tuple[float, float, list[float]]:
     factors = (1, 2, 5) if len(decades) <= 3 else (1, 3) if len(decades) <= 5 else (1,)
     decades = decades[:: -(-len(decades) // 8)]
     ticks = [float(f"{factor}e{decade}") for decade in decades for factor in factors]
-    return low, high, [tick for tick in ticks if low <= tick <= high]
+    within = [tick for tick in ticks if low <= tick <= high]
+    # All values may lie between two of these, as losses from 0.6 to 0.8 do.
+    return low, high, within if len(within) > 1 else nice(low, high, 4)
 
 
 def _points(points: Sequence[Point], *, positive: bool) -> list[Point]:

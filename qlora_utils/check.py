@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils.config import EMBEDDED, LARGEST, ConfigError, RunConfig, check_folder, check_source
 from qlora_utils.data import Prepared, load_tokenizer, prepare, report_table
 from qlora_utils.formats import format_of
-from qlora_utils.measures import digest, digest_array, normalise
+from qlora_utils.measures import digest, digest_array, normalise, truncated_share
 from qlora_utils.rows import Conversation, Rejected, first_readable
 from qlora_utils.run_directory import write_bytes
 from qlora_utils.shown import cut, in_page, on_terminal
 from qlora_utils.sources import SUFFIXES, DataError, Row, first_rows, read_source
-from qlora_utils.wording import counted
+from qlora_utils.wording import counted, passes, percent
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -48,8 +48,8 @@ class Answers:
     """What the answers to train on look like, in three numbers, and those held out in a fourth.
 
     `commonest_share`: of all answers, those that are the same as the commonest, normalised. `long_share`: of all
-    characters of answers, those in the longest tenth of them. `longest` of the held-out ones, in tokens, and how many
-    of them (`cut_share`) are longer than `max_new_tokens`.
+    characters of answers, those in the longest tenth of them. `longest` of the held-out ones, in tokens, and the share
+    of them (`cut_share`) that, with the `</s>` which ends an answer, are longer than `max_new_tokens`.
     """
 
     count: int
@@ -127,10 +127,11 @@ class Check:
                 f"This can be trained on: of the first {self.rows:,} rows of each part {train} to train on, {held_out} "
                 "held out. What all of them make is told when all are looked at."
             )
-        length = f"{config.epochs:g} epochs are" if config.epochs else f"{config.steps:,} steps are"
+        steps = f"{counted(config.steps, 'step')} {_are(config.steps)}"
+        length = f"{config.epochs:g} epochs are" if config.epochs else steps
         return (
             f"This can be trained on: {train} to train on, {held_out} held out. One pass over them is "
-            f"{counted(self.steps_per_epoch, 'step')} of {config.batch_size}; {length} {self.passes:.3g} passes."
+            f"{counted(self.steps_per_epoch, 'step')} of {config.batch_size}; {length} {passes(self.passes)}."
         )
 
     @property
@@ -239,7 +240,7 @@ def _counted(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: Run
         commonest_share=int(counts.max()) / len(lengths),
         long_share=float(ordered[-max(1, len(lengths) // 10) :].sum() / ordered.sum()),
         longest=max(tokens),
-        cut_share=sum(count >= config.max_new_tokens for count in tokens) / len(tokens),
+        cut_share=sum(count + 1 > config.max_new_tokens for count in tokens) / len(tokens),
     )
 
 
@@ -302,8 +303,8 @@ def _of_numbers(found: Check) -> list[str]:
         )
     elif found.passes < 1:
         said.append(
-            f"{config.steps:,} steps see {found.passes:.0%} of them; to see all once takes "
-            f"{found.steps_per_epoch:,}: -p epochs=1."
+            f"{counted(config.steps, 'step')} {'sees' if config.steps == 1 else 'see'} {percent(found.passes)} of "
+            f"them; to see all once takes {found.steps_per_epoch:,}: -p epochs=1."
         )
     if found.scored < FEW_SCORED:
         said.append(
@@ -328,16 +329,19 @@ def _of_texts(found: Check) -> list[str]:
             f"{counted(report['normalised_duplicates'], 'row')} {_are(report['normalised_duplicates'])} there more "
             "than once, up to case and punctuation. They stay, and weigh as much as rows of their own."
         )
-    if report["truncated_share"]:
+    if truncated_share(report):
         length, most = report["token_length"], math.ceil(report["token_length"]["p95"])
         within = (
             f"95% have {most:,} or fewer" if most > config.max_seq_len else f"the longest has {length['longest']:,}"
         )
-        said.append(
-            f"{report['truncated_share']:.1%} are longer than max_seq_len={config.max_seq_len} tokens, and what lies "
-            f"beyond is cut and not learned; {within}. More, -p max_seq_len=N, takes memory, and a model that reads "
-            "as many."
+        share, limit = percent(truncated_share(report)), f"max_seq_len={config.max_seq_len} tokens"
+        told = (
+            f"{share} read or write more than {limit}: of what is read the start, and of an answer the end, are cut "
+            f"and not learned; {within}, read and written together."
+            if report.get("unit") == "example"
+            else f"{share} are longer than {limit}, and what lies beyond is cut and not learned; {within}."
         )
+        said.append(f"{told} More, -p max_seq_len=N, takes memory, and a model that reads as many.")
     if report["unknown_share"] >= 0.001:
         said.append(
             f"{report['unknown_share']:.1%} of the answer tokens are <unk>: the tokenizer of {cut(config.model, 100)} "
@@ -362,8 +366,9 @@ def _of_texts(found: Check) -> list[str]:
     if answers.cut_share:
         room = found.advised.get("max_new_tokens")
         said.append(
-            f"{answers.cut_share:.0%} of the held-out answers are longer than max_new_tokens={config.max_new_tokens} "
-            f"tokens (the longest {answers.longest:,}), where the model's answers end, and could not be given in full."
+            f"{percent(answers.cut_share)} of the held-out answers, with the </s> that ends them, are longer than "
+            f"max_new_tokens={config.max_new_tokens} tokens (the longest {answers.longest + 1:,}), where the model's "
+            "answers are cut off: none of these could come to its end by itself."
             + (f" The command below has room for {room}." if room else "")
         )
     return said

@@ -18,7 +18,7 @@ History = list[dict[str, Any]]
 
 # column of history.jsonl -> title with unit
 COLUMNS = {
-    "loss": "training loss (nats per answer token)",
+    "loss": "training loss (nats per labelled token)",  # of answers; with response_only=false of questions too
     "eval_loss": "held-out loss (nats per answer token)",
     "eval_exact_match": "exact match on held-out questions",
     "lr": "learning rate",
@@ -117,6 +117,12 @@ def turned(history: History, margin: float = 0.01) -> bool:
     return best is not None and column(history, "eval_loss")[1][-1] > (1 + margin) * best[1]
 
 
+def rose(history: History) -> bool:
+    """Whether the held-out loss rose from the start: what `turned` without ever having fallen did not overfit."""
+    best = lowest(history)
+    return best is not None and turned(history) and best[0] == column(history, "eval_loss")[0][0]
+
+
 def plot_column(histories: Mapping[str, History], name: str, ax: Axes) -> Figure:
     """One column against the step, a line for each run.
 
@@ -178,11 +184,11 @@ def plot_losses(history: History, ax: Axes) -> Figure:
     best = lowest(history)
     if best is not None:
         side = "right" if best[0] > 0.9 * steps[-1] else "center"
-        if turned(history):
+        if turned(history) and not rose(history):
             ax.axvspan(best[0], steps[-1], color=PALE, alpha=0.6, linewidth=0, zorder=0, label="overfitting")
         ax.annotate(f"lowest {best[1]:.3f}\nat step {best[0]}", best, xytext=(0, 18), textcoords="offset points",
                     ha=side, fontsize="small", arrowprops={"arrowstyle": "-", "color": "tab:gray"})  # fmt: skip
-    ax.set(xlabel="step", ylabel="nats per answer token (logarithmic)")
+    ax.set(xlabel="step", ylabel="nats per labelled token (logarithmic)")
     ax.set_title("Loss in training and on rows held out", loc="left")
     _logarithmic(ax)
     unframed(ax, grid="both")

@@ -8,10 +8,11 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
-from qlora_utils.curves import column, fault_of_numbers, fault_of_sample, lowest, smooth, turned
+from qlora_utils.curves import column, fault_of_numbers, fault_of_sample, lowest, rose, smooth, turned
+from qlora_utils.measures import truncated_share
 from qlora_utils.run_directory import DamagedError, RunDirectory, read_json, read_jsonl
 from qlora_utils.scores import (
     TITLES,
@@ -23,7 +24,7 @@ from qlora_utils.scores import (
     token_f1,
     with_interval,
 )
-from qlora_utils.wording import counted, duration, percent, size
+from qlora_utils.wording import counted, duration, loss, passes, percent, size
 
 Line = Mapping[str, Any]  # of answers.jsonl
 SHOWN = 20  # answers, of which a third each are the best and the worst
@@ -155,8 +156,10 @@ def trained_on_date(run: RunDirectory) -> tuple[str, bool] | None:
     """The day of the training, and whether it was written down; else that of its files, which a copy may change."""
     try:
         copy = json.loads((run.notebooks / "04_training.ipynb").read_text(encoding="utf-8"))
-        return _day(datetime.fromisoformat(copy["metadata"]["papermill"]["end_time"])), True
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        ended = datetime.fromisoformat(copy["metadata"]["papermill"]["end_time"])
+        # papermill's clock is UTC, and the files' below is that of this place
+        return _day((ended if ended.tzinfo else ended.replace(tzinfo=UTC)).astimezone()), True
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         pass
     try:
         return _day(
@@ -209,7 +212,7 @@ def _passes(history: list[dict[str, Any]]) -> str:
     _, epochs = column(history, "epoch")
     if not epochs or epochs[-1] <= 0:
         return ""
-    return f", {epochs[-1]:.2g} passes over the rows" if epochs[-1] > 1.005 else f", {percent(epochs[-1])} of one pass"
+    return f", {passes(epochs[-1])} over the rows"
 
 
 def where_it_ran(facts: Facts) -> str:
@@ -271,7 +274,7 @@ def course(facts: Facts) -> str:
     train, history = facts.train, facts.history
     said = []
     if train:
-        said.append(f"Training loss {_went(train['first_loss'], train['final_loss'])}")
+        said.append(f"Training loss {_went(train.get('first_loss'), train.get('final_loss'))}")
     steps, losses = column(history, "eval_loss")
     best = lowest(history)
     if best is not None:
@@ -283,7 +286,9 @@ def course(facts: Facts) -> str:
     return f"{'; '.join(said)}.{f' The adapter kept is that of step {kept}.' if kept is not None else ''}"
 
 
-def _went(first: float, last: float) -> str:
+def _went(first: float | None, last: float | None) -> str:
+    if first is None or last is None:
+        return f"was {loss(first)} at the start and {loss(last)} at the end"
     if math.isclose(first, last, rel_tol=0.005):
         return f"stays at {last:.3f}"
     return f"{'falls' if last < first else 'rises'} from {first:.3f} to {last:.3f}"
@@ -320,17 +325,20 @@ def _of_the_training(facts: Facts) -> list[str]:
     said = []
     steps, losses = column(history, "eval_loss")
     best = lowest(history)
-    if losses and best and losses[-1] > losses[0]:
-        said.append(f"Held-out loss rose, from {losses[0]:.3f} to {losses[-1]:.3f}: the learning rate may be too high.")
+    if rose(history):
+        said.append(
+            f"Held-out loss rose from the start, from {losses[0]:.3f} to {losses[-1]:.3f}: the learning rate may be "
+            "too high."
+        )
     elif best and turned(history):
-        kept = "That step's adapter is kept." if train.get("kept_step") == best[0] else "A later adapter is kept."
         said.append(
             f"Overfitting: held-out loss was lowest, {best[1]:.3f}, at step {best[0]} and ends at {losses[-1]:.3f}. "
-            f"{kept} Fewer steps, more rows or a lower rank would help."
+            f"{_kept(train, best[0])}Fewer steps, more rows or a lower rank would help."
         )
     elif len(losses) > 2 and best and best[0] == steps[-1] and losses[-1] < 0.95 * losses[-2]:
         said.append("Held-out loss was still falling at the end: more steps may give more.")
-    trained, values = column(history, "loss")
+    _, values = column(history, "loss")
+    trained = [line["step"] for line in history if "loss" in line]  # one whose loss was no number is a step too
     if train and trained and trained[-1] != train["steps"]:
         said.append(
             f"history.jsonl ends at step {trained[-1]}, the training that was scored at step {train['steps']}: a new "
@@ -346,6 +354,14 @@ def _of_the_training(facts: Facts) -> list[str]:
     if config.get("keep") == "last" and best and turned(history):
         said.append("keep=last: it is the last adapter that was scored, not the best.")
     return said
+
+
+def _kept(train: Mapping[str, Any], best: int) -> str:
+    """Which adapter is kept beside the step of the lowest held-out loss; nothing where no training has kept one."""
+    step = train.get("kept_step", train.get("steps"))  # of an earlier version: the last
+    if step == best:
+        return "That step's adapter is kept. "
+    return "A later adapter is kept. " if isinstance(step, int) and step > best else ""
 
 
 def _of_the_scores(facts: Facts) -> list[str]:
@@ -392,9 +408,12 @@ def _of_the_data(facts: Facts) -> list[str]:
             "on: scores on these say what was remembered, not what was learned."
         )
     if data.get("truncated_share", 0) > 0.02:
+        share, limit = percent(data["truncated_share"]), f"max_seq_len={data.get('max_seq_len')} tokens and are cut"
         said.append(
-            f"{percent(data['truncated_share'])} of the {data.get('unit', 'conversation')}s are longer than "
-            f"max_seq_len={data.get('max_seq_len')} tokens and are cut: their ends were never seen."
+            f"{share} of the examples read or write more than {limit}: of what is read the start, and of an answer the "
+            "end, were never seen."
+            if data.get("unit") == "example"
+            else f"{share} of the conversations are longer than {limit}: their ends were never seen."
         )
     if data.get("unknown_share", 0) > 0.001:
         said.append(
@@ -402,7 +421,8 @@ def _of_the_data(facts: Facts) -> list[str]:
             "and the model cannot learn to write them."
         )
     rejected = data.get("rejected", 0)
-    whole = data.get("train", 0) + data.get("held_out", 0) + rejected
+    # of an earlier version: those to train on, of which train_rows may have left most aside
+    whole = data.get("rows_read", data.get("train", 0) + data.get("held_out", 0) + rejected)
     if rejected > 0.1 * max(1, whole):
         said.append(f"{percent(rejected / whole)} of the rows were left out; the reasons stand under Data.")
     return said
@@ -430,16 +450,12 @@ def data_sentences(facts: Facts) -> list[str]:
             if data["leakage"]
             else "No held-out question also stands among those trained on."
         )
-    cut_off = data["truncated_share"]
     said.append(
-        f"Half of the {unit}s have {length['p50']:,.0f} tokens or fewer, the longest {length['longest']:,}; "
-        + (
-            f"{percent(cut_off)} are longer than max_seq_len={data['max_seq_len']} and are cut."
-            if cut_off
-            else f"none is longer than max_seq_len={data['max_seq_len']}."
-        )
+        f"Half of the {unit}s have {length['p50']:,.0f} tokens or fewer, the longest {length['longest']:,}"
+        f"{', read and written together' if unit == 'example' else ''}; {_cut(data)}."
     )
-    saved = "; packing them end to end avoids that" if config.get("packing") else ""
+    packed = config.get("packing") and unit != "example"  # an encoder-decoder is always padded
+    saved = "; packing them end to end avoids that" if packed else ""
     said.append(
         f"In random batches of {data['batch_size']}, {percent(data['padding_share'])} of all tokens would be "
         f"padding{saved}."
@@ -452,6 +468,22 @@ def data_sentences(facts: Facts) -> list[str]:
         else "No row repeats another."
     )
     return said
+
+
+def _cut(data: Mapping[str, Any]) -> str:
+    """How many examples are longer than `max_seq_len`, which holds for what a T5 reads and what it writes each."""
+    limit, count, apart = data["max_seq_len"], data.get("truncated"), data.get("unit") == "example"
+    share = truncated_share(data)
+    if not share:
+        return f"{'neither what is read nor what is written' if apart else 'none'} is longer than max_seq_len={limit}"
+    one = count == 1
+    many = percent(share) if count is None else f"{counted(count, data.get('unit', 'conversation'))} ({percent(share)})"
+    if apart:
+        return (
+            f"{many} {'reads or writes' if one else 'read or write'} more than max_seq_len={limit} tokens and "
+            f"{'is' if one else 'are'} cut"
+        )
+    return f"{many} {'is' if one else 'are'} longer than max_seq_len={limit} and {'is' if one else 'are'} cut"
 
 
 # ---------------------------------------------------------------------------------------------------- answers

@@ -11,7 +11,7 @@ import hashlib
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -231,6 +231,7 @@ def report_of(sums: Sums, form: Format) -> dict[str, Any]:
             "histogram": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},
         },
         "max_seq_len": config.max_seq_len,
+        "truncated": sums.cut,
         "truncated_share": _share(sums.cut, len(lengths)),
         "unknown_share": _share(sums.unknown, sums.answer_tokens),
         "batch_size": config.batch_size,
@@ -257,7 +258,20 @@ def digest_array(digests: bytes | bytearray) -> Any:
 
 
 def _share(part: int, whole: int) -> float:
-    return round(part / whole, 4) if whole else 0.0
+    """Not rounded: none or all would then stand for what is neither."""
+    return part / whole if whole else 0.0
+
+
+def truncated_share(report: Mapping[str, Any]) -> float:
+    """The share of examples that `max_seq_len` cuts, of a report of any version; 0 only where none is cut.
+
+    Earlier ones rounded it to four digits. There the longest conversation tells that one is cut; what an
+    encoder-decoder reads and what it writes are cut each by itself, and of these there is the sum alone.
+    """
+    share: float = report.get("truncated_share", 0.0)
+    if share or report.get("unit") == "example" or report["token_length"]["longest"] <= report["max_seq_len"]:
+        return share
+    return 1 / max(1, report["conversations"])
 
 
 def padding_share(lengths: Any, batch_size: int, seed: int = 0, *, shuffles: int = 20) -> float:
@@ -281,4 +295,4 @@ def padding_share(lengths: Any, batch_size: int, seed: int = 0, *, shuffles: int
         batches = draw.permutation(lengths)[:whole].reshape(-1, min(batch_size, whole))
         padded += int(batches.max(axis=1).sum()) * batches.shape[1]
         filled += int(batches.sum())
-    return round(1 - filled / padded, 4)
+    return 1 - filled / padded

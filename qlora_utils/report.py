@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from qlora_utils import sections
-from qlora_utils.curves import column, lowest, turned
+from qlora_utils.curves import column, lowest, rose, turned
 from qlora_utils.findings import Facts, gather, measured
 from qlora_utils.page import Html, document, note
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_text
 from qlora_utils.scores import score_text
-from qlora_utils.shown import cut
+from qlora_utils.shown import cut, on_terminal
+from qlora_utils.wording import loss
 
 
 def summary(run: RunDirectory) -> str:
@@ -24,18 +25,18 @@ def summary(run: RunDirectory) -> str:
     train = metrics["train"]
     _, held_out = column(history, "eval_loss")
     lines = [
-        f"run directory   {run.path}",
+        f"run directory   {_name(str(run.path))}",
         "                "
-        + ", ".join(sorted(path.name for path in run.path.iterdir() if not path.name.startswith("."))),
+        + ", ".join(sorted(_name(path.name) for path in run.path.iterdir() if not path.name.startswith("."))),
         f"training        {train['steps']} steps, {train['tokens']:,} tokens, {train['wall_s']:.0f} s, "
         f"peak memory {train['peak_memory_bytes'] / 1e9:.2f} GB",
-        f"training loss   {train['first_loss']:.3f} → {train['final_loss']:.3f}",
+        f"training loss   {loss(train.get('first_loss'))} → {loss(train.get('final_loss'))}",
     ]
     if held_out:
         lines.append(f"held-out loss   {held_out[0]:.3f} → {held_out[-1]:.3f}{_warning(history)}")
-    kept = train.get("kept_step", train["steps"])
+    kept = train.get("kept_step") or train["steps"]
     if kept != train["steps"]:
-        lines.append(f"adapter kept    that of step {kept}, held-out loss {train['kept_loss']:.3f}, not the last")
+        lines.append(f"adapter kept    that of step {kept}, held-out loss {loss(train.get('kept_loss'))}, not the last")
     if "tuned" in metrics:
         held = metrics["held_out"]
         lines.append(
@@ -53,12 +54,16 @@ def summary(run: RunDirectory) -> str:
     return "\n".join(lines)
 
 
+def _name(text: str) -> str:
+    """The name of a file or folder as it may stand in a line: whoever made it may have put anything into it."""
+    return on_terminal(text).replace("\n", r"\n")
+
+
 def _warning(history: list[dict[str, Any]]) -> str:
     """What the end of a held-out loss calls for, if it is not the lowest point."""
-    _, losses = column(history, "eval_loss")
     best = lowest(history)
-    if losses[-1] > losses[0]:
-        return "   it rose: the learning rate may be too high"
+    if rose(history):
+        return "   it rose from the start: the learning rate may be too high"
     if best and turned(history):
         return f"   it was {best[1]:.3f} at step {best[0]}: overfitting after that"
     return ""

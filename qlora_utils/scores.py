@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from qlora_utils.measures import words
+from qlora_utils.wording import counted
 
 SCORES = {"exact_match": "exact match", "names_fact": "names the fact", "f1": "token F1", "rouge_l": "ROUGE-L"}
 TITLES = {**SCORES, "perplexity": "perplexity"}
@@ -113,8 +114,8 @@ def p_text(p_value: float) -> str:
 def paired_text(paired: Mapping[str, Any], *, before: str = "base", after: str = "tuned") -> str:
     """McNemar's test in a sentence; `before` and `after` are what the two models are called."""
     return (
-        f"{paired['gained']} questions only {after} answers exactly, {paired['lost']} only {before}; McNemar's exact "
-        f"test: {p_text(paired['p_value'])}."
+        f"{counted(paired['gained'], 'question')} only {after} answers exactly, {paired['lost']:,} only {before}; "
+        f"McNemar's exact test: {p_text(paired['p_value'])}."
     )
 
 

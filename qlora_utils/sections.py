@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils import compare, findings, wording
 from qlora_utils.charts import NARROW, Interval, Line, bar_chart, dot_chart, histogram, line_chart
 from qlora_utils.config import PLACE_FIELDS, PRESETS, RunConfig
-from qlora_utils.curves import column, lowest, sample_answers, smooth, turned
+from qlora_utils.curves import column, lowest, rose, sample_answers, smooth, turned
 from qlora_utils.differences import differences
 from qlora_utils.findings import Facts
+from qlora_utils.measures import truncated_share
 from qlora_utils.page import Html, described, element, figure, folded, join, listed, note, paragraph, table, text
 from qlora_utils.run_directory import read_json
 from qlora_utils.scores import paired_text, score_text
@@ -439,7 +440,9 @@ def _losses(facts: Facts) -> Html:
         Line(points=[*zip(held_steps, held, strict=True)], name="held-out", colour=0, dots=True),
     ]
     best = lowest(history)
-    over = (best[0], held_steps[-1]) if best is not None and turned(history) else None
+    over = (best[0], held_steps[-1]) if best is not None and turned(history) and not rose(history) else None
+    # An encoder-decoder writes answers alone, whatever response_only says.
+    answers_alone = facts.config.get("response_only", True) or facts.data.get("unit") == "example"
     drawing = line_chart(
         [line for line in lines if line.points],
         says=f"{findings.course(facts)}{' After its lowest point held-out loss rises: overfitting.' if over else ''}",
@@ -450,7 +453,9 @@ def _losses(facts: Facts) -> Html:
     )
     return figure(
         drawing,
-        "Loss in nats per answer token, on a logarithmic scale. The pale line is the training loss as it was logged; "
+        f"{'Loss' if answers_alone else 'Held-out loss'} in nats per answer token"
+        f"{'' if answers_alone else ', the training loss per token of question and answer'}, on a logarithmic scale. "
+        "The pale line is the training loss as it was logged; "
         f"the dashed one, with dots, the held-out loss.{' Shaded: overfitting.' if over else ''}",
     )
 
@@ -549,9 +554,21 @@ def data(facts: Facts) -> list[Html]:
             f"Length of {unit}s in tokens: mean {length['mean']}, 5 % below {length['p5']:g}, half below "
             f"{length['p50']:g}, 95 % below {length['p95']:g}, longest {length['longest']:,}."
         )
-        limit = data["max_seq_len"]
-        parts.append(figure(histogram(edges, counts, says=says, across=f"tokens per {unit}", limit=limit,
-                                      named=f"max_seq_len {limit:,}"), says))  # fmt: skip
+        # What an encoder-decoder reads and what it writes may each be as long; these lengths are of both together.
+        apart, most = unit == "example", data["max_seq_len"]
+        parts.append(
+            figure(
+                histogram(
+                    edges,
+                    counts,
+                    says=says,
+                    across=f"tokens per {unit}{', read and written' if apart else ''}",
+                    limit=None if apart else most,
+                    named=f"max_seq_len {most:,}",
+                ),
+                says,
+            )
+        )
     conversations = max(1, data["conversations"])
     shares = {name: f"{count:,} ({wording.percent(count / conversations)})" for name, count in data["scripts"].items()}
     rows = {
@@ -563,7 +580,7 @@ def data(facts: Facts) -> list[Html]:
         "tokens": f"{data['tokens']:,}",
         f"tokens per {unit}": f"mean {length['mean']}, median {length['p50']:g}, p95 {length['p95']:g}, longest "
         f"{length['longest']:,}",
-        "cut at max_seq_len": wording.percent(data["truncated_share"]),
+        "cut at max_seq_len": wording.percent(truncated_share(data)),
         "answer tokens that are <unk>": wording.percent(data.get("unknown_share", 0.0)),
         f"padding in random batches of {data['batch_size']}": wording.percent(data["padding_share"]),
         "duplicates": f"{data['exact_duplicates']:,} exact, {data['normalised_duplicates']:,} after normalising",

@@ -50,7 +50,7 @@ def prepare_into(
     """
     config, sums = form.config, Sums()
     parts = {part: _Part(folder / f"all-{part}") for part in ("train", "held_out")}
-    rejected, reasons = 0, dict[str, str]()  # the first three reasons, each with its first row
+    read, rejected, reasons = 0, 0, dict[str, str]()  # the first three reasons, each with its first row
     with ExitStack() as files:
         lines = {part: files.enter_context(parts[part].path.open("wb")) for part in parts}
         left_out = files.enter_context((folder / "rejected.jsonl").open("wb"))
@@ -63,6 +63,7 @@ def prepare_into(
             for one in taken.rejected:
                 if len(reasons) < 3:
                     reasons.setdefault(one.reason, f"{one.where} row {one.number}: {one.reason}")
+            read += len(chunk.rows)
             rejected += len(taken.rejected)
             bar.update(len(chunk.rows))
     report = report_of(sums, form)
@@ -76,6 +77,7 @@ def prepare_into(
     held_out.write(folder / "held_out.jsonl")
     report |= {
         "source": name,
+        "rows_read": read,  # more than the three that follow where `train_rows` leaves some aside
         "rejected": rejected,
         "train": len(train),
         "held_out": len(held_out),

@@ -57,13 +57,14 @@ class Trained:
     """What a training left behind, as `metrics.json` has it under `train`.
 
     `kept_step` is the step whose adapter was kept, `kept_loss` its held-out loss. `wall_s` is in seconds and, of a
-    resumed training, counts the steps before the resume too. `skipped_steps` had no finite loss or gradient.
+    resumed training, counts the steps before the resume too, as does `peak_memory_bytes`. `skipped_steps` had no finite
+    loss or gradient; `first_loss` and `final_loss` are of the first and last logged step that had one, if any had.
     """
 
     steps: int
     kept_step: int
-    first_loss: float
-    final_loss: float
+    first_loss: float | None
+    final_loss: float | None
     kept_loss: float | None
     tokens: int
     tokens_per_s: float
@@ -482,17 +483,19 @@ def _trained(
     """What a training left behind, from its `history.jsonl`; `wall_s` counts from step `resumed_at`."""
     lines = [line for line in history if "loss" in line]
     measured = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
+    losses = [line["loss"] for line in lines if line["loss"] is not None]  # null: every step since was skipped
+    peaks = [line.get("peak_memory_bytes") or 0 for line in lines]  # those before a resume are of other processes
     speeds = [line["tokens_per_s"] for line in lines]
     return Trained(
         steps=trainer.state.global_step,
         kept_step=kept_step,
-        first_loss=lines[0]["loss"],
-        final_loss=lines[-1]["loss"],
+        first_loss=losses[0] if losses else None,
+        final_loss=losses[-1] if losses else None,
         kept_loss=measured.get(kept_step),
         tokens=int(trainer.state.num_input_tokens_seen),
         tokens_per_s=round(sorted(speeds)[len(speeds) // 2], 1),
         wall_s=round(wall_s + _training_s([line for line in lines if line["step"] <= resumed_at]), 2),
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=max([peak_memory_bytes(), *peaks]),
         skipped_steps=max((line.get("skipped_steps", 0) for line in lines), default=0),
     )
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them: sizes, durations, shares, counts with their noun."""
+"""Numbers as people read them: sizes, durations, shares, passes, counts with their noun."""
 
 from __future__ import annotations
 
@@ -24,6 +24,19 @@ def percent(share: float) -> str:
     if share in (0, 1):
         return f"{share:.0%}"
     return f"{share:.1%}" if 0.0005 <= share < 0.9995 else "less than 0.1%" if share < 0.5 else "more than 99.9%"
+
+
+def passes(count: float) -> str:
+    """How often rows are gone through, in three digits or whole numbers: `125 passes`, `12.5% of one pass`."""
+    if count < 0.9995:
+        return f"{percent(count)} of one pass"
+    said = f"{count:,.0f}" if count >= 99.95 else f"{count:.3g}"
+    return f"{said} {'pass' if said == '1' else 'passes'}"
+
+
+def loss(value: float | None) -> str:
+    """A loss in three decimals; `none` where it was no number, as of an interval whose steps were all skipped."""
+    return "none" if value is None else f"{value:.3f}"
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

@@ -33,6 +33,24 @@ def test_whatever_was_logged_stays_within_the_drawing(points, logarithmic):
     assert all(math.isfinite(place) and -1 <= place <= charts.WIDTH for place in places(drawing))
 
 
+@settings(deadline=None)
+@given(st.lists(st.floats(1e-290, 1e290), min_size=1, max_size=5), st.floats(1, 3))
+def test_a_logarithmic_axis_has_a_number_wherever_its_values_lie(values, span):
+    for within in (values, [values[0], values[0] * span]):
+        low, high, ticks = charts._logarithmic(within)
+        assert 1 <= len(ticks) <= 12
+        assert all(low <= tick <= high for tick in ticks)
+        assert ticks == sorted(set(ticks))
+
+
+@pytest.mark.parametrize(("low", "high", "said"), [(0.6, 0.8, ["0.6", "0.7", "0.8"]), (2.4, 4.2, ["3", "4"]),
+                                                   (0.4, 3, ["0.5", "1", "2"])])  # fmt: skip
+def test_losses_between_two_ticks_have_numbers_beside_them(low, high, said):
+    drawing = charts.line_chart([Line(points=[(0, high), (9, low)])], says="", logarithmic=True)
+    numbers = re.findall(r'text-anchor="end"[^>]*>([^<]*)<', drawing)
+    assert set(said) <= set(numbers)
+
+
 def test_a_line_goes_where_its_values_go():
     drawing = charts.line_chart([Line(points=[(0, 4.0), (10, 2.0), (20, 1.0)])], says="it falls", logarithmic=True)
     (points,) = re.findall(r'polyline points="([^"]*)"', drawing)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import MARKUP, ROOT
+from conftest import BOTH, MARKUP, ROOT
 from test_runner import only
 
-from qlora_utils import check, cli, data, runner
+from qlora_utils import check, cli, data, generation, runner
 from qlora_utils.config import RunConfig
 from qlora_utils.rows import Rejected
 from qlora_utils.run_directory import RunDirectory, read_json
@@ -152,7 +152,7 @@ REMARKS = {
     "longest tenth of the answers": (
         [{**row, "answer": f"{n} {LONG}"} if n % 10 == 0 else row for n, row in enumerate(PLAIN[0])], PLAIN[1],
     ),
-    "longer than max_new_tokens=48": (PLAIN[0], [*PLAIN[1], {"question": "Why so?", "answer": LONG}]),
+    "longer than max_new_tokens=48 tokens": (PLAIN[0], [*PLAIN[1], {"question": "Why so?", "answer": LONG}]),
 }  # fmt: skip
 
 
@@ -166,6 +166,62 @@ def test_what_is_worth_knowing_is_said_and_nothing_else_is(tmp_path, config, rem
         assert "are few" not in told
     else:
         assert remark in told
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (250, "250 steps are 125 passes."),
+        (4000, "4,000 steps are 2,000 passes."),
+        (2, "2 steps are 1 pass."),
+        (1, "1 step is 50.0% of one pass."),
+    ],
+)
+def test_the_verdict_says_passes_as_people_say_them(config, steps, said):
+    assert check.check(str(EXAMPLE), RunConfig.build({**config.model_dump(), "steps": steps})).verdict.endswith(said)
+
+
+def test_one_that_is_cut_among_thousands_is_worth_knowing_and_no_share_is_told_as_none(config):
+    found = check.check(str(EXAMPLE), config)
+    length = {**found.report["token_length"], "longest": 922}
+    told = {**found.report, "truncated": 1, "truncated_share": 1 / 20_101, "token_length": length}
+    few = dataclasses.replace(
+        found, report=told, scored=1000, examples=10**6,
+        answers=dataclasses.replace(found.answers, cut_share=0.001),
+    )  # fmt: skip
+    said = " ".join(few.warnings)
+    assert "less than 0.1% are longer than max_seq_len=512" in said
+    assert "0.1% of the held-out answers, with the </s> that ends them, are longer than max_new_tokens=48" in said
+    assert "250 steps see 0.4% of them" in said
+    assert not re.search(r"(?<![\d.])0(\.0)?%", said)
+
+
+@BOTH
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_an_answer_is_too_long_where_a_model_that_gives_it_does_not_end_by_itself(tmp_path, preset, tokenizer, beyond):
+    """With the `</s>` it must fit: an answer of just `max_new_tokens` tokens is given in full and yet cut off."""
+    answer = "It is a long way from here to there, and longer yet from there to here."
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    limit = len(ids) + 1 + beyond
+    config = RunConfig.from_preset(preset, output_dir=str(tmp_path / "outputs"), max_new_tokens=limit)
+    rows = [{**row, "answer": answer} for row in PLAIN[1]]
+    found = check.check(written(tmp_path, PLAIN[0], rows), config)
+    generated = [*ids, tokenizer.eos_token_id][:limit]  # as `generate` gives it
+    assert found.answers.cut_share == (not generation._as_answer(generated, tokenizer).stopped)
+    assert any(f"max_new_tokens={limit} tokens (the longest {len(ids) + 1})" in said for said in found.warnings) == (
+        beyond < 0
+    )
+
+
+def test_of_an_encoder_decoder_the_start_of_what_is_read_is_cut(tmp_path):
+    config = RunConfig.from_preset("pocket-t5", output_dir=str(tmp_path / "outputs"), max_seq_len=64)
+    rows = [*PLAIN[0], {"question": f"Why {LONG}?", "answer": "So."}]
+    (said,) = [
+        text for text in check.check(written(tmp_path, rows, PLAIN[1]), config).warnings if "max_seq_len" in text
+    ]
+    assert "read or write more than max_seq_len=64 tokens" in said
+    assert "of what is read the start" in said
+    assert "what lies beyond" not in said
 
 
 def test_answers_that_would_be_cut_get_room_in_the_command(tmp_path, config):

@@ -86,6 +86,29 @@ def test_the_lowest_held_out_loss_is_marked():
     plt.close(figure)
 
 
+@pytest.mark.parametrize(
+    ("losses", "rose", "labelled"),
+    [((3.0, 1.0, 4.0), False, True), ((3.0, 3.5, 4.0), True, False), ((3.0, 2.0, 1.0), False, False),
+     ((3.0,), False, False), ((), False, False)],
+)  # fmt: skip
+def test_a_loss_that_rises_from_the_start_is_told_from_overfitting(losses, rose, labelled):
+    history = [{"step": step, "loss": 1.0, "eval_loss": loss} for step, loss in enumerate(losses)]
+    assert curves.rose(history) == rose
+    figure, ax = plt.subplots()
+    curves.plot_losses(history, ax)
+    assert ("overfitting" in [text.get_text() for text in ax.get_legend().get_texts()]) == labelled
+    plt.close(figure)
+
+
+def test_the_training_loss_is_not_said_to_be_of_answers_alone():
+    """With response_only=false it is of questions too, which a history does not tell."""
+    assert "answer token" not in curves.COLUMNS["loss"]
+    figure, ax = plt.subplots()
+    curves.plot_losses(HISTORY, ax)
+    assert "answer token" not in ax.get_ylabel()
+    plt.close(figure)
+
+
 def test_table_and_reading(tmp_path):
     run = RunDirectory(tmp_path)
     with pytest.raises(FileNotFoundError, match="04_training"):

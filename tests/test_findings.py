@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
+from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from runs import answered, told
 
-from qlora_utils import findings
+from qlora_utils import curves, findings
 from qlora_utils.run_directory import DamagedError, RunDirectory, read_json, read_jsonl, write_json, write_jsonl
 
 
@@ -18,6 +22,9 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def run(whole, tmp_path):
     return RunDirectory(shutil.copytree(whole.path, tmp_path / "told"))
+
+
+EMPTY = findings.Facts(RunDirectory("nowhere"), {"config": {}}, {}, [], {}, {}, [], {})
 
 
 def changed(run, section, **values):
@@ -64,6 +71,32 @@ def test_the_day_is_that_of_the_training_and_else_of_its_files(run):
     assert findings.trained_on_date(run)[1] is False
 
 
+@pytest.mark.parametrize(
+    ("zone", "end", "day"),
+    [
+        ("Asia/Tokyo", "2025-03-01T20:00:00+00:00", "2 March 2025"),
+        ("America/Los_Angeles", "2025-03-01T02:00:00+00:00", "28 February 2025"),
+        ("UTC", "2025-03-01T02:00:00+00:00", "1 March 2025"),
+        ("Asia/Tokyo", "2025-03-01T20:00:00", "2 March 2025"),  # papermill's times are UTC, said or not
+    ],
+)
+def test_the_day_is_that_of_the_place_where_it_is_told(run, monkeypatch, zone, end, day):
+    write_json(run.notebooks / "04_training.ipynb", {"metadata": {"papermill": {"end_time": end}}})
+    with monkeypatch.context() as there:
+        there.setenv("TZ", zone)
+        time.tzset()
+        found = findings.trained_on_date(run)
+    time.tzset()
+    assert found == (day, True)
+
+
+def test_a_day_at_the_end_of_time_is_no_day(run):
+    for year in ("0001-01-01", "9999-12-31"):
+        copy = {"metadata": {"papermill": {"end_time": f"{year}T12:00:00+00:00"}}}
+        write_json(run.notebooks / "04_training.ipynb", copy)
+        assert findings.trained_on_date(run) is not None
+
+
 def test_a_difference_that_may_be_chance_is_not_told_as_one(tmp_path):
     few = told(tmp_path, count=12, wrong=10)
     said = findings.what_came_of_it(findings.gather(few))
@@ -91,7 +124,8 @@ def test_a_run_with_nothing_to_warn_of_gets_no_warning(tmp_path):
         ("data", {"leakage": 3}, "3 held-out questions were also trained on"),
         ("data", {"truncated_share": 0.25}, "25.0% of the conversations are longer than max_seq_len=512"),
         ("data", {"unknown_share": 0.05}, "5.0% of the answer tokens are <unk>"),
-        ("data", {"rejected": 500}, "33.3% of the rows were left out"),
+        ("data", {"rejected": 500}, "33.3% of the rows were left out"),  # of an earlier version
+        ("data", {"rejected": 500, "rows_read": 2500}, "20.0% of the rows were left out"),
     ],
 )
 def test_every_caveat_is_there_when_it_is_due_and_only_then(run, section, values, said):
@@ -103,13 +137,66 @@ def test_every_caveat_is_there_when_it_is_due_and_only_then(run, section, values
     ("losses", "said"),
     [
         ((3.0, 1.0, 1.5), "Overfitting: held-out loss was lowest, 1.000, at step 5 and ends at 1.500"),
-        ((3.0, 1.0, 4.0), "Held-out loss rose, from 3.000 to 4.000"),
+        ((3.0, 1.0, 4.0), "Overfitting: held-out loss was lowest, 1.000, at step 5 and ends at 4.000"),
+        ((3.0, 3.5, 4.0), "Held-out loss rose from the start, from 3.000 to 4.000: the learning rate may be too high"),
         ((3.0, 1.0, 0.5), "still falling"),
     ],
 )
 def test_a_held_out_loss_that_calls_for_it_is_spoken_of(run, losses, said):
     assert said in " ".join(findings.caveats(with_losses(run, *losses)))
     assert said not in " ".join(findings.caveats(with_losses(run, 3.0, 1.0, 0.99)))
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.1, 10), max_size=6))
+def test_a_rate_is_doubted_only_where_the_first_held_out_loss_is_the_lowest(losses):
+    history = [{"step": 5 * number, "eval_loss": loss} for number, loss in enumerate(losses)]
+    facts = replace(EMPTY, history=history)
+    said = " ".join(findings.caveats(facts))
+    if "the learning rate may be too high" in said:
+        assert losses[0] == min(losses) < losses[-1]
+        assert "Overfitting" not in said
+    if "Overfitting" in said:
+        assert losses[0] > min(losses)
+    assert ("Overfitting" in said or "the learning rate may be too high" in said) == curves.turned(history)
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (None, None),
+        (10, "A later adapter is kept."),
+        (5, "That step's adapter is kept."),
+        (2, None),
+        ("old", "A later adapter is kept."),
+    ],
+)
+def test_an_adapter_is_said_to_be_kept_only_where_one_is(run, kept, said):
+    """None of an unfinished training; that of an earlier version, which says no step, is of the last one."""
+    metrics = read_json(run.metrics)
+    train = {**metrics.pop("train"), "steps": 10, "kept_step": kept}
+    if kept == "old":
+        del train["kept_step"]
+    write_json(run.metrics, metrics if kept is None else {**metrics, "train": train})
+    (told,) = [text for text in findings.caveats(with_losses(run, 3.0, 1.0, 4.0)) if "Overfitting" in text]
+    assert (said in told) if said else ("kept" not in told)
+
+
+@pytest.mark.parametrize("first", [None, 3.0])
+@pytest.mark.parametrize("last", [None, 0.3])
+def test_a_loss_that_was_no_number_is_none(run, first, last):
+    facts = changed(run, "train", first_loss=first, final_loss=last)
+    said = findings.course(facts)
+    assert "held-out loss falls from 3.100" in said
+    assert ("none" in said) == (None in (first, last))
+
+
+def test_a_last_step_without_a_number_is_a_step(run):
+    lines = [
+        {**line, "loss": None} if line["step"] == 20 and "loss" in line else line for line in read_jsonl(run.history)
+    ]
+    write_jsonl(run.history, lines)
+    assert "a new one has begun here" not in " ".join(findings.caveats(findings.gather(run)))
 
 
 def test_a_measurement_counts_whatever_else_stands_on_its_line(run):
@@ -142,6 +229,53 @@ def test_what_was_found_in_the_data_is_said_in_words(run):
                  "3 rows could not", "No held-out question also", "0.3% are longer than max_seq_len=512",
                  "37.0% of all tokens", "packing", "2 rows repeat an earlier one, 4 if"):  # fmt: skip
         assert part in said
+
+
+def test_few_rows_to_train_on_do_not_make_those_left_out_many(run):
+    few = changed(run, "data", rejected=200, train=900, held_out=100, rows_read=33_000)
+    assert "were left out" not in " ".join(findings.caveats(few))
+
+
+@pytest.mark.parametrize(
+    ("epoch", "said"), [(125.0, "125 passes"), (1.0, "1 pass"), (2.5, "2.5 passes"), (0.5, "50.0% of one pass")]
+)
+def test_passes_over_the_rows_are_said_as_people_say_them(run, epoch, said):
+    write_jsonl(run.history, [{"step": 20, "epoch": epoch, "loss": 1.0}])
+    assert f", {said} over the rows." in findings.what_was_tuned(findings.gather(run))
+
+
+def of_an_encoder_decoder(run, **values):
+    """The data report as that of a T5: what is read and what is written of each answer."""
+    return changed(run, "data", unit="example", **values)
+
+
+@pytest.mark.parametrize("count", [1, 3, None])
+def test_one_that_is_cut_among_thousands_is_said_to_be_and_none_is_not(run, count):
+    cut = {"truncated_share": (count or 0) / 20_101} | ({} if count is None else {"truncated": count})
+    length = {**findings.gather(run).data["token_length"], "longest": 922}
+    said = " ".join(findings.data_sentences(changed(run, "data", conversations=20_101, token_length=length, **cut)))
+    assert "none is longer" not in said
+    number = {1: "1 conversation (less than 0.1%) is", 3: "3 conversations (less than 0.1%) are",
+              None: "less than 0.1% are"}[count]  # fmt: skip
+    assert f"the longest 922; {number} longer than max_seq_len=512" in said
+    length["longest"] = 512
+    none = {"truncated_share": 0.0, "truncated": 0}
+    said = " ".join(findings.data_sentences(changed(run, "data", token_length=length, **none)))
+    assert "the longest 512; none is longer than max_seq_len=512" in said
+
+
+def test_of_an_encoder_decoder_it_is_said_what_is_cut_of_which_text(run):
+    said = " ".join(findings.data_sentences(of_an_encoder_decoder(run, truncated_share=0.0, truncated=0)))
+    assert "none is longer" not in said
+    assert "the longest 600, read and written together" in said
+    assert "neither what is read nor what is written is longer than max_seq_len=512" in said
+    assert "packing" not in said  # it is always padded
+    said = " ".join(findings.data_sentences(of_an_encoder_decoder(run, truncated_share=0.25, truncated=250)))
+    assert "250 examples (25.0%) read or write more than max_seq_len=512 tokens and are cut" in said
+    said = " ".join(findings.caveats(findings.gather(run)))
+    assert "25.0% of the examples read or write more than max_seq_len=512 tokens and are cut" in said
+    assert "of what is read the start" in said
+    assert "their ends were never seen" not in said
 
 
 def test_what_is_missing_is_said_and_no_error(run):

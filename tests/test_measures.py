@@ -33,6 +33,43 @@ def test_padding_share_of_known_lengths():
     assert measures.padding_share([10, 30], 2) == pytest.approx(20 / 60, abs=1e-4)
 
 
+@given(st.integers(1, 10**6), st.lists(st.integers(0, 2), min_size=2, max_size=9))
+@settings(deadline=None)
+def test_a_share_of_what_is_padded_is_none_only_if_nothing_is(length, longer):
+    share = measures.padding_share([length + more for more in longer], len(longer), shuffles=1)
+    assert (share == 0) == (len(set(longer)) == 1)
+
+
+@BOTH
+@pytest.mark.parametrize("cut", [0, 1, 30_000])
+def test_one_that_is_cut_among_many_thousands_is_counted_and_its_share_is_not_none(preset, tokenizer, cut):
+    form = format_of(tokenizer, RunConfig.from_preset(preset))
+    size, sums = (9,) * (2 if preset == "pocket-t5" else 1), measures.Sums()
+    for length in (sums.lengths, sums.within):
+        length.extend([sum(size)] * 30_000)
+    sums.cut, sums.unknown, sums.answer_tokens = cut, cut, 30_000
+    report = measures.report_of(sums, form)
+    assert report["truncated"] == cut
+    for name in ("truncated_share", "unknown_share"):
+        assert report[name] == pytest.approx(cut / 30_000, abs=1e-4)
+        assert (report[name] == 0, report[name] == 1) == (cut == 0, cut == 30_000)
+
+
+@pytest.mark.parametrize(
+    ("unit", "longest", "share", "cut"),
+    [
+        ("conversation", 512, 0.0, False), ("conversation", 513, 0.0, True), ("conversation", 600, 0.003, True),
+        ("example", 700, 0.0, False), ("example", 700, 0.003, True),
+    ],
+)  # fmt: skip
+def test_a_report_of_before_with_a_share_that_was_rounded_away_is_read_as_it_was_meant(unit, longest, share, cut):
+    report = {"unit": unit, "max_seq_len": 512, "conversations": 20_101, "truncated_share": share,
+              "token_length": {"longest": longest}}  # fmt: skip
+    found = measures.truncated_share(report)
+    assert (found > 0) == cut
+    assert found == share or found < 0.00005
+
+
 def test_scripts():
     assert measures.script("Hello") == "Latin"
     assert measures.script("Привет, world") == "Cyrillic"

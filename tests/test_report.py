@@ -90,7 +90,12 @@ def test_a_run_without_scores_has_a_page_too(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("losses", "said"),
-    [([3.0, 2.0, 1.0], ""), ([3.0, 1.0, 1.5], "it was 1.000 at step 1: overfitting"), ([3.0, 1.0, 4.0], "it rose")],
+    [
+        ([3.0, 2.0, 1.0], ""),
+        ([3.0, 1.0, 1.5], "it was 1.000 at step 1: overfitting"),
+        ([3.0, 1.0, 4.0], "it was 1.000 at step 1: overfitting"),
+        ([3.0, 3.5, 4.0], "it rose from the start: the learning rate may be too high"),
+    ],
 )
 def test_summary_warns_where_the_held_out_loss_calls_for_it(tmp_path, tokenizer, losses, said):
     run = finished(tmp_path, tokenizer, "x")
@@ -108,6 +113,29 @@ def test_summary_tells_loss_and_scores(tmp_path, tokenizer):
     assert "x (1)  0.500 → 0.500" in text
     assert "that of step 1, held-out loss 1.250, not the last" in text
     assert "chosen by these same rows" not in text
+
+
+@pytest.mark.parametrize("names", [["first_loss"], ["final_loss"], ["first_loss", "final_loss", "kept_loss"]])
+def test_losses_that_were_no_numbers_are_told_as_none(tmp_path, tokenizer, names):
+    run = finished(tmp_path, tokenizer, "x")
+    metrics = read_json(run.metrics)
+    write_json(run.metrics, {**metrics, "train": {**metrics["train"], **dict.fromkeys(names)}})
+    told = report.summary(run)
+    (line,) = [line for line in told.split("\n") if line.startswith("training loss")]
+    assert line.split() == ["training", "loss", *("none" if n in names else v for n, v in
+                            (("first_loss", "3.000"), ("", "→"), ("final_loss", "1.000")))]  # fmt: skip
+    report.write_report(run)
+    assert "cannot be told" not in run.report.read_text()
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "half \udcff", "a\ntraining loss   9.000", "\u202eback"])
+def test_names_of_files_and_folders_reach_the_terminal_as_text(tmp_path, tokenizer, name):
+    run = RunDirectory(finished(tmp_path, tokenizer, "x").path.rename(tmp_path / name))
+    (run.path / name).write_text("")
+    told = report.summary(run)
+    told.encode()
+    assert not set(told) & {"\x1b", "\x07", "\r", "\x9b", "\u202e"}
+    assert sum(line.startswith("training loss") for line in told.split("\n")) == 1
 
 
 def test_scores_on_the_rows_that_chose_the_adapter_are_marked(tmp_path, tokenizer):

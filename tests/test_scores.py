@@ -77,6 +77,15 @@ def test_naming_the_fact_is_looser_than_exact_match():
     assert scores.names_fact("anything", "") == 0
 
 
+@pytest.mark.parametrize(
+    ("gained", "said"), [(0, "0 questions only"), (1, "1 question only"), (1200, "1,200 questions")]
+)
+def test_a_pair_is_told_with_a_noun_that_fits_its_number(gained, said):
+    told = scores.paired_text({"gained": gained, "lost": 1, "p_value": 0.5}, after="b", before="a")
+    assert told.startswith(said)
+    assert "b answers exactly, 1 only a; McNemar" in told
+
+
 def test_mcnemar_counts_disagreements_alone():
     before, after = [0] * 15 + [1] * 5 + [1] * 30 + [0] * 7, [1] * 15 + [0] * 5 + [1] * 30 + [0] * 7
     found = scores.mcnemar(before, after)

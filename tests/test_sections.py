@@ -63,6 +63,26 @@ def test_the_curves_have_what_was_measured_on_held_out_rows(run):
     assert "Exact match in training, on held-out questions goes from 0 at step 0 to 0.9" in said
 
 
+@pytest.mark.parametrize("unit", ["conversation", "example"])
+def test_the_caption_says_of_which_tokens_the_training_loss_is(run, unit):
+    report, stored = run.data / "report.json", read_json(run.config)
+    write_json(report, {**read_json(report), "unit": unit})
+    for response_only in (True, False):
+        write_json(run.config, {**stored, "config": {**stored["config"], "response_only": response_only}})
+        said = markup(sections.training, run)
+        everything = unit == "conversation" and not response_only  # an encoder-decoder writes answers alone
+        assert ("held-out loss in nats per answer token, the training loss per token of question and answer" in
+                said.replace("Held", "held")) == everything  # fmt: skip
+        assert ("Loss in nats per answer token" in said) == (not everything)
+
+
+def test_only_what_comes_after_a_lowest_point_is_shaded(run):
+    for losses, shaded in (((3.0, 1.0, 4.0), True), ((3.0, 3.5, 4.0), False), ((3.0, 2.0, 1.0), False)):
+        write_jsonl(run.history, [{"step": 5 * n, "eval_loss": loss} for n, loss in enumerate(losses)])
+        said = markup(sections.training, run)
+        assert ('class="over"' in said, "overfitting" in said) == (shaded, shaded)
+
+
 def test_how_one_question_was_answered_on_the_way_is_told(run):
     said = markup(sections.training, run)
     assert rows(said)[-4:] == [
@@ -91,6 +111,21 @@ def test_differences_from_the_preset_come_first_and_every_parameter_has_its_mean
     assert "Every parameter is that of the preset pocket" in markup(sections.configuration, run)
     write_json(run.config, {**stored, "config": {**stored["config"], "preset": "gone"}})
     assert "The preset gone is not known" in markup(sections.configuration, run)
+
+
+def test_the_limit_is_marked_where_lengths_are_what_it_limits(run):
+    assert ">max_seq_len 512</text>" in markup(sections.data, run)
+    report = run.data / "report.json"
+    write_json(report, {**read_json(report), "unit": "example"})
+    said = markup(sections.data, run)  # lengths of what is read and written together, each of which is limited
+    assert ">max_seq_len" not in said
+    assert "tokens per example, read and written" in said
+
+
+def test_a_share_that_an_earlier_version_rounded_away_is_not_told_as_none(run):
+    report = run.data / "report.json"
+    write_json(report, {**read_json(report), "truncated_share": 0.0, "conversations": 20_101})
+    assert ["cut at max_seq_len", "less than 0.1%"] in rows(markup(sections.data, run))
 
 
 def test_a_run_can_be_repeated_as_the_page_says(run, monkeypatch):

@@ -57,6 +57,21 @@ def test_rows_of_several_files_are_put_in_place(tmp_path, form, monkeypatch, pro
     assert {path.name for path in out.iterdir()} == {"train.jsonl", "held_out.jsonl", "rejected.jsonl", "report.json"}
 
 
+@pytest.mark.parametrize("train_rows", [None, 5])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_all_rows_that_were_read_are_counted_whatever_is_then_trained_on(tmp_path, form, train_rows, processes):
+    good, bad = rows_of("a", 60), [{"question": "q", "answer": " "}] * 3
+    (tmp_path / "rows.jsonl").write_text("\n".join([*map(json.dumps, good + bad), "{oops"]))
+    form = format_of(form.tokenizer, form.config.model_copy(update={"train_rows": train_rows}))
+    streaming.prepare_into(tmp_path, read_source(str(tmp_path / "rows.jsonl")), "here", form, processes)
+    report = read_json(tmp_path / "report.json")
+    assert (report["rows_read"], report["rejected"]) == (64, 4)
+    if train_rows is None:
+        assert report["train"] + report["held_out"] + report["rejected"] == report["rows_read"]
+    else:
+        assert report["train"] == train_rows
+
+
 def test_a_killed_worker_is_an_error(tmp_path, form):
     def endless():
         number = 0

@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,6 +64,34 @@ def trained_weights(model):
 
 def losses(history):
     return [line["loss"] for line in history if "loss" in line]
+
+
+def of(lines, **state):
+    """What a training left behind whose history.jsonl has these lines."""
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=lines[-1]["step"], num_input_tokens_seen=9, **state))
+    return training._trained(trainer, lines, 1, 1.0, resumed_at=0)
+
+
+def logged(step, loss, peak=1):
+    return {"step": step, "loss": loss, "tokens": step, "tokens_per_s": 1.0, "peak_memory_bytes": peak}
+
+
+@pytest.mark.parametrize(
+    ("losses", "first", "last"),
+    [([3.0, 2.0, 1.0], 3.0, 1.0), ([None, 2.0, None], 2.0, 2.0), ([None, 2.0, 1.0], 2.0, 1.0), ([None], None, None)],
+)
+def test_first_and_last_loss_are_numbers_where_there_is_one(losses, first, last):
+    """All steps between two lines may have been skipped."""
+    trained = of([logged(step, loss) for step, loss in enumerate(losses, start=1)])
+    assert (trained.first_loss, trained.final_loss, trained.steps) == (first, last, len(losses))
+
+
+def test_the_peak_is_that_of_every_process_that_trained():
+    now = training.peak_memory_bytes()
+    assert of([logged(1, 1.0, peak=1), logged(2, 1.0, peak=2)]).peak_memory_bytes >= now
+    assert of([logged(1, 1.0, peak=10**15), logged(2, 1.0, peak=2)]).peak_memory_bytes == 10**15
+    old = [{name: value for name, value in logged(1, 1.0).items() if name != "peak_memory_bytes"}, logged(2, 1.0, None)]
+    assert of(old).peak_memory_bytes >= now
 
 
 @BOTH
