@@ -18,12 +18,14 @@ from qlora_utils.config import DATA_FIELDS, ModelError, RunConfig, locate, model
 from qlora_utils.drawing import BLUE, ORANGE, unframed
 from qlora_utils.formats import Format, format_of
 from qlora_utils.instructions import instructions_of
+from qlora_utils.measures import truncated_share
 from qlora_utils.rows import Conversation, Rejected, conversation_of, record_of
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json
 from qlora_utils.sources import DataError, first_rows, read_source
 from qlora_utils.stored import Stored, digest_of, write_rows
 from qlora_utils.streaming import prepare_into
 from qlora_utils.tokenization import BareTokenizer, bare
+from qlora_utils.wording import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -214,9 +216,9 @@ def report_table(report: Mapping[str, Any]) -> str:
         "tokens": f"{report['tokens']:,}",
         f"tokens per {report.get('unit', 'conversation')}": f"mean {length['mean']}, median {length['p50']}, "
         f"p95 {length['p95']}, longest {length['longest']:,}",
-        f"longer than {report['max_seq_len']} tokens": f"{report['truncated_share']:.1%}",
-        "answer tokens that are <unk>": f"{report.get('unknown_share', 0.0):.1%}",
-        f"padding in random batches of {report['batch_size']}": f"{report['padding_share']:.1%}",
+        f"longer than {report['max_seq_len']} tokens": percent(truncated_share(report)),
+        "answer tokens that are <unk>": percent(report.get("unknown_share", 0.0)),
+        f"padding in random batches of {report['batch_size']}": percent(report["padding_share"]),
         "duplicates": f"{report['exact_duplicates']} exact, {report['normalised_duplicates']} after normalising",
         "rows with a blank turn": str(report["rows_with_blank_turn"]),
         "rows ending unanswered": str(report["rows_ending_unanswered"]),
@@ -230,13 +232,18 @@ def report_table(report: Mapping[str, Any]) -> str:
 
 
 def plot_lengths(report: Mapping[str, Any], ax: Axes) -> Figure:
-    """Histogram of tokens per conversation or example, with `max_seq_len` marked where it lies within."""
+    """Histogram of tokens per conversation or example, with `max_seq_len` marked where it lies within.
+
+    Not of an encoder-decoder's examples: there the limit is of what is read, and of what is written, not of both.
+    """
     histogram, unit = report["token_length"]["histogram"], report.get("unit", "conversation")
     edges, counts = histogram["edges"], histogram["counts"]
     widths = [b - a for a, b in pairwise(edges)]
     ax.bar(edges[:-1], counts, width=widths, align="edge", color=BLUE, edgecolor="white", linewidth=0.5)
-    marked = {"median": report["token_length"]["p50"], "max_seq_len": report["max_seq_len"]}
-    for (name, value), height in zip(marked.items(), (0.97, 0.8), strict=True):
+    marked = {"median": report["token_length"]["p50"]}
+    if unit != "example":
+        marked["max_seq_len"] = report["max_seq_len"]
+    for (name, value), height in zip(marked.items(), (0.97, 0.8), strict=False):
         if value < edges[-1]:
             ax.axvline(value, color=ORANGE, linewidth=1.5, linestyle="--")
             place = (value, height)

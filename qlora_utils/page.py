@@ -244,7 +244,7 @@ pre { background: var(--panel); border: 1px solid var(--rule); border-radius: .4
   figure, .answers > li, tr, .key div, .caveats, pre { break-inside: avoid }
   thead { display: table-header-group }
   .scroll { overflow: visible; break-inside: avoid }
-  table { width: 100%; font-size: 8.5pt } th, td { padding-right: .5rem }
+  table { width: 100%; font-size: 8pt } th, td { padding-right: .3rem; overflow-wrap: anywhere }
   td.number, th.number, td small { white-space: normal }
   .key { grid-template-columns: repeat(4, 1fr) } .key dd { font-size: 13pt }
   .pair { grid-template-columns: 1fr 1fr } svg { max-width: 14cm }

@@ -351,6 +351,15 @@ def provenance() -> dict[str, Any]:
     return {"versions": versions(), "git_commit": git_commit(), "hardware": hardware()}
 
 
+def repository() -> str | None:
+    """The address of the project's repository, as the installed package has it."""
+    try:
+        addresses = metadata.metadata("qlora-utils").get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((line.partition(", ")[2] for line in addresses if line.startswith("Repository, ")), None)
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of the packages that matter; absent ones are left out."""
     found = {"python": platform.python_version()}

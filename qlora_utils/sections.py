@@ -15,7 +15,7 @@ from qlora_utils.differences import differences
 from qlora_utils.findings import Facts
 from qlora_utils.measures import truncated_share
 from qlora_utils.page import Html, described, element, figure, folded, join, listed, note, paragraph, table, text
-from qlora_utils.run_directory import read_json
+from qlora_utils.run_directory import read_json, repository
 from qlora_utils.scores import paired_text, score_text
 
 if TYPE_CHECKING:
@@ -603,12 +603,7 @@ _REASONS = 12  # why rows were left out, of which the commonest are shown
 def configuration(facts: Facts) -> list[Html]:
     """What differs from the preset, then all parameters with their meaning, then what it ran on."""
     config, fields = facts.config, RunConfig.model_fields
-    plain = _preset_values(config)
-    changed = {
-        name: (plain[name], value)
-        for name, value in config.items()
-        if name in plain and plain[name] != value and name not in PLACE_FIELDS
-    }
+    plain, changed = _preset_values(config), _changed(config)
     about = {name: str(fields[name].description) if name in fields else "" for name in config}
     if not plain:
         parts = [paragraph(f"The preset {config.get('preset')} is not known to this version.")]
@@ -636,6 +631,16 @@ def _preset_values(config: Mapping[str, Any]) -> dict[str, Any]:
     return RunConfig.from_preset(preset).model_dump() if isinstance(preset, str) and preset in PRESETS else {}
 
 
+def _changed(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Parameters that differ from the preset: its value, and the run's."""
+    plain = _preset_values(config)
+    return {
+        name: (plain[name], value)
+        for name, value in config.items()
+        if name in plain and plain[name] != value and name not in PLACE_FIELDS
+    }
+
+
 def _value(value: Any) -> str:
     """A value of a parameter as it would be written on the command line."""
     if isinstance(value, bool):
@@ -649,11 +654,18 @@ def again(facts: Facts) -> list[Html]:
     """How to get the same again, and how far it will be the same."""
     config, commit = facts.config, facts.stored.get("git_commit")
     name = str(config.get("run_name", facts.run.path.name))
-    commands = []
+    commands = [f"git clone {shlex.quote(address)} qlora && cd qlora"] if (address := repository()) else []
     if isinstance(commit, str):
         commands.append(f"git checkout {shlex.quote(commit.rstrip('+'))}")
     file = shlex.quote(str(_from_here(facts.run.config)))
-    commands.append(f"qlora run --config {file} --run-name {shlex.quote(f'{name}-again')}")
+    by_file = f"qlora run --config {file} --run-name {shlex.quote(f'{name}-again')}"
+    if _preset_values(config):
+        words = ["qlora", "run", "--preset", config["preset"], "--run-name", f"{name}-again"]
+        for field, (_, value) in _changed(config).items():
+            words += ["-p", f"{field}={_value(value)}"]
+        commands += ["make env && source .venv/bin/activate", shlex.join(words)]
+    else:
+        commands.append(by_file)
     changed = " The code had changes then that are in no commit." if str(commit).endswith("+") else ""
     gpu = facts.hardware.get("gpu")
     same = (
@@ -666,6 +678,11 @@ def again(facts: Facts) -> list[Html]:
     files = sorted(path.name for path in facts.run.figures.glob("*.png")) if facts.run.figures.is_dir() else []
     parts = [
         element("pre", "\n".join(commands)),
+        *(
+            [paragraph("Or, where the run directory is at hand:"), element("pre", by_file)]
+            if by_file != commands[-1]
+            else []
+        ),
         element(
             "p",
             f"The seed is {config.get('seed')}: it decides the order of the rows, what is held out where the data "

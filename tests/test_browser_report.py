@@ -96,6 +96,8 @@ def test_on_paper_it_is_light_and_what_is_folded_is_open(shown):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate(closed)
     assert page.pdf(format="A4").startswith(b"%PDF")
+    page.set_viewport_size({"width": 688, "height": 1000})  # what the margins leave of A4: wider, and all of it shrinks
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 688
 
 
 def test_a_drawing_shrinks_with_the_window_and_its_letters_stay_readable(shown):

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import html
 import re
+import shlex
 import shutil
 
 import pytest
 from runs import comparison, measured, told
 
-from qlora_utils import findings, sections
+from qlora_utils import cli, findings, runner, sections
+from qlora_utils.config import PLACE_FIELDS, RunConfig
 from qlora_utils.page import join
 from qlora_utils.run_directory import RunDirectory, read_json, write_json, write_jsonl
 
@@ -132,8 +135,19 @@ def test_a_run_can_be_repeated_as_the_page_says(run, monkeypatch):
     stored = read_json(run.config)
     write_json(run.config, {**stored, "git_commit": "abc123+"})
     said = markup(sections.again, run)
-    assert "git checkout abc123\nqlora run --config " in said
-    assert f"{run.config} --run-name told-again" in said
+    first, second = (html.unescape(block) for block in re.findall(r"<pre>(.*?)</pre>", said, re.DOTALL))
+    fetched, checked_out, _, command = first.splitlines()
+    assert fetched.startswith("git clone https://github.com/")
+    assert checked_out == "git checkout abc123"
+    options = cli._parser().parse_args(shlex.split(command)[1:])
+    config, _ = runner.resolve(
+        preset=options.preset, run_name=options.run_name, output_dir=options.output_dir,
+        parameters=cli._parameters(options.parameters), start=None,
+    )  # fmt: skip
+    assert config.run_name == "told-again"
+    same = {*RunConfig.model_fields} - {*PLACE_FIELDS}
+    assert config.model_dump(include=same) == RunConfig.from_file(run.config).model_dump(include=same)
+    assert second == f"qlora run --config {run.config} --run-name told-again"
     assert "changes then that are in no commit" in said
     monkeypatch.chdir(run.path.parent)
     assert "--config told/config.json" in markup(sections.again, run)
