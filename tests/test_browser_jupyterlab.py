@@ -186,4 +186,4 @@ def test_every_figure_of_the_series_can_be_seen_in_its_notebook(page, tmp_path, 
         browser.screenshot(page, f"notebook-{path.stem}")
         for figure in kept:
             shutil.copyfile(figure, browser.SCREENSHOTS / f"figure-{figure.name}")
-    assert {path.name[:2] for path in run.figures.glob("*.png")} == {"01", "02", "03", "04", "05", "06"}
+    assert {path.name[:2] for path in run.figures.glob("*.png")} == {"01", "02", "03", "04", "05", "06", "07"}
