@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopPLogitsWarper,
+)
 
 from qlora_utils import quantization
 from qlora_utils.config import RunConfig, first_line
@@ -74,6 +81,37 @@ class Sampling:
             decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
             **(choice if self.temperature > 0 else {"do_sample": False}),
         )
+
+    def next_tokens(self, logits: torch.Tensor) -> NextTokens:
+        """How likely each token is to be chosen, and which top-p leaves out, by the very warpers of `generate`.
+
+        Args:
+            logits: float32 on the CPU, (vocabulary,): what a model says of each token as the next.
+        """
+        ordered, ids = logits.sort(descending=True, stable=True)  # of equals the first, as `generate` has it if greedy
+        if self.temperature == 0:
+            return NextTokens(self, ids, (torch.arange(len(ids)) == 0).float(), 1)
+        none: Any = None  # of the tokens before, which these two do not look at
+        warmed: Any = TemperatureLogitsWarper(float(self.temperature))(none, ordered[None])  # type: ignore[arg-type]
+        left: Any = TopPLogitsWarper(self.top_p)(none, warmed) if self.top_p < 1 else warmed
+        return NextTokens(self, ids, warmed[0].softmax(dim=-1), int((left[0] > -torch.inf).sum()))
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """How likely each token of the vocabulary is to be the next, likeliest first.
+
+    Attributes:
+        sampling: whose temperature and top-p these are.
+        ids: of tokens, (vocabulary,).
+        probabilities: of these, (vocabulary,), in [0, 1]; they sum to 1, those that top-p leaves out included.
+        kept: how many of the first top-p keeps. One of these is drawn, by its share of what they have together.
+    """
+
+    sampling: Sampling
+    ids: torch.Tensor
+    probabilities: torch.Tensor
+    kept: int
 
 
 def questions_of(
@@ -381,15 +419,60 @@ class Asker:
         Raises:
             Exception: whatever generation raised.
         """
+        prompt = format_of(self.tokenizer, self.config).prompt(history, question, system)
+        return _side_by_side(
+            self.tuned_model, self.tokenizer, prompt, self._states(models),
+            sampling=sampling or Sampling(), stop=stop or threading.Event(),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def next_tokens(
+        self,
+        question: str,
+        samplings: Sequence[Sampling],
+        *,
+        models: Sequence[str] = MODELS,
+        history: Sequence[Turn] = (),
+        system: str = "",
+    ) -> dict[str, list[NextTokens]]:
+        """What each model may begin its answer with: after the prompt, or as the first token of a decoder.
+
+        Args:
+            question: without any marks.
+            samplings: ways to choose; each model is asked once for all of them.
+            models: of `MODELS`.
+            history: earlier turns, which both are told.
+            system: what the system is told with the question.
+
+        Returns:
+            Model -> one for each of `samplings`, in their order.
+        """
+        prompt = format_of(self.tokenizer, self.config).prompt(history, question, system)
+        ids = torch.tensor([prompt], device=next(self.tuned_model.parameters()).device)  # (1, seq)
+        one = Sampling(max_new_tokens=1).generation_config(self.tuned_model, self.tokenizer)
+        one.update(output_logits=True, return_dict_in_generate=True)
+        was_training = self.tuned_model.training
+        self.tuned_model.eval()
+        found = {}
+        try:
+            for name, state in self._states(models).items():
+                with state():
+                    made: Any = self.tuned_model.generate(
+                        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=one
+                    )
+                logits = made.logits[0][0].float().cpu()  # (vocabulary,)
+                found[name] = [sampling.next_tokens(logits) for sampling in samplings]
+        finally:
+            self.tuned_model.train(was_training)
+        return found
+
+    def _states(self, models: Sequence[str]) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+        """The contexts in which the one model is each of these."""
         states: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "base": lambda: base_alone(self.tuned_model),
             "tuned": nullcontext,
         }
-        prompt = format_of(self.tokenizer, self.config).prompt(history, question, system)
-        return _side_by_side(
-            self.tuned_model, self.tokenizer, prompt, {name: states[name] for name in models},
-            sampling=sampling or Sampling(), stop=stop or threading.Event(),
-        )  # fmt: skip
+        return {name: states[name] for name in models}
 
     def prompt(self, question: str, *, history: Sequence[Turn] = (), system: str = "") -> str:
         """The very text that a model reads before it answers, marks included."""

@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from qlora_utils import checkpoints, locks, recovery
+from qlora_utils import checkpoints, locks, recovery, wording
 from qlora_utils.config import DONE_FIELDS, GO_ON_FIELDS, ConfigError, RunConfig, first_line
 from qlora_utils.data import Prepared
 from qlora_utils.formats import Format, format_of
@@ -71,6 +71,20 @@ class Trained:
     wall_s: float
     peak_memory_bytes: int
     skipped_steps: int = 0
+
+    def text(self) -> str:
+        """The same in words, a line each."""
+        kept = f", held-out loss {wording.loss(self.kept_loss)}" if self.kept_loss is not None else ""
+        lines = {
+            "trained": f"{self.steps:,} steps, {self.tokens:,} tokens, {wording.duration(self.wall_s)}",
+            "training loss": f"{wording.loss(self.first_loss)} → {wording.loss(self.final_loss)}",
+            "adapter kept": f"that of step {self.kept_step:,}{kept}",
+            "speed": f"{self.tokens_per_s:,.0f} tokens/s",
+            "peak memory": wording.size(self.peak_memory_bytes),
+        }
+        if self.skipped_steps:
+            lines["skipped"] = f"{wording.counted(self.skipped_steps, 'step')} without a finite loss or gradient"
+        return "\n".join(f"{name:<15}{said}" for name, said in lines.items())
 
 
 def micro_batch_size(config: RunConfig, lengths: Sequence[int]) -> int:

@@ -124,7 +124,7 @@ def test_title_links_goal_and_exercises(path):
     assert "## Exercises" in cells[-1].source  # tests/test_solutions.py knows more of them
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS[:6], ids=lambda path: path.stem)
+@PER_NOTEBOOK
 def test_a_notebook_draws_and_keeps_at_least_one_figure_named_after_it(path):
     saved = [
         ast.literal_eval(node.args[1])

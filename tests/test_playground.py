@@ -10,11 +10,14 @@ from datetime import datetime
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from conftest import BOTH, MARKUP
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora_utils import playground
 from qlora_utils.config import RunConfig
-from qlora_utils.generation import Asker, Piece
+from qlora_utils.generation import Asker, Piece, Sampling
 from qlora_utils.playground import Exchange, Playground, Said
 from qlora_utils.rows import Turn
 from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
@@ -577,3 +580,101 @@ def test_a_choice_that_could_not_be_saved_is_none_until_it_is(run, monkeypatch):
     tuned.click()
     assert play.problem.value == ""
     assert exchange.preferred == "tuned"
+
+
+class Spelling:
+    """A tokenizer whose tokens are these texts."""
+
+    def __init__(self, *texts):
+        self.texts = texts
+
+    def decode(self, ids):
+        return "".join(self.texts[token] for token in ids)
+
+
+def drawn_and_told(logits, tokenizer, *, temperatures=(0.5, 1, 2), top_p=0.9, question="Why?"):
+    """The figure, the table, and what both are of."""
+    ways = [Sampling(temperature=temperature, top_p=top_p) for temperature in temperatures]
+    found = {
+        model: [way.next_tokens(torch.tensor(row)) for way in ways]
+        for model, row in zip(("base", "tuned"), logits, strict=True)
+    }
+    return playground.plot_next_tokens(question, found, tokenizer), playground.next_token_table(found, tokenizer), found
+
+
+def close(figure):
+    import matplotlib.pyplot as plt
+
+    plt.close(figure)
+
+
+WORDS = Spelling(*(f" word{number}" for number in range(20)))
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=20).flatmap(
+        lambda row: st.tuples(st.just(row), st.permutations(row))
+    ),
+    st.sampled_from([0.3, 0.9, 1.0]),
+)
+def test_bars_of_next_tokens_show_all_probability_and_what_top_p_leaves_out(logits, top_p):
+    figure, _, found = drawn_and_told(logits, WORDS, top_p=top_p, temperatures=(0, 0.5, 2))
+    ones = [one for of_model in found.values() for one in of_model]
+    assert len(figure.axes) == len(ones) == 6
+    for ax, one in zip(figure.axes, ones, strict=True):
+        bars = [bar for group in ax.containers for bar in group]
+        assert sum(bar.get_width() for bar in bars) == pytest.approx(1, abs=1e-5)
+        left_out = sum(bar.get_width() for bar in bars if bar.get_hatch())
+        assert left_out == pytest.approx(float(one.probabilities[one.kept :].sum()), abs=1e-5)
+        assert f"keeps {one.kept:,} of {len(one.ids):,} tokens" in ax.get_title("left")
+        cuts = [line for line in ax.get_lines() if line.get_linestyle() == "--"]
+        assert len(cuts) == (one.kept < len(one.ids))
+        if cuts and one.kept <= 6:
+            assert list(cuts[0].get_ydata()) == [one.kept - 0.5] * 2
+    close(figure)
+
+
+def test_next_tokens_are_named_likeliest_first_with_their_spaces_and_those_left_out_in_brackets():
+    rows = [[0.0, 3.0, 1.0] + [-1.0] * 17, [9.0, 0.0, 1.0] + [-1.0] * 17]
+    figure, table, _ = drawn_and_told(rows, WORDS)
+    names = [[label.get_text() for label in ax.get_yticklabels()] for ax in figure.axes]
+    assert names[0][:3] == ["' word1'", "' word2'", "' word0'"]
+    assert names[3][:3] == ["' word0'", "' word2'", "' word1'"]
+    assert names[0][-1] == names[3][-1] == "all 14 others"
+    assert [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()] == ["base", "tuned"]
+    texts = [text.get_text() for ax in figure.axes for text in ax.texts]
+    assert [text for text in texts if text.startswith("temperature")] == [
+        "temperature 0.5", "temperature 1", "temperature 2"
+    ]  # fmt: skip
+    lines = table.splitlines()
+    tuned = lines[lines.index("tuned") + 1 :]
+    assert tuned[0].split("'")[2].split()[:2] == [">99.9%", "99.9%"]
+    assert tuned[1].split("'")[2].split()[:2] == ["(<0.1%)", "(<0.1%)"]
+    assert lines[0].split() == ["temperature", "0.5", "1", "2"]
+    close(figure)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+def test_next_tokens_and_their_question_are_drawn_as_text(tmp_path):
+    tokenizer = Spelling(*MARKUP, "\n", "", "x" * 500, "\ud800")
+    row = [float(number) for number in range(len(tokenizer.texts))]
+    for question in (*MARKUP, "x" * 500):
+        figure, table, _ = drawn_and_told([row, row[::-1]], tokenizer, question=question)
+        figure.savefig(tmp_path / "figure.png")
+        assert max(map(len, table.splitlines())) < 80
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800]", table)
+        close(figure)
+
+
+def test_a_token_keeps_the_space_that_it_loses_at_the_start_of_a_text():
+    """As a tokenizer of sentencepiece has it: `▁The` alone is decoded as `The`."""
+
+    class Losing(Spelling):
+        def decode(self, ids):
+            return super().decode(ids).removeprefix(" ")
+
+    figure, table, _ = drawn_and_told([[2.0, 1.0], [1.0, 2.0]], Losing(" The", "The"))
+    assert "' The'" in table
+    assert "  'The'" in table
+    close(figure)
