@@ -8,12 +8,13 @@ about `[/INST]`, it is defused, and looks the same to people but not to a tokeni
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qlora_utils.sources import DataError, Row
+from qlora_utils.sources import NAME_COLUMNS, DataError, Row
 
 JOINER = "\u2060"  # WORD JOINER: no width, no break, and no part of any mark
 MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -156,6 +157,10 @@ _PAIRS = (
     ("prompt", "response"),
     ("prompt", "completion"),
 )
+_LISTS = ("messages", "conversations")
+_SHAPED = frozenset({*_LISTS, "text", "input", *(name for pair in _PAIRS for name in pair)})
+TAGS = ("split", "domain", "kind", "fact", "entity")  # that scores are told by, or answers measured by
+_BESIDE = frozenset({"input", *TAGS})  # what may stand beside any shape
 _QUESTION_ROLES = {"user", "human", "prompter"}
 _ANSWER_ROLES = {"assistant", "gpt", "bot", "model"}
 _SYSTEM = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>(?:\n\n|\s*)", re.DOTALL)  # at the start of the first question
@@ -166,6 +171,7 @@ def parse(row: Row) -> Conversation:
 
     Known are `text` in Llama-2 chat format or with `### Human:` / `### Assistant:` marks, `messages` or
     `conversations`, and `instruction` / `input` / `output` (`question` / `answer` and `prompt` / `response` alike).
+    Case and outer spaces of a field's name do not matter; a shape that is there to the letter is read first.
     Blank turns are kept here; `usable` drops them. A last question without an answer is dropped and marked.
 
     Raises:
@@ -173,13 +179,18 @@ def parse(row: Row) -> Conversation:
     """
     if row.columns is None:
         raise UnusableRowError(row.fault or "empty row")
-    columns = row.columns
-    shape, parts = _shape_and_parts(columns)
+    columns = _named(row.columns, _BESIDE)
+    found = _shape_and_parts(columns)
+    if found is None:
+        columns = _named(columns, _SHAPED)
+        found = _shape_and_parts(columns)
+    if found is None:
+        raise UnusableRowError(_no_shape(columns, row))
+    shape, parts = found
     turns, unanswered = _pair_up(parts)
     if not turns:
         raise UnusableRowError("no answered turn" if unanswered else "no turn")
-    used = {"text", "messages", "conversations", "input", *(name for pair in _PAIRS for name in pair)}
-    tags = {n: value for n, value in columns.items() if n not in used and _is_tag(value, len(turns))}
+    tags = {n: value for n, value in columns.items() if n not in _SHAPED and _is_tag(value, len(turns))}
     said = [part for turn in turns for part in (turn.system, turn.question, turn.answer)]
     tagged = [text for value in tags.values() for text in ([value] if isinstance(value, str) else value)]
     for text in (*said, *tags, *tagged):
@@ -187,9 +198,40 @@ def parse(row: Row) -> Conversation:
     return Conversation(turns, row.where, row.number, shape, tags, unanswered)
 
 
-def _shape_and_parts(columns: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
-    """The shape's name and the row's texts in order, each with the role `system`, `question` or `answer`."""
-    for name in ("messages", "conversations"):
+def _named(columns: Mapping[str, Any], known: frozenset[str]) -> Mapping[str, Any]:
+    """The columns, those that are one of the known names up to case and outer spaces under that name."""
+    other = _spellings(tuple(columns), known)
+    return {other.get(name, name): value for name, value in columns.items()} if other else columns
+
+
+@functools.lru_cache(maxsize=256)  # rows of a file mostly have the same fields
+def _spellings(names: tuple[str, ...], known: frozenset[str]) -> Mapping[str, str]:
+    """The known name of each field that is one, spelled otherwise, and not there to the letter.
+
+    Raises:
+        UnusableRowError: several fields are the same known name.
+    """
+    spelled: dict[str, list[str]] = {}
+    for name in names:
+        spelled.setdefault(_plain(name), []).append(name)
+    other = {}
+    for name, fields in spelled.items():
+        if name in known and name not in fields:
+            if len(fields) > 1:
+                told = " and ".join(map(repr, fields))
+                raise UnusableRowError(f"{told} both read as {name}; rename or remove one")
+            other[fields[0]] = name
+    return other
+
+
+def _plain(name: str) -> str:
+    """A field's name without what does not matter in it; a byte order mark may stand before the first of a file."""
+    return name.strip().lstrip("\ufeff").strip().casefold()
+
+
+def _shape_and_parts(columns: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]] | None:
+    """The shape's name and the row's texts in order, each with the role `system`, `question` or `answer`, if any."""
+    for name in _LISTS:
         if columns.get(name) is not None:
             return name, _parts_of_messages(name, columns[name])
     for question_name, answer_name in _PAIRS:
@@ -208,13 +250,47 @@ def _shape_and_parts(columns: Mapping[str, Any]) -> tuple[str, list[tuple[str, s
             return "llama-2 chat", _parts_of_llama2(text)
         if first:
             return "### Human / ### Assistant", _parts_of_marks(text)
-        raise UnusableRowError("text has neither [INST] … [/INST] nor ### Human: … ### Assistant:")
-    names = ", ".join(map(str, columns)).encode(errors="backslashreplace").decode()
-    if len(columns) == 1 and (mark := re.search(r"[;\t|]", names)):
-        raise UnusableRowError(f"one column, {names}: its fields seem to lie between {mark[0]!r}, expected commas")
-    raise UnusableRowError(
-        f"columns {names or 'none'}: expected text, messages, conversations, instruction/output or question/answer"
-    )
+    return None
+
+
+def _no_shape(columns: Mapping[str, Any], row: Row) -> str:
+    """Why a row, of these columns, is not read; short, since a message has room for 150 characters of it."""
+    if columns.get("text") is not None:
+        return "text has neither [INST] … [/INST] nor ### Human: … ### Assistant:"
+    names = [str(name).encode(errors="backslashreplace").decode() for name in row.columns or ()]
+    if len(names) == 1 and (mark := re.search(r"[;\t|]", names[0])):
+        return f"one column, {_short(names[0], 40)}: its fields seem to lie between {mark[0]!r}, expected commas"
+    is_csv = row.where.lower().endswith(".csv")
+    if is_csv and not any(map(str.strip, names)):
+        return f"the first line is blank; it {NAME_COLUMNS}"
+    if is_csv and not _SHAPED.intersection(columns) and any(map(_is_prose, names)):
+        read = ", ".join(f"'{_short(name, 24)}'" for name in names[:2])
+        return f"the first line {NAME_COLUMNS}; it reads {read}{', …' if len(names) > 2 else ''}"
+    found = _short(", ".join(_short(name, 40) for name in names), 48) or "none"
+    expected = f"in the first line {_expected()}" if is_csv else _expected(*_LISTS)
+    return f"columns {found}: expected {expected}"
+
+
+def _expected(*lists: str) -> str:
+    """The fields of every shape, in words; of those that are lists, which no cell of a CSV holds, these."""
+    answers: dict[str, list[str]] = {}
+    for question, answer in _PAIRS:
+        answers.setdefault(question, []).append(answer)
+    pairs = []
+    for question, (first, *more) in answers.items():
+        pairs.append(f"{question}/{first}" + (f" (or {', '.join(more)})" if more else ""))
+    return f"{', '.join((*pairs, *lists))} or text"
+
+
+def _short(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 1]}…"
+
+
+def _is_prose(name: str) -> bool:
+    """Whether what stands where a field is named rather says something."""
+    words = name.split()
+    said = name.rstrip().endswith((".", "?", "!", "…")) and len(words) > 1  # not as in No. or Correct?
+    return said or name.rstrip().endswith(("。", "？", "！", "؟")) or len(words) > 4 or len(name) > 40
 
 
 def _is_tag(value: Any, turns: int) -> bool:

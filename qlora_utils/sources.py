@@ -15,10 +15,14 @@ from typing import Any, NoReturn, TextIO
 from qlora_utils.config import first_line, is_path, locate
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+SPREADSHEETS = (".xlsx", ".xls", ".ods")  # which are not read
+NAME_COLUMNS = "must name the columns, as in question,answer"  # the first line of a CSV
 HELD_OUT_WORDS = {"test", "validation", "valid", "val", "dev", "eval", "heldout"}
 _BLOCK = 2**16  # characters of a JSON text read at a time, at least
 _LONGEST_LINE = 2**20  # characters; a JSON text is not looked at further to see whether it is one value per line
 _SPACE = re.compile(r"[ \t\n\r]*")
+_EXPORT = "In the spreadsheet program, export it as CSV (UTF-8) and give that file."
+_SHEET_BYTES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # that begin one: a zip archive, an OLE file
 _DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json"}  # of the data, not data
 
 
@@ -101,7 +105,7 @@ def read_source(source: str) -> dict[str, Rows]:
     """
     path = Path(locate(source)).expanduser()
     if not path.exists():
-        if is_path(source, SUFFIXES):
+        if is_path(source, SUFFIXES + SPREADSHEETS):
             raise DataError(
                 f"dataset: {path} does not exist. Expected a local file or folder, or a hub id like owner/name."
             )
@@ -115,8 +119,10 @@ def read_source(source: str) -> dict[str, Rows]:
         )
     files = _files_of(path) or _files_of(path / "data")
     if not files:
+        sheet = next((file for file in sorted(path.glob("*")) if file.suffix.lower() in SPREADSHEETS), None)
         raise DataError(
             f"dataset: {path} holds no {', '.join(SUFFIXES)} file and no saved dataset. Expected rows in one of these."
+            + (f" It holds {sheet.name}. {_EXPORT}" if sheet else "")
         )
     return _by_part([_file(file) for file in files])
 
@@ -196,18 +202,31 @@ def _file(path: Path) -> Piece:
     readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}
     kind = path.suffix.lower()
     if kind not in readers:
-        raise DataError(f"dataset: {path} has type {kind or 'none'}; expected one of {', '.join(SUFFIXES)}.")
+        raise DataError(f"dataset: {path} has {unknown_type(kind)}")
 
     def read() -> Iterator[Row]:
         try:
             yield from readers[kind](path)
         except UnicodeDecodeError as error:
+            if _is_spreadsheet(path):
+                raise DataError(f"dataset: {path} is a spreadsheet under another name. {_EXPORT}") from error
             line = _first_bad_line(path)
             raise DataError(f"dataset: {path} is not UTF-8 text (line {line}). Save it as UTF-8.") from error
         except OSError as error:
             raise DataError(f"dataset: {path} could not be read ({first_line(error)}).") from error
 
     return Piece(path.stem, read, (path,))
+
+
+def unknown_type(suffix: str) -> str:
+    """What to say of a file of a type that is not read."""
+    told = f"type {suffix or 'none'}; expected one of {', '.join(SUFFIXES)}."
+    return f"{told} {_EXPORT}" if suffix in SPREADSHEETS else told
+
+
+def _is_spreadsheet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) in _SHEET_BYTES
 
 
 def _first_bad_line(path: Path) -> int:
@@ -407,7 +426,7 @@ class _JsonStream:
 def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**27)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(file, strict=True, skipinitialspace=_has_spaces_after_commas(file))
         number, last_line = 0, 0
         while True:
             try:
@@ -423,10 +442,19 @@ def _read_csv(path: Path) -> Iterator[Row]:
             else:
                 fields = len(reader.fieldnames or [])
                 fault = f"more fields than the header's {fields}" if None in columns else None
+                if not fields:
+                    fault = f"the first line is blank; it {NAME_COLUMNS}"
                 if any("\0" in str(value) for value in columns.values()):
                     fault = f"a zero byte before or in line {reader.line_num}; expected text"
                 yield Row(path.name, number, None if fault else columns, fault)
             number, last_line = number + 1, reader.line_num
+
+
+def _has_spaces_after_commas(file: TextIO) -> bool:
+    """Whether each comma in the first line has one, as in `question, answer`; then they are no part of the cells."""
+    later = next(csv.reader([file.readline(_LONGEST_LINE)]), [])[1:]
+    file.seek(0)
+    return bool(later) and all(name.startswith(" ") for name in later)
 
 
 def _row(path: Path, number: int, value: Any) -> Row:

@@ -111,10 +111,10 @@ def test_an_unanswered_last_question_keeps_the_answered_turns(columns):
         ({"messages": [{"role": "tool", "content": "q"}]}, "role 'tool'"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "an answer without a question"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "user", "content": "r"}]}, "two questions in a row"),
-        ({}, "expected text, messages"),
+        ({}, "columns none: expected instruction/output"),
         ({"question": "half \ud83d", "answer": "a"}, "lone surrogate"),
         ({"question": "q", "answer": "a", "half \ud83d": "x"}, "lone surrogate"),
-        ({"half \ud83d": "x"}, r"columns half \\ud83d: expected text"),
+        ({"half \ud83d": "x"}, r"columns half \\ud83d: expected instruction"),
     ],
 )
 def test_an_unusable_row_has_a_reason(columns, reason):
@@ -138,6 +138,92 @@ def test_a_table_that_mixes_spellings_of_messages_is_read():
     filled = [{"role": None, "content": None, "from": "human", "value": "q"},
               {"role": None, "content": None, "from": "gpt", "value": "a"}]  # fmt: skip
     assert rows.parse(row(messages=filled)).turns == (Turn("q", "a"),)
+
+
+# ------------------------------------------------------------------------------------------------ field names
+
+SHAPES = [
+    {"instruction": "q", "input": "c", "output": "a"},
+    {"instruction": "q", "response": "a"},
+    {"question": "q", "answer": "a"},
+    {"prompt": "q", "response": "a"},
+    {"prompt": "q", "completion": "a"},
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    {"text": "<s>[INST] q [/INST] a </s>"},
+]
+SPELLED = st.tuples(
+    st.sampled_from([str, str.upper, str.title, str.swapcase]),
+    st.sampled_from(["", " ", "\t", "\ufeff", "\ufeff "]),
+    st.sampled_from(["", " ", "\n", "\u00a0"]),
+)
+
+
+@given(st.sampled_from(SHAPES), st.sampled_from([{}, {"domain": "d", "kind": ["k"], "fact": "f"}]), st.data())
+def test_case_and_space_make_no_other_field_of_a_name(shape, tags, drawn):
+    def spelled(name):
+        case, before, after = drawn.draw(SPELLED)
+        return f"{before}{case(name)}{after}"
+
+    columns = {**shape, **tags, "Source": "book"}
+    other = {name if name == "Source" else spelled(name): value for name, value in columns.items()}
+    assert rows.parse(row(**other)) == rows.parse(row(**columns))
+    assert rows.parse(row(**other)).tags == {**tags, "Source": "book"}  # a name that means nothing here stays
+
+
+@given(st.sampled_from(SHAPES), st.dictionaries(st.sampled_from(
+    ["Question", "Answer", "TEXT", "Messages", " prompt", "Response", "OUTPUT", "Instruction"]
+), st.text(min_size=1, max_size=3), max_size=4))  # fmt: skip
+def test_a_row_of_exact_names_is_read_by_these_whatever_stands_beside_them(shape, beside):
+    found = rows.parse(row(**beside, **shape))
+    assert found.turns == rows.parse(row(**shape)).turns
+    assert found.tags == beside
+
+
+def test_of_two_spellings_the_exact_one_is_read_and_else_both_are_told():
+    found = rows.parse(row(Question="q", Answer="b", answer="a", ANSWER="c"))
+    assert found.turns == (Turn("q", "a"),)
+    assert found.tags == {"Answer": "b", "ANSWER": "c"}
+    for columns, told in (
+        ({"question": "q", "Answer": "a", "ANSWER ": "b"}, r"'Answer' and 'ANSWER ' both read as answer"),
+        ({"instruction": "q", "output": "a", "Input": "b", "INPUT": "c"}, "'Input' and 'INPUT' both read as input"),
+        ({"question": "q", "answer": "a", "Kind": "b", "KIND": "c"}, "'Kind' and 'KIND' both read as kind"),
+    ):
+        with pytest.raises(UnusableRowError, match=told + "; rename or remove one"):
+            rows.parse(row(**columns))
+
+
+def test_prose_under_text_does_not_hide_a_question_and_its_answer():
+    columns = {"text": "A page of prose.", "Question": "q", "Answer": "a"}
+    assert rows.parse(row(**columns)).turns == (Turn("q", "a"),)
+
+
+def test_tags_that_scores_are_told_by_are_among_those_that_are_found():
+    from qlora_utils.answers import GROUPS
+
+    assert set(GROUPS) - {"turn"} <= set(rows.TAGS)
+
+
+def test_what_is_expected_names_all_that_is_read():
+    for where in ("questions.csv", "questions.jsonl"):
+        with pytest.raises(UnusableRowError) as refused:
+            rows.parse(Row(where, 0, {"head": "q", "tail": "a"}))
+        told = f"{where} row 0: {refused.value}"
+        for shape in SHAPES:
+            is_list = isinstance(next(iter(shape.values())), list)
+            for name in shape.keys() - {"input"}:
+                assert (name in told) == (not is_list or where == "questions.jsonl")  # no cell of a CSV is a list
+                assert len(shape) == 1 or name in told[:150]  # more is cut where it is shown
+
+
+@pytest.mark.parametrize("name", ["What is it?", "It is 7.", "so and so and so on", "什么？", "x" * 50])
+def test_a_csv_whose_first_line_is_a_row_is_told_to_name_its_columns(name):
+    for where, told in (("rows.CSV", True), ("rows.jsonl", False)):
+        with pytest.raises(UnusableRowError) as refused:
+            rows.parse(Row(where, 0, {name: "q", "a": "a"}))
+        assert str(refused.value).startswith("the first line must name the columns, as in question,answer") == told
+    with pytest.raises(UnusableRowError, match=r"columns Frage, Antwort: expected in the first line instruction/"):
+        rows.parse(Row("rows.csv", 0, {"Frage": "q", "Antwort": "a"}))
 
 
 # ------------------------------------------------------------------------------------------------ hostile text

@@ -88,6 +88,38 @@ def test_a_bad_csv_line_is_listed_and_an_open_quote_refused(tmp_path):
         list(sources.read_source(str(path))["train"])
 
 
+def test_spaces_after_all_commas_of_a_csv_header_are_no_part_of_any_cell(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('question, answer\nq0, a0\n"q1", "a, b"\n')
+    assert [list(r.columns.values()) for r in sources.read_source(str(path))["train"]] == [["q0", "a0"], ["q1", "a, b"]]
+    for header in ("question,answer", "question,answer, notes"):  # a cell says what it says
+        path.write_text(f"{header}\nq0, a0,n\n" if "notes" in header else f"{header}\nq0, a0\n")
+        assert next(iter(sources.read_source(str(path))["train"])).columns["answer"] == " a0"
+
+
+def test_a_csv_that_begins_with_a_blank_line_is_told_what_belongs_there(tmp_path):
+    (tmp_path / "rows.csv").write_text("\nquestion,answer\nq,a\n")
+    found = list(sources.read_source(str(tmp_path / "rows.csv"))["train"])
+    assert {row.fault for row in found} == {"the first line is blank; it must name the columns, as in question,answer"}
+
+
+@pytest.mark.parametrize("suffix", [".xlsx", ".XLS", ".ods"])
+def test_a_spreadsheet_is_told_to_be_exported(tmp_path, suffix):
+    (tmp_path / f"rows{suffix}").write_bytes(b"PK\x03\x04\xff")
+    for source in (tmp_path / f"rows{suffix}", tmp_path):
+        with pytest.raises(DataError, match=r"as CSV \(UTF-8\)"):
+            sources.read_source(str(source))
+    with pytest.raises(DataError, match="does not exist"):  # and is no hub id
+        sources.read_source(f"folder/absent{suffix}")
+
+
+@pytest.mark.parametrize("begin", [b"PK\x03\x04", b"\xd0\xcf\x11\xe0"])
+def test_a_spreadsheet_that_was_renamed_is_told_to_be_exported(tmp_path, begin):
+    (tmp_path / "rows.csv").write_bytes(begin + b"\xff\xfe\n")
+    with pytest.raises(DataError, match=r"spreadsheet under another name.*as CSV \(UTF-8\)"):
+        list(sources.read_source(str(tmp_path / "rows.csv"))["train"])
+
+
 def test_bytes_that_are_no_text_are_found_by_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"question": "q", "answer": "a"}\n' * 30_000 + b"\xff\n")
