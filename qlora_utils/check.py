@@ -27,7 +27,7 @@ from qlora_utils.measures import digest, digest_array, normalise, truncated_shar
 from qlora_utils.rows import Conversation, Rejected, first_readable
 from qlora_utils.run_directory import write_bytes
 from qlora_utils.shown import cut, in_page, on_terminal
-from qlora_utils.sources import SUFFIXES, DataError, Row, first_rows, read_source
+from qlora_utils.sources import SUFFIXES, DataError, Row, first_rows, read_source, unknown_type
 from qlora_utils.wording import counted, passes, percent
 
 if TYPE_CHECKING:
@@ -438,7 +438,7 @@ def keep_upload(name: str, content: bytes, config: RunConfig) -> Path:
     """
     suffix = Path(name).suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(f"{cut(name, 80)} has type {cut(suffix, 20) or 'none'}; expected one of {', '.join(SUFFIXES)}.")
+        raise DataError(f"{cut(name, 80)} has {unknown_type(cut(suffix, 20))}")
     if not content:
         raise DataError(f"{cut(name, 80)} is empty. Expected one question and answer or more.")
     if len(content) > UPLOAD_MB * 10**6:

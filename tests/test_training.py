@@ -740,3 +740,10 @@ def test_fifty_steps_are_what_they_were(tmp_path):
             f"{name} is no longer what was stored, which came of {stored['versions']}; if that is meant, store it "
             "anew: python tests/trajectory.py"
         )
+
+
+def test_what_a_training_left_is_told_in_words_also_where_nothing_was_finite():
+    told = training.Trained(250, 225, 2.1, None, None, 1_234_567, 5000.4, 51.2, 818_000_000, 1).text()
+    for line in ("250 steps, 1,234,567 tokens, 51 s", "2.100 → none", "that of step 225\n", "5,000 tokens/s", "818 MB",
+                 "1 step without a finite loss"):  # fmt: skip
+        assert line in told
