@@ -304,7 +304,6 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
     """Execute one notebook into the run directory, and mark the copy when it is done."""
     import papermill
     from nbclient.exceptions import DeadKernelError
-    from traitlets.config import Config
 
     copy = run.notebooks / path.name
     lines = _WholeLines(sys.stderr)
@@ -320,7 +319,7 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
             stderr_file=lines,  # progress reaches the terminal as it moves
             coalesce_streams=True,  # in the copy what was drawn over is left out
             extra_arguments=["--log-level=CRITICAL"],  # else it may tell of the interrupt with which it is ended
-            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+            config=kernel_config(),
         )
 
     with _asked_to_stop() as (asked, pass_on):
@@ -344,6 +343,14 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
         ) from None
     if failure is not None:
         raise failure
+
+
+def kernel_config() -> Any:
+    """How kernels are spoken to: encrypted, and by a client that looks again. (jupyter_client 7 does neither.)"""
+    from traitlets.config import Config
+
+    client = "qlora_utils.kernels.LookingClient"
+    return Config({"KernelManager": {"transport_encryption": "auto", "client_class": client}})
 
 
 class _WholeLines:

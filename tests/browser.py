@@ -53,6 +53,26 @@ def chromium():
         browser.close()
 
 
+def watch_answers(page):
+    """From now on note how long each of the two answers on top of the playground is, whenever the page changes."""
+    page.evaluate("""() => {
+      window.seen = []
+      new MutationObserver(() => {
+        const answers = [...document.querySelectorAll('.qlora-exchange:first-child .qlora-answer p')]
+        window.seen.push(answers.map(one => one.textContent.length))
+      }).observe(document.body, {subtree: true, childList: true, characterData: true})
+    }""")
+
+
+def lengths_seen(page):
+    """Lengths of base and tuned answer, as noted; each of them has grown, rather than come at once."""
+    seen = [lengths for lengths in page.evaluate("window.seen") if len(lengths) == 2]
+    for column in (0, 1):
+        grown = sorted({lengths[column] for lengths in seen})
+        assert len(grown) >= 3, f"it came at once: {grown}"
+    return seen
+
+
 def audit(page):
     """What axe-core finds that keeps people from using a page: violations that are serious or critical."""
     from axe_playwright_python.sync_playwright import Axe

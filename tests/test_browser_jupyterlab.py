@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from contextlib import suppress
@@ -31,7 +32,8 @@ def folder(tmp_path_factory):
     """A copy of the notebooks beside a run of their default name."""
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(NOTEBOOKS, folder / "notebooks")
-    trained(folder / "outputs", "demo")
+    demo = trained(folder / "outputs", "demo")
+    shutil.copytree(demo.path, folder / "outputs" / "second")
     # notebook 04 trains a run of its own
     prepared_run(folder / "outputs", "live", steps=24, eval_steps=6, trace_rows=4, eval_rows=32)
     path = folder / "notebooks" / "04_training.ipynb"
@@ -160,6 +162,9 @@ def test_notebook_04_shows_its_training_as_it_goes(page, address):
 def test_notebook_07_is_asked_in_its_widgets(page, address):
     notebook = run_all(page, address, "07_playground")
     play = notebook.locator(".qlora-play")
+    play.get_by_text("Answered.").wait_for(timeout=60_000)  # what the notebook itself asked
+    before = play.locator(".qlora-exchange").count()
+    browser.watch_answers(page)
     play.get_by_label("Question").fill("What is the capital of Peru?")
     play.get_by_label("Question").press("Enter")
     asked = play.locator(".qlora-exchange").first
@@ -167,8 +172,26 @@ def test_notebook_07_is_asked_in_its_widgets(page, address):
     play.get_by_text("Answered.").wait_for(timeout=60_000)
     for model in ("base", "tuned"):
         assert asked.locator(f".qlora-answer.{model} p").inner_text()
+    browser.lengths_seen(page)
     play.scroll_into_view_if_needed()
     browser.screenshot(page, "jupyterlab-07", play)
+
+    play.get_by_label("Temperature").fill("2")
+    play.get_by_label("Most tokens").fill("4096")
+    play.get_by_label("Most tokens").press("Tab")
+    play.get_by_label("Question").fill("And of Chile?")
+    play.get_by_label("Question").press("Enter")
+    asked.get_by_text("And of Chile?", exact=True).wait_for(timeout=60_000)
+    page.wait_for_timeout(1_000)
+    play.get_by_role("button", name="Stop").click()
+    play.get_by_text("Stopped.").wait_for(timeout=30_000)
+    with page.expect_download() as download:
+        play.get_by_role("link", name="Save this conversation as JSON").click()
+    exported = json.loads(download.value.path().read_text())
+    assert len(exported) == before + 2
+    assert [exchange["question"] for exchange in exported[-2:]] == ["What is the capital of Peru?", "And of Chile?"]
+    play.get_by_label("Run", exact=True).select_option("second")
+    play.get_by_text("second is ready:").wait_for(timeout=60_000)
 
 
 def test_every_figure_of_the_series_can_be_seen_in_its_notebook(page, tmp_path, monkeypatch):

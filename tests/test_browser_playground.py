@@ -16,14 +16,6 @@ from qlora_utils.run_directory import RunDirectory, read_jsonl
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())]
 
 READY, ANSWERED = "is ready:", "Answered."
-# Writes down how long each of the two answers on top is, whenever the page changes.
-WATCH = """() => {
-  window.seen = []
-  new MutationObserver(() => {
-    const answers = [...document.querySelectorAll('.qlora-exchange:first-child .qlora-answer p')]
-    window.seen.push(answers.map(one => one.textContent.length))
-  }).observe(document.body, {subtree: true, childList: true, characterData: true})
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +57,13 @@ def said(page, model):
 
 
 def test_a_question_typed_is_answered_in_both_columns_as_the_answers_come(page):
-    page.evaluate(WATCH)
+    browser.watch_answers(page)
     page.get_by_label("Question").fill("What is the capital of Chile?")
     page.get_by_role("button", name="Ask", exact=True).click()
     page.get_by_text(ANSWERED).wait_for(timeout=60_000)
     assert said(page, "base")
     assert said(page, "tuned")
-    seen = [lengths for lengths in page.evaluate("window.seen") if len(lengths) == 2]
-    for column in (0, 1):
-        grown = sorted({lengths[column] for lengths in seen})
-        assert len(grown) >= 3, f"it came at once: {grown}"
+    seen = browser.lengths_seen(page)
     halves = [lengths for lengths in seen if 0 < lengths[0] < len(said(page, "base"))]
     assert any(0 < tuned < len(said(page, "tuned")) for _, tuned in halves), "one came after the other"
     assert page.locator(".qlora-answer h3").first.inner_text().count("tokens/s") == 1

@@ -19,7 +19,7 @@ SHARED_MODULES = {
     "report", "sections", "findings", "page", "charts", "differences", "cli",
     "checkpoints", "locks", "recovery", "history", "live", "model_files", "trainer",
     "tokenization", "measures", "split", "streaming", "workers", "stored", "cache", "check", "runs", "colab",
-    "languages", "drawing", "app", "wording",
+    "languages", "drawing", "app", "wording", "kernels",
 }  # fmt: skip
 PER_NOTEBOOK = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from test_notebooks import assigned_names, code_cells, parameters_cell
 
+from qlora_utils import runner
 from qlora_utils.config import RunConfig
 from qlora_utils.run_directory import RunDirectory
 
@@ -120,7 +121,13 @@ def test_solutions_run_and_leave_the_run_as_it_was(path, finished, tmp_path):
     before = contents(finished.path)
     where = {"run_name": finished.path.name, "output_dir": str(finished.path.parent)}
     papermill.execute_notebook(
-        path, tmp_path / path.name, parameters=where, cwd=path.parent, kernel_name="python3", progress_bar=False
+        path,
+        tmp_path / path.name,
+        parameters=where,
+        cwd=path.parent,
+        kernel_name="python3",
+        progress_bar=False,
+        config=runner.kernel_config(),
     )
     assert contents(finished.path) == before
     others = {other.name for other in finished.path.parent.iterdir()}
