@@ -346,7 +346,7 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
 
 
 def kernel_config() -> Any:
-    """How kernels are spoken to: encrypted, and by a client that looks again. (jupyter_client 7 does neither.)"""
+    """How kernels are spoken to: encrypted, and by a client that looks again; with jupyter_client 7 neither."""
     from traitlets.config import Config
 
     client = "qlora_utils.kernels.LookingClient"
