@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from conftest import ROOT
@@ -71,6 +72,27 @@ def lengths_seen(page):
         grown = sorted({lengths[column] for lengths in seen})
         assert len(grown) >= 3, f"it came at once: {grown}"
     return seen
+
+
+def stop_an_answer(page, ask, press=None):
+    """Ask, and stop the answer while it comes; again, as often as by chance it has ended before.
+
+    A model may end at any token, and how soon is chance at a high temperature. `press` presses Stop; None: a click.
+    """
+    both_begun = """() => [...document.querySelectorAll('.qlora-exchange:first-child .qlora-answer p')]
+      .every(one => one.textContent.trim().length > 5)"""
+    ended = re.compile(r"^(Stopped|Answered|Nothing is being answered)\.$")
+    for _ in range(10):
+        before = page.locator(".qlora-exchange").count()
+        ask()
+        page.locator(".qlora-exchange").nth(before).wait_for(timeout=60_000)
+        with suppress(Exception):  # as of an answer that ended with a word
+            page.wait_for_function(both_begun, timeout=2_000)
+        (press or page.get_by_role("button", name="Stop", exact=True).click)()
+        page.locator(".qlora-status", has_text=ended).wait_for(timeout=60_000)
+        if page.locator(".qlora-status").inner_text() == "Stopped.":
+            return
+    raise AssertionError("each of ten answers had ended before it could be stopped")
 
 
 def audit(page):

@@ -180,16 +180,12 @@ def test_notebook_07_is_asked_in_its_widgets(page, address):
     play.get_by_label("Most tokens").fill("4096")
     play.get_by_label("Most tokens").press("Tab")
     play.get_by_label("Question").fill("And of Chile?")
-    play.get_by_label("Question").press("Enter")
-    asked.get_by_text("And of Chile?", exact=True).wait_for(timeout=60_000)
-    page.wait_for_timeout(1_000)
-    play.get_by_role("button", name="Stop").click()
-    play.get_by_text("Stopped.").wait_for(timeout=30_000)
+    browser.stop_an_answer(page, lambda: play.get_by_label("Question").press("Enter"))
     with page.expect_download() as download:
         play.get_by_role("link", name="Save this conversation as JSON").click()
     exported = json.loads(download.value.path().read_text())
-    assert len(exported) == before + 2
-    assert [exchange["question"] for exchange in exported[-2:]] == ["What is the capital of Peru?", "And of Chile?"]
+    asked_since = [exchange["question"] for exchange in exported[before:]]
+    assert asked_since[:2] == ["What is the capital of Peru?", "And of Chile?"]
     play.get_by_label("Run", exact=True).select_option("second")
     play.get_by_text("second is ready:").wait_for(timeout=60_000)
 

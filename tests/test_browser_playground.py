@@ -79,16 +79,11 @@ def test_stop_examples_choice_and_export(page, folder):
     page.get_by_label("Temperature").fill("2")
     page.get_by_label("Most tokens").fill("4096")
     page.get_by_label("Most tokens").press("Tab")
-    page.locator(".qlora-examples button").first.click()
     example = page.locator(".qlora-examples button").first.inner_text()
-    page.locator(".qlora-exchange").wait_for(timeout=30_000)
-    page.wait_for_timeout(1_000)
-    assert page.locator(".qlora-idle").count() == 0
-    page.get_by_role("button", name="Stop").click()
-    page.get_by_text("Stopped.").wait_for(timeout=30_000)
+    browser.stop_an_answer(page, page.locator(".qlora-examples button").first.click)
     page.locator(".qlora-idle").wait_for(timeout=30_000)
     assert page.locator(".qlora-asked").first.inner_text() == example
-    page.get_by_role("button", name="tuned is better").click()
+    page.get_by_role("button", name="tuned is better").first.click()
     page.get_by_text("preferences.jsonl").wait_for(timeout=30_000)
     line = read_jsonl(folder / "first" / "preferences.jsonl")[-1]
     assert line["prompt"][-1]["content"] == example
@@ -96,7 +91,7 @@ def test_stop_examples_choice_and_export(page, folder):
     with page.expect_download() as download:
         page.get_by_role("link", name="Save this conversation as JSON").click()
     assert download.value.suggested_filename == "playground.json"
-    (exchange,) = json.loads(download.value.path().read_text())
+    exchange = json.loads(download.value.path().read_text())[-1]
     assert exchange["question"] == example
     assert exchange["preferred"] == "tuned"
     assert exchange["answers"]["base"]["text"].split() == said(page, "base").split()
@@ -157,17 +152,22 @@ def test_an_example_stop_another_run_and_the_export_with_the_keyboard_alone(page
         page.get_by_label(label).focus()
         page.keyboard.press("Control+a")
         page.keyboard.type(value)
-    page.get_by_label("Follow up on the last answer").focus()
-    page.keyboard.press("Tab")  # to the first example
-    page.keyboard.press("Enter")
-    page.locator(".qlora-exchange").wait_for(timeout=30_000)
-    page.get_by_label("Question").focus()
-    for key in ("Tab", "Tab", "Enter"):
-        page.keyboard.press(key)
-    page.get_by_text("Stopped.").wait_for(timeout=30_000)
+
+    def ask_the_first_example():
+        page.get_by_label("Follow up on the last answer").focus()
+        for key in ("Tab", "Enter"):
+            page.keyboard.press(key)
+
+    def press_stop():
+        page.get_by_label("Question").focus()
+        for key in ("Tab", "Tab", "Enter"):
+            page.keyboard.press(key)
+
+    browser.stop_an_answer(page, ask_the_first_example, press_stop)
+    said = page.locator(".qlora-exchange").count()
     page.keyboard.press("Enter")  # once too often
     page.get_by_text("Nothing is being answered.").wait_for(timeout=30_000)
-    assert page.locator(".qlora-exchange").count() == 1
+    assert page.locator(".qlora-exchange").count() == said
     with page.expect_download() as download:
         page.get_by_role("link", name="Save this conversation as JSON").focus()
         page.keyboard.press("Enter")
