@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qlora_utils.config import PLACE_FIELDS, ConfigError, no_such_run
+from qlora_utils.config import PLACE_FIELDS, ConfigError, no_such_run, run_command
 from qlora_utils.run_directory import RunDirectory, damaged, read_json, read_jsonl
 from qlora_utils.scores import (
     SCORES,
@@ -203,10 +203,7 @@ def _config(run: RunDirectory) -> dict[str, Any]:
 
 def _command(run: RunDirectory, start: str | None = None, *more: str) -> str:
     """The command that makes a run, or goes on with it."""
-    words = ["qlora", "run", "--run-name", run.path.name]
-    if run.path.resolve().parent != Path("outputs").resolve():
-        words += ["--output-dir", str(run.path.parent)]
-    return shlex.join([*words, *more, *(["--from", start] if start else [])])
+    return shlex.join([*run_command(run.path), *more, *(["--from", start] if start else [])])
 
 
 def _names(runs: Sequence[RunDirectory]) -> list[str]:

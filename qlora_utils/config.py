@@ -417,11 +417,16 @@ def no_such_run(run_dir: Path) -> str:
     """What to say where a run is looked for that is not there: the runs that are, and the command that makes it."""
     there = sorted(path.parent.name for path in run_dir.parent.glob("*/config.json"))
     shown = ", ".join([*there[:8], *(["…"] if len(there) > 8 else [])])
-    command = ["qlora", "run", "--run-name", run_dir.name]
-    if run_dir.parent.resolve() != Path("outputs").resolve():
-        command += ["--output-dir", str(run_dir.parent)]
     told = f" Runs there: {shown}." if there else ""
-    return f"{run_dir / 'config.json'}: no such run.{told} `{shlex.join(command)}` makes it."
+    return f"{run_dir / 'config.json'}: no such run.{told} `{shlex.join(run_command(run_dir))}` makes it."
+
+
+def run_command(run_dir: Path) -> list[str]:
+    """The words of the command that makes a run or goes on with it, to be given in this folder."""
+    words = ["qlora", "run", "--run-name", run_dir.name]
+    if run_dir.resolve().parent != Path("outputs").resolve():
+        words += ["--output-dir", str(run_dir.parent)]
+    return words
 
 
 # What to do with a config.json that is damaged.

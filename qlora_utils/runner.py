@@ -37,6 +37,7 @@ from qlora_utils.config import (
     is_there,
     locate,
     project_folder,
+    run_command,
 )
 from qlora_utils.run_directory import (
     HEADLESS,
@@ -517,9 +518,7 @@ def _left_to_do(run: RunDirectory, config: RunConfig, parameters: Mapping[str, A
 
 def _again(config: RunConfig, parameters: Mapping[str, Any], path: Path) -> str:
     """The command that goes on with a notebook, with what was asked for and still matters there."""
-    words = ["qlora", "run", "--run-name", config.run_name]
-    if Path(config.output_dir) != Path("outputs").resolve():
-        words += ["--output-dir", config.output_dir]
+    words = run_command(config.run_dir)
     for name in sorted(set(parameters) - {*PLACE_FIELDS}):
         if path.stem <= _decided_in(name):
             words += ["-p", f"{name}={parameters[name]}"]
