@@ -18,11 +18,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import qlora_utils  # noqa: F401  # before torch, whose threads then do not spin; and bitsandbytes names no lacking kernel
+
+# isort: split
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
-import qlora_utils  # noqa: F401  # keeps bitsandbytes quiet about an optional kernel
 
 if TYPE_CHECKING:
     from peft import LoraConfig

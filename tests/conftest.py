@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
+import qlora_utils  # noqa: F401  # before torch, whose threads then do not spin while they wait
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes with as many threads each as there are cores would fight; before torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
