@@ -19,8 +19,8 @@ import torch
 
 from qlora_utils import data, lora, quantization
 from qlora_utils.config import RunConfig
-from qlora_utils.generation import Question, Sampling, answer_all, questions_of
-from qlora_utils.plan import answer_room
+from qlora_utils.evaluation.generation import Question, Sampling, answer_all, questions_of
+from qlora_utils.models.memory import answer_room
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

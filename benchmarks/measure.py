@@ -44,7 +44,7 @@ class Settings:
 
     Attributes:
         model: folder or hub id of the base model.
-        dataset: as `qlora_utils.sources.read_source` takes it.
+        dataset: as `qlora_utils.rows.files.read_source` takes it.
         train_rows: rows to train on (None: all).
         held_out_rows: rows set aside where the dataset brings none.
         batch_size: conversations per optimizer step.

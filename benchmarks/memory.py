@@ -19,13 +19,15 @@ from typing import Any
 import measure
 import torch
 
-from qlora_utils import data, lora, plan, quantization, shapes, training
+from qlora_utils import data, lora, quantization, training
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared
-from qlora_utils.formats import IGNORED, Encoded
-from qlora_utils.hardware import GIB
-from qlora_utils.rows import Conversation, Turn
-from qlora_utils.run_directory import RunDirectory
+from qlora_utils.models import memory as plan
+from qlora_utils.models import shapes
+from qlora_utils.models.hardware import GIB
+from qlora_utils.rows.conversations import Conversation, Turn
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.tokens.formats import IGNORED, Encoded
 
 
 def full_packs(tokens: int, vocabulary: int, row: int, *, pairs: bool) -> list[Encoded]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import measure
 from torch import nn
 
-from qlora_utils import data, formats, lora, quantization, training
+from qlora_utils import data, lora, quantization, training
 from qlora_utils.config import RunConfig
-from qlora_utils.plan import settle
-from qlora_utils.run_directory import RunDirectory, read_jsonl
+from qlora_utils.models.memory import settle
+from qlora_utils.runs.directory import RunDirectory, read_jsonl
+from qlora_utils.tokens import formats
 
 
 def config_of(settings: measure.Settings) -> RunConfig:

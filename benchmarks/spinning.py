@@ -32,7 +32,7 @@ TRAIN = """
 import sys, tempfile
 from qlora_utils import data, lora, quantization, training
 from qlora_utils.config import RunConfig
-from qlora_utils.run_directory import RunDirectory
+from qlora_utils.runs.directory import RunDirectory
 
 with tempfile.TemporaryDirectory() as folder:
     config = RunConfig.from_preset(
@@ -87,7 +87,7 @@ def main() -> int:
                 with busy(processes):
                     found[load][setting].append(seconds(setting, options.steps))
                 print(f"{load:<16}{setting:<26}{found[load][setting][-1]:8.1f} s", flush=True)
-    from qlora_utils.run_directory import provenance, write_json
+    from qlora_utils.runs.directory import provenance, write_json
 
     write_json(options.out, {"steps": options.steps, "seconds": found, **provenance()})
     for setting in SETTINGS:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from qlora_utils.rows import parse_rows
-from qlora_utils.shapes import FLAN_T5_LARGE, LLAMA_2_7B
-from qlora_utils.sources import read_source
+from qlora_utils.models.shapes import FLAN_T5_LARGE, LLAMA_2_7B
+from qlora_utils.rows.conversations import parse_rows
+from qlora_utils.rows.files import read_source
 
 
 def llama2_7b() -> Any:

@@ -16,7 +16,7 @@ from peft import get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from qlora_utils.packs import LikeLengths
+from qlora_utils.tokens.packing import LikeLengths
 
 PER_DEVICE = 4
 

@@ -23,8 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.rows import CHAT_TEMPLATE, Turn, render
-from qlora_utils.run_directory import hardware, versions
+from qlora_utils.rows.conversations import CHAT_TEMPLATE, Turn, render
+from qlora_utils.runs.directory import hardware, versions
 
 if TYPE_CHECKING:
     import torch

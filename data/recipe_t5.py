@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 
 from recipe import DATA, Domain, bpe, cloze, learn, read_world, record, stories
 
-from qlora_utils.formats import Encoded
-from qlora_utils.packs import PairCollator
+from qlora_utils.tokens.formats import Encoded
+from qlora_utils.tokens.packing import PairCollator
 
 if TYPE_CHECKING:
     import torch

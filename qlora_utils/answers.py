@@ -12,16 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared
-from qlora_utils.drawing import BASE, ORANGE, TUNED, unframed
-from qlora_utils.formats import format_of
-from qlora_utils.generation import Answer, Question, Sampling, answer_all, questions_of
-from qlora_utils.lora import base_alone
-from qlora_utils.loss import row_losses
-from qlora_utils.packs import make_collator
-from qlora_utils.plan import answer_room, settle
-from qlora_utils.rows import Conversation
-from qlora_utils.run_directory import RunDirectory, write_jsonl
-from qlora_utils.scores import (
+from qlora_utils.evaluation.generation import Answer, Question, Sampling, answer_all, questions_of
+from qlora_utils.evaluation.scores import (
     SCORES,
     TITLES,
     bootstrap_interval,
@@ -35,7 +27,15 @@ from qlora_utils.scores import (
     token_f1,
     with_interval,
 )
+from qlora_utils.kernels.loss import row_losses
+from qlora_utils.lora import base_alone
+from qlora_utils.models.memory import answer_room, settle
+from qlora_utils.rows.conversations import Conversation
+from qlora_utils.runs.directory import RunDirectory, write_jsonl
 from qlora_utils.shown import cut, in_figure
+from qlora_utils.style import BASE, ORANGE, TUNED, unframed
+from qlora_utils.tokens.formats import format_of
+from qlora_utils.tokens.packing import make_collator
 from qlora_utils.training import micro_batch_size, scored_rows
 
 if TYPE_CHECKING:

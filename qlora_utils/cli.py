@@ -190,7 +190,7 @@ def _parameters(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from qlora_utils import runner
+    from qlora_utils.commands import run as runner
     from qlora_utils.config import ConfigError
 
     given = _parameters(options.parameters)
@@ -208,7 +208,7 @@ def _run(options: argparse.Namespace) -> int:
         config_file=options.config,
     )
     run = runner.run_series(config, parameters, start=options.start, fresh=options.fresh)
-    from qlora_utils import report
+    from qlora_utils.report import page as report
 
     report.write_report(run)
     print(report.summary(run))
@@ -216,7 +216,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from qlora_utils import check
+    from qlora_utils.commands import check
     from qlora_utils.config import ConfigError, RunConfig
 
     given = _parameters(options.parameters)
@@ -230,7 +230,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _runs(options: argparse.Namespace) -> int:
-    from qlora_utils import runs
+    from qlora_utils.commands import runs
 
     found = runs.listed(Path(options.output_dir))
     print(runs.as_json(found) if options.json else runs.table(found, Path(options.output_dir)))
@@ -238,9 +238,9 @@ def _runs(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from qlora_utils import report
     from qlora_utils.config import RunConfig
-    from qlora_utils.run_directory import RunDirectory
+    from qlora_utils.report import page as report
+    from qlora_utils.runs.directory import RunDirectory
     from qlora_utils.shown import on_terminal
 
     run = RunDirectory(RunConfig.continue_run(_run_path(options.run, options.output_dir)).run_dir)
@@ -267,8 +267,9 @@ def _presets(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from qlora_utils import hardware, plan, shapes
     from qlora_utils.config import ConfigError, RunConfig
+    from qlora_utils.models import hardware, shapes
+    from qlora_utils.models import memory as plan
 
     given = _parameters(options.parameters)
     preset = given.pop("preset", options.preset)
@@ -297,7 +298,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _ask(options: argparse.Namespace) -> int:
     from qlora_utils.config import ConfigError, RunConfig
-    from qlora_utils.run_directory import RunDirectory, require_adapter
+    from qlora_utils.runs.directory import RunDirectory, require_adapter
 
     question = options.question.strip()
     if not question:
@@ -306,7 +307,7 @@ def _ask(options: argparse.Namespace) -> int:
     config = RunConfig.continue_run(run.path)
     require_adapter(run)
 
-    from qlora_utils import generation
+    from qlora_utils.evaluation import generation
     from qlora_utils.shown import on_terminal
 
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
@@ -318,8 +319,8 @@ def _ask(options: argparse.Namespace) -> int:
 
 
 def _playground(options: argparse.Namespace) -> int:
-    from qlora_utils import app
-    from qlora_utils.run_directory import RunDirectory
+    from qlora_utils.commands import playground as app
+    from qlora_utils.runs.directory import RunDirectory
 
     further = [f"--port={options.port}"] if options.port else []
     app.serve(
@@ -329,9 +330,10 @@ def _playground(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from qlora_utils import compare, report
     from qlora_utils.config import ConfigError
-    from qlora_utils.run_directory import DamagedError, RunDirectory, write_json
+    from qlora_utils.evaluation import compare
+    from qlora_utils.report import page as report
+    from qlora_utils.runs.directory import DamagedError, RunDirectory, write_json
 
     if options.show < 0:
         raise ConfigError(f"show: {options.show} is not allowed; expected 0 or more.")
@@ -354,9 +356,9 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from qlora_utils import merge
+    from qlora_utils.commands import merge
     from qlora_utils.config import RunConfig
-    from qlora_utils.run_directory import RunDirectory
+    from qlora_utils.runs.directory import RunDirectory
 
     config = RunConfig.continue_run(_run_path(options.run, options.output_dir))
     into = options.into.expanduser().resolve() if options.into else RunDirectory(config.run_dir).merged
@@ -379,9 +381,9 @@ def _run_path(named: str, output_dir: str) -> Path:
 
 
 def _ingredients(options: argparse.Namespace) -> int:
-    from qlora_utils import ingredients
     from qlora_utils.config import ConfigError, RunConfig
-    from qlora_utils.run_directory import RunDirectory
+    from qlora_utils.evaluation import ingredients
+    from qlora_utils.runs.directory import RunDirectory
 
     if options.run and options.preset:
         raise ConfigError("--run and --preset: each says what is varied; give one of them.")

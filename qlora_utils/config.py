@@ -509,8 +509,8 @@ def architecture_of(model: str) -> Architecture:
     Raises:
         ModelError: there is no such model; says what to do next.
     """
-    from qlora_utils import model_files
-    from qlora_utils.shapes import known
+    from qlora_utils.models import files as model_files
+    from qlora_utils.models.shapes import known
 
     if shape := known(model):
         return shape.architecture

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.drawing import COLORS, HELD_OUT, PALE, TRAINING, unframed
-from qlora_utils.run_directory import RunDirectory, damaged, read_jsonl
+from qlora_utils.runs.directory import RunDirectory, damaged, read_jsonl
 from qlora_utils.shown import in_figure
+from qlora_utils.style import COLORS, HELD_OUT, PALE, TRAINING, unframed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

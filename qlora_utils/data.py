@@ -12,19 +12,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils import model_files
-from qlora_utils.cache import find, key_of, new_entry, shelf_in_use
 from qlora_utils.config import DATA_FIELDS, ModelError, RunConfig, locate, model_advice
-from qlora_utils.drawing import BLUE, ORANGE, unframed
-from qlora_utils.formats import Format, format_of
-from qlora_utils.instructions import instructions_of
-from qlora_utils.measures import truncated_share
-from qlora_utils.rows import Conversation, Rejected, conversation_of, record_of
-from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json
-from qlora_utils.sources import DataError, first_rows, read_source
-from qlora_utils.stored import Stored, digest_of, write_rows
-from qlora_utils.streaming import prepare_into
-from qlora_utils.tokenization import BareTokenizer, bare
+from qlora_utils.models import files as model_files
+from qlora_utils.rows.cache import find, key_of, new_entry, shelf_in_use
+from qlora_utils.rows.conversations import Conversation, Rejected, conversation_of, record_of
+from qlora_utils.rows.files import DataError, first_rows, read_source
+from qlora_utils.rows.prepare import prepare_into
+from qlora_utils.rows.statistics import truncated_share
+from qlora_utils.rows.stored import Stored, digest_of, write_rows
+from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl, write_json
+from qlora_utils.style import BLUE, ORANGE, unframed
+from qlora_utils.tokens.formats import Format, format_of
+from qlora_utils.tokens.instructions import instructions_of
+from qlora_utils.tokens.tokenization import BareTokenizer, bare
 from qlora_utils.wording import percent
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # The modules that a preparation follows from, and whose change makes what is kept of it worthless.
-_DECIDING = {
-    "data", "sources", "rows", "formats", "instructions", "measures", "split", "streaming", "stored", "tokenization",
-}  # fmt: skip
+_DECIDING = (
+    "data.py", "rows/files.py", "rows/conversations.py", "rows/statistics.py", "rows/held_out.py", "rows/prepare.py",
+    "rows/stored.py", "tokens/formats.py", "tokens/instructions.py", "tokens/tokenization.py",
+)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- tokens
 
@@ -194,9 +195,8 @@ def _what_decides(form: Format, quick: BareTokenizer, contents: Mapping[str, str
     yield quick.serialised.encode()
     yield repr(instructions_of(config) if config.architecture == "encoder-decoder" else None).encode()
     yield repr((sys.version_info, numpy.__version__, tokenizers.__version__)).encode()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem in _DECIDING:
-            yield path.read_bytes()
+    for module in _DECIDING:
+        yield (Path(__file__).parent / module).read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------- the report

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from qlora_utils.config import ConfigError, ModelError, RunConfig, first_line
-from qlora_utils.drawing import BLUE, ORANGE, unframed
-from qlora_utils.fused import fuse
-from qlora_utils.loss import without_logits
-from qlora_utils.model_files import check_adapter
-from qlora_utils.plan import settle
+from qlora_utils.kernels.lora_layers import fuse
+from qlora_utils.kernels.loss import without_logits
+from qlora_utils.models.files import check_adapter
+from qlora_utils.models.memory import settle
 from qlora_utils.quantization import unquantized_shape
-from qlora_utils.run_directory import read_json, write_json
+from qlora_utils.runs.directory import read_json, write_json
+from qlora_utils.style import BLUE, ORANGE, unframed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

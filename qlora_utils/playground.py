@@ -19,16 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
-from qlora_utils import generation, locks, wording
+from qlora_utils import wording
 from qlora_utils.config import RunConfig, first_line
 from qlora_utils.data import Prepared
-from qlora_utils.drawing import BASE, GRAY, ORANGE, PALE, TUNED, unframed
-from qlora_utils.generation import MODELS, Asker, NextTokens, Sampling
-from qlora_utils.recovery import free, is_out_of_memory
-from qlora_utils.rows import Turn
-from qlora_utils.run_directory import RunDirectory, require_adapter, write_text
-from qlora_utils.scores import score_text
+from qlora_utils.evaluation import generation
+from qlora_utils.evaluation.generation import MODELS, Asker, NextTokens, Sampling
+from qlora_utils.evaluation.scores import score_text
+from qlora_utils.loop.interruptions import free, is_out_of_memory
+from qlora_utils.rows.conversations import Turn
+from qlora_utils.runs import locks
+from qlora_utils.runs.directory import RunDirectory, require_adapter, write_text
 from qlora_utils.shown import cut, in_figure, in_page
+from qlora_utils.style import BASE, GRAY, ORANGE, PALE, TUNED, unframed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -251,7 +253,7 @@ class Playground:
         buttons = widgets.HBox([self.ask_button, self.stop_button, self.follow_up])
         afterwards = widgets.HBox([self.export, self.clear_button])  # far from what one presses again and again
         runs = widgets.HBox([self.run, self.models])
-        style = resources.files("qlora_utils").joinpath("playground.css").read_text(encoding="utf-8")
+        style = resources.files("qlora_utils.evaluation").joinpath("playground.css").read_text(encoding="utf-8")
         for row in (settings, runs, buttons, self.examples, afterwards):
             row.add_class("qlora-row")
         for widget, name in ((self.question, "question"), (self.ask_button, "ask"), (self.examples, "examples"),

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora_utils import attention, model_files
 from qlora_utils.config import Architecture, ModelError, RunConfig, first_line, locate, model_advice
-from qlora_utils.drawing import BLUE, GRAY, ORANGE, SKY, YELLOW, unframed
-from qlora_utils.fused import keep_expanded
-from qlora_utils.hardware import compute_dtype
-from qlora_utils.plan import settle_to_load
-from qlora_utils.run_directory import read_json
+from qlora_utils.kernels import attention
+from qlora_utils.kernels.lora_layers import keep_expanded
+from qlora_utils.models import files as model_files
+from qlora_utils.models.hardware import compute_dtype
+from qlora_utils.models.memory import settle_to_load
+from qlora_utils.runs.directory import read_json
+from qlora_utils.style import BLUE, GRAY, ORANGE, SKY, YELLOW, unframed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -24,24 +24,27 @@ from transformers import (
     TrainingArguments,
 )
 
-from qlora_utils import checkpoints, locks, recovery, wording
+from qlora_utils import wording
 from qlora_utils.config import DONE_FIELDS, GO_ON_FIELDS, ConfigError, RunConfig, first_line
 from qlora_utils.data import Prepared
-from qlora_utils.formats import Format, format_of
-from qlora_utils.generation import Sampling, answer_all, questions_of
-from qlora_utils.history import HistoryWriter, peak_memory_bytes
-from qlora_utils.live import Progress
+from qlora_utils.evaluation.generation import Sampling, answer_all, questions_of
+from qlora_utils.evaluation.scores import exact_match
+from qlora_utils.loop import checkpoints
+from qlora_utils.loop import interruptions as recovery
+from qlora_utils.loop.live import Progress
+from qlora_utils.loop.trainer import TRAINERS, Steps, Traced
 from qlora_utils.lora import record_base
-from qlora_utils.packs import StepCollator, make_collator
-from qlora_utils.plan import LEARNED, answer_room, settle, too_large_at_last, within_learned
+from qlora_utils.models.memory import LEARNED, answer_room, settle, too_large_at_last, within_learned
 from qlora_utils.quantization import compute_dtype
-from qlora_utils.rows import Conversation
-from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_text
-from qlora_utils.scores import exact_match
+from qlora_utils.rows.conversations import Conversation
+from qlora_utils.rows.files import DataError
+from qlora_utils.runs import locks
+from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl, write_json, write_text
+from qlora_utils.runs.history import HistoryWriter, peak_memory_bytes
 from qlora_utils.shown import cut
-from qlora_utils.sources import DataError
-from qlora_utils.tokenization import bare
-from qlora_utils.trainer import TRAINERS, Steps, Traced
+from qlora_utils.tokens.formats import Format, format_of
+from qlora_utils.tokens.packing import StepCollator, make_collator
+from qlora_utils.tokens.tokenization import bare
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -147,7 +150,7 @@ def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: in
         save_total_limit=config.save_total_limit,
         metric_for_best_model="eval_loss" if config.keep == "best" or plateau else None,
         use_liger_kernel=bool(config.liger),
-        # The loss is `qlora_utils.loss`: Liger's computes logits for tokens without a label too.
+        # The loss is `qlora_utils.kernels.loss`: Liger's computes logits for tokens without a label too.
         liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False} if config.liger else None,
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,

@@ -41,15 +41,18 @@ HOSTILE = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_
 
 
 # Files that take minutes go first, so that at the end no process waits for the other.
-LONG = ("runner", "training", "checkpoints", "pocket", "pocket_t5", "trainer", "hostile", "merge", "lora", "data",
-        "compare", "ingredients", "benchmarks", "playground", "bad_inputs")  # fmt: skip
+LONG = (
+    "commands/test_run", "test_training", "loop/test_checkpoints", "test_pocket", "test_pocket_t5", "loop/test_trainer",
+    "test_hostile", "commands/test_merge", "test_lora", "test_data", "evaluation/test_compare",
+    "evaluation/test_ingredients", "test_benchmarks", "test_playground", "test_bad_inputs",
+)  # fmt: skip
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONG)}
+    ranks = {ROOT / "tests" / f"{name}.py": rank for rank, name in enumerate(LONG)}
     # Within a file the other architecture comes last, so that what is shared is made once for each.
-    items.sort(key=lambda item: (ranks.get(item.path.name, len(LONG)), "pocket-t5" in item.name))
+    items.sort(key=lambda item: (ranks.get(item.path, len(LONG)), "pocket-t5" in item.name))
     absent = [name for name in ("guanaco-llama2-1k", "llama2-tokenizer") if not (SHARED / name).is_dir()]
     for item in items:
         if item.get_closest_marker("real_data") and absent:
@@ -72,8 +75,8 @@ def chromium():
 
 def tensors(rows, tokenizer, config):
     """What one forward pass of the run's model gets of conversations."""
-    from qlora_utils.formats import format_of
-    from qlora_utils.packs import make_collator
+    from qlora_utils.tokens.formats import format_of
+    from qlora_utils.tokens.packing import make_collator
 
     return make_collator(tokenizer, config)(format_of(tokenizer, config).examples(rows, training=False))
 
@@ -126,7 +129,7 @@ def llama_tokenizer():
 @pytest.fixture(scope="session")
 def real_rows():
     """The 1,000 real rows as text; use with the marker `real_data`."""
-    from qlora_utils.sources import read_source
+    from qlora_utils.rows.files import read_source
 
     return [row.columns["text"] for row in read_source(str(SHARED / "guanaco-llama2-1k"))["train"]]
 
@@ -136,7 +139,7 @@ def prepared(preset, tokenizer):
     """Pocket rows that make 64 examples to train on, and 16 rows held out."""
     from qlora_utils.config import RunConfig
     from qlora_utils.data import Prepared, prepare
-    from qlora_utils.formats import format_of
+    from qlora_utils.tokens.formats import format_of
 
     config = RunConfig.from_preset(preset, train_rows=64)
     whole = prepare(config, tokenizer)
@@ -170,7 +173,7 @@ def recipe_t5(recipe):
 
 @pytest.fixture
 def run(config):
-    from qlora_utils.run_directory import RunDirectory
+    from qlora_utils.runs.directory import RunDirectory
 
     run = RunDirectory(config.run_dir)
     run.begin(config)

@@ -1,4 +1,4 @@
-"""What a training does on a disk that is too small, and on one that fills up; run by tests/test_checkpoints.py.
+"""What a training does on a disk that is too small, and on one that fills up; run by tests/loop/test_checkpoints.py.
 
 Prints a JSON line: the errors, what lies there afterwards, and the losses of the training that went on elsewhere.
 """
@@ -14,10 +14,11 @@ import pytest
 from test_training import train_again
 from transformers import TrainerCallback
 
-from qlora_utils import checkpoints, lora, quantization
+from qlora_utils import lora, quantization
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared, load_tokenizer
-from qlora_utils.run_directory import RunDirectory, read_jsonl
+from qlora_utils.loop import checkpoints
+from qlora_utils.runs.directory import RunDirectory, read_jsonl
 
 SMALL, LARGE = Path(sys.argv[1]), Path(sys.argv[2])
 

@@ -1,4 +1,4 @@
-"""Trains again and again, each time killed at a random moment, until done; run by tests/test_checkpoints.py.
+"""Trains again and again, each time killed at a random moment, until done; run by tests/loop/test_checkpoints.py.
 
 A process of its own, which has imported everything and has no threads yet: each training is a fork of it, so that it
 begins at once. Prints one JSON line for each run: how often it was killed, how often while a checkpoint was written,
@@ -21,7 +21,7 @@ import torch
 from qlora_utils import lora, quantization, training
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared, load_tokenizer
-from qlora_utils.run_directory import RunDirectory, read_jsonl
+from qlora_utils.runs.directory import RunDirectory, read_jsonl
 
 
 def one(config, tokenizer, prepared):

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 from qlora_utils.answers import group
 from qlora_utils.config import RunConfig
-from qlora_utils.formats import format_of
-from qlora_utils.history import HistoryWriter
-from qlora_utils.measures import data_report
-from qlora_utils.run_directory import RunDirectory, write_json, write_jsonl
-from qlora_utils.scores import exact_match, rouge_l, token_f1
+from qlora_utils.evaluation.scores import exact_match, rouge_l, token_f1
+from qlora_utils.rows.statistics import data_report
+from qlora_utils.runs.directory import RunDirectory, write_json, write_jsonl
+from qlora_utils.runs.history import HistoryWriter
+from qlora_utils.tokens.formats import format_of
 
 SCORES = {"exact_match": 0.5, "f1": 0.5, "rouge_l": 0.5, "perplexity": 3.0, "stopped": 1.0,
           "intervals": {name: [0.1, 3.2] for name in ("exact_match", "f1", "rouge_l", "perplexity")}}  # fmt: skip

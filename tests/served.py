@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from qlora_utils import data, lora, quantization, training
 from qlora_utils.config import RunConfig
-from qlora_utils.run_directory import RunDirectory
+from qlora_utils.runs.directory import RunDirectory
 
 
 def free_port():

@@ -11,9 +11,9 @@ from conftest import BOTH, MARKUP
 from qlora_utils import answers, lora, quantization, training
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared
-from qlora_utils.generation import Answer, Question, Sampling, answer_all
-from qlora_utils.rows import Conversation, Turn
-from qlora_utils.run_directory import read_json, read_jsonl
+from qlora_utils.evaluation.generation import Answer, Question, Sampling, answer_all
+from qlora_utils.rows.conversations import Conversation, Turn
+from qlora_utils.runs.directory import read_json, read_jsonl
 
 QUESTIONS = [
     Question("What is the capital of Japan?", "The capital of Japan is Tokyo."),
@@ -166,9 +166,9 @@ def test_tags_and_answers_are_shown_as_text(text, tmp_path):
 
 @BOTH
 def test_perplexity_is_that_of_the_held_out_loss(config, tuned_model, tokenizer, prepared, run):
-    from qlora_utils.formats import format_of
-    from qlora_utils.loss import response_loss
-    from qlora_utils.packs import make_collator
+    from qlora_utils.kernels.loss import response_loss
+    from qlora_utils.tokens.formats import format_of
+    from qlora_utils.tokens.packing import make_collator
 
     answers.evaluate(config, tuned_model, tokenizer, prepared, run)
     rows = format_of(tokenizer, config).examples(training.scored_rows(prepared.held_out, config), training=False)

@@ -10,11 +10,13 @@ import bad_inputs
 import pytest
 from bad_inputs import CASES, Place
 
-from qlora_utils import cli, lora, quantization, runner, sources, training
+from qlora_utils import cli, lora, quantization, training
+from qlora_utils.commands import run as runner
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.data import Prepared, load_tokenizer
-from qlora_utils.rows import Conversation, Turn
-from qlora_utils.run_directory import RunDirectory, write_json, write_jsonl
+from qlora_utils.rows import files as sources
+from qlora_utils.rows.conversations import Conversation, Turn
+from qlora_utils.runs.directory import RunDirectory, write_json, write_jsonl
 
 
 @pytest.fixture(scope="session")

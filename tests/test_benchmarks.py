@@ -130,9 +130,9 @@ def test_a_step_is_split_into_equal_passes():
 
 
 def test_the_held_out_loss_is_the_librarys(tuned_model, prepared, tokenizer):
-    from qlora_utils.formats import encode
-    from qlora_utils.loss import response_loss
-    from qlora_utils.packs import Collator
+    from qlora_utils.kernels.loss import response_loss
+    from qlora_utils.tokens.formats import encode
+    from qlora_utils.tokens.packing import Collator
 
     rows = encode(prepared.held_out[:6], tokenizer)
     expected, _ = response_loss(tuned_model, rows, Collator(tokenizer.pad_token_id, packing=False), batch_size=4)

@@ -14,7 +14,7 @@ from conftest import ROOT
 from served import NOTEBOOKS, jupyterlab, prepared_run, served, trained
 
 from qlora_utils import cli
-from qlora_utils.run_directory import RunDirectory, read_json
+from qlora_utils.runs.directory import RunDirectory, read_json
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())]
 

@@ -10,8 +10,8 @@ import psutil
 import pytest
 from served import free_port, served, trained
 
-from qlora_utils import app
-from qlora_utils.run_directory import RunDirectory, read_jsonl
+from qlora_utils.commands import playground as app
+from qlora_utils.runs.directory import RunDirectory, read_jsonl
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())]
 

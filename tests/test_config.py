@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from qlora_utils.config import PRESETS, ConfigError, RunConfig, is_path, locate, model_advice
-from qlora_utils.run_directory import RunDirectory
+from qlora_utils.runs.directory import RunDirectory
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -11,7 +11,7 @@ import pytest
 from conftest import MARKUP, ROOT
 
 from qlora_utils import curves
-from qlora_utils.run_directory import DamagedError, RunDirectory, with_few_colours, write_jsonl
+from qlora_utils.runs.directory import DamagedError, RunDirectory, with_few_colours, write_jsonl
 from qlora_utils.shown import on_terminal
 
 HISTORY = [{"step": 0, "epoch": 0.0, "eval_loss": 3.0}] + [

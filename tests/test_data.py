@@ -15,13 +15,14 @@ import psutil
 import pytest
 from conftest import BOTH, SHARED
 
-from qlora_utils import data, streaming
+from qlora_utils import data
 from qlora_utils.config import ModelError, RunConfig, locate
-from qlora_utils.formats import format_of
-from qlora_utils.measures import data_report
-from qlora_utils.rows import Conversation, Turn, UnusableRowError, parse_rows, usable
-from qlora_utils.sources import DataError, read_source
-from qlora_utils.split import leakage, split_held_out
+from qlora_utils.rows import prepare as streaming
+from qlora_utils.rows.conversations import Conversation, Turn, UnusableRowError, parse_rows, usable
+from qlora_utils.rows.files import DataError, read_source
+from qlora_utils.rows.held_out import leakage, split_held_out
+from qlora_utils.rows.statistics import data_report
+from qlora_utils.tokens.formats import format_of
 
 
 def test_what_cannot_reach_an_answer_is_left_out(tmp_path, tokenizer):
@@ -258,7 +259,7 @@ def test_what_was_prepared_before_is_taken_as_long_as_nothing_changed(many, toke
     assert other != first
     content[content.index(b"number 4?") + 7] ^= 1
     path.write_bytes(content)
-    monkeypatch.setattr(data, "_DECIDING", {"data"})  # as if the code had changed
+    monkeypatch.setattr(data, "_DECIDING", ("data.py",))  # as if the code had changed
     assert data.prepare(many, tokenizer).train.path != first.train.path
 
 

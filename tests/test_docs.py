@@ -22,7 +22,7 @@ from conftest import ROOT
 import qlora_utils
 from qlora_utils import cli
 from qlora_utils.config import PRESETS, RunConfig
-from qlora_utils.run_directory import RunDirectory
+from qlora_utils.runs.directory import RunDirectory
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "NOTICE.md", "benchmarks/README.md")),
@@ -34,7 +34,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NAMES_FILES = r"(?:qlora_utils|tests|notebooks|data|docs|benchmarks|\.ci|\.github)/"
 # Written by a run, or by whoever reads this.
 NOT_OURS = {"data/train.jsonl", "data/held_out.jsonl", "data/rejected.jsonl", "data/report.json"}
-PATTERNS = {"qlora_utils/name.py", "tests/test_name.py"}  # of files that somebody will add
+PATTERNS = {"qlora_utils/room/name.py", "tests/room/test_name.py"}  # of files that somebody will add
 OF_TORCH = {"found_inf"}
 # Environment variables that no file of this repository names, since others read them.
 OF_OTHERS = {"CUDA_VISIBLE_DEVICES", "PIP_EXTRA_INDEX_URL", "HF_TOKEN"}
@@ -169,7 +169,7 @@ def checked(command, capsys):
     RunConfig.from_preset(getattr(options, "preset", None) or "pocket", **given)
     for name in ("gpu",):
         if value := getattr(options, name, None):
-            from qlora_utils.hardware import find_card
+            from qlora_utils.models.hardware import find_card
 
             find_card(value)
 
@@ -261,13 +261,20 @@ def test_files_between_backticks_exist(page):
             assert found, f"{code} is not there"
 
 
-def test_the_map_names_every_module_and_no_other():
+def test_the_map_names_every_room_and_every_module_at_the_top_and_no_other():
     readme = (ROOT / "README.md").read_text()
     section = readme.split("## The series", 1)[1].split("\n## ", 1)[0] + readme.split("## Map of the files", 1)[1]
-    named = set(re.findall(r"`(\w+\.py)`", section))
-    modules = {path.name for path in (ROOT / "qlora_utils").glob("*.py")} - {"__init__.py"}
-    assert modules - named == set(), "not on the README's map"
-    assert named - modules == set(), "on the README's map, and not there"
+    package = ROOT / "qlora_utils"
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"`(\w+\.py)`", section)) == modules
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `(\w+/)` \| [^|]+ \| `", section, re.M)) == rooms  # each with a sentence
+
+
+def test_the_map_names_the_files_of_each_room():
+    for room, files in re.findall(r"^\| `(\w+)/` \| [^|]+ \| (`[^|]+`) \|$", (ROOT / "README.md").read_text(), re.M):
+        there = {path.stem for path in (ROOT / "qlora_utils" / room).glob("*.py")} - {"__init__"}
+        assert set(re.findall(r"`(\w+)`", files)) == there, room
 
 
 def test_the_readme_names_every_folder_and_page():
@@ -293,7 +300,8 @@ def test_all_that_a_run_leaves_is_told_of():
 
 
 def test_what_lies_beside_the_runs_is_told_of(tmp_path):
-    from qlora_utils import check, plan
+    from qlora_utils.commands import check
+    from qlora_utils.models import memory as plan
 
     page = (ROOT / "docs" / "run_directory.md").read_text()
     config = RunConfig.from_preset("pocket", output_dir=str(tmp_path))
@@ -310,7 +318,7 @@ def test_columns_of_the_history_are_told_of(tmp_path):
     from runs import measured
 
     from qlora_utils.curves import COLUMNS
-    from qlora_utils.history import HistoryWriter
+    from qlora_utils.runs.history import HistoryWriter
 
     section = (ROOT / "docs" / "run_directory.md").read_text().split("## history.jsonl", 1)[1].split("\n## ", 1)[0]
     at = SimpleNamespace(global_step=1, epoch=0.1, num_input_tokens_seen=1)
@@ -322,7 +330,7 @@ def test_columns_of_the_history_are_told_of(tmp_path):
 
 
 def test_fields_of_a_preference_are_told_of():
-    from qlora_utils.generation import Sampling
+    from qlora_utils.evaluation.generation import Sampling
     from qlora_utils.playground import Exchange, Said
 
     section = (ROOT / "docs" / "run_directory.md").read_text().split("## preferences.jsonl", 1)[1].split("\n## ", 1)[0]
@@ -339,7 +347,7 @@ def test_fields_of_a_preference_are_told_of():
 def test_fields_of_the_config_are_spelled_right(page):
     """Names with an underscore between backticks are those of something in the code."""
     sources = "".join(path.read_text() for folder in ("qlora_utils", "benchmarks", "tests", "data")
-                      for path in (ROOT / folder).glob("*.py"))  # fmt: skip
+                      for path in (ROOT / folder).rglob("*.py"))  # fmt: skip
     code_cells = "".join("".join(cell["source"]) for path in NOTEBOOKS for cell in json.loads(path.read_text())["cells"]
                          if cell["cell_type"] == "code")  # fmt: skip
     known = sources + code_cells + (ROOT / "pyproject.toml").read_text()
@@ -354,7 +362,7 @@ def test_environment_variables_are_read_by_something(page):
         path.read_text()
         for path in [
             *(ROOT / ".ci").glob("*-check"),
-            *(ROOT / "qlora_utils").glob("*.py"),
+            *(ROOT / "qlora_utils").rglob("*.py"),
             *ROOT.glob("notebooks/*.ipynb"),
         ]
     )
@@ -369,7 +377,7 @@ def test_environment_variables_are_read_by_something(page):
 def test_messages_of_the_program_are_quoted_as_they_are(name):
     """The symptoms of the first columns are searched for; what differs from case to case stands as …"""
     foreign = ("ensurepip is not available", "qlora: command not found", "nvidia-…")  # Python's, the shell's, pip's
-    sources = "".join(path.read_text() for path in (ROOT / "qlora_utils").glob("*.py")) + MAKEFILE
+    sources = "".join(path.read_text() for path in (ROOT / "qlora_utils").rglob("*.py")) + MAKEFILE
     sources = " ".join(re.sub(r"\"\s*\n\s*[rf]*\"", "", sources).split())  # strings that go on in the next line
     tables = re.findall(r"^\| what you see \|.*?\n\n", (ROOT / name).read_text() + "\n", re.M | re.S)
     assert tables

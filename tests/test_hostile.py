@@ -12,16 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands.test_run import only
 from conftest import ROOT
-from test_runner import only
 from test_training import StopAt, train
 
-from qlora_utils import cli, data, lora, merge, quantization, runner, shapes, sources
+from qlora_utils import cli, data, lora, quantization
+from qlora_utils.commands import merge
+from qlora_utils.commands import run as runner
 from qlora_utils.config import ConfigError, ModelError, RunConfig, architecture_of, locate
-from qlora_utils.run_directory import RunDirectory, write_json
-from qlora_utils.sources import DataError
+from qlora_utils.models import shapes
+from qlora_utils.rows import files as sources
+from qlora_utils.rows.files import DataError
+from qlora_utils.runs.directory import RunDirectory, write_json
 
-SOURCES = [*(ROOT / "qlora_utils").glob("*.py"), *(ROOT / "data").glob("*.py")]
+SOURCES = [*(ROOT / "qlora_utils").rglob("*.py"), *(ROOT / "data").glob("*.py")]
 
 # ------------------------------------------------------------------------------------------------ foreign code
 
@@ -179,7 +183,7 @@ def test_our_own_code_unpickles_and_unpacks_nothing_and_trusts_no_remote_code():
 
 def test_every_loader_in_the_library_says_that_it_trusts_no_remote_code():
     found = 0
-    for path in (ROOT / "qlora_utils").glob("*.py"):
+    for path in (ROOT / "qlora_utils").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
                 if ast.unparse(node.func).startswith("PeftModel"):

@@ -11,11 +11,11 @@ from conftest import BOTH, layer, on_its_device, tensors
 
 from qlora_utils import lora, quantization, training
 from qlora_utils.config import ConfigError, ModelError, RunConfig, locate
-from qlora_utils.formats import format_of
+from qlora_utils.kernels.loss import decoder_inputs, response_loss
 from qlora_utils.lora import HEAD
-from qlora_utils.loss import decoder_inputs, response_loss
-from qlora_utils.packs import make_collator
-from qlora_utils.run_directory import RunDirectory, read_jsonl
+from qlora_utils.runs.directory import RunDirectory, read_jsonl
+from qlora_utils.tokens.formats import format_of
+from qlora_utils.tokens.packing import make_collator
 
 
 @pytest.fixture

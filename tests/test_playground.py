@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from qlora_utils import playground
 from qlora_utils.config import RunConfig
-from qlora_utils.generation import Asker, Piece, Sampling
+from qlora_utils.evaluation.generation import Asker, Piece, Sampling
 from qlora_utils.playground import Exchange, Playground, Said
-from qlora_utils.rows import Turn
-from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
+from qlora_utils.rows.conversations import Turn
+from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
 
 
 class Spelled:

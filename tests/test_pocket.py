@@ -207,7 +207,7 @@ def trained(tmp_path_factory, tokenizer):
     """The preset as it is: one whole training, a minute on two cores; base and tuned asked every split."""
     from qlora_utils import answers, data, lora, quantization, training
     from qlora_utils.config import RunConfig
-    from qlora_utils.run_directory import RunDirectory, read_json
+    from qlora_utils.runs.directory import RunDirectory, read_json
 
     config = RunConfig.from_preset("pocket", output_dir=str(tmp_path_factory.mktemp("pocket")), trace_rows=0)
     run = RunDirectory(config.run_dir)
@@ -232,8 +232,8 @@ def test_the_base_cannot_answer_and_the_tuned_model_can(recipe, trained):
 
 def test_asked_by_hand_the_saved_adapter_answers_as_in_answers_jsonl(recipe, trained, tokenizer):
     """As `qlora ask` and the playground do it: reloaded from disk, one question at a time, piece by piece."""
-    from qlora_utils import generation
-    from qlora_utils.run_directory import RunDirectory, read_jsonl
+    from qlora_utils.evaluation import generation
+    from qlora_utils.runs.directory import RunDirectory, read_jsonl
 
     config, *_ = trained
     run = RunDirectory(config.run_dir)
@@ -250,7 +250,7 @@ def test_asked_by_hand_the_saved_adapter_answers_as_in_answers_jsonl(recipe, tra
 
 
 def test_a_question_typed_in_haste_is_answered_alike(recipe, trained, tokenizer):
-    from qlora_utils import generation, scores
+    from qlora_utils.evaluation import generation, scores
 
     config, tuned_model, prepared, _ = trained
     asked = [q for q in generation.questions_of(prepared.held_out, tokenizer, config)

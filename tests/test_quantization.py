@@ -129,8 +129,8 @@ def overflowing(tmp_path):
 def test_t5_overflows_in_fp16_and_a_t4_therefore_gets_fp32(overflowing):  # trap 9
     from transformers import AutoModelForSeq2SeqLM
 
-    from qlora_utils.hardware import CARDS, precision
-    from qlora_utils.loss import answer_states
+    from qlora_utils.kernels.loss import answer_states
+    from qlora_utils.models.hardware import CARDS, precision
 
     config = RunConfig.from_preset("pocket-t5", model=overflowing)
     batch = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "labels": torch.tensor([[8, 9, 1]])}

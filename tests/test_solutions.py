@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT
 from test_notebooks import assigned_names, code_cells, parameters_cell
 
-from qlora_utils import runner
+from qlora_utils.commands import run as runner
 from qlora_utils.config import RunConfig
-from qlora_utils.run_directory import RunDirectory
+from qlora_utils.runs.directory import RunDirectory
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0[1-7]_*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))

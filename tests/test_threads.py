@@ -11,7 +11,7 @@ import papermill
 import pytest
 from conftest import ROOT
 
-from qlora_utils.workers import in_order
+from qlora_utils.rows.workers import in_order
 
 NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 # Put where Python looks at its start: notes what OpenMP will read, at the moment in which torch is first looked for.
@@ -28,11 +28,11 @@ class Witness:
 sys.meta_path.insert(0, Witness())
 """
 SET_UP = nbformat.read(ROOT / "notebooks" / "01_data.ipynb", as_version=4).cells[2].source
-PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_fused.py"]
+PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_lora_layers.py"]
 STARTS = {
     "command line": ["-m", "qlora_utils.cli", "plan"],
     "set-up cell": ["-c", f"{SET_UP}\nimport torch"],
-    "tests": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_fused.py", "--collect-only"],
+    "tests": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_lora_layers.py", "--collect-only"],
     "tests in workers": [
         "-m",
         "pytest",
@@ -41,7 +41,7 @@ STARTS = {
         "no:cacheprovider",
         "-n",
         "1",
-        "tests/test_fused.py",
+        "tests/kernels/test_lora_layers.py",
         "-k",
         "none",
     ],

@@ -15,16 +15,18 @@ import trajectory
 from conftest import BOTH, on_its_device, tensors
 from transformers import TrainerCallback
 
-from qlora_utils import checkpoints, lora, quantization, recovery, training
+from qlora_utils import lora, quantization, training
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.curves import read_history
-from qlora_utils.formats import IGNORED, encode, format_of
-from qlora_utils.generation import Answer, Question, Sampling, answer_all
-from qlora_utils.loss import decoder_inputs, response_loss, row_losses
-from qlora_utils.packs import Collator, make_collator
-from qlora_utils.rows import Turn
-from qlora_utils.run_directory import RunDirectory, read_json, read_jsonl
-from qlora_utils.sources import DataError
+from qlora_utils.evaluation.generation import Answer, Question, Sampling, answer_all
+from qlora_utils.kernels.loss import decoder_inputs, response_loss, row_losses
+from qlora_utils.loop import checkpoints
+from qlora_utils.loop import interruptions as recovery
+from qlora_utils.rows.conversations import Turn
+from qlora_utils.rows.files import DataError
+from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl
+from qlora_utils.tokens.formats import IGNORED, encode, format_of
+from qlora_utils.tokens.packing import Collator, make_collator
 
 
 def changed(config, **changes):

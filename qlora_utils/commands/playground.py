@@ -1,0 +1,70 @@
+"""The playground as a page of its own: notebook 07, served by Voilà to this machine alone (`qlora playground`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qlora_utils.config import ConfigError, project_folder
+from qlora_utils.runs.directory import RunDirectory, require_adapter
+
+# Of the page, for the browser to enforce: it fetches nothing from anywhere else, though Voilà's template asks a content
+# network for an icon font. `ws:` for browsers to which 'self' is no web socket.
+POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    "connect-src 'self' ws://127.0.0.1:* ws://localhost:*; frame-ancestors 'self'"
+)
+
+
+def app_notebook(run: RunDirectory) -> dict[str, Any]:
+    """Notebook 07 as it is served: the run put in, and what is there to be read left out.
+
+    It is always our own notebook: what lies in a run directory may be somebody else's.
+    """
+    notebook: dict[str, Any] = json.loads((project_folder("notebooks") / "07_playground.ipynb").read_text("utf-8"))
+    place = {"run_name": run.path.name, "output_dir": str(run.path.absolute().parent)}
+    cells = []
+    for cell in notebook["cells"]:
+        tags = cell["metadata"].get("tags", [])
+        if "app" in tags or "parameters" in tags:
+            cells.append(cell)
+        if "parameters" in tags:
+            source = "".join(f"{name} = {value!r}\n" for name, value in place.items())
+            cells.append({**cell, "id": "injected", "metadata": {"tags": ["injected-parameters"]}, "source": source})
+    title = {"cell_type": "markdown", "id": "title", "metadata": {}, "source": "# The answer playground"}
+    return {**notebook, "cells": [title, *cells]}
+
+
+def serve_command(notebook: Path, options: Sequence[str] = ()) -> list[str]:
+    """What serves a notebook to this machine alone, under an address with a random token that no process list shows."""
+    return [
+        sys.executable, "-m", "voila", str(notebook), "--Voila.ip=127.0.0.1", "--token", "--show_tracebacks=True",
+        f"--Voila.tornado_settings={ {'headers': {'Content-Security-Policy': POLICY}} }", *options,
+    ]  # fmt: skip
+
+
+def serve(run: RunDirectory, options: Sequence[str] = ()) -> NoReturn:
+    """Become a server of the playground.
+
+    Args:
+        run: asked first.
+        options: further ones of Voilà, such as `--port=8866` and `--no-browser`.
+
+    Raises:
+        FileNotFoundError: nothing was trained there.
+        ConfigError: Voilà is not installed.
+    """
+    require_adapter(run)
+    if importlib.util.find_spec("voila") is None:
+        raise ConfigError("Voilà is not installed, which serves the playground: pip install 'voila>=0.5'")
+    folder = Path(tempfile.mkdtemp(prefix="qlora-playground-"))
+    notebook = folder / "QLoRA playground.ipynb"
+    notebook.write_text(json.dumps(app_notebook(run)), encoding="utf-8")
+    command = serve_command(notebook, options)
+    os.execv(command[0], command)

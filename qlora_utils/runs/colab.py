@@ -1,0 +1,366 @@
+"""A borrowed machine, Colab's or Kaggle's: installed without replacing what it came with, and outputs that outlive it.
+
+The set-up cell clones the repository and calls `python -m qlora_utils.runs.colab` there, before anything is installed:
+at import this module needs Python alone.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from qlora_utils import __version__
+
+DISTRIBUTION = "qlora-utils"
+# What pip must leave as it is. Torch and its kin are built for the machine's CUDA, numpy is loaded before the first
+# cell runs, and the rest is the kernel itself and its page: replaced, a session crashes or shows no widgets.
+KEPT = (
+    "torch", "torchvision", "torchaudio", "triton", "numpy",
+    "ipykernel", "ipython", "ipywidgets", "jupyter-client", "pyzmq", "tornado", "traitlets",
+)  # fmt: skip
+RECORD = ".installed.json"  # in the clone: when pip ran, and what it changed
+PREPARED = ".prepared"  # among outputs: made anew in a moment, and not moved
+IN_DRIVE = Path("MyDrive") / "qlora" / "outputs"  # below the mount
+
+
+class MachineError(RuntimeError):
+    """This machine is not ready; the message says what is wrong and what to do."""
+
+
+def host() -> str | None:
+    """`Colab` or `Kaggle`, whichever this kernel runs on; None on a machine of one's own."""
+    if "google.colab" in sys.modules:
+        return "Colab"
+    return "Kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else None
+
+
+def install(checkout: Path) -> str:
+    """Install this package from a clone; what `KEPT` names stays at the version that it has.
+
+    Args:
+        checkout: the clone.
+
+    Returns:
+        What pip installed and replaced, a line each; nothing if this clone is installed already.
+
+    Raises:
+        MachineError: what the machine came with is too old, or pip failed; says what to do.
+    """
+    if _is_installed(checkout):
+        return ""
+    before = _versions()
+    _check(checkout, before)
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "constraints.txt"
+        constraints.write_text("".join(f"{name}=={before[name]}\n" for name in KEPT if name in before))
+        options = ["--disable-pip-version-check", "--root-user-action=ignore", "-c", str(constraints)]
+        pip = subprocess.run(
+            [sys.executable, "-m", "pip", "install", *options, str(checkout)], capture_output=True, text=True
+        )
+    if pip.returncode:
+        said = pip.stdout + pip.stderr
+        said = said[max(0, said.find("The conflict is caused by")) :][-2000:].strip()
+        raise MachineError(
+            f"{said}\npip could not install {checkout}. Is there a network? If packages "
+            "were changed here before, begin with a fresh machine (Colab: Runtime, Disconnect and delete runtime)."
+        )
+    after = _versions()
+    changed = {name: [before.get(name), new] for name, new in after.items() if before.get(name) != new}
+    (checkout / RECORD).write_text(json.dumps({"at": time.time(), "changed": changed}))
+    return _told(changed)
+
+
+def _is_installed(checkout: Path) -> bool:
+    try:
+        installed = metadata.distribution(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return False
+    came_from = json.loads(installed.read_text("direct_url.json") or "{}").get("url")
+    return installed.version == __version__ and came_from == checkout.resolve().as_uri()
+
+
+def _versions() -> dict[str, str]:
+    """Every installed distribution and its version, names as pip writes them in requirements."""
+    # Of two with one name the first on the path is the one that is imported.
+    found: dict[str, str] = {}
+    for one in metadata.distributions():
+        if name := one.metadata["Name"]:
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), one.version)
+    return found
+
+
+def _check(checkout: Path, versions: dict[str, str]) -> None:
+    """Refuse a machine whose own packages are too old: pip would replace them, and break what depends on them."""
+    project: dict[str, Any] = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ours = dict(re.findall(r"([\w-]+)>=([\d.]+)", " ".join(project["dependencies"])))
+    found = {name: versions[name] for name in KEPT if name in versions and name in ours}
+    ours["Python"], found["Python"] = project["requires-python"].removeprefix(">="), sys.version.split()[0]
+    for name, version in found.items():
+        if _numbers(version) < _numbers(ours[name]):
+            raise MachineError(
+                f"{name} {version} came with this machine, and {ours[name]} or later is needed. It is not replaced, "
+                "for the machine's other packages are built for it. Take a newer machine: on Colab choose Runtime, "
+                "Change runtime type, Runtime version, Latest; on Kaggle Settings, Environment, Always use latest."
+            )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, so that 2.10 is more than 2.8."""
+    return tuple(int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", version)[0]))
+
+
+def _told(changed: dict[str, list[str | None]]) -> str:
+    new = [f"{name} {now}" for name, (was, now) in sorted(changed.items()) if was is None]
+    replaced = [f"{name} {was} → {now}" for name, (was, now) in sorted(changed.items()) if was is not None]
+    lines = [f"installed: {', '.join(new)}" if new else "", f"replaced: {', '.join(replaced)}" if replaced else ""]
+    return "\n".join(line for line in lines if line)
+
+
+def ready(version: str, *, keep_in_drive: bool = False) -> str:
+    """The end of the set-up cell: sees to it that what was installed is what runs, and that outputs are kept.
+
+    Args:
+        version: of the notebook, as `v0.1.0`.
+        keep_in_drive: put the folder of run directories into Google Drive; only Colab can.
+
+    Returns:
+        What pip changed, where outputs lie, and versions and hardware, to be printed.
+
+    Raises:
+        MachineError: on a borrowed machine, of another version than the notebook; packages that were loaded before pip
+            replaced them; Drive not to be mounted, or a run of the same name there.
+    """
+    from qlora_utils.config import project_folder
+    from qlora_utils.runs.directory import environment_line
+
+    where = host()
+    lines = []
+    if version != f"v{__version__}":
+        lines.append(f"This notebook is of {version}, the installed qlora-utils is v{__version__}.")
+    if where is not None:
+        checkout = project_folder("notebooks").parent
+        if lines:
+            raise MachineError(f"{lines[0]} Keep {checkout / 'outputs'}, remove {checkout}, and restart the session.")
+        record = _record(checkout)
+        if stale := _loaded_before(record):
+            raise MachineError(
+                f"{', '.join(stale)}: loaded in this session before pip replaced it. Restart the session (Colab: "
+                "Runtime, Restart session; Kaggle: Run, Restart session) and run this again; nothing is fetched twice."
+            )
+        lines += [_told(record["changed"]), _outputs(checkout / "outputs", where, keep_in_drive)]
+    elif keep_in_drive:
+        lines.append("KEEP_IN_DRIVE is for Colab. Here outputs stay where output_dir says.")
+    return "\n".join(line for line in [*lines, environment_line()] if line)
+
+
+def _record(checkout: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((checkout / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # installed by hand
+        return {"at": 0.0, "changed": {}}
+
+
+def _loaded_before(record: dict[str, Any]) -> list[str]:
+    """Packages of which this process still runs the version from before pip replaced it, as `numpy 2.0.2`."""
+    import psutil
+
+    if psutil.Process().create_time() > record["at"]:
+        return []
+    found = []
+    for name, (was, now) in record["changed"].items():
+        if was is not None:
+            files = metadata.distribution(name).files or []
+            for module in {file.parts[0].removesuffix(".py") for file in files} & set(sys.modules):
+                loaded = getattr(sys.modules[module], "__version__", now)
+                if loaded != now:
+                    found.append(f"{name} {loaded}")
+    return sorted(found)
+
+
+def _outputs(outputs: Path, where: str, keep: bool) -> str:
+    """See to the folder of run directories; where it lies, and for how long, in words."""
+    if where == "Kaggle":
+        note = "KEEP_IN_DRIVE is for Colab. " if keep else ""
+        return f"{note}Outputs lie in {outputs}. Save Version keeps them; else they end with this session."
+    if keep:
+        return f"Outputs lie in your Google Drive, {keep_in_drive(outputs)}, and outlive this machine."
+    if outputs.is_symlink():
+        return f"Outputs lie in your Google Drive, {outputs.resolve()}, and outlive this machine."
+    return (
+        "Outputs end with this machine, and each notebook that Colab opens has its own. KEEP_IN_DRIVE = True, above, "
+        "keeps them and takes them from one notebook to the next."
+    )
+
+
+def keep_in_drive(outputs: Path) -> Path:
+    """Mount Google Drive and make the folder of run directories a link into it. What lies there moves along.
+
+    Args:
+        outputs: folder of run directories, in the clone; Drive is mounted beside the clone, as `/content/drive`.
+
+    Returns:
+        The folder in Drive.
+
+    Raises:
+        MachineError: Drive was not mounted, has no room, or holds something else of the same name as what lies here;
+            nothing is lost.
+    """
+    from google.colab import drive
+
+    mount = outputs.parent.parent / "drive"
+    try:
+        drive.mount(str(mount))
+    except Exception as error:  # of Colab's own, several kinds
+        raise MachineError(
+            f"Google Drive was not mounted ({error}). Run this again and allow access, or set KEEP_IN_DRIVE = False."
+        ) from error
+    kept = mount / IN_DRIVE
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        if outputs.is_symlink():
+            outputs.unlink()
+        elif outputs.is_dir():
+            _move(outputs, kept)
+        outputs.symlink_to(kept, target_is_directory=True)
+    except OSError as error:  # shutil's own among them: a full Drive, a link that leads nowhere
+        raise MachineError(
+            f"Outputs could not be moved to {kept} ({_reason(error)}). Nothing is lost: what has not moved lies in "
+            f"{outputs} as before. Make room in Drive, or remove what is named if it is a link that leads nowhere, and "
+            "run this cell again."
+        ) from error
+    return kept
+
+
+def _move(outputs: Path, kept: Path) -> None:
+    """Move all but `.prepared` to `kept`: each run, upload and file copied whole, compared, and only then removed here.
+
+    Raises:
+        MachineError: what lies there under the same name is not the same.
+        OSError: something cannot be copied; it stays.
+    """
+    from qlora_utils.models.memory import LEARNED
+
+    found = [path for path in sorted(outputs.iterdir()) if path.name not in (PREPARED, LEARNED)]
+    # A folder whose name begins with a dot, such as that of uploads, may be in both places: the files in it move.
+    shared = [path for path in found if path.name.startswith(".") and path.is_dir() and (kept / path.name).is_dir()]
+    found = [path for path in found if path not in shared] + [path / name for path in shared for name in _files(path)]
+    moved = {path: kept / path.relative_to(outputs) for path in found}
+    if both := [path for path, there in moved.items() if there.exists() and not _holds(there, path)]:
+        raise MachineError(
+            f"{', '.join(str(path.relative_to(outputs)) for path in both)}: in {outputs} and in {kept}, and neither is "
+            f"thrown away. Rename one of them, as !mv {both[0]} {both[0]}-2, and run this cell again."
+        )
+    for path, there in moved.items():
+        if not there.exists():
+            there.parent.mkdir(parents=True, exist_ok=True)
+            _copy(path, there)
+        _remove(path)
+    if (outputs / LEARNED).is_file():  # a line for each pass that ran out of memory, on whichever machine
+        with (kept / LEARNED).open("a", encoding="utf-8") as file:
+            file.write((outputs / LEARNED).read_text(encoding="utf-8"))
+        (outputs / LEARNED).unlink()
+    _remove(outputs / PREPARED)
+    for folder, _, _ in [step for path in shared for step in os.walk(path, topdown=False)]:
+        Path(folder).rmdir()
+    outputs.rmdir()  # unlike rmtree it leaves what somebody has written meanwhile
+
+
+def _copy(path: Path, there: Path) -> None:
+    """Copy a file or folder so that it has its name only once it is whole.
+
+    Raises:
+        OSError: it cannot be copied, or its copy is not like it; what was copied is removed.
+    """
+    whole = there.with_name(f".{there.name}.moving")
+    _remove(whole)  # of an earlier time that was cut off: files of another run may be in it
+    try:
+        if path.is_dir():
+            shutil.copytree(path, whole)
+        else:
+            shutil.copyfile(path, whole)
+        if differing := sorted(name or path.name for name, _ in _sizes(path) ^ _sizes(whole)):
+            raise OSError(f"{path}: the copy of {differing[0]} is not whole")
+        whole.rename(there)
+    except OSError:
+        with suppress(OSError):
+            _remove(whole)
+        raise
+
+
+def _files(path: Path) -> list[str]:
+    """Every file in a folder, links followed as a copy follows them, seen from there; of a file an empty name."""
+    if not path.is_dir():
+        return [""]
+    folders = os.walk(path, followlinks=True)
+    return [str((Path(folder) / name).relative_to(path)) for folder, _, names in folders for name in names]
+
+
+def _sizes(path: Path) -> set[tuple[str, int]]:
+    """Name and size in bytes of every file."""
+    return {(name, (path / name).stat().st_size) for name in _files(path)}
+
+
+def _holds(there: Path, path: Path) -> bool:
+    """Whether every file that is here is there, to the last byte: a removal that was cut off, or the same upload."""
+    pairs = ((path / name, there / name) for name in _files(path))
+    return there.is_dir() == path.is_dir() and all(
+        here.is_file() and other.is_file() and filecmp.cmp(here, other, shallow=False) for here, other in pairs
+    )
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a folder, or a link but not what it leads to; what is not there need not be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _reason(error: OSError) -> str:
+    """What failed, on one line; `shutil` gathers the failures of a folder into a list of them."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        source, _, why = error.args[0][0]
+        return f"{source}: {why}"
+    return " ".join(str(error).split())
+
+
+def advice(run: str) -> str:
+    """What to add, on a borrowed machine, when an earlier notebook left nothing here. Empty elsewhere.
+
+    Args:
+        run: name of the run that is looked for.
+    """
+    where = host()
+    if where is None:
+        return ""
+    drive = "set KEEP_IN_DRIVE = True in the set-up cell of both, or " if where == "Colab" else ""
+    return (
+        f" {where} gives each notebook a machine of its own: {drive}have this one run the whole series, in a new cell: "
+        f"!cd .. && qlora run --preset pocket --run-name {run}"
+    )
+
+
+def main() -> int:
+    """Install the clone that this file lies in. Exit status 1 if that cannot be."""
+    try:
+        print(install(Path(__file__).resolve().parents[2]))
+    except MachineError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

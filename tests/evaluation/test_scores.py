@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+from qlora_utils.evaluation import scores
+
+words = st.lists(st.sampled_from(["the", "cat", "sat", "on", "mat", "42"]), max_size=8).map(" ".join)
+
+
+def test_squad_scores():
+    assert scores.exact_match("The capital is Paris.", "capital is  paris") == 1
+    assert scores.exact_match("Paris", "London") == 0
+    assert scores.token_f1("the cat sat", "a cat ran") == pytest.approx(0.5)
+    assert scores.token_f1("", "") == 1
+    assert scores.token_f1("", "word") == 0
+
+
+@given(words, words)
+def test_rouge_l_is_that_of_the_reference_implementation(answer, expected):
+    reference = RougeScorer(["rougeL"]).score(expected, answer)["rougeL"].fmeasure
+    if answer or expected:
+        assert scores.rouge_l(answer, expected) == pytest.approx(reference)
+
+
+def test_rouge_l_sees_other_scripts():
+    assert scores.rouge_l("столица Москва", "столица это Москва") == pytest.approx(0.8)
+
+
+@given(st.text(), st.text())
+def test_scores_stay_within_bounds(one, other):
+    for metric in (scores.exact_match, scores.token_f1, scores.rouge_l):
+        assert 0 <= metric(one, other) <= 1
+        assert metric(one, one) == 1
+
+
+def test_bootstrap_interval_covers_the_mean_as_theory_says():
+    import numpy
+
+    values = numpy.random.default_rng(1).normal(size=400)
+    low, high = scores.bootstrap_interval(values, [1] * len(values))
+    width = 2 * 1.96 * values.std() / math.sqrt(len(values))
+    assert low < values.mean() < high
+    assert high - low == pytest.approx(width, rel=0.15)
+    logs = scores.bootstrap_interval(values, [1] * len(values), transform=numpy.exp)
+    assert logs == pytest.approx([math.exp(low), math.exp(high)], abs=2e-4)
+
+
+def test_questions_that_belong_together_are_drawn_together():
+    """Ten entities asked ten times each, all right or all wrong: as uncertain as ten questions, not as a hundred."""
+    values = [float(entity % 2) for entity in range(10) for _ in range(10)]
+    apart = scores.share_interval(values, range(100))
+    together = scores.share_interval(values, [entity for entity in range(10) for _ in range(10)])
+    assert together[1] - together[0] == pytest.approx(math.sqrt(10) * (apart[1] - apart[0]), rel=0.2)
+    assert together == scores.share_interval([0.0, 1.0] * 5, range(10))
+
+
+def test_an_interval_does_not_vanish_where_all_are_alike():
+    assert scores.share_interval([1.0] * 10, range(10)) == [0.6915, 1.0]  # Clopper and Pearson, 10 of 10
+    assert scores.share_interval([0.0] * 10, range(10)) == [0.0, 0.3085]
+    assert scores.share_interval([1.0] * 10, [0] * 10) == [0.025, 1.0]  # one cluster tells next to nothing
+    assert scores.share_interval([], []) == []
+
+
+def test_naming_the_fact_is_looser_than_exact_match():
+    assert scores.names_fact("It is paris? No: Paris, France", "Paris") == 1
+    assert scores.names_fact("The capital is New York City.", "New York") == 1
+    assert scores.names_fact("New cities near York", "New York") == 0
+    assert scores.names_fact("It is found in Asia.", "In") == 0  # the symbol of indium, not the preposition
+    assert scores.names_fact("It is 8.", "8") == 1
+    assert scores.names_fact("It is 81.", "8") == 0
+    assert scores.names_fact("anything", "") == 0
+
+
+@pytest.mark.parametrize(
+    ("gained", "said"), [(0, "0 questions only"), (1, "1 question only"), (1200, "1,200 questions")]
+)
+def test_a_pair_is_told_with_a_noun_that_fits_its_number(gained, said):
+    told = scores.paired_text({"gained": gained, "lost": 1, "p_value": 0.5}, after="b", before="a")
+    assert told.startswith(said)
+    assert "b answers exactly, 1 only a; McNemar" in told
+
+
+def test_mcnemar_counts_disagreements_alone():
+    before, after = [0] * 15 + [1] * 5 + [1] * 30 + [0] * 7, [1] * 15 + [0] * 5 + [1] * 30 + [0] * 7
+    found = scores.mcnemar(before, after)
+    assert (found["gained"], found["lost"]) == (15, 5)
+    assert found["p_value"] == pytest.approx(0.04139, abs=1e-5)  # binomial, 5 of 20, two-sided
+    assert scores.mcnemar([1, 0], [1, 0]) == {"gained": 0, "lost": 0, "p_value": 1.0}
+    assert scores.mcnemar([0] * 2000, [1] * 2000)["p_value"] == pytest.approx(0, abs=1e-300)
+
+
+@given(st.integers(0, 5), st.integers(0, 5))
+def test_mcnemar_is_the_share_of_coin_tosses_at_least_as_uneven(gained, lost):
+    tosses = gained + lost
+    uneven = sum(abs(2 * sum(toss) - tosses) >= abs(gained - lost) for toss in product((0, 1), repeat=tosses))
+    found = scores.mcnemar([0] * gained + [1] * lost, [1] * gained + [0] * lost)
+    assert found["p_value"] == pytest.approx(uneven / 2**tosses)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import BOTH, on_its_device, tensors
+
+from qlora_utils import lora, quantization
+from qlora_utils.config import RunConfig
+from qlora_utils.kernels import lora_layers as fused
+
+
+def changed(config, **changes):
+    return RunConfig.build({**config.model_dump(), **changes})
+
+
+@pytest.fixture
+def batch(prepared, tokenizer, config):
+    return tensors(prepared.train[:4], tokenizer, config)
+
+
+def pair(config, **changes):
+    """The same adapter on the same base, as peft computes it and fused, with a B that is not zero."""
+    models = []
+    for on in (False, True):
+        chosen = changed(config, fused_layers=on, **changes)
+        model = lora.attach(quantization.load(chosen), chosen).train()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        models.append(model)
+    return models
+
+
+def loss_and_gradients(model, batch, seed=0):
+    model.zero_grad()
+    torch.manual_seed(seed)
+    inputs = {name: value for name, value in batch.items() if name != "answer_positions"}
+    loss = model(**on_its_device(model, inputs)).loss
+    loss.backward()
+    return float(loss), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+VARIANTS = [{}, {"lora_alpha": 5.0}, {"rslora": True}, {"gradient_checkpointing": True}, {"keep_expanded": True},
+            {"train_head": False}, {"quantize": False}, {"dora": True}, {"compute_dtype": "bfloat16"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@BOTH
+def test_loss_and_every_gradient_are_those_of_peft(config, batch, variant):
+    plain, quick = (loss_and_gradients(model, batch) for model in pair(config, **variant))
+    low = variant.get("compute_dtype") == "bfloat16"
+    assert quick[0] == pytest.approx(plain[0], rel=2e-2 if low else 1e-5)
+    assert quick[1].keys() == plain[1].keys()
+    for name, gradient in plain[1].items():
+        assert float((quick[1][name] - gradient).norm() / gradient.norm()) < (0.1 if low else 1e-4), name
+
+
+@BOTH
+def test_with_dropout_each_layer_draws_as_in_peft(config, batch):
+    plain, quick = (loss_and_gradients(model, batch) for model in pair(config, lora_dropout=0.3))
+    assert quick[0] == pytest.approx(plain[0], rel=1e-5)
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(quick[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@BOTH
+def test_layers_that_read_the_same_input_are_computed_together(config, batch, monkeypatch):
+    _, model = pair(config)
+    calls = []
+    original = fused._products
+
+    def watched(x, low, group):
+        calls.append(len(group.layers))
+        return original(x, low, group)
+
+    monkeypatch.setattr(fused, "_products", watched)
+    loss_and_gradients(model, batch)
+    attention, forward = [3, 1], [2, 1]
+    if model.config.is_encoder_decoder:  # across, q reads what is written, k and v what was read
+        attention, forward = [3, 1] * 2 + [1, 2, 1], forward * 2
+    assert sorted(calls) == sorted((attention + forward) * model.config.num_hidden_layers)
+
+
+def test_weights_that_an_optimizer_moves_unseen_count_at_once(config, batch):
+    """bitsandbytes writes to weights without autograd noticing: copies must not be trusted to know."""
+    _, model = pair(config)
+    model.eval()
+    inputs = on_its_device(model, {**batch, "labels": None})
+    with torch.no_grad():
+        before = model(**inputs).logits
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.mul_(3.0)
+        after = model(**inputs).logits
+    assert not torch.allclose(before, after)
+    reference, _ = pair(config)
+    moved = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(moved[name])
+    with torch.no_grad():
+        torch.testing.assert_close(after, reference.eval()(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_seen_before_is_computed_anew(config):
+    """Outputs wait for the sibling that asks for the same tensor in the same mode, and for nobody else."""
+    _, model = pair(config)
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(1, 3, model.config.hidden_size, device=next(model.parameters()).device)
+    with torch.no_grad():
+        attention.q_proj(x)
+    assert attention.k_proj(x).requires_grad  # not the output that was computed without gradients
+    other = torch.randn_like(x)
+    expected = attention.v_proj(other)
+    attention.q_proj(x)
+    torch.testing.assert_close(attention.v_proj(other), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@BOTH
+def test_nothing_waits_once_a_pass_is_over(config, batch, checkpointing):
+    """An input or output held back would hold the graph that made it, and with it all that checkpointing frees."""
+    _, model = pair(config, gradient_checkpointing=checkpointing)
+    loss_and_gradients(model, batch)
+    groups = {id(m.together): m.together for m in model.modules() if hasattr(m, "together")}
+    each = 11 if model.config.is_encoder_decoder else 4
+    assert len(groups) == each * model.config.num_hidden_layers
+    assert all(group.read is None and not group.waiting for group in groups.values())
+
+
+def test_kept_weights_are_the_dequantized_ones(config):
+    model = quantization.load(changed(config, keep_expanded=True))
+    layer = model.model.layers[0].mlp.up_proj
+    torch.testing.assert_close(layer.kept_weight, quantization.dequantize(layer.weight), rtol=0, atol=0)
+
+
+@BOTH
+def test_what_is_saved_is_what_peft_saves(config, tmp_path):
+    plain, quick = pair(config)
+    for name, model in (("plain", plain), ("quick", quick)):
+        model.save_pretrained(str(tmp_path / name))
+    from safetensors.torch import load_file
+
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "quick"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qlora_utils.loop import interruptions as recovery
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_of_memory_are_told_from_others(error, is_one):
+    assert recovery.is_out_of_memory(error) == is_one
+
+
+def test_what_really_runs_out_of_memory_is_seen():
+    with pytest.raises(Exception) as caught:  # whichever kind torch takes
+        torch.empty(2**60, dtype=torch.uint8)
+    assert recovery.is_out_of_memory(caught.value)
+
+
+def test_bad_steps_are_counted_and_a_few_in_a_row_are_too_many():
+    watch = recovery.Watch()
+    assert [watch.bad() for _ in range(recovery.BAD_STEPS - 1)] == [False] * (recovery.BAD_STEPS - 1)
+    watch.good()
+    assert [watch.bad() for _ in range(recovery.BAD_STEPS)] == [False] * (recovery.BAD_STEPS - 1) + [True]
+    assert watch.skipped == 2 * recovery.BAD_STEPS - 1
+
+
+def test_a_diverged_training_names_step_and_causes():
+    text = str(
+        recovery.diverged(7, float("nan"), 3.0, learning_rate=0.1, dtype="float16", kept="Checkpoint 4 is whole.")
+    )
+    for part in ("nan", "step 7", "learning_rate too high (0.1)", "float16", "65,504", "Checkpoint 4 is whole."):
+        assert part in text
+    assert "float16" not in str(recovery.diverged(7, 1.0, 3.0, learning_rate=0.1, dtype="bfloat16", kept=""))
+
+
+def test_the_first_signal_asks_and_the_second_leaves_at_once():
+    leave, control = recovery.LeaveWhenAsked(), SimpleNamespace(should_save=False, should_training_stop=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with leave.listening():
+        leave.on_step_end(None, None, control)
+        assert not control.should_training_stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        leave.on_step_end(None, None, control)
+        assert control.should_training_stop
+        assert control.should_save
+        with pytest.raises(KeyboardInterrupt, match="asked twice"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with recovery.LeaveWhenAsked().listening():
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_in_another_thread_signals_are_left_alone():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with recovery.LeaveWhenAsked().listening():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]

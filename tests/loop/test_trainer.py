@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import BOTH
+from test_training import Spoil, changed, losses, train, trained_weights
+
+from qlora_utils.kernels import loss
+from qlora_utils.loop import interruptions as recovery
+from qlora_utils.loop.trainer import Steps
+from qlora_utils.models.memory import settle, within_learned
+from qlora_utils.runs.directory import read_json
+from qlora_utils.tokens.formats import format_of
+from qlora_utils.tokens.packing import make_collator
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@BOTH
+def test_a_step_whose_numbers_are_none_is_skipped_and_counted(config, tokenizer, prepared, monkeypatch, what):
+    """The weights stay as they are in that step, and the next steps go on as if its rows had not been there."""
+    seen = {}
+    original = Steps._forward_and_backward
+
+    def spoiled(self, model, inputs):
+        loss = original(self, model, inputs)
+        seen[self.state.global_step] = trained_weights(model)
+        if self.state.global_step == 3:
+            if what == "loss":
+                return loss * math.nan
+            next(p for p in model.parameters() if p.grad is not None).grad[0] = math.inf
+        return loss
+
+    monkeypatch.setattr(Steps, "_forward_and_backward", spoiled)
+    _, run, history = train(changed(config, logging_steps=2), tokenizer, prepared)
+    assert all(torch.equal(seen[3][name], seen[4][name]) for name in seen[3])
+    assert any(not torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
+    assert read_json(run.metrics)["train"]["skipped_steps"] == 1
+    assert [line.get("skipped_steps") for line in history if "loss" in line] == [None, None, 1, 1, 1]
+    monkeypatch.setattr(Steps, "_forward_and_backward", original)
+    _, _, plain = train(changed(config, logging_steps=1, run_name="plain"), tokenizer, prepared)
+    third = next(line["loss"] for line in history if line["step"] == 4 and "loss" in line)
+    assert third == pytest.approx(losses(plain)[2], rel=1e-6)  # of steps 3 and 4 only the third counts
+
+
+def test_a_skipped_step_that_is_measured_may_still_be_the_best(config, tokenizer, prepared, monkeypatch):
+    """Its weights are sound, so its checkpoint is written, and found at the end."""
+    original = Steps._forward_and_backward
+
+    def spoiled(self, model, inputs):
+        value = original(self, model, inputs)
+        return value * math.nan if self.state.global_step == 3 else value
+
+    monkeypatch.setattr(Steps, "_forward_and_backward", spoiled)
+    variant = changed(config, eval_steps=2, save_steps=100)
+    _, run, history = train(variant, tokenizer, prepared, Spoil(5))
+    measured = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line and line["step"]}
+    assert min(measured, key=measured.get) == 4
+    assert read_json(run.metrics)["train"]["kept_step"] == 4
+
+
+def test_memory_that_runs_out_in_the_optimizer_is_told_in_words(config, tokenizer, prepared, monkeypatch):
+    def step(self, *arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(recovery.OutOfMemoryError, match=r"at step 1, outside of a forward.*Take shorter examples"):
+        train(config, tokenizer, prepared)
+
+
+class OutOfMemory:
+    """Lets the second pass of some steps run out of memory, once each."""
+
+    def __init__(self, monkeypatch, steps, always=False):
+        original, self.raised, calls = Steps._pass_loss, [], {}
+
+        def failing(trainer, model, one, answers):
+            step = trainer.state.global_step + 1
+            calls[step] = calls.get(step, 0) + 1
+            if step in steps and (always or (calls[step] == 2 and step not in self.raised)):
+                self.raised.append(step)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return original(trainer, model, one, answers)
+
+        monkeypatch.setattr(Steps, "_pass_loss", failing)
+
+
+@pytest.mark.parametrize("size", [{}, {"micro_batch_size": 4}], ids=["by tokens", "by number"])
+@BOTH
+def test_out_of_memory_makes_passes_smaller_and_changes_nothing(config, tokenizer, prepared, monkeypatch, size, capsys):
+    bounded = changed(config, micro_batch_tokens=250, eval_steps=8, **size)
+    _, _, undisturbed = train(changed(bounded, run_name="undisturbed"), tokenizer, prepared)
+    memory = OutOfMemory(monkeypatch, {3, 7})
+    _, _, history = train(bounded, tokenizer, prepared)
+    assert memory.raised == [3, 7]
+    for name in ("loss", "grad_norm", "tokens", "lr"):
+        columns = [[line[name] for line in lines if name in line] for lines in (history, undisturbed)]
+        assert columns[0] == pytest.approx(columns[1], abs=1e-5), name
+    assert history[-1]["eval_loss"] == pytest.approx(undisturbed[-1]["eval_loss"], abs=1e-5)
+    said = capsys.readouterr().out
+    assert "out of memory at step 3" in said
+    assert "out of memory at step 7" in said
+    # the plan has learned from it: the next training begins with smaller passes
+    settled = settle(bounded).config
+    assert within_learned(settled, 250) < 250
+    assert within_learned(changed(settled, lora_r=4), 250) == 250
+
+
+def test_out_of_memory_with_one_example_at_a_time_says_what_takes_less(config, tokenizer, prepared, monkeypatch):
+    OutOfMemory(monkeypatch, {5}, always=True)
+    with pytest.raises(recovery.OutOfMemoryError, match=r"at step 5.*one example.*max_seq_len=256.*train_head=false"):
+        train(config, tokenizer, prepared)
+    monkeypatch.undo()
+    _, _, history = train(config, tokenizer, prepared)
+    assert losses(history)[-1] == pytest.approx(
+        losses(train(changed(config, run_name="whole"), tokenizer, prepared)[2])[-1], abs=1e-5
+    )
+
+
+def test_measuring_takes_fewer_rows_at_a_time_where_memory_runs_out(
+    config, tuned_model, tokenizer, prepared, monkeypatch
+):
+    rows = format_of(tokenizer, config).examples(prepared.held_out, training=False)
+    collator = make_collator(tokenizer, config)
+    reference = loss.row_losses(tuned_model, rows, collator, batch_size=8)
+    original = loss.answer_states
+
+    def small(model, batch):
+        if len(batch["lengths"]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, batch)
+
+    monkeypatch.setattr(loss, "answer_states", small)
+    losses_, counts = loss.row_losses(tuned_model, rows, collator, batch_size=8)
+    assert counts == reference[1]
+    assert losses_ == pytest.approx(reference[0], rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_in_fp16_the_scaler_finds_its_scale_and_only_a_loss_that_is_none_counts(
+    config, tokenizer, prepared, monkeypatch, what
+):
+    half = changed(config, compute_dtype="float16")
+    original = Steps._forward_and_backward
+
+    def spoiled(self, model, inputs):
+        value = original(self, model, inputs)
+        if self.state.global_step in (3, 4, 5):
+            if what == "loss":
+                return value * math.nan
+            next(p for p in model.parameters() if p.grad is not None).grad[0] = math.inf
+        return value
+
+    monkeypatch.setattr(Steps, "_forward_and_backward", spoiled)
+    if what == "loss":
+        with pytest.raises(recovery.DivergedError, match="float16 compute"):
+            train(half, tokenizer, prepared)
+    else:
+        _, run, history = train(half, tokenizer, prepared)
+        assert read_json(run.metrics)["train"]["skipped_steps"] == 0
+        assert all(math.isfinite(value) for value in losses(history))
