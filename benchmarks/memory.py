@@ -25,6 +25,7 @@ from qlora_utils.data import Prepared
 from qlora_utils.models import memory as plan
 from qlora_utils.models import shapes
 from qlora_utils.models.hardware import GIB
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.conversations import Conversation, Turn
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.tokens.formats import IGNORED, Encoded
@@ -52,7 +53,7 @@ def peak(config: RunConfig, tuned_model: Any, tokenizer: Any, row: int) -> int:
     trainer = training.make_trainer(
         config, tuned_model, tokenizer, Prepared(few, few, [], {}), RunDirectory(config.run_dir)
     )
-    pairs = config.architecture == "encoder-decoder"
+    pairs = architecture_of(config.model) == "encoder-decoder"
     rows = full_packs(config.micro_batch_tokens, tuned_model.config.vocab_size, row, pairs=pairs)
     trainer.train_dataset = rows  # type: ignore[assignment]
     torch.cuda.reset_peak_memory_stats()

@@ -251,7 +251,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _presets(options: argparse.Namespace) -> int:
-    from qlora_utils.config import PRESETS, RunConfig
+    from qlora_utils.config import RunConfig
+    from qlora_utils.presets import PRESETS
 
     if options.fields:
         pocket = RunConfig.from_preset("pocket")

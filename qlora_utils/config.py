@@ -1,9 +1,8 @@
-"""`RunConfig`: every choice of a run in one frozen, typed, validated, keyword-only value, and the named presets."""
+"""`RunConfig`: every choice of a run in one frozen, typed, validated, keyword-only value."""
 
 from __future__ import annotations
 
 import difflib
-import functools
 import os
 import re
 import shlex
@@ -12,6 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qlora_utils.locate import is_path, is_there, locate
+from qlora_utils.presets import PRESETS
 
 # What is settled once the rows are prepared, and what matters to the answers alone; the rest makes the training.
 DATA_FIELDS = ("model", "dataset", "train_rows", "held_out_rows", "max_seq_len", "seed")
@@ -28,17 +30,9 @@ DONE_FIELDS = (*ASIDE_FIELDS, "steps", "epochs", "keep")
 # And one that is not done: whatever may save it.
 GO_ON_FIELDS = (*DONE_FIELDS, "learning_rate", "head_learning_rate", "warmup_ratio", "max_grad_norm", "compute_dtype")
 
-# Copies of gated weights, open to all, in the same files.
-MIRRORS = {
-    "meta-llama/Llama-2-7b-hf": "NousResearch/Llama-2-7b-hf",
-    "meta-llama/Llama-2-7b-chat-hf": "NousResearch/Llama-2-7b-chat-hf",
-}
-EMBEDDED = "embedded:"  # prefix of a path inside the project's own data folder
 LARGEST = 10**9  # of any count: more is a slip, and libraries below overflow
 QUESTION = "{question}"  # stands for the question in an instruction
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # what lets somebody into the hub
-
-Architecture = Literal["causal", "encoder-decoder"]
 
 
 class ConfigError(ValueError):
@@ -236,15 +230,6 @@ class RunConfig(BaseModel):
         if value is not None and value.count(QUESTION) != 1:
             raise ValueError(f"expected {QUESTION} in it once, in whose place the question stands")
         return value
-
-    @property
-    def architecture(self) -> Architecture:
-        """Whether the base model continues a text or writes an answer to one; its own config.json says so.
-
-        Raises:
-            ModelError: there is no such model.
-        """
-        return architecture_of(self.model)
 
     @property
     def run_dir(self) -> Path:
@@ -480,64 +465,6 @@ def _choices(name: str) -> tuple[str, ...]:
     return tuple(word for word in get_args(RunConfig.model_fields[name].annotation) if isinstance(word, str))
 
 
-def project_folder(name: str) -> Path:
-    """`data` or `notebooks` of the checkout: the one this package lies in, or else the one we are working in.
-
-    Raises:
-        FileNotFoundError: neither is a checkout of this project.
-    """
-    package, here = Path(__file__).resolve().parent, Path.cwd()
-    for checkout in (package.parent, here, *here.parents):
-        if (checkout / "qlora_utils" / "config.py").is_file() and (checkout / name).is_dir():
-            return checkout / name
-    raise FileNotFoundError(
-        f"{name}: not found. Work in a clone of the repository, or install from one: pip install -e ."
-    )
-
-
-def locate(source: str) -> str:
-    """A model or dataset as loaders take it: `embedded:…` becomes a path in `data/`, all else stays as it is."""
-    if source.startswith(EMBEDDED):
-        return str(project_folder("data") / source.removeprefix(EMBEDDED))
-    return source
-
-
-@functools.cache
-def architecture_of(model: str) -> Architecture:
-    """The architecture of a local folder or hub id, from its config.json; those of the presets are known without it.
-
-    Raises:
-        ModelError: there is no such model; says what to do next.
-    """
-    from qlora_utils.models import files as model_files
-    from qlora_utils.models.shapes import known
-
-    if shape := known(model):
-        return shape.architecture
-    from transformers import AutoConfig
-
-    source = locate(model)
-    model_files.check_description(source)
-    try:
-        described = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the hub client raises a dozen unrelated kinds
-        raise ModelError(model_advice(source, error)) from error
-    return "encoder-decoder" if described.is_encoder_decoder else "causal"
-
-
-def is_path(source: str, suffixes: tuple[str, ...] = ()) -> bool:
-    """Whether a model or dataset can only be meant as a local path, not as a hub id, which is `owner/name`."""
-    return source.startswith(("/", ".", "~", EMBEDDED)) or source.count("/") != 1 or source.lower().endswith(suffixes)
-
-
-def is_there(source: str) -> bool:
-    """Whether something lies at a path; what can be no path, with a zero byte in it or too long, is nowhere."""
-    try:
-        return Path(source).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # the last of `~nobody`
-        return False
-
-
 def check_source(name: str, source: str, suffixes: tuple[str, ...] = ()) -> None:
     """Refuse a model or dataset that is neither a local path nor, by its letters, a hub id.
 
@@ -577,109 +504,3 @@ def check_folder(name: str, folder: Path) -> None:
         raise ConfigError(f"{name}: {there} is a file; expected a folder, or a path that is free. Give another.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{name}: {there} may not be written into. Give another folder, or change its permissions.")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, with the next if it only announces that; or its kind if it has none."""
-    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return f"{first} {more[0]}" if first.endswith(":") and more else first
-
-
-def model_advice(source: str, error: Exception) -> str:
-    """What went wrong when a model or its tokenizer was loaded, in one line, and the next step.
-
-    Args:
-        source: local folder or hub id, as `locate` gave it.
-        error: what the loader or the hub client raised.
-    """
-    first = first_line(error)
-    names = {type(e).__name__ for e in (error, error.__cause__, error.__context__) if e is not None}
-    if "trust_remote_code" in str(error):
-        return (
-            f"model: {source} brings Python code of its own (auto_map in its config.json), which is never run here. "
-            "Take a model that transformers knows by itself."
-        )
-    if Path(source).is_file():
-        return f"model: {source} is a file. Expected a folder with config.json, tokenizer and *.safetensors."
-    if Path(source).is_dir():
-        if list(Path(source).glob("*.bin")) and not list(Path(source).glob("*.safetensors")):
-            return f"model: {source} holds pickled weights (.bin) only; convert them to safetensors."
-        return (
-            f"model: {source} could not be loaded ({first}). Expected config.json, tokenizer and *.safetensors there."
-        )
-    if is_path(source):
-        return f"model: {source} does not exist. Expected a local folder, or a hub id like owner/name."
-    if "GatedRepoError" in names or "gated" in str(error).lower():
-        return (
-            f"model: {source} is gated. Accept its licence on its hub page, then log in with `hf auth login`; "
-            f"or give a local folder or an open mirror of the weights: -p model={MIRRORS.get(source, '…')}"
-        )
-    if "RepositoryNotFoundError" in names:
-        return f"model: {source} is not on the hub, or private. Check the name, or log in with `hf auth login`."
-    return f"model: {source} could not be fetched ({first}). Check the network, or give a local folder: -p model=PATH"
-
-
-# What both pocket presets train by: minutes on two CPU cores, and everything they need lies in data/.
-_POCKET = {
-    "dataset": "embedded:pocket",
-    "lora_r": 16,
-    "lora_alpha": 16,
-    "learning_rate": 1e-3,
-    "head_learning_rate": 1e-4,
-    "steps": 250,
-    "batch_size": 16,
-    "gradient_checkpointing": False,
-    "keep_expanded": False,
-    "micro_batch_tokens": 1024,
-    "optimizer": "adamw_torch",
-    "eval_steps": 25,
-    "eval_rows": 160,
-    "trace_rows": 48,
-    "max_new_tokens": 48,
-    "answer_batch_size": 64,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "pocket": {**_POCKET, "model": "embedded:pocket/model", "max_seq_len": 512},
-    # The well-known tutorial recipe: 1,000 rows, one epoch, 250 steps of 4.
-    "llama2-7b": {
-        "model": "meta-llama/Llama-2-7b-hf",
-        "dataset": "mlabonne/guanaco-llama2-1k",
-        "held_out_rows": 50,
-        "max_seq_len": 2048,
-        "lora_r": 64,
-        "lora_alpha": 16,
-        "learning_rate": 2e-4,
-        "head_learning_rate": 2e-5,
-        "lr_scheduler": "cosine",
-        "warmup_ratio": 0.03,
-        "weight_decay": 0.001,
-        "max_grad_norm": 0.3,
-        "steps": 250,
-        "batch_size": 4,
-        "score_rows": 50,
-        "answer_batch_size": 64,
-    },
-    # The same text and the same questions, for an encoder-decoder.
-    "pocket-t5": {**_POCKET, "model": "embedded:pocket-t5/model", "max_seq_len": 256, "packing": False},
-    # The recipe that the T5 half of this project descends from.
-    "flan-t5-large": {
-        "model": "google/flan-t5-large",
-        "dataset": "mlabonne/guanaco-llama2-1k",
-        "held_out_rows": 50,
-        "max_seq_len": 512,
-        "packing": False,
-        "lora_r": 8,
-        "lora_alpha": 16,
-        "lora_dropout": 0.05,
-        "lora_targets": "q,v",
-        "learning_rate": 8e-5,
-        "lr_scheduler": "reduce_lr_on_plateau",
-        "warmup_ratio": 0.0,
-        "steps": 250,
-        "batch_size": 16,
-        "eval_steps": 25,
-        "trace_rows": 16,
-        "score_rows": 50,
-        "answer_batch_size": 64,
-    },
-}

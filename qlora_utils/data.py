@@ -12,8 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import DATA_FIELDS, ModelError, RunConfig, locate, model_advice
+from qlora_utils.config import DATA_FIELDS, ModelError, RunConfig
+from qlora_utils.locate import locate, model_advice
 from qlora_utils.models import files as model_files
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.cache import find, key_of, new_entry, shelf_in_use
 from qlora_utils.rows.conversations import Conversation, Rejected, conversation_of, record_of
 from qlora_utils.rows.files import DataError, first_rows, read_source
@@ -59,7 +61,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     except Exception as error:
         model_files.refuse_tokenizer(source, error)
         raise ModelError(model_advice(source, error)) from error
-    begins = tokenizer.bos_token_id is not None or config.architecture == "encoder-decoder"  # a decoder has its own
+    # a decoder has a token of its own to begin with
+    begins = tokenizer.bos_token_id is not None or architecture_of(config.model) == "encoder-decoder"
     if not begins or tokenizer.eos_token_id is None:
         raise ModelError(
             f"model: the tokenizer of {source} has no token that begins a text, or none that ends one; the Llama-2 "
@@ -188,12 +191,13 @@ def _what_decides(form: Format, quick: BareTokenizer, contents: Mapping[str, str
     import tokenizers
 
     config = form.config
-    fields = (*DATA_FIELDS, "batch_size", "architecture", "instruction")
+    fields = (*DATA_FIELDS, "batch_size", "instruction")
     yield repr([(name, getattr(config, name)) for name in fields if name != "model"]).encode()
     yield repr(sorted(contents.items())).encode()
     yield repr((quick.kind, sorted(quick.special.items()))).encode()
     yield quick.serialised.encode()
-    yield repr(instructions_of(config) if config.architecture == "encoder-decoder" else None).encode()
+    yield form.architecture.encode()
+    yield repr(instructions_of(config) if form.architecture == "encoder-decoder" else None).encode()
     yield repr((sys.version_info, numpy.__version__, tokenizers.__version__)).encode()
     for module in _DECIDING:
         yield (Path(__file__).parent / module).read_bytes()

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora_utils.config import ConfigError, ModelError, RunConfig, first_line
+from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.kernels.lora_layers import fuse
 from qlora_utils.kernels.loss import without_logits
+from qlora_utils.locate import first_line
 from qlora_utils.models.files import check_adapter
 from qlora_utils.models.memory import settle
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.quantization import unquantized_shape
 from qlora_utils.runs.directory import read_json, write_json
 from qlora_utils.style import BLUE, ORANGE, unframed
@@ -54,7 +56,7 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     settled = settle(config).config
     torch.manual_seed(config.seed)
     lora_config = LoraConfig(
-        task_type="SEQ_2_SEQ_LM" if config.architecture == "encoder-decoder" else "CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if architecture_of(config.model) == "encoder-decoder" else "CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft says int, and divides
         lora_dropout=config.lora_dropout,

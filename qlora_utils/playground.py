@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 
 from qlora_utils import wording
-from qlora_utils.config import RunConfig, first_line
+from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared
 from qlora_utils.evaluation import generation
 from qlora_utils.evaluation.generation import MODELS, Asker, NextTokens, Sampling
 from qlora_utils.evaluation.scores import score_text
+from qlora_utils.locate import first_line
 from qlora_utils.loop.interruptions import free, is_out_of_memory
 from qlora_utils.rows.conversations import Turn
 from qlora_utils.runs import locks

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora_utils.config import Architecture, ModelError, RunConfig, first_line, locate, model_advice
+from qlora_utils.config import ModelError, RunConfig
 from qlora_utils.kernels import attention
 from qlora_utils.kernels.lora_layers import keep_expanded
+from qlora_utils.locate import first_line, locate, model_advice
 from qlora_utils.models import files as model_files
+from qlora_utils.models.files import Architecture
 from qlora_utils.models.hardware import compute_dtype
 from qlora_utils.models.memory import settle_to_load
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.runs.directory import read_json
 from qlora_utils.style import BLUE, GRAY, ORANGE, SKY, YELLOW, unframed
 
@@ -45,11 +48,11 @@ def load(config: RunConfig) -> PreTrainedModel:
 
     source = locate(config.model)
     model_files.check(source)
-    model_files.check_weights(source, config.architecture)
+    model_files.check_weights(source, architecture_of(config.model))
     settled = settle_to_load(config)
     dtype = compute_dtype(settled)
     options: dict[str, Any] = {}
-    if config.architecture == "causal":  # an encoder-decoder is never packed
+    if architecture_of(config.model) == "causal":  # an encoder-decoder is never packed
         attention.register()
         options["attn_implementation"] = KERNELS[settled.attention_kernel]
     if config.quantize:
@@ -62,7 +65,7 @@ def load(config: RunConfig) -> PreTrainedModel:
         )
     try:
         with model_files.quietly():
-            loaded: tuple[PreTrainedModel, dict[str, Any]] = loader_of(config.architecture).from_pretrained(
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = loader_of(architecture_of(config.model)).from_pretrained(
                 source,
                 dtype=dtype,
                 use_safetensors=True,

@@ -25,16 +25,18 @@ from transformers import (
 )
 
 from qlora_utils import wording
-from qlora_utils.config import DONE_FIELDS, GO_ON_FIELDS, ConfigError, RunConfig, first_line
+from qlora_utils.config import DONE_FIELDS, GO_ON_FIELDS, ConfigError, RunConfig
 from qlora_utils.data import Prepared
 from qlora_utils.evaluation.generation import Sampling, answer_all, questions_of
 from qlora_utils.evaluation.scores import exact_match
+from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints
 from qlora_utils.loop import interruptions as recovery
 from qlora_utils.loop.live import Progress
 from qlora_utils.loop.trainer import TRAINERS, Steps, Traced
 from qlora_utils.lora import record_base
 from qlora_utils.models.memory import LEARNED, answer_room, settle, too_large_at_last, within_learned
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.quantization import compute_dtype
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.files import DataError
@@ -124,7 +126,7 @@ def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: in
     plateau = config.lr_scheduler == "reduce_lr_on_plateau"
     if plateau:
         options["lr_scheduler_kwargs"] = {"factor": config.plateau_factor, "patience": config.plateau_patience}
-    _, arguments_of = TRAINERS[config.architecture]
+    _, arguments_of = TRAINERS[architecture_of(config.model)]
     arguments: TrainingArguments = arguments_of(
         output_dir=str(run.checkpoints),
         **steps,
@@ -190,7 +192,7 @@ def make_trainer(
             "max_seq_len, or look at the rows with notebook 01."
         )
     arguments = training_arguments(config, run, micro_batch_size(config, [collator.tokens(row) for row in train_rows]))
-    trainer_of, _ = TRAINERS[config.architecture]
+    trainer_of, _ = TRAINERS[architecture_of(config.model)]
     bound = config.micro_batch_tokens or config.max_seq_len
     tokens = within_learned(config, bound)
     if tokens < bound:

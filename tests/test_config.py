@@ -7,25 +7,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from qlora_utils.config import PRESETS, ConfigError, RunConfig, is_path, locate, model_advice
+from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.runs.directory import RunDirectory
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_valid_and_round_trips(preset, tmp_path):
-    config = RunConfig.from_preset(preset, output_dir=str(tmp_path), run_name="x")
-    assert not config.differences()
-    assert config.changes() == "nothing"
-    changed = RunConfig.from_preset("pocket", steps=12, keep="last")
-    assert changed.changes() == "steps 12 instead of 250, keep 'last' instead of 'best'"
-    RunDirectory(config.run_dir).begin(config)
-    assert RunConfig.continue_run(config.run_dir) == config
-
-
-def test_llama2_follows_the_tutorial_recipe():
-    config = RunConfig.from_preset("llama2-7b")
-    assert (config.lora_r, config.lora_alpha, config.learning_rate, config.lr_scheduler) == (64, 16, 2e-4, "cosine")
-    assert (config.steps, config.batch_size) == (250, 4)
 
 
 @pytest.mark.parametrize(
@@ -108,26 +91,6 @@ def test_every_field_says_what_it_means():
     assert [name for name, field in RunConfig.model_fields.items() if not field.description] == []
 
 
-@pytest.mark.parametrize(
-    ("error", "advice"),
-    [
-        (type("GatedRepoError", (Exception,), {})("403"), "hf auth login"),
-        (OSError("You are trying to access a gated repo."), "licence"),
-        (type("RepositoryNotFoundError", (Exception,), {})("404"), "Check the name"),
-        (OSError("We couldn't connect"), "give a local folder"),
-    ],
-)
-def test_a_model_out_of_reach_says_how_to_get_in(error, advice):
-    assert advice in model_advice("meta-llama/Llama-2-7b-hf", error)
-
-
-def test_what_can_only_be_a_path():
-    for source in ("/a", "./a", "~/a", "name", "a/b/c", "embedded:pocket"):
-        assert is_path(source)
-    assert not is_path("owner/name")
-    assert is_path("folder/rows.CSV", (".csv",))
-
-
 def test_parameters_cell_preset_and_run_directory(tmp_path):
     first = RunConfig.from_parameters(
         {"preset": "llama2-7b", "output_dir": str(tmp_path), "run_name": "a", "lora_r": 8}
@@ -151,11 +114,6 @@ def test_config_json_names_versions_and_hardware(config, run):
     assert stored["config"]["steps"] == config.steps
     assert "torch" in stored["versions"]
     assert stored["hardware"]["cores"] >= 1
-
-
-def test_embedded_sources_lie_in_the_project():
-    assert locate("embedded:pocket/model").endswith("data/pocket/model")
-    assert locate("owner/name") == "owner/name"
 
 
 def test_importing_the_package_is_light():

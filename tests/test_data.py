@@ -16,7 +16,8 @@ import pytest
 from conftest import BOTH, SHARED
 
 from qlora_utils import data
-from qlora_utils.config import ModelError, RunConfig, locate
+from qlora_utils.config import ModelError, RunConfig
+from qlora_utils.locate import locate
 from qlora_utils.rows import prepare as streaming
 from qlora_utils.rows.conversations import Conversation, Turn, UnusableRowError, parse_rows, usable
 from qlora_utils.rows.files import DataError, read_source

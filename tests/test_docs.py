@@ -21,7 +21,8 @@ from conftest import ROOT
 
 import qlora_utils
 from qlora_utils import cli
-from qlora_utils.config import PRESETS, RunConfig
+from qlora_utils.config import RunConfig
+from qlora_utils.presets import PRESETS
 from qlora_utils.runs.directory import RunDirectory
 
 PAGES = [

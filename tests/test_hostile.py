@@ -19,8 +19,10 @@ from test_training import StopAt, train
 from qlora_utils import cli, data, lora, quantization
 from qlora_utils.commands import merge
 from qlora_utils.commands import run as runner
-from qlora_utils.config import ConfigError, ModelError, RunConfig, architecture_of, locate
+from qlora_utils.config import ConfigError, ModelError, RunConfig
+from qlora_utils.locate import locate
 from qlora_utils.models import shapes
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows import files as sources
 from qlora_utils.rows.files import DataError
 from qlora_utils.runs.directory import RunDirectory, write_json
@@ -69,7 +71,7 @@ def load_all(folder):
     config = RunConfig.from_preset("pocket", model=str(folder))
     architecture_of.cache_clear()
     readers = {
-        "architecture": lambda: config.architecture,
+        "architecture": lambda: architecture_of(config.model),
         "tokenizer": lambda: data.load_tokenizer(RunConfig.from_preset("pocket", model=str(folder))),
         "shape": lambda: shapes.read(str(folder)),
         "model": lambda: quantization.load(config),

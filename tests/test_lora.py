@@ -10,8 +10,9 @@ import torch
 from conftest import BOTH, layer, on_its_device, tensors
 
 from qlora_utils import lora, quantization, training
-from qlora_utils.config import ConfigError, ModelError, RunConfig, locate
+from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.kernels.loss import decoder_inputs, response_loss
+from qlora_utils.locate import locate
 from qlora_utils.lora import HEAD
 from qlora_utils.runs.directory import RunDirectory, read_jsonl
 from qlora_utils.tokens.formats import format_of

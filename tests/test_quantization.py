@@ -10,7 +10,8 @@ import torch
 from conftest import BOTH
 
 from qlora_utils import quantization
-from qlora_utils.config import ConfigError, ModelError, RunConfig, locate
+from qlora_utils.config import ConfigError, ModelError, RunConfig
+from qlora_utils.locate import locate
 
 
 @BOTH

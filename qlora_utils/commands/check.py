@@ -20,8 +20,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import EMBEDDED, LARGEST, ConfigError, RunConfig, check_folder, check_source
+from qlora_utils.config import LARGEST, ConfigError, RunConfig, check_folder, check_source
 from qlora_utils.data import Prepared, load_tokenizer, prepare, report_table
+from qlora_utils.locate import EMBEDDED
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.conversations import Conversation, Rejected, first_readable
 from qlora_utils.rows.files import SUFFIXES, DataError, Row, first_rows, read_source, unknown_type
 from qlora_utils.rows.statistics import digest, digest_array, normalise, truncated_share
@@ -169,7 +171,7 @@ class Check:
         """The commands that train on these rows."""
         lines = ["To train on it:", f"  {on_terminal(self.command())}"]
         if self.config.model.startswith(EMBEDDED) and not self.config.dataset.startswith(EMBEDDED):
-            other = {"causal": "llama2-7b", "encoder-decoder": "flan-t5-large"}[self.config.architecture]
+            other = {"causal": "llama2-7b", "encoder-decoder": "flan-t5-large"}[architecture_of(self.config.model)]
             lines += [
                 _wrapped(
                     "The pocket model knows nothing but its own small world: this shows that the rows are read as you "
@@ -348,7 +350,7 @@ def _of_texts(found: Check) -> list[str]:
             "cannot spell them (T5's knows no line break, brace or Chinese), and the model would learn to write <unk>. "
             "Take another model."
         )
-    if report["padding_share"] >= 0.4 and (config.architecture == "encoder-decoder" or not config.packing):
+    if report["padding_share"] >= 0.4 and (architecture_of(config.model) == "encoder-decoder" or not config.packing):
         said.append(
             f"{report['padding_share']:.0%} of a random batch is padding, since lengths differ: -p row_order=length "
             "puts rows of like length together."

@@ -21,13 +21,15 @@ import torch
 from torch import nn
 
 from qlora_utils import answers, lora, quantization
-from qlora_utils.config import ConfigError, ModelError, RunConfig, architecture_of, check_folder, locate
+from qlora_utils.config import ConfigError, ModelError, RunConfig, check_folder
 from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.evaluation import generation
 from qlora_utils.evaluation.generation import Answer, Question, Sampling
 from qlora_utils.kernels.loss import row_losses
+from qlora_utils.locate import locate
 from qlora_utils.models import files as model_files
 from qlora_utils.models.memory import answer_room
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.quantization import Checkpoint
 from qlora_utils.rows.conversations import Conversation, Turn
 from qlora_utils.runs.directory import RunDirectory, provenance, write_json
@@ -86,7 +88,7 @@ def merge(
     """
     run = RunDirectory(config.run_dir)
     folder = into or run.merged
-    if dtype == "float16" and config.architecture == "encoder-decoder":
+    if dtype == "float16" and architecture_of(config.model) == "encoder-decoder":
         raise ConfigError("dtype: float16 does not hold what Flan-T5 and its kin compute; take bfloat16.")
     chosen = _chosen_base(config, base)
     if questions < 0:

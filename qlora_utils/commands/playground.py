@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qlora_utils.config import ConfigError, project_folder
+from qlora_utils.config import ConfigError
+from qlora_utils.locate import project_folder
 from qlora_utils.runs.directory import RunDirectory, require_adapter
 
 # Of the page, for the browser to enforce: it fetches nothing from anywhere else, though Voilà's template asks a content

@@ -24,7 +24,6 @@ from qlora_utils.config import (
     ASIDE_FIELDS,
     DATA_FIELDS,
     DONE_FIELDS,
-    EMBEDDED,
     GO_ON_FIELDS,
     PLACE_FIELDS,
     SPEED_FIELDS,
@@ -33,14 +32,12 @@ from qlora_utils.config import (
     check_folder,
     check_names,
     check_source,
-    first_line,
-    is_there,
-    locate,
-    project_folder,
     run_command,
 )
+from qlora_utils.locate import EMBEDDED, first_line, is_there, locate, project_folder
 from qlora_utils.loop import checkpoints
 from qlora_utils.models import files as model_files
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.files import SUFFIXES
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import (
@@ -301,7 +298,7 @@ def look_ahead(run: RunDirectory, config: RunConfig, notebooks: Sequence[Path], 
 def _check_model(config: RunConfig) -> None:
     source = locate(config.model)
     model_files.check(source)
-    model_files.check_weights(source, config.architecture)
+    model_files.check_weights(source, architecture_of(config.model))
 
 
 def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mapping[str, Any]) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_utils import wording
-from qlora_utils.config import ConfigError, RunConfig, first_line
+from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.evaluation.scores import score_text
+from qlora_utils.locate import first_line
 from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl
 from qlora_utils.runs.locks import is_at_work
 from qlora_utils.shown import cut

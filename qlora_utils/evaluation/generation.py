@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from qlora_utils import quantization
-from qlora_utils.config import RunConfig, first_line
+from qlora_utils.config import RunConfig
 from qlora_utils.data import load_tokenizer
+from qlora_utils.locate import first_line
 from qlora_utils.loop.interruptions import OutOfMemoryError, free, is_out_of_memory
 from qlora_utils.lora import base_alone, reload
 from qlora_utils.models.files import check_adapter

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import SPEED_FIELDS, ConfigError, RunConfig, check_folder, locate, project_folder
+from qlora_utils.config import SPEED_FIELDS, ConfigError, RunConfig, check_folder
+from qlora_utils.locate import locate, project_folder
 from qlora_utils.rows.files import SUFFIXES
 from qlora_utils.runs.directory import RunDirectory, damaged, hardware, read_json, read_jsonl, versions, write_json
 from qlora_utils.shown import cut, in_figure

@@ -18,12 +18,14 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from qlora_utils.config import Architecture, RunConfig, first_line
+from qlora_utils.config import RunConfig
 from qlora_utils.kernels.loss import response_loss
+from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints
 from qlora_utils.loop import interruptions as recovery
 from qlora_utils.loop.live import Progress
 from qlora_utils.lora import HEAD
+from qlora_utils.models.files import Architecture
 from qlora_utils.models.memory import learn, too_large_at_last
 from qlora_utils.quantization import compute_dtype
 from qlora_utils.tokens.packing import LikeLengths

@@ -8,9 +8,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
-from qlora_utils.config import Architecture, ModelError, first_line
+from qlora_utils.config import ModelError
+from qlora_utils.locate import first_line
+
+Architecture = Literal["causal", "encoder-decoder"]
 
 EXPECTED = "Expected a folder as save_pretrained or `hf download` leaves it: config.json, tokenizer, *.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from qlora_utils.config import Architecture, ConfigError, RunConfig
+from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.models.files import Architecture
+from qlora_utils.models.shapes import architecture_of
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +114,7 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     """The dtype of matrix products on this machine: the config's own, or what the hardware is good at."""
     import torch
 
-    return getattr(torch, precision(config, this_card(), config.architecture)[0])
+    return getattr(torch, precision(config, this_card(), architecture_of(config.model))[0])
 
 
 def attention_kernel(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[str, str]:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import Architecture, ConfigError, ModelError, RunConfig
+from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.models import shapes
+from qlora_utils.models.files import Architecture
 from qlora_utils.models.hardware import CARDS, GIB, Card, attention_kernel, liger_kernels, precision, this_card
-from qlora_utils.models.shapes import Shape
+from qlora_utils.models.shapes import Shape, architecture_of
 from qlora_utils.runs.directory import read_jsonl
 from qlora_utils.style import unframed
 
@@ -197,7 +198,7 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
 def _architecture(config: RunConfig) -> Architecture:
     """The model's own; of one that cannot be read, which loading it will say, the commoner one."""
     try:
-        return config.architecture
+        return architecture_of(config.model)
     except ModelError:
         return "causal"
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_utils.config import Architecture, ModelError, RunConfig, is_path, locate, model_advice
+from qlora_utils.config import ModelError, RunConfig
+from qlora_utils.locate import is_path, locate, model_advice
 from qlora_utils.models import files as model_files
+from qlora_utils.models.files import Architecture
 
 Linears = Mapping[str, tuple[int, int]]  # name of a layer → (in, out)
 
@@ -340,13 +343,33 @@ def read(source: str) -> Shape:
     Raises:
         ModelError: there is no config, or none of a model like Llama or T5.
     """
+    return known(source) or of(_model_config(source))
+
+
+@functools.cache
+def architecture_of(source: str) -> Architecture:
+    """Whether the model of a local folder or hub id continues a text or writes an answer to one.
+
+    Its own config.json says so; of the models of the presets it is known without a look.
+
+    Raises:
+        ModelError: there is no such model; says what to do next.
+    """
     if shape := known(source):
-        return shape
+        return shape.architecture
+    return "encoder-decoder" if _model_config(source).is_encoder_decoder else "causal"
+
+
+def _model_config(source: str) -> Any:
+    """The config of a local folder or hub id, as transformers reads it.
+
+    Raises:
+        ModelError: there is no such model; says what to do next.
+    """
     from transformers import AutoConfig
 
     model_files.check_description(locate(source))
     try:
-        model_config = AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
-    except Exception as error:
+        return AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
+    except Exception as error:  # the hub client raises a dozen unrelated kinds
         raise ModelError(model_advice(locate(source), error)) from error
-    return of(model_config)

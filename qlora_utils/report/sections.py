@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils import wording
-from qlora_utils.config import PLACE_FIELDS, PRESETS, RunConfig
+from qlora_utils.config import PLACE_FIELDS, RunConfig
 from qlora_utils.curves import column, lowest, rose, sample_answers, smooth, turned
 from qlora_utils.evaluation import compare
 from qlora_utils.evaluation.scores import paired_text, score_text
+from qlora_utils.presets import PRESETS
 from qlora_utils.report import sentences as findings
 from qlora_utils.report.figures import NARROW, Interval, Line, bar_chart, dot_chart, histogram, line_chart
 from qlora_utils.report.html import Html, described, element, figure, folded, join, listed, note, paragraph, table, text
@@ -517,7 +518,8 @@ def memory(facts: Facts) -> list[Html]:
 
 def _planned(facts: Facts) -> MemoryPlan | str:
     """What the run was planned to take, or why that cannot be said. Nothing is fetched for it."""
-    from qlora_utils.config import ConfigError, ModelError, is_there, locate
+    from qlora_utils.config import ConfigError, ModelError
+    from qlora_utils.locate import is_there, locate
     from qlora_utils.models import shapes
     from qlora_utils.models.memory import recorded_plan
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from qlora_utils.config import first_line, is_path, locate
+from qlora_utils.locate import first_line, is_path, locate
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 SPREADSHEETS = (".xlsx", ".xls", ".ods")  # which are not read

@@ -142,7 +142,7 @@ def ready(version: str, *, keep_in_drive: bool = False) -> str:
         MachineError: on a borrowed machine, of another version than the notebook; packages that were loaded before pip
             replaced them; Drive not to be mounted, or a run of the same name there.
     """
-    from qlora_utils.config import project_folder
+    from qlora_utils.locate import project_folder
     from qlora_utils.runs.directory import environment_line
 
     where = host()

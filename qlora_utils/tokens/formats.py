@@ -12,9 +12,11 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from qlora_utils.config import RunConfig
+from qlora_utils.models.files import Architecture
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.conversations import CHAT_TEMPLATE, MARKS, Conversation, Turn, defused, prompt_text, turn_text
 from qlora_utils.rows.files import DataError
 from qlora_utils.runs.directory import RunDirectory, write_text
@@ -115,7 +117,7 @@ def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation
 
 def format_of(tokenizer: PreTrainedTokenizerBase | BareTokenizer, config: RunConfig) -> Format:
     """The format of the run's base model."""
-    kind = {"causal": ChatFormat, "encoder-decoder": InstructionFormat}[config.architecture]
+    kind = {"causal": ChatFormat, "encoder-decoder": InstructionFormat}[architecture_of(config.model)]
     return kind(tokenizer, config)
 
 
@@ -125,6 +127,7 @@ class Format(ABC):
 
     tokenizer: Any  # of transformers; a `BareTokenizer` does for all but `table`
     config: RunConfig
+    architecture: ClassVar[Architecture]
     unit = "example"  # what one example is called
 
     @abstractmethod
@@ -188,6 +191,7 @@ class Format(ABC):
 class ChatFormat(Format):
     """Llama-2 chat: a conversation is one sequence."""
 
+    architecture = "causal"
     unit = "conversation"
 
     def examples(self, conversations: Iterable[Conversation], *, training: bool) -> Sequence[Encoded]:
@@ -359,6 +363,8 @@ def unknown_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase | BareTo
 
 class InstructionFormat(Format):
     """An instruction to read, an answer to write: an example for each answer."""
+
+    architecture = "encoder-decoder"
 
     def examples(self, conversations: Iterable[Conversation], *, training: bool) -> Sequence[Encoded]:
         """As `encode_answers`, the instructions drawn with the run's seed."""

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_utils.config import QUESTION, RunConfig, project_folder
+from qlora_utils.config import QUESTION, RunConfig
+from qlora_utils.locate import project_folder
 from qlora_utils.rows.conversations import Turn, jinja_defused
 from qlora_utils.runs.directory import RunDirectory
 

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import RunConfig
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.style import BLUE, PALE, SKY, unframed
 from qlora_utils.tokens.formats import IGNORED, Encoded
 
@@ -51,7 +52,7 @@ def fill(lengths: Sequence[int], tokens: int, conversations: int | None = None) 
 def make_collator(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Collator | PairCollator:
     """What makes tensors of the run's examples."""
     assert isinstance(tokenizer.pad_token_id, int)
-    if config.architecture == "encoder-decoder":
+    if architecture_of(config.model) == "encoder-decoder":
         return PairCollator(tokenizer.pad_token_id)
     return Collator(tokenizer.pad_token_id, config.packing)
 

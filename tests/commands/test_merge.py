@@ -21,9 +21,11 @@ from qlora_utils import cli, lora, quantization, training
 from qlora_utils.commands import merge
 from qlora_utils.commands import run as runner
 from qlora_utils.commands.merge import Asked, Checkpoint, as_loaded, merged_weights
-from qlora_utils.config import ConfigError, ModelError, RunConfig, locate
+from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.evaluation.generation import Answer, Question
 from qlora_utils.kernels.loss import decoder_inputs
+from qlora_utils.locate import locate
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.conversations import Turn, render
 from qlora_utils.runs.directory import RunDirectory, read_json
 from qlora_utils.tokens.formats import encode, encode_prompt, format_of
@@ -54,7 +56,7 @@ def tuned(config, tokenizer, prepared):
 
 @pytest.fixture
 def batch(prepared, tokenizer, config, base_model):
-    if config.architecture == "causal":
+    if architecture_of(config.model) == "causal":
         return {"input_ids": torch.tensor([encode(prepared.train[:1], tokenizer)[0].input_ids])}
     pairs = tensors(prepared.train[:2], tokenizer, config)
     decoder = decoder_inputs(base_model, pairs["labels"])
@@ -456,7 +458,7 @@ def test_a_trained_run_is_merged_and_checked_on_the_command_line(config, tokeniz
     assert cli.main(command) == 2
     assert "--force replaces it" in capsys.readouterr().err
     half = [*command, "--force", "--dtype", "float16", "--questions", "0"]
-    if config.architecture == "encoder-decoder":
+    if architecture_of(config.model) == "encoder-decoder":
         assert cli.main(half) == 2
         assert "take bfloat16" in capsys.readouterr().err
     else:

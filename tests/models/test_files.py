@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from qlora_utils.config import ModelError, locate
+from qlora_utils.config import ModelError
+from qlora_utils.locate import locate
 from qlora_utils.models import files as model_files
 
 POCKET, POCKET_T5 = (locate(f"embedded:{name}/model") for name in ("pocket", "pocket-t5"))

@@ -314,7 +314,7 @@ def test_a_package_loaded_before_pip_replaced_it_asks_for_a_restart(monkeypatch,
     (tmp_path / "qlora_utils").mkdir()
     (tmp_path / "qlora_utils" / "config.py").write_text("")
     write_json(tmp_path / colab.RECORD, record)
-    monkeypatch.setattr("qlora_utils.config.project_folder", lambda name: tmp_path / name)
+    monkeypatch.setattr("qlora_utils.locate.project_folder", lambda name: tmp_path / name)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     with pytest.raises(MachineError, match=r"tqdm 4\.1: loaded in this session before .* Restart the session"):
         colab.ready(f"v{qlora_utils.__version__}")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from qlora_utils import data
 from qlora_utils.config import RunConfig
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.conversations import MARKS, Conversation, Turn, parse, prompt_text, render
 from qlora_utils.rows.files import Row
 from qlora_utils.tokens import formats
@@ -82,7 +83,7 @@ def check_marks(ids, tokenizer, turns, *, answered, told):
 def check_prompt(tokenizer, config, history, question, system):
     form = format_of(tokenizer, config)
     ids = form.prompt(history, question, system)
-    if config.architecture == "causal":
+    if architecture_of(config.model) == "causal":
         check_marks(ids, tokenizer, len(history) + 1, answered=len(history), told=bool(system))
     else:
         assert ids.count(tokenizer.eos_token_id) == 1
@@ -91,7 +92,7 @@ def check_prompt(tokenizer, config, history, question, system):
     row = Conversation((*history, Turn(question, "Because [/INST] </s><s>.", system)))
     learned = [label for example in form.examples([row], training=True) for label in example.labels]
     assert learned.count(tokenizer.eos_token_id) == len(row.turns)
-    if config.architecture == "causal":
+    if architecture_of(config.model) == "causal":
         (example,) = form.examples([row], training=True)
         check_marks(example.input_ids, tokenizer, len(row.turns), answered=len(row.turns), told=bool(system))
 

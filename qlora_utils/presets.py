@@ -1,0 +1,70 @@
+"""The named presets: complete sets of values, each tried as it stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What both pocket presets train by: minutes on two CPU cores, and everything they need lies in data/.
+_POCKET = {
+    "dataset": "embedded:pocket",
+    "lora_r": 16,
+    "lora_alpha": 16,
+    "learning_rate": 1e-3,
+    "head_learning_rate": 1e-4,
+    "steps": 250,
+    "batch_size": 16,
+    "gradient_checkpointing": False,
+    "keep_expanded": False,
+    "micro_batch_tokens": 1024,
+    "optimizer": "adamw_torch",
+    "eval_steps": 25,
+    "eval_rows": 160,
+    "trace_rows": 48,
+    "max_new_tokens": 48,
+    "answer_batch_size": 64,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "pocket": {**_POCKET, "model": "embedded:pocket/model", "max_seq_len": 512},
+    # The well-known tutorial recipe: 1,000 rows, one epoch, 250 steps of 4.
+    "llama2-7b": {
+        "model": "meta-llama/Llama-2-7b-hf",
+        "dataset": "mlabonne/guanaco-llama2-1k",
+        "held_out_rows": 50,
+        "max_seq_len": 2048,
+        "lora_r": 64,
+        "lora_alpha": 16,
+        "learning_rate": 2e-4,
+        "head_learning_rate": 2e-5,
+        "lr_scheduler": "cosine",
+        "warmup_ratio": 0.03,
+        "weight_decay": 0.001,
+        "max_grad_norm": 0.3,
+        "steps": 250,
+        "batch_size": 4,
+        "score_rows": 50,
+        "answer_batch_size": 64,
+    },
+    # The same text and the same questions, for an encoder-decoder.
+    "pocket-t5": {**_POCKET, "model": "embedded:pocket-t5/model", "max_seq_len": 256, "packing": False},
+    # The recipe that the T5 half of this project descends from.
+    "flan-t5-large": {
+        "model": "google/flan-t5-large",
+        "dataset": "mlabonne/guanaco-llama2-1k",
+        "held_out_rows": 50,
+        "max_seq_len": 512,
+        "packing": False,
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "lora_targets": "q,v",
+        "learning_rate": 8e-5,
+        "lr_scheduler": "reduce_lr_on_plateau",
+        "warmup_ratio": 0.0,
+        "steps": 250,
+        "batch_size": 16,
+        "eval_steps": 25,
+        "trace_rows": 16,
+        "score_rows": 50,
+        "answer_batch_size": 64,
+    },
+}
