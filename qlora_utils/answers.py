@@ -31,12 +31,13 @@ from qlora_utils.kernels.loss import row_losses
 from qlora_utils.lora import base_alone
 from qlora_utils.models.memory import answer_room, settle
 from qlora_utils.rows.conversations import Conversation
+from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.runs.directory import RunDirectory, write_jsonl
 from qlora_utils.shown import cut, in_figure
 from qlora_utils.style import BASE, ORANGE, TUNED, unframed
 from qlora_utils.tokens.formats import format_of
 from qlora_utils.tokens.packing import make_collator
-from qlora_utils.training import micro_batch_size, scored_rows
+from qlora_utils.training import micro_batch_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def choose_questions(
     """What is asked: held-out questions, at most `score_rows` of each split, and as many of the training rows.
 
     Held-out rows that were measured during training helped to choose the adapter and are not asked
-    (`training.scored_rows`).
+    (`held_out.scored_rows`).
     """
     held, train = scored_rows(prepared.held_out, config), prepared.train
     if {_split(row) for row in held} & {_split(row) for row in train}:  # then the column means something else

@@ -22,7 +22,7 @@ from qlora_utils.kernels.loss import without_logits
 from qlora_utils.locate import first_line
 from qlora_utils.models.files import check_adapter
 from qlora_utils.models.memory import settle
-from qlora_utils.models.shapes import architecture_of
+from qlora_utils.models.shapes import HEAD, architecture_of
 from qlora_utils.quantization import unquantized_shape
 from qlora_utils.runs.directory import read_json, write_json
 from qlora_utils.style import BLUE, ORANGE, unframed
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-HEAD = "lm_head"
 
 
 def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:

@@ -26,7 +26,7 @@ from qlora_utils.evaluation import generation
 from qlora_utils.evaluation.generation import MODELS, Asker, NextTokens, Sampling
 from qlora_utils.evaluation.scores import score_text
 from qlora_utils.locate import first_line
-from qlora_utils.loop.interruptions import free, is_out_of_memory
+from qlora_utils.models.hardware import free_memory, is_out_of_memory
 from qlora_utils.rows.conversations import Turn
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import RunDirectory, require_adapter, write_text
@@ -226,7 +226,7 @@ class Playground:
         if self._worker is not None:
             self._worker.join()
         self.asker = None
-        free()
+        free_memory()
         self.view.close()
 
     def _make_widgets(self, named: str) -> None:
@@ -382,7 +382,7 @@ class Playground:
             return  # another was picked meanwhile
         self._say(f"Loading {run.path.name} …")
         self.asker, self.examples.children = None, ()
-        free()
+        free_memory()
         require_adapter(run)
         config, written = RunConfig.continue_run(run.path), _written(run)
         asker = self._load(run)

@@ -30,16 +30,16 @@ from qlora_utils.data import Prepared
 from qlora_utils.evaluation.generation import Sampling, answer_all, questions_of
 from qlora_utils.evaluation.scores import exact_match
 from qlora_utils.locate import first_line
-from qlora_utils.loop import checkpoints
-from qlora_utils.loop import interruptions as recovery
+from qlora_utils.loop import checkpoints, interruptions
 from qlora_utils.loop.live import Progress
 from qlora_utils.loop.trainer import TRAINERS, Steps, Traced
 from qlora_utils.lora import record_base
+from qlora_utils.models.hardware import OutOfMemoryError, compute_dtype, is_out_of_memory
 from qlora_utils.models.memory import LEARNED, answer_room, settle, too_large_at_last, within_learned
 from qlora_utils.models.shapes import architecture_of
-from qlora_utils.quantization import compute_dtype
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.files import DataError
+from qlora_utils.rows.held_out import measured_rows
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl, write_json, write_text
 from qlora_utils.runs.history import HistoryWriter, peak_memory_bytes
@@ -224,24 +224,6 @@ def all_steps(config: RunConfig, prepared: Prepared, tokenizer: PreTrainedTokeni
     form = format_of(tokenizer, config)
     examples = sum(form.count(row) for row in prepared.train)
     return math.ceil(config.epochs * math.ceil(examples / config.batch_size))
-
-
-def measured_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[Conversation]:
-    """The rows measured during training, by which an adapter is kept: `eval_rows` of those held out, at most half."""
-    chosen = _measured(len(held_out), config)
-    return [row for index, row in enumerate(held_out) if index in chosen]
-
-
-def scored_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[Conversation]:
-    """The rows that are scored: those with no say in which adapter is kept. A row that is the only one is both."""
-    chosen = _measured(len(held_out), config)
-    return [row for index, row in enumerate(held_out) if index not in chosen] or list(held_out)
-
-
-def _measured(rows: int, config: RunConfig) -> set[int]:
-    half = max(1, rows // 2)
-    wanted = half if config.eval_rows is None else min(config.eval_rows, half)
-    return set(random.Random(config.seed).sample(range(rows), wanted))
 
 
 def make_trace(
@@ -474,15 +456,15 @@ def _run(trainer: Steps, run: RunDirectory, last: Path | None) -> None:
     if last is not None:
         print(f"going on from step {step_of(last)}, {last}")
         trainer.add_callback(_TakePlace(trainer, read_json(last / checkpoints.RECORD)))
-    leave = recovery.LeaveWhenAsked()
+    leave = interruptions.LeaveWhenAsked()
     trainer.add_callback(leave)
     with leave.listening(), trainer.progress.watching() if trainer.progress else nullcontext():
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except Exception as error:
-            if not recovery.is_out_of_memory(error) or isinstance(error, recovery.OutOfMemoryError):
+            if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
                 raise
-            raise recovery.OutOfMemoryError(
+            raise OutOfMemoryError(
                 f"out of memory at step {trainer.state.global_step + 1}, outside of a forward or backward pass "
                 f"({first_line(error)}). {too_large_at_last(trainer.config)}"
             ) from error
@@ -490,7 +472,7 @@ def _run(trainer: Steps, run: RunDirectory, last: Path | None) -> None:
     if leave.asked is not None and step < trainer.state.max_steps:
         there = checkpoints.newest(run.checkpoints)
         saved = f"saved in {there}" if step_of(there) == step else f"not saved; the last checkpoint is {there}"
-        raise recovery.Interrupted(
+        raise interruptions.Interrupted(
             f"stopped after step {step} of {trainer.state.max_steps}, as asked, and {saved}. Run the same again to go "
             "on."
         )

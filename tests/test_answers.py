@@ -13,6 +13,7 @@ from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared
 from qlora_utils.evaluation.generation import Answer, Question, Sampling, answer_all
 from qlora_utils.rows.conversations import Conversation, Turn
+from qlora_utils.rows.held_out import measured_rows, scored_rows
 from qlora_utils.runs.directory import read_json, read_jsonl
 
 QUESTIONS = [
@@ -54,7 +55,7 @@ def test_rows_that_chose_the_adapter_are_not_asked(config, tuned_model, tokenize
     few = RunConfig.build({**config.model_dump(), "eval_rows": 6, "score_rows": 50, "max_new_tokens": 4})
     run.comparison.write_text("{}")
     lines = answers.evaluate(few, tuned_model, tokenizer, prepared, run)
-    measured = {row.number for row in training.measured_rows(prepared.held_out, few)}
+    measured = {row.number for row in measured_rows(prepared.held_out, few)}
     held = {line["number"] for line in lines if line["split"].startswith("held-out")}
     assert len(measured) == 6
     assert held == {row.number for row in prepared.held_out} - measured
@@ -171,7 +172,7 @@ def test_perplexity_is_that_of_the_held_out_loss(config, tuned_model, tokenizer,
     from qlora_utils.tokens.packing import make_collator
 
     answers.evaluate(config, tuned_model, tokenizer, prepared, run)
-    rows = format_of(tokenizer, config).examples(training.scored_rows(prepared.held_out, config), training=False)
+    rows = format_of(tokenizer, config).examples(scored_rows(prepared.held_out, config), training=False)
     loss, _ = response_loss(tuned_model, rows, make_collator(tokenizer, config), batch_size=3)
     assert read_json(run.metrics)["tuned"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
 

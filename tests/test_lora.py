@@ -13,7 +13,8 @@ from qlora_utils import lora, quantization, training
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.kernels.loss import decoder_inputs, response_loss
 from qlora_utils.locate import locate
-from qlora_utils.lora import HEAD
+from qlora_utils.models.shapes import HEAD
+from qlora_utils.rows.held_out import measured_rows
 from qlora_utils.runs.directory import RunDirectory, read_jsonl
 from qlora_utils.tokens.formats import format_of
 from qlora_utils.tokens.packing import make_collator
@@ -154,7 +155,7 @@ def test_a_base_model_in_low_precision_works_with_a_head_in_fp32(config, tokeniz
     assert history[-1]["eval_loss"] < history[0]["eval_loss"]
     again = lora.reload(quantization.load(low), run.adapter)
     assert not torch.allclose(logits(again, batch).float(), before.float(), atol=0.1)
-    rows = format_of(tokenizer, low).examples(training.measured_rows(prepared.held_out, low), training=False)
+    rows = format_of(tokenizer, low).examples(measured_rows(prepared.held_out, low), training=False)
     again_loss, _ = response_loss(again, rows, make_collator(tokenizer, low), batch_size=4)
     assert again_loss == pytest.approx(history[-1]["eval_loss"], rel=0.02)
 

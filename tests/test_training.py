@@ -20,10 +20,10 @@ from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.curves import read_history
 from qlora_utils.evaluation.generation import Answer, Question, Sampling, answer_all
 from qlora_utils.kernels.loss import decoder_inputs, response_loss, row_losses
-from qlora_utils.loop import checkpoints
-from qlora_utils.loop import interruptions as recovery
+from qlora_utils.loop import checkpoints, interruptions
 from qlora_utils.rows.conversations import Turn
 from qlora_utils.rows.files import DataError
+from qlora_utils.rows.held_out import measured_rows, scored_rows
 from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl
 from qlora_utils.tokens.formats import IGNORED, encode, format_of
 from qlora_utils.tokens.packing import Collator, make_collator
@@ -369,7 +369,7 @@ class Break(TrainerCallback):
 def test_a_training_that_diverges_stops_and_keeps_the_earlier_adapter(config, tokenizer, prepared):
     _, run, _ = train(config, tokenizer, prepared)
     before = (run.adapter / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(recovery.DivergedError, match=r"loss is nan.*at step 5.*learning_rate.*no checkpoint yet"):
+    with pytest.raises(interruptions.DivergedError, match=r"loss is nan.*at step 5.*learning_rate.*no checkpoint yet"):
         train(changed(config, fresh=True), tokenizer, prepared, Break(2))
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == before
     assert [line["loss"] for line in read_jsonl(run.history) if "loss" in line][-1] is None
@@ -378,7 +378,7 @@ def test_a_training_that_diverges_stops_and_keeps_the_earlier_adapter(config, to
 
 
 def test_it_stops_at_the_last_good_checkpoint_and_goes_on_from_there(config, tokenizer, prepared):
-    with pytest.raises(recovery.DivergedError, match=r"last good checkpoint is .*checkpoint-4"):
+    with pytest.raises(interruptions.DivergedError, match=r"last good checkpoint is .*checkpoint-4"):
         train(config, tokenizer, prepared, Break(5))
     _, _, history = train(config, tokenizer, prepared)
     assert all(math.isfinite(loss) for loss in losses(history))
@@ -386,7 +386,7 @@ def test_it_stops_at_the_last_good_checkpoint_and_goes_on_from_there(config, tok
 
 
 def test_a_training_that_diverged_goes_on_from_there_with_a_lower_rate(config, tokenizer, prepared):
-    with pytest.raises(recovery.DivergedError, match=r"may go on with these"):
+    with pytest.raises(interruptions.DivergedError, match=r"may go on with these"):
         train(config, tokenizer, prepared, Break(5))
     lower = changed(config, learning_rate=config.learning_rate / 10)
     _, run, history = train(lower, tokenizer, prepared)
@@ -479,13 +479,13 @@ def test_asked_to_stop_it_saves_first(config, tokenizer, prepared, number, reque
     usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL  # not so in the background
     request.addfinalizer(functools.partial(signal.signal, number, signal.signal(number, usual)))
     sparse = changed(config, save_steps=100, eval_steps=100, logging_steps=4)
-    with pytest.raises(recovery.Interrupted, match=r"after step 3 of 8.*Run the same again"):
+    with pytest.raises(interruptions.Interrupted, match=r"after step 3 of 8.*Run the same again"):
         train(sparse, tokenizer, prepared, SignalAt(3, number))
     run = RunDirectory(sparse.run_dir)
     assert checkpoints.newest(run.checkpoints).name == "checkpoint-3"
     assert signal.getsignal(number) == usual
     again = lora.attach(quantization.load(sparse), sparse)
-    with pytest.raises(recovery.Interrupted, match="after step 5 of 8"):
+    with pytest.raises(interruptions.Interrupted, match="after step 5 of 8"):
         train_again(sparse, again, tokenizer, prepared, SignalAt(5, number))
     train_again(sparse, again, tokenizer, prepared)  # as the same cell of a notebook, with the model that it left
     parts = read_jsonl(run.history)
@@ -606,7 +606,7 @@ def test_the_adapter_of_the_lowest_held_out_loss_is_kept(config, tokenizer, prep
     assert best == 4
     kept = {"best": best, "last": 8}[keep]
     assert read_json(run.metrics)["train"]["kept_step"] == kept
-    rows = format_of(tokenizer, config).examples(training.measured_rows(prepared.held_out, variant), training=False)
+    rows = format_of(tokenizer, config).examples(measured_rows(prepared.held_out, variant), training=False)
     reloaded = lora.reload(quantization.load(variant), run.adapter)
     for model in (tuned_model, reloaded):
         loss, _ = response_loss(model, rows, make_collator(tokenizer, config), batch_size=8)
@@ -704,16 +704,16 @@ def test_tracing_counts_right_answers(config, tuned_model, tokenizer, prepared, 
 
 def test_the_loss_is_measured_on_a_sample_chosen_by_seed(config, prepared):
     few = changed(config, eval_rows=5)
-    assert len(training.measured_rows(prepared.held_out, few)) == 5
-    assert training.measured_rows(prepared.held_out, few) == training.measured_rows(prepared.held_out, few)
-    rest = training.scored_rows(prepared.held_out, few)
+    assert len(measured_rows(prepared.held_out, few)) == 5
+    assert measured_rows(prepared.held_out, few) == measured_rows(prepared.held_out, few)
+    rest = scored_rows(prepared.held_out, few)
     assert len(rest) == len(prepared.held_out) - 5
-    assert not [row for row in rest if row in training.measured_rows(prepared.held_out, few)]
+    assert not [row for row in rest if row in measured_rows(prepared.held_out, few)]
     half = changed(config, eval_rows=None)
-    assert len(training.measured_rows(prepared.held_out, half)) == len(prepared.held_out) // 2
-    assert training.measured_rows(prepared.held_out[:1], half) == prepared.held_out[:1]
-    assert len(training.measured_rows(prepared.held_out, changed(config, eval_rows=99))) == len(prepared.held_out) // 2
-    assert training.scored_rows(prepared.held_out[:1], half) == prepared.held_out[:1]  # the only row is both
+    assert len(measured_rows(prepared.held_out, half)) == len(prepared.held_out) // 2
+    assert measured_rows(prepared.held_out[:1], half) == prepared.held_out[:1]
+    assert len(measured_rows(prepared.held_out, changed(config, eval_rows=99))) == len(prepared.held_out) // 2
+    assert scored_rows(prepared.held_out[:1], half) == prepared.held_out[:1]  # the only row is both
 
 
 # ------------------------------------------------------------------------------------------------ reproducibility

@@ -210,7 +210,7 @@ def check(dataset: str, config: RunConfig, *, rows: int | None = None) -> Check:
         prepared = prepare(config.model_copy(update={"output_dir": folder}), tokenizer, rows=rows)
     row, first = first_readable(source if rows is None else first_rows(source, rows))
 
-    from qlora_utils.training import scored_rows  # torch
+    from qlora_utils.rows.held_out import scored_rows  # torch
 
     examples, answers = _counted(prepared, tokenizer, config)
     scored = len(scored_rows(prepared.held_out, config))

@@ -29,7 +29,7 @@ from qlora_utils.kernels.loss import row_losses
 from qlora_utils.locate import locate
 from qlora_utils.models import files as model_files
 from qlora_utils.models.memory import answer_room
-from qlora_utils.models.shapes import architecture_of
+from qlora_utils.models.shapes import HEAD, architecture_of
 from qlora_utils.quantization import Checkpoint
 from qlora_utils.rows.conversations import Conversation, Turn
 from qlora_utils.runs.directory import RunDirectory, provenance, write_json
@@ -287,7 +287,7 @@ def save(
     model_config.architectures = [type(tuned_model.get_base_model()).__name__]
     model_config.dtype = kind
     model_config.use_cache = True
-    model_config.tie_word_embeddings = f"{lora.HEAD}.weight" not in weights
+    model_config.tie_word_embeddings = f"{HEAD}.weight" not in weights
     model_config.save_pretrained(folder)
     return sum(weight.shape.numel() for weight in weights.values())
 

@@ -24,9 +24,9 @@ from qlora_utils import quantization
 from qlora_utils.config import RunConfig
 from qlora_utils.data import load_tokenizer
 from qlora_utils.locate import first_line
-from qlora_utils.loop.interruptions import OutOfMemoryError, free, is_out_of_memory
 from qlora_utils.lora import base_alone, reload
 from qlora_utils.models.files import check_adapter
+from qlora_utils.models.hardware import OutOfMemoryError, free_memory, is_out_of_memory
 from qlora_utils.rows.conversations import MARKS, Conversation, Turn, restored
 from qlora_utils.runs.directory import RunDirectory, require_adapter
 from qlora_utils.tokens.formats import format_of
@@ -213,7 +213,7 @@ def answer_all(
                 rows = None
             if rows is None:
                 batch_size = size // 2
-                free()
+                free_memory()
                 print(f"out of memory with {size} questions at a time; going on with {batch_size}")
                 continue
             by_length = by_length[size:]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils.config import SPEED_FIELDS, ConfigError, RunConfig, check_folder
 from qlora_utils.locate import locate, project_folder
 from qlora_utils.rows.files import SUFFIXES
+from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.runs.directory import RunDirectory, damaged, hardware, read_json, read_jsonl, versions, write_json
 from qlora_utils.shown import cut, in_figure
 from qlora_utils.style import COLORS, unframed
@@ -132,11 +133,10 @@ def measure_base(config: RunConfig) -> dict[str, Any]:
 
 def _scores(config: RunConfig, model: Any, tokenizer: Any, prepared: Any) -> dict[str, Any]:
     """Exact match by split and by turn, and the share of answers that stop by themselves."""
-    from qlora_utils import training
     from qlora_utils.evaluation import generation, scores
 
     fixed = RunConfig.build({**config.model_dump(), "seed": FIXED_SEED})
-    rows = training.scored_rows(prepared.held_out, fixed)
+    rows = scored_rows(prepared.held_out, fixed)
     asked = generation.questions_of(rows, tokenizer, fixed)
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
     size = config.answer_batch_size

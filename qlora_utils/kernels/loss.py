@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora_utils.loop import interruptions as recovery
+from qlora_utils.models.hardware import free_memory, is_out_of_memory
 from qlora_utils.shown import in_figure
 from qlora_utils.style import BASE, TUNED, unframed
 from qlora_utils.tokens.formats import IGNORED, Encoded
@@ -267,10 +267,10 @@ def row_losses(
                 counts += sizes
                 continue
             except Exception as error:
-                if not recovery.is_out_of_memory(error) or len(members) == 1:
+                if not is_out_of_memory(error) or len(members) == 1:
                     raise
             batch_size = len(members) // 2
-            recovery.free()
+            free_memory()
     finally:
         model.train(was_training)
     return losses, counts

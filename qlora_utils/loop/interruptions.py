@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import sys
 import threading
@@ -11,7 +10,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 BAD_STEPS = 3  # without a finite loss and gradient, one after another, after which a training is given up
@@ -21,30 +19,8 @@ class DivergedError(RuntimeError):
     """A training whose numbers are none any more; the message names the step, likely causes and what is left."""
 
 
-class OutOfMemoryError(RuntimeError):
-    """No memory even for the smallest pass; the message says what would take less."""
-
-
 class Interrupted(KeyboardInterrupt):
     """A training that was asked to stop and saved first; the message says how to go on."""
-
-
-# ---------------------------------------------------------------------------------------------------- memory
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: torch's own, Python's, or those of CUDA's libraries."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def free() -> None:
-    """Give back what nobody holds any more. Not in an `except` block, whose traceback holds the tensors of a pass."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------------------------------------------- numbers

@@ -21,13 +21,12 @@ from transformers.trainer_callback import ExportableState
 from qlora_utils.config import RunConfig
 from qlora_utils.kernels.loss import response_loss
 from qlora_utils.locate import first_line
-from qlora_utils.loop import checkpoints
-from qlora_utils.loop import interruptions as recovery
+from qlora_utils.loop import checkpoints, interruptions
 from qlora_utils.loop.live import Progress
-from qlora_utils.lora import HEAD
 from qlora_utils.models.files import Architecture
+from qlora_utils.models.hardware import OutOfMemoryError, compute_dtype, free_memory, is_out_of_memory
 from qlora_utils.models.memory import learn, too_large_at_last
-from qlora_utils.quantization import compute_dtype
+from qlora_utils.models.shapes import HEAD
 from qlora_utils.tokens.packing import LikeLengths
 
 
@@ -55,7 +54,7 @@ class Steps(Trainer):
         self.config = config
         self.trace = trace
         self.progress: Progress | None = None  # who shows the training as it goes
-        self.watch = recovery.Watch()
+        self.watch = interruptions.Watch()
         self.step_loss = torch.zeros(())
         self.logged_at = 0  # the step of the last line of history.jsonl
         self.rows = ""  # what the rows are, as a digest
@@ -77,7 +76,7 @@ class Steps(Trainer):
                 break
             except Exception as error:
                 # one of several processes would leave the others waiting
-                if not recovery.is_out_of_memory(error) or self.args.world_size > 1:
+                if not is_out_of_memory(error) or self.args.world_size > 1:
                     raise
                 reason = first_line(error)
             inputs = self._made_smaller(model, inputs, reason)
@@ -119,13 +118,13 @@ class Steps(Trainer):
         before, step = len(inputs["passes"]), self.state.global_step + 1
         held = max(cut.collator.room(one) for one in inputs["passes"])
         if not cut.halve(inputs):
-            raise recovery.OutOfMemoryError(
+            raise OutOfMemoryError(
                 f"out of memory at step {step}, with one example in each pass ({reason}). "
                 + too_large_at_last(self.config)
             )
         smaller = self._cut_anew(inputs)
         model.zero_grad(set_to_none=True)
-        recovery.free()
+        free_memory()
         learn(self.config, held)
         print(
             f"out of memory at step {step} ({reason}): going on with at most {cut.tokens:,} tokens in a pass, "
@@ -161,7 +160,7 @@ class Steps(Trainer):
         rate = self._get_learning_rate()
         self.log({"loss": math.nan, "grad_norm": norm, "learning_rate": rate})
         last = checkpoints.newest(Path(str(self.args.output_dir)))
-        raise recovery.diverged(
+        raise interruptions.diverged(
             step,
             float(self.step_loss),
             norm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -147,3 +148,29 @@ def liger_kernels(config: RunConfig, card: Card | None, architecture: Architectu
     if find_spec("liger_kernel") is None:
         return False, "liger-kernel is not installed: pip install liger-kernel makes training faster and smaller"
     return True, "norms, rotation and SwiGLU as one kernel each"
+
+
+# ---------------------------------------------------------------------------------------------------- out of memory
+
+
+class OutOfMemoryError(RuntimeError):
+    """No memory even for the smallest pass; the message says what would take less."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: torch's own, Python's, or those of CUDA's libraries."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def free_memory() -> None:
+    """Give back what nobody holds any more. Not in an `except` block, whose traceback holds the tensors of a pass."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

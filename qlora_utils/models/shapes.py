@@ -13,6 +13,7 @@ from qlora_utils.locate import is_path, locate, model_advice
 from qlora_utils.models import files as model_files
 from qlora_utils.models.files import Architecture
 
+HEAD = "lm_head"  # the module that gives each token of the vocabulary its score
 Linears = Mapping[str, tuple[int, int]]  # name of a layer → (in, out)
 
 

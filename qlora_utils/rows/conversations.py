@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -429,3 +429,19 @@ def parse_rows(rows: Iterable[Row]) -> tuple[list[Conversation], list[Rejected]]
         except UnusableRowError as error:
             rejected.append(Rejected(row.where, row.number, str(error)))
     return conversations, rejected
+
+
+ROOM = 2**18  # characters of conversations encoded at a time: lists of ids are large while they last
+
+
+def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    """Conversations in order, as many at a time as have room in memory when they are encoded."""
+    batch, held = [], 0
+    for conversation in conversations:
+        batch.append(conversation)
+        held += sum(len(turn.question) + len(turn.answer) for turn in conversation.turns) + 16
+        if held >= ROOM:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch

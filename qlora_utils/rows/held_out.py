@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from qlora_utils.config import RunConfig
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.statistics import NO_TEXT, digest_array, question_keys
 
@@ -59,6 +60,24 @@ def chosen(keys: Any, rows: int, seed: int) -> Any:
     if wanted and not taken:
         taken.append(min(order, key=lambda number: sizes[number]))
     return numpy.isin(group, taken)
+
+
+def measured_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[Conversation]:
+    """The rows measured during training, by which an adapter is kept: `eval_rows` of those held out, at most half."""
+    chosen = _measured(len(held_out), config)
+    return [row for index, row in enumerate(held_out) if index in chosen]
+
+
+def scored_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[Conversation]:
+    """The rows that are scored: those with no say in which adapter is kept. A row that is the only one is both."""
+    chosen = _measured(len(held_out), config)
+    return [row for index, row in enumerate(held_out) if index not in chosen] or list(held_out)
+
+
+def _measured(rows: int, config: RunConfig) -> set[int]:
+    half = max(1, rows // 2)
+    wanted = half if config.eval_rows is None else min(config.eval_rows, half)
+    return set(random.Random(config.seed).sample(range(rows), wanted))
 
 
 def leakage(train: Iterable[Conversation], held_out: Sequence[Conversation]) -> list[Conversation]:

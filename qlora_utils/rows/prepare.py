@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qlora_utils.rows.files import DataError, Row, Rows
 from qlora_utils.rows.held_out import chosen, leaked
@@ -25,7 +25,9 @@ from qlora_utils.rows.statistics import Sums, Taken, digest_array, report_of, ta
 from qlora_utils.rows.stored import BLOCK, line
 from qlora_utils.rows.workers import MOST, cores, in_order
 from qlora_utils.runs.directory import HEADLESS, TERMINAL, write_json
-from qlora_utils.tokens.formats import Format
+
+if TYPE_CHECKING:
+    from qlora_utils.tokens.formats import Format
 
 FEW = 2000  # rows that are not worth other processes
 CHUNK = 256  # rows handed over at a time

@@ -13,12 +13,14 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qlora_utils.rows.conversations import Conversation, Rejected, UnusableRowError, parse, record_of, usable
+from qlora_utils.rows.conversations import Conversation, Rejected, UnusableRowError, batches, parse, record_of, usable
 from qlora_utils.rows.files import Row
 from qlora_utils.rows.stored import line
-from qlora_utils.tokens.formats import Format, batches
+
+if TYPE_CHECKING:
+    from qlora_utils.tokens.formats import Format
 
 DIGEST = 16  # bytes
 NO_TEXT = bytes(DIGEST)  # of what normalises to nothing (an emoji, say), which is like nothing else

@@ -10,14 +10,23 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from qlora_utils.config import RunConfig
 from qlora_utils.models.files import Architecture
 from qlora_utils.models.shapes import architecture_of
-from qlora_utils.rows.conversations import CHAT_TEMPLATE, MARKS, Conversation, Turn, defused, prompt_text, turn_text
+from qlora_utils.rows.conversations import (
+    CHAT_TEMPLATE,
+    MARKS,
+    Conversation,
+    Turn,
+    batches,
+    defused,
+    prompt_text,
+    turn_text,
+)
 from qlora_utils.rows.files import DataError
 from qlora_utils.runs.directory import RunDirectory, write_text
 from qlora_utils.tokens.instructions import (
@@ -33,7 +42,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that carries no loss, in torch and in transformers
-ROOM = 2**18  # characters of conversations encoded at a time: lists of ids are large while they last
 
 
 @dataclass(frozen=True)
@@ -100,19 +108,6 @@ class Measured:
     answered: list[bool]
     answer_tokens: int
     unknown: int
-
-
-def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
-    """Conversations in order, as many at a time as have room in memory when they are encoded."""
-    batch, held = [], 0
-    for conversation in conversations:
-        batch.append(conversation)
-        held += sum(len(turn.question) + len(turn.answer) for turn in conversation.turns) + 16
-        if held >= ROOM:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
 
 
 def format_of(tokenizer: PreTrainedTokenizerBase | BareTokenizer, config: RunConfig) -> Format:

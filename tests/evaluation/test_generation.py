@@ -13,8 +13,8 @@ from qlora_utils import quantization
 from qlora_utils.config import RunConfig
 from qlora_utils.evaluation import generation
 from qlora_utils.evaluation.generation import Answer, Question, Sampling, answer_all
-from qlora_utils.loop.interruptions import OutOfMemoryError
 from qlora_utils.lora import base_alone
+from qlora_utils.models.hardware import OutOfMemoryError
 from qlora_utils.rows.conversations import Conversation, Turn, defused
 from qlora_utils.tokens.formats import format_of
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora_utils.loop import interruptions as recovery
+from qlora_utils.loop import interruptions
+from qlora_utils.models.hardware import is_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -23,34 +24,34 @@ from qlora_utils.loop import interruptions as recovery
     ],
 )
 def test_errors_of_memory_are_told_from_others(error, is_one):
-    assert recovery.is_out_of_memory(error) == is_one
+    assert is_out_of_memory(error) == is_one
 
 
 def test_what_really_runs_out_of_memory_is_seen():
     with pytest.raises(Exception) as caught:  # whichever kind torch takes
         torch.empty(2**60, dtype=torch.uint8)
-    assert recovery.is_out_of_memory(caught.value)
+    assert is_out_of_memory(caught.value)
 
 
 def test_bad_steps_are_counted_and_a_few_in_a_row_are_too_many():
-    watch = recovery.Watch()
-    assert [watch.bad() for _ in range(recovery.BAD_STEPS - 1)] == [False] * (recovery.BAD_STEPS - 1)
+    watch = interruptions.Watch()
+    assert [watch.bad() for _ in range(interruptions.BAD_STEPS - 1)] == [False] * (interruptions.BAD_STEPS - 1)
     watch.good()
-    assert [watch.bad() for _ in range(recovery.BAD_STEPS)] == [False] * (recovery.BAD_STEPS - 1) + [True]
-    assert watch.skipped == 2 * recovery.BAD_STEPS - 1
+    assert [watch.bad() for _ in range(interruptions.BAD_STEPS)] == [False] * (interruptions.BAD_STEPS - 1) + [True]
+    assert watch.skipped == 2 * interruptions.BAD_STEPS - 1
 
 
 def test_a_diverged_training_names_step_and_causes():
     text = str(
-        recovery.diverged(7, float("nan"), 3.0, learning_rate=0.1, dtype="float16", kept="Checkpoint 4 is whole.")
+        interruptions.diverged(7, float("nan"), 3.0, learning_rate=0.1, dtype="float16", kept="Checkpoint 4 is whole.")
     )
     for part in ("nan", "step 7", "learning_rate too high (0.1)", "float16", "65,504", "Checkpoint 4 is whole."):
         assert part in text
-    assert "float16" not in str(recovery.diverged(7, 1.0, 3.0, learning_rate=0.1, dtype="bfloat16", kept=""))
+    assert "float16" not in str(interruptions.diverged(7, 1.0, 3.0, learning_rate=0.1, dtype="bfloat16", kept=""))
 
 
 def test_the_first_signal_asks_and_the_second_leaves_at_once():
-    leave, control = recovery.LeaveWhenAsked(), SimpleNamespace(should_save=False, should_training_stop=False)
+    leave, control = interruptions.LeaveWhenAsked(), SimpleNamespace(should_save=False, should_training_stop=False)
     before = signal.getsignal(signal.SIGTERM)
     with leave.listening():
         leave.on_step_end(None, None, control)
@@ -67,7 +68,7 @@ def test_the_first_signal_asks_and_the_second_leaves_at_once():
 def test_a_signal_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with recovery.LeaveWhenAsked().listening():
+        with interruptions.LeaveWhenAsked().listening():
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
@@ -78,7 +79,7 @@ def test_in_another_thread_signals_are_left_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work():
-        with recovery.LeaveWhenAsked().listening():
+        with interruptions.LeaveWhenAsked().listening():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

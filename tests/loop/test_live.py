@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_training import Break, CrashAt, changed, losses, train, trained_weights
 
-from qlora_utils.loop import interruptions as recovery
-from qlora_utils.loop import live
+from qlora_utils.loop import interruptions, live
 from qlora_utils.runs.directory import HEADLESS, TERMINAL, read_jsonl
 
 
@@ -171,12 +170,12 @@ class Ask(live.TrainerCallback):
 
 def test_one_that_was_stopped_or_diverged_says_so(config, tokenizer, prepared, monkeypatch):
     view = Watched(monkeypatch).view
-    with pytest.raises(recovery.Interrupted):
+    with pytest.raises(interruptions.Interrupted):
         train(config, tokenizer, prepared, Ask())
     assert (view.last.phase, view.last.step) == ("stopped", 3)
     assert "Stopped after step 3 of 8" in live.as_page(view.last)
     view = Watched(monkeypatch).view
-    with pytest.raises(recovery.DivergedError):
+    with pytest.raises(interruptions.DivergedError):
         train(changed(config, run_name="wild"), tokenizer, prepared, Break(2))
     assert view.last.phase == "failed"
     assert "no finite numbers" in Words(live.as_page(view.last)).text

@@ -8,8 +8,9 @@ from conftest import BOTH
 from test_training import Spoil, changed, losses, train, trained_weights
 
 from qlora_utils.kernels import loss
-from qlora_utils.loop import interruptions as recovery
+from qlora_utils.loop import interruptions
 from qlora_utils.loop.trainer import Steps
+from qlora_utils.models.hardware import OutOfMemoryError
 from qlora_utils.models.memory import settle, within_learned
 from qlora_utils.runs.directory import read_json
 from qlora_utils.tokens.formats import format_of
@@ -65,7 +66,7 @@ def test_memory_that_runs_out_in_the_optimizer_is_told_in_words(config, tokenize
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(recovery.OutOfMemoryError, match=r"at step 1, outside of a forward.*Take shorter examples"):
+    with pytest.raises(OutOfMemoryError, match=r"at step 1, outside of a forward.*Take shorter examples"):
         train(config, tokenizer, prepared)
 
 
@@ -109,7 +110,7 @@ def test_out_of_memory_makes_passes_smaller_and_changes_nothing(config, tokenize
 
 def test_out_of_memory_with_one_example_at_a_time_says_what_takes_less(config, tokenizer, prepared, monkeypatch):
     OutOfMemory(monkeypatch, {5}, always=True)
-    with pytest.raises(recovery.OutOfMemoryError, match=r"at step 5.*one example.*max_seq_len=256.*train_head=false"):
+    with pytest.raises(OutOfMemoryError, match=r"at step 5.*one example.*max_seq_len=256.*train_head=false"):
         train(config, tokenizer, prepared)
     monkeypatch.undo()
     _, _, history = train(config, tokenizer, prepared)
@@ -155,7 +156,7 @@ def test_in_fp16_the_scaler_finds_its_scale_and_only_a_loss_that_is_none_counts(
 
     monkeypatch.setattr(Steps, "_forward_and_backward", spoiled)
     if what == "loss":
-        with pytest.raises(recovery.DivergedError, match="float16 compute"):
+        with pytest.raises(interruptions.DivergedError, match="float16 compute"):
             train(half, tokenizer, prepared)
     else:
         _, run, history = train(half, tokenizer, prepared)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from qlora_utils import data
 from qlora_utils.config import RunConfig
 from qlora_utils.models.shapes import architecture_of
+from qlora_utils.rows import conversations
 from qlora_utils.rows.conversations import MARKS, Conversation, Turn, parse, prompt_text, render
 from qlora_utils.rows.files import Row
 from qlora_utils.tokens import formats
@@ -216,7 +217,7 @@ def test_an_encoder_reads_what_the_system_is_told_before_its_turn(tokenizer):
 def test_examples_are_a_list_of_what_each_batch_makes(config, tokenizer, prepared, monkeypatch, training):
     whole = format_of(tokenizer, config).examples(prepared.train, training=training)
     listed = list(whole)
-    monkeypatch.setattr(formats, "ROOM", 100)  # a batch for each conversation or two; T5's instructions go on
+    monkeypatch.setattr(conversations, "ROOM", 100)  # a batch for each conversation or two; T5's instructions go on
     assert format_of(tokenizer, config).examples(prepared.train, training=training) == whole == listed
     assert len(whole) == len(listed)
     assert whole[2:9:3] == listed[2:9:3]
