@@ -22,9 +22,10 @@ from pathlib import Path
 # What a process is started with; `ours` is whatever the library sets when nothing is set.
 SETTINGS: dict[str, dict[str, str]] = {
     "as PyTorch comes": {"GOMP_SPINCOUNT": "30000000000"},
-    "GOMP_SPINCOUNT=100": {"GOMP_SPINCOUNT": "100"},
-    "ours": {},
     "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+    "GOMP_SPINCOUNT=3000": {"GOMP_SPINCOUNT": "3000"},
+    "ours": {},
+    "GOMP_SPINCOUNT=300": {"GOMP_SPINCOUNT": "300"},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
 LOADS = {"alone": 0, "beside one": 1, "beside several": 4}

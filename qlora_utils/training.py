@@ -31,6 +31,7 @@ from qlora_utils.evaluation.generation import Sampling, answer_all, questions_of
 from qlora_utils.evaluation.scores import exact_match
 from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions
+from qlora_utils.loop.history import HistoryWriter, peak_memory_bytes
 from qlora_utils.loop.live import Progress
 from qlora_utils.loop.trainer import TRAINERS, Steps, Traced
 from qlora_utils.lora import record_base
@@ -42,7 +43,6 @@ from qlora_utils.rows.files import DataError
 from qlora_utils.rows.held_out import measured_rows
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl, write_json, write_text
-from qlora_utils.runs.history import HistoryWriter, peak_memory_bytes
 from qlora_utils.shown import cut
 from qlora_utils.tokens.formats import Format, format_of
 from qlora_utils.tokens.packing import StepCollator, make_collator

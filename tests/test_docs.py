@@ -319,7 +319,7 @@ def test_columns_of_the_history_are_told_of(tmp_path):
     from runs import measured
 
     from qlora_utils.curves import COLUMNS
-    from qlora_utils.runs.history import HistoryWriter
+    from qlora_utils.loop.history import HistoryWriter
 
     section = (ROOT / "docs" / "run_directory.md").read_text().split("## history.jsonl", 1)[1].split("\n## ", 1)[0]
     at = SimpleNamespace(global_step=1, epoch=0.1, num_input_tokens_seen=1)

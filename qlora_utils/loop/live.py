@@ -19,10 +19,10 @@ from typing import Any, Protocol, TextIO
 import torch
 from transformers import TrainerCallback
 
-from qlora_utils.curves import column, sample_answers
 from qlora_utils.locate import first_line
+from qlora_utils.loop.history import HistoryWriter, peak_memory_bytes
 from qlora_utils.runs.directory import HEADLESS, TERMINAL
-from qlora_utils.runs.history import HistoryWriter, peak_memory_bytes
+from qlora_utils.runs.history import column, sample_answers
 from qlora_utils.shown import cut, in_page, on_terminal
 
 SHARE = 0.02  # of the time, at most, goes into showing it

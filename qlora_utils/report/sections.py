@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_utils import wording
 from qlora_utils.config import PLACE_FIELDS, RunConfig
-from qlora_utils.curves import column, lowest, rose, sample_answers, smooth, turned
 from qlora_utils.evaluation import compare
 from qlora_utils.evaluation.scores import paired_text, score_text
 from qlora_utils.presets import PRESETS
@@ -20,6 +19,7 @@ from qlora_utils.report.sentences import Facts
 from qlora_utils.report.word_diff import differences
 from qlora_utils.rows.statistics import truncated_share
 from qlora_utils.runs.directory import read_json, repository
+from qlora_utils.runs.history import column, lowest, rose, sample_answers, smooth, turned
 
 if TYPE_CHECKING:
     from qlora_utils.models.memory import MemoryPlan

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from qlora_utils.curves import column, fault_of_numbers, fault_of_sample, lowest, rose, smooth, turned
 from qlora_utils.evaluation.scores import (
     TITLES,
     clusters_of,
@@ -24,6 +23,7 @@ from qlora_utils.evaluation.scores import (
 )
 from qlora_utils.rows.statistics import truncated_share
 from qlora_utils.runs.directory import DamagedError, RunDirectory, read_json, read_jsonl
+from qlora_utils.runs.history import column, fault_of_numbers, fault_of_sample, lowest, rose, smooth, turned
 from qlora_utils.wording import counted, duration, loss, passes, percent, size
 
 Line = Mapping[str, Any]  # of answers.jsonl

@@ -1,100 +1,117 @@
-"""What a training writes down while it runs: a line of `history.jsonl` for each logged step."""
+"""What `history.jsonl` says of a training: its lines, their columns, and where the held-out loss was lowest."""
 
 from __future__ import annotations
 
-import json
-import math
-import resource
-import sys
-import time
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
-import torch
-from transformers import TrainerCallback
+from qlora_utils.runs.directory import RunDirectory, damaged, read_jsonl
 
-from qlora_utils.runs.directory import read_jsonl, write_jsonl
+History = list[dict[str, Any]]
+
+# column of history.jsonl -> title with unit
+COLUMNS = {
+    "loss": "training loss (nats per labelled token)",  # of answers; with response_only=false of questions too
+    "eval_loss": "held-out loss (nats per answer token)",
+    "eval_exact_match": "exact match on held-out questions",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_s": "tokens per second",
+    "peak_memory_bytes": "peak memory (GB)",
+}
+
+NUMBERS = (*COLUMNS, "epoch")
+SAMPLE = ("question", "expected", "answer")  # of one held-out question, asked at every measurement
 
 
-class HistoryWriter(TrainerCallback):
-    """Writes one line of `history.jsonl` per logged step, the held-out loss on the line of its step.
+def read_history(run: RunDirectory) -> History:
+    """The lines of a run's `history.jsonl`, in order.
 
-    `lines` are those written so far, and those that were there of a training that goes on.
+    Raises:
+        FileNotFoundError: nothing was trained in this run directory yet.
+        DamagedError: a line that is none of a training, or no line at all.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: list[dict[str, Any]] = []
-        self.training_s = 0.0
-        self.tokens_before = 0
-        self.seconds_before = 0.0
-        self.began = 0.0
-        self.writes = True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Drop lines of steps that a training which goes on is about to repeat."""
-        self.writes = getattr(state, "is_world_process_zero", True)  # of several processes one
-        if not self.writes:
-            return
-        kept = (
-            [line for line in read_jsonl(self.path) if line["step"] <= state.global_step] if self.path.is_file() else []
-        )
-        self.lines = kept if state.global_step else []
-        write_jsonl(self.path, self.lines)
-        self.tokens_before = int(state.num_input_tokens_seen)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock that counts training alone, not evaluation or saving, if it does not run already."""
-        self.began = self.began or time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """See that the first and the last step are logged, whatever the intervals; stop the clock for pauses.
-
-        Only then the GPU is waited for: elsewhere the next step is prepared while it works.
-        """
-        if state.global_step in (1, state.max_steps):
-            control.should_log = True
-        if state.global_step == state.max_steps:
-            control.should_evaluate = True
-        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.training_s += time.perf_counter() - self.began
-            self.began = 0.0
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Append the line of this step; what is not a number becomes null."""
-        if not self.writes:
-            return
-        logs = logs or {}
-        line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
-        if "loss" in logs:
-            tokens = int(state.num_input_tokens_seen)
-            seconds = max(self.training_s - self.seconds_before, 1e-9)
-            line |= {
-                "loss": logs["loss"],
-                "lr": logs["learning_rate"],
-                "grad_norm": logs.get("grad_norm"),
-                "tokens": tokens,
-                "tokens_per_s": round((tokens - self.tokens_before) / seconds, 1),
-                "peak_memory_bytes": peak_memory_bytes(),
-                **({"skipped_steps": logs["skipped_steps"]} if "skipped_steps" in logs else {}),
-            }
-            self.tokens_before, self.seconds_before = tokens, self.training_s
-        elif "eval_loss" in logs:
-            line |= {name: logs[name] for name in ("eval_loss", "eval_exact_match") if name in logs}
-            line |= {"sample": logs["eval_sample"]} if "eval_sample" in logs else {}
-        else:
-            return
-        numbers = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in line.items()}
-        self.lines.append(numbers)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(numbers, ensure_ascii=False) + "\n")
+    lines: History = read_jsonl(run.history, dict)
+    if not lines:
+        raise damaged(run.history, "it holds no line of a training")
+    for number, line in enumerate(lines, start=1):
+        if fault := fault_of_numbers(line) or fault_of_sample(line):
+            raise damaged(run.history, fault, number)
+    return lines
 
 
-def peak_memory_bytes() -> int:
-    """The most memory held so far: by PyTorch on the GPU if there is one, else by this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def fault_of_numbers(line: Mapping[str, Any]) -> str:
+    """What keeps a line from being one of a training: its step, or a column that is no number. Empty if nothing does.
+
+    Fields that are not drawn may hold whatever they like: a later version may add some.
+    """
+    if not isinstance(line.get("step"), int):
+        return "expected step, a whole number, and what was measured then"
+    for name in NUMBERS:
+        if not isinstance(line.get(name, 0), (int, float, type(None))):
+            return f"{name}: expected a number, found {type(line[name]).__name__}"
+    return ""
+
+
+def fault_of_sample(line: Mapping[str, Any]) -> str:
+    """What keeps a line's sample, which it need not have, from being shown. Empty if nothing does."""
+    sample = line.get("sample", {})
+    if isinstance(sample, dict) and all(isinstance(sample.get(name, ""), str) for name in SAMPLE):
+        return ""
+    return f"sample: expected an object with {', '.join(SAMPLE)} as text"
+
+
+def sample_answers(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, bool]]:
+    """How the sample question was answered: steps, the answer, whether it was right.
+
+    Measurements one after the other that gave the same answer are told as one.
+    """
+    asked = [(line["step"], line["sample"]) for line in history if line.get("sample")]
+    rows = []
+    for (answer, right), same in groupby(asked, key=lambda one: (one[1].get("answer", ""), bool(one[1].get("right")))):
+        steps = [step for step, _ in same]
+        rows.append((f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,}–{steps[-1]:,}", answer, right))
+    return rows
+
+
+def column(history: History, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one column, over the lines that have it."""
+    points = [(line["step"], line[name]) for line in history if line.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
+    """Centred moving average, which unlike an exponential one does not lag behind a steep curve.
+
+    Args:
+        values: one per logged step.
+        reach: neighbours on either side that count; fewer near the ends, so that both sides stay even.
+    """
+    smoothed = []
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)
+        window = values[index - near : index + near + 1]
+        smoothed.append(sum(window) / len(window))
+    return smoothed
+
+
+def lowest(history: History, name: str = "eval_loss") -> tuple[int, float] | None:
+    """Step and value at which a column was lowest, None if no line has it."""
+    steps, values = column(history, name)
+    if not values:
+        return None
+    best = min(range(len(values)), key=values.__getitem__)
+    return steps[best], values[best]
+
+
+def turned(history: History, margin: float = 0.01) -> bool:
+    """Whether the held-out loss ends above its lowest point, by more than a share of `margin`."""
+    best = lowest(history)
+    return best is not None and column(history, "eval_loss")[1][-1] > (1 + margin) * best[1]
+
+
+def rose(history: History) -> bool:
+    """Whether the held-out loss rose from the start: what `turned` without ever having fallen did not overfit."""
+    best = lowest(history)
+    return best is not None and turned(history) and best[0] == column(history, "eval_loss")[0][0]

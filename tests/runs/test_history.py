@@ -1,71 +1,43 @@
 from __future__ import annotations
 
-import math
-from types import SimpleNamespace
-
 import pytest
 
 from qlora_utils.runs import history
-from qlora_utils.runs.directory import read_jsonl, write_jsonl
+from qlora_utils.runs.directory import DamagedError, RunDirectory, write_jsonl
+
+HISTORY = [
+    line
+    for step in range(21)
+    for line in ({"step": step, "loss": 3.0 / (step + 1)}, {"step": step, "eval_loss": 1 + abs(step - 12) / 10})
+    if "loss" in line or step % 4 == 0
+]
 
 
-def state(step, tokens=0):
-    return SimpleNamespace(global_step=step, epoch=step / 10, num_input_tokens_seen=tokens, max_steps=10)
+def test_column_takes_the_lines_that_have_it():
+    steps, values = history.column(HISTORY, "eval_loss")
+    assert steps == [0, 4, 8, 12, 16, 20]
+    assert values[3] == 1.0
+    assert history.lowest(HISTORY) == (12, 1.0)
+    assert history.lowest([]) is None
 
 
-CONTROL = SimpleNamespace(should_log=True, should_evaluate=False, should_save=False, should_training_stop=False)
+def test_smoothing_keeps_lines_straight_and_ends_in_place():
+    line = [float(value) for value in range(10)]
+    assert history.smooth(line) == pytest.approx(line)
+    assert history.smooth([0.0, 0.0, 3.0, 0.0, 0.0], reach=1) == pytest.approx([0, 1, 1, 1, 0])
+    assert history.smooth([1.0, 5.0, 2.0], reach=0) == [1.0, 5.0, 2.0]
+    assert history.smooth([]) == []
 
 
-def test_a_training_that_goes_on_drops_the_lines_it_is_about_to_repeat(tmp_path):
-    path = tmp_path / "history.jsonl"
-    lines = [{"step": step, "loss": 1.0} for step in range(1, 6)]
-    write_jsonl(path, lines)
-    history.HistoryWriter(path).on_train_begin(None, state(3), CONTROL)
-    assert read_jsonl(path) == lines[:3]
-    history.HistoryWriter(path).on_train_begin(None, state(0), CONTROL)
-    assert read_jsonl(path) == []
-
-
-def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path):
-    path = tmp_path / "history.jsonl"
-    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    history.HistoryWriter(path).on_train_begin(None, state(1), CONTROL)
-    assert read_jsonl(path) == [{"step": 1, "loss": 2.0}]
-
-
-def test_each_logged_step_is_a_line_in_which_what_is_no_number_is_null(tmp_path):
-    writer = history.HistoryWriter(tmp_path / "history.jsonl")
-    writer.on_train_begin(None, state(0), CONTROL)
-    for step, loss in ((1, 2.5), (2, math.nan)):
-        writer.on_step_begin(None, state(step), CONTROL)
-        writer.on_step_end(None, state(step, tokens=100 * step), CONTROL)
-        logs = {"loss": loss, "learning_rate": 0.1, "grad_norm": math.inf}
-        writer.on_log(
-            None, state(step, tokens=100 * step), CONTROL, logs=logs | ({"skipped_steps": 1} if step == 2 else {})
-        )
-    writer.on_log(None, state(2), CONTROL, logs={"eval_loss": 1.5})
-    writer.on_log(None, state(2), CONTROL, logs={"train_runtime": 3.0})
-    first, second, held_out = read_jsonl(tmp_path / "history.jsonl")
-    assert (first["loss"], first["grad_norm"], first["tokens"]) == (2.5, None, 100)
-    assert "skipped_steps" not in first
-    assert (second["loss"], second["skipped_steps"]) == (None, 1)
-    assert held_out == {"step": 2, "epoch": 0.2, "eval_loss": 1.5}
-
-
-def test_a_sample_answer_goes_with_what_was_measured_and_comes_back(tmp_path):
-    path = tmp_path / "history.jsonl"
-    sample = {"question": "Où ?\u2028", "expected": "là", "answer": "</td>\n", "right": False}
-    writer = history.HistoryWriter(path)
-    writer.on_train_begin(None, state(0), CONTROL)
-    for step in (2, 4):
-        writer.on_log(None, state(step), CONTROL, logs={"eval_loss": 1.5, "eval_sample": sample})
-    assert writer.lines == read_jsonl(path)
-    assert [line["sample"] for line in writer.lines] == [sample, sample]
-    again = history.HistoryWriter(path)
-    again.on_train_begin(None, state(3), CONTROL)
-    assert again.lines == read_jsonl(path) == writer.lines[:1]
-
-
-def test_peak_memory_is_at_least_what_this_process_holds_now():
-    psutil = pytest.importorskip("psutil")
-    assert history.peak_memory_bytes() > 0.5 * psutil.Process().memory_info().rss
+def test_reading(tmp_path):
+    run = RunDirectory(tmp_path)
+    with pytest.raises(FileNotFoundError, match="04_training"):
+        history.read_history(run)
+    write_jsonl(run.history, HISTORY)
+    with run.history.open("a") as file:
+        file.write('{"step": 21, "lo')  # cut off by a crash
+    assert history.read_history(run) == HISTORY
+    for sample in ("text", {"question": "q", "expected": "e", "answer": 5}):
+        write_jsonl(run.history, [*HISTORY, {"step": 22, "eval_loss": 1.0, "sample": sample}])
+        with pytest.raises(DamagedError, match=r"sample: expected an object with question, expected, answer as text"):
+            history.read_history(run)
