@@ -308,12 +308,13 @@ def _ask(options: argparse.Namespace) -> int:
     config = RunConfig.continue_run(run.path)
     require_adapter(run)
 
+    from qlora_utils import playground
     from qlora_utils.evaluation import generation
     from qlora_utils.shown import on_terminal
 
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
     models = ["base" if options.base else "tuned"]
-    for piece in generation.load(run).ask(question, models=models, sampling=sampling):
+    for piece in playground.load(run).ask(question, models=models, sampling=sampling):
         print(on_terminal(piece.text), end="", flush=True)
     print()
     return 0

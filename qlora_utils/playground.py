@@ -1,6 +1,6 @@
 """The answer playground: base and tuned answers side by side as they come, settings, follow-ups, choices (notebook 07).
 
-`generation.load` turns a run into something to ask, `answer_page` and its like turn what was said into HTML, and
+`load` turns a run into something to ask, `answer_page` and its like turn what was said into HTML, and
 `Playground` only wires both to widgets, so that each can be tested by itself. `app` serves that notebook as a page.
 """
 
@@ -19,26 +19,42 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
-from qlora_utils import wording
+from qlora_utils import quantization
 from qlora_utils.config import RunConfig
-from qlora_utils.data import Prepared
-from qlora_utils.evaluation import generation
-from qlora_utils.evaluation.generation import MODELS, Asker, NextTokens, Sampling
+from qlora_utils.data import Prepared, load_tokenizer
+from qlora_utils.evaluation.asker import MODELS, Asker
+from qlora_utils.evaluation.generation import Sampling
+from qlora_utils.evaluation.next_token import next_token_table as next_token_table  # of notebook 07
+from qlora_utils.evaluation.next_token import plot_next_tokens as plot_next_tokens
 from qlora_utils.evaluation.scores import score_text
 from qlora_utils.locate import first_line
+from qlora_utils.lora import base_alone, reload
+from qlora_utils.models.files import check_adapter
 from qlora_utils.models.hardware import free_memory, is_out_of_memory
 from qlora_utils.rows.conversations import Turn
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import RunDirectory, require_adapter, write_text
-from qlora_utils.shown import cut, in_figure, in_page
-from qlora_utils.style import BASE, GRAY, ORANGE, PALE, TUNED, unframed
+from qlora_utils.shown import cut, in_page
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    pass
 
 BOTH = "base and tuned"
 REDRAW_S = 0.1  # seconds between two drawings of an answer that is coming
+
+
+def load(run: RunDirectory) -> Asker:
+    """The model of a run, ready to be asked.
+
+    Raises:
+        FileNotFoundError: nothing was trained there.
+        ModelError: its adapter or its base model is missing, damaged or does not fit.
+    """
+    adapter = require_adapter(run)
+    check_adapter(adapter)
+    config = RunConfig.continue_run(run.path)
+    tuned_model = reload(quantization.load(config), adapter, fused=config.fused_layers)
+    return Asker(tuned_model, load_tokenizer(config), config, base_alone)
 
 
 @dataclass
@@ -195,7 +211,7 @@ class Playground:
         *,
         max_new_tokens: int | None = None,
         instead_of: Playground | None = None,
-        load: Callable[[RunDirectory], Asker] = generation.load,
+        load: Callable[[RunDirectory], Asker] = load,
     ) -> None:
         """Build the widgets, and begin to load the run's model.
 
@@ -542,127 +558,3 @@ def described(run: RunDirectory, config: RunConfig) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ next tokens
-
-
-def next_token_table(found: Mapping[str, Sequence[NextTokens]], tokenizer: Any, *, count: int = 6) -> str:
-    """How likely the next token is, for each model and temperature, as lines of text.
-
-    What top-p leaves out is in brackets.
-
-    Args:
-        found: of `Asker.next_tokens`, for one top-p.
-        tokenizer: of the base model.
-        count: of tokens, the likeliest; all others are taken together.
-    """
-    samplings = next(iter(found.values()))
-    blocks = [f"{'temperature':<26}" + "".join(f"{one.sampling.temperature:>12g}" for one in samplings)]
-    for model, ones in found.items():
-        rows = [
-            (
-                _spelled(token, tokenizer),
-                [_bracketed(float(one.probabilities[place]), place >= one.kept) for one in ones],
-            )
-            for place, token in enumerate(ones[0].ids[:count].tolist())
-        ]
-        others = [_bracketed(sum(_others(one, count)), one.kept <= count) for one in ones]
-        rows += [(_all_others(ones[0], count), others)]
-        rows += [(f"top-p {ones[0].sampling.top_p:g} keeps", [f"{one.kept:,}" for one in ones])]
-        lines = [f"  {name:<24}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
-        blocks.append("\n".join([model, *lines]))
-    return "\n\n".join(blocks)
-
-
-def plot_next_tokens(
-    question: str, found: Mapping[str, Sequence[NextTokens]], tokenizer: Any, *, count: int = 6
-) -> Figure:
-    """How likely the next token is: a row of panels for each model, in it a panel for each temperature.
-
-    What top-p leaves out is pale and hatched, and a line marks where it cuts.
-
-    Args: as `next_token_table`, and the question, for the title.
-    """
-    import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    samplings = [one.sampling for one in next(iter(found.values()))]
-    across = len(samplings)
-    size = (1.7 + 2.5 * across, 1.4 + (0.45 + 0.25 * (count + 1)) * len(found))
-    figure, axes = plt.subplots(len(found), across, figsize=size, layout="constrained", squeeze=False)
-    colors = {"base": BASE, "tuned": TUNED}
-    for row, (model, ones) in zip(axes, found.items(), strict=True):
-        names = [in_figure(_spelled(token, tokenizer)) for token in ones[0].ids[:count].tolist()]
-        for one, ax in zip(ones, row, strict=True):
-            _plot_panel(one, ax, count, color=colors[model])
-            ax.set_yticks(range(len(names) + 1), [])
-        row[0].set_yticks(range(len(names) + 1), [*names, _all_others(ones[0], count)])
-        row[0].set_ylabel(model, fontsize="large", fontweight="bold")
-    for ax, sampling in zip(axes[0], samplings, strict=True):
-        ax.annotate(f"temperature {sampling.temperature:g}", (0, 1), xytext=(0, 21), xycoords="axes fraction",
-                    textcoords="offset points", fontsize="large", fontweight="bold")  # fmt: skip
-    for ax in axes[-1]:
-        ax.set_xticks(ax.get_xticks(), ["0", "50%", "100%"])
-        ax.set_xlabel("probability")
-    asked = in_figure(cut(question, 60))
-    figure.suptitle(f"The first token of an answer to “{asked}”\n", x=0.01, ha="left", linespacing=0.5)
-    figure.legend(
-        [Line2D([], [], **_CUT), Patch(**_LEFT_OUT)],
-        [f"where top-p {samplings[0].top_p:g} cuts", "what it leaves out"],
-        frameon=False, ncols=2, loc="outside lower right",
-    )  # fmt: skip
-    return figure
-
-
-_LEFT_OUT: dict[str, Any] = {"facecolor": PALE, "edgecolor": GRAY, "hatch": "////", "linewidth": 0.5}
-_CUT: dict[str, Any] = {"color": ORANGE, "linestyle": "--", "linewidth": 1.5}
-
-
-def _plot_panel(one: NextTokens, ax: Axes, count: int, *, color: str) -> None:
-    """The likeliest tokens as bars, all others as one bar below, and the cut."""
-    shares = one.probabilities[:count].tolist()
-    below = len(shares)  # the place of all others
-    for place, share in enumerate(shares):
-        ax.barh(place, share, height=0.72, **({"color": color} if place < one.kept else _LEFT_OUT))
-    kept, left = _others(one, count)
-    ax.barh(below, kept, height=0.72, color=color)
-    ax.barh(below, left, left=kept, height=0.72, **_LEFT_OUT)
-    for place, share in enumerate([*shares, kept + left]):
-        ax.annotate(_percent(share), (share, place), xytext=(4, 0), textcoords="offset points", va="center",
-                    fontsize="small")  # fmt: skip
-    if below < one.kept < len(one.ids):
-        ax.plot([kept, kept], [below - 0.5, below + 0.5], **_CUT)
-    elif one.kept < len(one.ids):
-        ax.axhspan(one.kept - 0.5, below + 0.6, color=PALE, alpha=0.4, linewidth=0, zorder=0)
-        ax.axhline(one.kept - 0.5, **_CUT)
-    ax.set_title(f"top-p {one.sampling.top_p:g} keeps {one.kept:,} of {len(one.ids):,} tokens", loc="left",
-                 fontsize="small")  # fmt: skip
-    ax.set(xlim=(0, 1.3), ylim=(below + 0.6, -0.6))
-    ax.set_xticks([0, 0.5, 1], [])
-    ax.tick_params(axis="y", length=0)
-    unframed(ax, grid="x")
-
-
-def _others(one: NextTokens, count: int) -> tuple[float, float]:
-    """What all tokens but the likeliest have together: those that top-p keeps, and those that it leaves out."""
-    border = max(count, one.kept)
-    return float(one.probabilities[count:border].sum()), float(one.probabilities[border:].sum())
-
-
-def _all_others(one: NextTokens, count: int) -> str:
-    return f"all {max(0, len(one.ids) - count):,} others"
-
-
-def _spelled(token: int, tokenizer: Any) -> str:
-    """A token as it is written, in quotes that show its spaces, cut if it is long."""
-    once, twice = (str(tokenizer.decode([token] * times)) for times in (1, 2))
-    text = repr(twice[len(once) :] if twice.startswith(once) else once)  # at the very start some lose their space
-    return text if len(text) <= 18 else f"{text[:17]}…"
-
-
-def _bracketed(share: float, left_out: bool) -> str:
-    return f"({_percent(share)})" if left_out else _percent(share)
-
-
-def _percent(share: float) -> str:
-    """A share in few letters."""
-    return wording.percent(share).replace("less than ", "<").replace("more than ", ">")

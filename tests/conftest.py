@@ -192,3 +192,16 @@ def tuned_model(base_model, config):
     from qlora_utils.lora import attach
 
     return attach(base_model, config)
+
+
+@pytest.fixture
+def asker(config, tuned_model, tokenizer):
+    """Base and tuned model that differ: the tuned one has another head."""
+    import torch
+
+    from qlora_utils.evaluation.asker import Asker
+    from qlora_utils.lora import base_alone
+
+    with torch.no_grad():
+        tuned_model.base_model.model.lm_head.modules_to_save["default"].weight.neg_()
+    return Asker(tuned_model, tokenizer, config, base_alone)

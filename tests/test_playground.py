@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 
 from qlora_utils import playground
 from qlora_utils.config import RunConfig
-from qlora_utils.evaluation.generation import Asker, Piece, Sampling
+from qlora_utils.evaluation.asker import Asker, Piece
+from qlora_utils.evaluation.generation import Sampling
+from qlora_utils.evaluation.next_token import next_tokens
+from qlora_utils.lora import base_alone
 from qlora_utils.playground import Exchange, Playground, Said
 from qlora_utils.rows.conversations import Turn
 from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
@@ -497,7 +500,7 @@ def test_a_scored_run_is_described_by_its_scores(run):
 
 @BOTH
 def test_with_the_real_model(run, config, tuned_model, tokenizer):
-    play = opened(run, Asker(tuned_model, tokenizer, config), max_new_tokens=8)
+    play = opened(run, Asker(tuned_model, tokenizer, config, base_alone), max_new_tokens=8)
     exchange = asked(play, "What is the capital of Japan?")
     # The adapter has not learned anything yet, so both are the base model.
     assert exchange.answers["tuned"].text == exchange.answers["base"].text != ""
@@ -596,7 +599,7 @@ def drawn_and_told(logits, tokenizer, *, temperatures=(0.5, 1, 2), top_p=0.9, qu
     """The figure, the table, and what both are of."""
     ways = [Sampling(temperature=temperature, top_p=top_p) for temperature in temperatures]
     found = {
-        model: [way.next_tokens(torch.tensor(row)) for way in ways]
+        model: [next_tokens(torch.tensor(row), way) for way in ways]
         for model, row in zip(("base", "tuned"), logits, strict=True)
     }
     return playground.plot_next_tokens(question, found, tokenizer), playground.next_token_table(found, tokenizer), found

@@ -232,12 +232,13 @@ def test_the_base_cannot_answer_and_the_tuned_model_can(recipe, trained):
 
 def test_asked_by_hand_the_saved_adapter_answers_as_in_answers_jsonl(recipe, trained, tokenizer):
     """As `qlora ask` and the playground do it: reloaded from disk, one question at a time, piece by piece."""
+    from qlora_utils import playground
     from qlora_utils.evaluation import generation
     from qlora_utils.runs.directory import RunDirectory, read_jsonl
 
     config, *_ = trained
     run = RunDirectory(config.run_dir)
-    asker = generation.load(run)
+    asker = playground.load(run)
     lines = [x for x in read_jsonl(run.answers) if x["split"] == recipe.ENTITIES and not x["history"]][:24]
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from qlora_utils import cli
 from qlora_utils.commands import run as runner
 from qlora_utils.config import ConfigError, RunConfig
-from qlora_utils.evaluation import generation
+from qlora_utils.evaluation.asker import Asker, Piece
 from qlora_utils.loop import checkpoints
 from qlora_utils.report import page as report
 from qlora_utils.runs.directory import TERMINAL, RunDirectory, read_json, read_jsonl, write_json, write_jsonl
@@ -340,8 +340,8 @@ def test_ask_answers_on_the_terminal(finished, capsys):
 
 def test_what_an_answer_would_do_to_the_terminal_is_spelled_out(finished, monkeypatch, capsys):
     hostile = ["\x1b]0;owned", "\x07 \x1b[2J\r", "fine\n"]
-    said = [generation.Piece("tuned", text, 1, 1.0) for text in hostile]
-    monkeypatch.setattr(generation.Asker, "ask", lambda *_, **__: iter(said))
+    said = [Piece("tuned", text, 1, 1.0) for text in hostile]
+    monkeypatch.setattr(Asker, "ask", lambda *_, **__: iter(said))
     assert cli.main(["ask", "Why?", "--run", str(finished.path)]) == 0
     assert capsys.readouterr().out == "\\x1b]0;owned\\x07 \\x1b[2J\\rfine\n\n"
     assert cli.main(["run", "--preset", "\x1b[2J"]) == 2
