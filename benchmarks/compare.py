@@ -99,7 +99,7 @@ def prepare(settings: measure.Settings) -> measure.Settings:
     import ours
 
     from qlora_utils import data
-    from qlora_utils.runs.directory import write_jsonl
+    from qlora_utils.runs.files import write_jsonl
     from qlora_utils.tokens import formats
 
     config = ours.config_of(replace(settings, steps=settings.steps or 1))
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def common_facts(settings: measure.Settings) -> dict[str, Any]:
     """What results.json says of all contenders: settings, rows, hardware, the measured matrix rate, useful work."""
-    from qlora_utils.runs.directory import hardware
+    from qlora_utils.runs.provenance import hardware
 
     rows = settings.rows("rows")
     tokens = sum(len(row["input_ids"]) for row in rows)

@@ -8,7 +8,8 @@ from torch import nn
 from qlora_utils import data, lora, quantization, training
 from qlora_utils.config import RunConfig
 from qlora_utils.models.memory import settle
-from qlora_utils.runs.directory import RunDirectory, read_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_jsonl
 from qlora_utils.tokens import formats
 
 

@@ -88,7 +88,8 @@ def main() -> int:
                 with busy(processes):
                     found[load][setting].append(seconds(setting, options.steps))
                 print(f"{load:<16}{setting:<26}{found[load][setting][-1]:8.1f} s", flush=True)
-    from qlora_utils.runs.directory import provenance, write_json
+    from qlora_utils.runs.files import write_json
+    from qlora_utils.runs.provenance import provenance
 
     write_json(options.out, {"steps": options.steps, "seconds": found, **provenance()})
     for setting in SETTINGS:

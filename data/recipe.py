@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.rows.conversations import CHAT_TEMPLATE, Turn, render
-from qlora_utils.runs.directory import hardware, versions
+from qlora_utils.runs.provenance import hardware, versions
 
 if TYPE_CHECKING:
     import torch

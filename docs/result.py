@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.curves import column, read_history, smooth
-from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json, read_jsonl
 from qlora_utils.shown import cut, in_figure
 
 if TYPE_CHECKING:

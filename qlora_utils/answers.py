@@ -32,7 +32,8 @@ from qlora_utils.lora import base_alone
 from qlora_utils.models.memory import answer_room, settle
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.held_out import scored_rows
-from qlora_utils.runs.directory import RunDirectory, write_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import write_jsonl
 from qlora_utils.shown import cut, in_figure
 from qlora_utils.style import BASE, ORANGE, TUNED, unframed
 from qlora_utils.tokens.formats import format_of

@@ -335,7 +335,8 @@ def _compare(options: argparse.Namespace) -> int:
     from qlora_utils.config import ConfigError
     from qlora_utils.evaluation import compare
     from qlora_utils.report import page as report
-    from qlora_utils.runs.directory import DamagedError, RunDirectory, write_json
+    from qlora_utils.runs.directory import RunDirectory
+    from qlora_utils.runs.files import DamagedError, write_json
 
     if options.show < 0:
         raise ConfigError(f"show: {options.show} is not allowed; expected 0 or more.")

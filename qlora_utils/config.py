@@ -403,19 +403,49 @@ def no_such_run(run_dir: Path) -> str:
     there = sorted(path.parent.name for path in run_dir.parent.glob("*/config.json"))
     shown = ", ".join([*there[:8], *(["…"] if len(there) > 8 else [])])
     told = f" Runs there: {shown}." if there else ""
-    return f"{run_dir / 'config.json'}: no such run.{told} `{shlex.join(run_command(run_dir))}` makes it."
+    return f"{run_dir / 'config.json'}: no such run.{told} `{run_command(run_dir)}` makes it."
 
 
-def run_command(run_dir: Path) -> list[str]:
-    """The words of the command that makes a run or goes on with it, to be given in this folder."""
-    words = ["qlora", "run", "--run-name", run_dir.name]
+def run_command(
+    run_dir: Path | str,
+    *,
+    preset: str | None = None,
+    config_file: Path | str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    start: str | None = None,
+    fresh: bool = False,
+) -> str:
+    """Word the command that makes a run or resumes it, quoted for a shell in this folder.
+
+    Args:
+        run_dir: of the run; its name alone means one below `outputs`.
+        preset: to begin with (None: what the run directory says).
+        config_file: a `config.json` to take all values from instead.
+        parameters: fields and their values, in the order given.
+        start: number of the notebook to start from.
+        fresh: begin anew.
+    """
+    run_dir = Path(run_dir) if isinstance(run_dir, Path) else Path("outputs") / run_dir
+    words = ["qlora", "run"]
+    words += ["--preset", preset] if preset else []
+    words += ["--config", str(config_file)] if config_file else []
+    words += ["--run-name", run_dir.name]
     if run_dir.resolve().parent != Path("outputs").resolve():
         words += ["--output-dir", str(run_dir.parent)]
-    return words
+    for name, value in (parameters or {}).items():
+        words += ["-p", f"{name}={as_given(value)}"]
+    words += ["--from", start] if start else []
+    words += ["--fresh"] if fresh else []
+    return shlex.join(words)
+
+
+def as_given(value: Any) -> str:
+    """A value of a field as `-p` takes it: `none`, `true` and `false` in small letters."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # What to do with a config.json that is damaged.
-_RESTORE = "Restore the file from a copy, or begin the run anew: qlora run --fresh --preset PRESET --run-name NAME"
+_RESTORE = f"Restore the file from a copy, or begin the run anew: {run_command('NAME', preset='PRESET', fresh=True)}"
 
 
 def _all_but(name: str) -> str | None:

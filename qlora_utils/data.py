@@ -22,7 +22,8 @@ from qlora_utils.rows.files import DataError, first_rows, read_source
 from qlora_utils.rows.prepare import prepare_into
 from qlora_utils.rows.statistics import truncated_share
 from qlora_utils.rows.stored import Stored, digest_of, write_rows
-from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl, write_json
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json, read_jsonl, write_json
 from qlora_utils.style import BLUE, ORANGE, unframed
 from qlora_utils.tokens.formats import Format, format_of
 from qlora_utils.tokens.instructions import instructions_of

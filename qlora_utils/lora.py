@@ -24,7 +24,7 @@ from qlora_utils.models.files import check_adapter
 from qlora_utils.models.memory import settle
 from qlora_utils.models.shapes import HEAD, architecture_of
 from qlora_utils.quantization import unquantized_shape
-from qlora_utils.runs.directory import read_json, write_json
+from qlora_utils.runs.files import read_json, write_json
 from qlora_utils.style import BLUE, ORANGE, unframed
 
 if TYPE_CHECKING:

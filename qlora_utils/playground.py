@@ -33,7 +33,8 @@ from qlora_utils.models.files import check_adapter
 from qlora_utils.models.hardware import free_memory, is_out_of_memory
 from qlora_utils.rows.conversations import Turn
 from qlora_utils.runs import locks
-from qlora_utils.runs.directory import RunDirectory, require_adapter, write_text
+from qlora_utils.runs.directory import RunDirectory, require_adapter
+from qlora_utils.runs.files import write_text
 from qlora_utils.shown import cut, in_page
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from qlora_utils.models.files import Architecture
 from qlora_utils.models.hardware import compute_dtype
 from qlora_utils.models.memory import settle_to_load
 from qlora_utils.models.shapes import architecture_of
-from qlora_utils.runs.directory import read_json
+from qlora_utils.runs.files import read_json
 from qlora_utils.style import BLUE, GRAY, ORANGE, SKY, YELLOW, unframed
 
 if TYPE_CHECKING:

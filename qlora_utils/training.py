@@ -36,13 +36,14 @@ from qlora_utils.loop.live import Progress
 from qlora_utils.loop.trainer import TRAINERS, Steps, Traced
 from qlora_utils.lora import record_base
 from qlora_utils.models.hardware import OutOfMemoryError, compute_dtype, is_out_of_memory
-from qlora_utils.models.memory import LEARNED, answer_room, settle, too_large_at_last, within_learned
+from qlora_utils.models.memory import answer_room, settle, too_large_at_last, within_learned
 from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.files import DataError
 from qlora_utils.rows.held_out import measured_rows
 from qlora_utils.runs import locks
-from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl, write_json, write_text
+from qlora_utils.runs.directory import LEARNED, RunDirectory
+from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_text
 from qlora_utils.shown import cut
 from qlora_utils.tokens.formats import Format, format_of
 from qlora_utils.tokens.packing import StepCollator, make_collator

@@ -18,7 +18,8 @@ from qlora_utils import lora, quantization
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.loop import checkpoints
-from qlora_utils.runs.directory import RunDirectory, read_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_jsonl
 
 SMALL, LARGE = Path(sys.argv[1]), Path(sys.argv[2])
 

@@ -21,7 +21,8 @@ import torch
 from qlora_utils import lora, quantization, training
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared, load_tokenizer
-from qlora_utils.runs.directory import RunDirectory, read_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_jsonl
 
 
 def one(config, tokenizer, prepared):

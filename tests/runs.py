@@ -10,7 +10,8 @@ from qlora_utils.config import RunConfig
 from qlora_utils.evaluation.scores import exact_match, rouge_l, token_f1
 from qlora_utils.loop.history import HistoryWriter
 from qlora_utils.rows.statistics import data_report
-from qlora_utils.runs.directory import RunDirectory, write_json, write_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import write_json, write_jsonl
 from qlora_utils.tokens.formats import format_of
 
 SCORES = {"exact_match": 0.5, "f1": 0.5, "rouge_l": 0.5, "perplexity": 3.0, "stopped": 1.0,

@@ -14,7 +14,7 @@ from qlora_utils.data import Prepared
 from qlora_utils.evaluation.generation import Answer, Question, Sampling, answer_all
 from qlora_utils.rows.conversations import Conversation, Turn
 from qlora_utils.rows.held_out import measured_rows, scored_rows
-from qlora_utils.runs.directory import read_json, read_jsonl
+from qlora_utils.runs.files import read_json, read_jsonl
 
 QUESTIONS = [
     Question("What is the capital of Japan?", "The capital of Japan is Tokyo."),

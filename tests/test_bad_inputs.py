@@ -16,7 +16,8 @@ from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.rows import files as sources
 from qlora_utils.rows.conversations import Conversation, Turn
-from qlora_utils.runs.directory import RunDirectory, write_json, write_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import write_json, write_jsonl
 
 
 @pytest.fixture(scope="session")

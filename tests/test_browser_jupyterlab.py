@@ -14,7 +14,8 @@ from conftest import ROOT
 from served import NOTEBOOKS, jupyterlab, prepared_run, served, trained
 
 from qlora_utils import cli
-from qlora_utils.runs.directory import RunDirectory, read_json
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())]
 

@@ -11,7 +11,8 @@ import pytest
 from served import free_port, served, trained
 
 from qlora_utils.commands import playground as app
-from qlora_utils.runs.directory import RunDirectory, read_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_jsonl
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())]
 

@@ -9,7 +9,7 @@ from browser import audit, missing, screenshot
 from runs import comparison, told
 
 from qlora_utils.report import page as report
-from qlora_utils.runs.directory import write_json
+from qlora_utils.runs.files import write_json
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(missing()), reason=missing())]
 

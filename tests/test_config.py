@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import ast
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from pydantic import ValidationError
 
-from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils import cli
+from qlora_utils.config import ConfigError, RunConfig, run_command
 from qlora_utils.runs.directory import RunDirectory
 
 
@@ -128,3 +133,28 @@ def test_config_alone_imports_no_torch():
     code = "import sys, qlora_utils.cli, qlora_utils.config, qlora_utils.curves; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+def test_the_command_of_a_run_asks_for_what_was_given(tmp_path):
+    values = {"dataset": "my rows.csv", "micro_batch_size": None, "train_head": False, "learning_rate": 5e-05}
+    words = shlex.split(
+        run_command(tmp_path / "a b" / "mine", preset="pocket", parameters=values, start="04", fresh=True)
+    )
+    assert words[0] == "qlora"
+    options = cli._parser().parse_args(words[1:])
+    assert (options.preset, options.run_name, options.start, options.fresh) == ("pocket", "mine", "04", True)
+    assert options.output_dir == str(tmp_path / "a b")
+    given = RunConfig.from_preset("pocket", **dict(pair.split("=", 1) for pair in options.parameters))
+    assert {name: getattr(given, name) for name in values} == values
+    assert run_command("mine") == run_command(Path("outputs/mine")) == "qlora run --run-name mine"
+
+
+def test_the_command_of_a_run_is_worded_in_one_function():
+    """Else advice differs from place to place, and forgets `--output-dir`."""
+    for path in (ROOT / "qlora_utils").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings may name it
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+                assert "qlora run --run" not in node.value, f"{path}, line {node.lineno}"
+                assert "qlora run --preset" not in node.value, f"{path}, line {node.lineno}"

@@ -25,7 +25,8 @@ from qlora_utils.models import shapes
 from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows import files as sources
 from qlora_utils.rows.files import DataError
-from qlora_utils.runs.directory import RunDirectory, write_json
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import write_json
 
 SOURCES = [*(ROOT / "qlora_utils").rglob("*.py"), *(ROOT / "data").glob("*.py")]
 

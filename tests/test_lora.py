@@ -15,7 +15,8 @@ from qlora_utils.kernels.loss import decoder_inputs, response_loss
 from qlora_utils.locate import locate
 from qlora_utils.models.shapes import HEAD
 from qlora_utils.rows.held_out import measured_rows
-from qlora_utils.runs.directory import RunDirectory, read_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_jsonl
 from qlora_utils.tokens.formats import format_of
 from qlora_utils.tokens.packing import make_collator
 

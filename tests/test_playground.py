@@ -23,7 +23,8 @@ from qlora_utils.evaluation.next_token import next_tokens
 from qlora_utils.lora import base_alone
 from qlora_utils.playground import Exchange, Playground, Said
 from qlora_utils.rows.conversations import Turn
-from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_jsonl
 
 
 class Spelled:

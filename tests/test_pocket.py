@@ -207,7 +207,8 @@ def trained(tmp_path_factory, tokenizer):
     """The preset as it is: one whole training, a minute on two cores; base and tuned asked every split."""
     from qlora_utils import answers, data, lora, quantization, training
     from qlora_utils.config import RunConfig
-    from qlora_utils.runs.directory import RunDirectory, read_json
+    from qlora_utils.runs.directory import RunDirectory
+    from qlora_utils.runs.files import read_json
 
     config = RunConfig.from_preset("pocket", output_dir=str(tmp_path_factory.mktemp("pocket")), trace_rows=0)
     run = RunDirectory(config.run_dir)
@@ -234,7 +235,8 @@ def test_asked_by_hand_the_saved_adapter_answers_as_in_answers_jsonl(recipe, tra
     """As `qlora ask` and the playground do it: reloaded from disk, one question at a time, piece by piece."""
     from qlora_utils import playground
     from qlora_utils.evaluation import generation
-    from qlora_utils.runs.directory import RunDirectory, read_jsonl
+    from qlora_utils.runs.directory import RunDirectory
+    from qlora_utils.runs.files import read_jsonl
 
     config, *_ = trained
     run = RunDirectory(config.run_dir)

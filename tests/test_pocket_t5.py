@@ -118,7 +118,8 @@ def test_the_base_cannot_answer_and_the_tuned_model_can(recipe, tokenizer, tmp_p
     """The preset as it is: one whole training, a minute on two cores; base and tuned asked every split."""
     from qlora_utils import answers, data, lora, quantization, training
     from qlora_utils.config import RunConfig
-    from qlora_utils.runs.directory import RunDirectory, read_json
+    from qlora_utils.runs.directory import RunDirectory
+    from qlora_utils.runs.files import read_json
 
     config = RunConfig.from_preset("pocket-t5", output_dir=str(tmp_path), trace_rows=0, eval_steps=125)
     run = RunDirectory(config.run_dir)

@@ -24,7 +24,8 @@ from qlora_utils.loop import checkpoints, interruptions
 from qlora_utils.rows.conversations import Turn
 from qlora_utils.rows.files import DataError
 from qlora_utils.rows.held_out import measured_rows, scored_rows
-from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json, read_jsonl
 from qlora_utils.tokens.formats import IGNORED, encode, format_of
 from qlora_utils.tokens.packing import Collator, make_collator
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from qlora_utils import lora, quantization, training
 from qlora_utils.config import RunConfig
 from qlora_utils.data import load_tokenizer, prepare
-from qlora_utils.runs.directory import RunDirectory, provenance, read_jsonl, write_json
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_jsonl, write_json
+from qlora_utils.runs.provenance import provenance
 
 STORED = Path(__file__).parent / "trajectory.json"
 COLUMNS = ("loss", "grad_norm", "eval_loss")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 import tempfile
 import textwrap
 from array import array
@@ -20,14 +19,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import LARGEST, ConfigError, RunConfig, check_folder, check_source
+from qlora_utils.config import LARGEST, ConfigError, RunConfig, check_folder, check_source, run_command
 from qlora_utils.data import Prepared, load_tokenizer, prepare, report_table
 from qlora_utils.locate import EMBEDDED
 from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.conversations import Conversation, Rejected, first_readable
 from qlora_utils.rows.files import SUFFIXES, DataError, Row, first_rows, read_source, unknown_type
 from qlora_utils.rows.statistics import digest, digest_array, normalise, truncated_share
-from qlora_utils.runs.directory import write_bytes
+from qlora_utils.runs.files import write_bytes
 from qlora_utils.shown import cut, in_page, on_terminal
 from qlora_utils.tokens.formats import format_of
 from qlora_utils.wording import counted, passes, percent
@@ -107,12 +106,8 @@ class Check:
         if preset is not None:
             config = RunConfig.from_preset(preset, dataset=config.dataset, output_dir=config.output_dir)
             values = {"dataset": config.dataset, **({} if self.rows else _advised(config, self.examples))}
-        words = ["qlora", "run", "--preset", config.preset, "--run-name", _free_name(config, preset)]
-        if Path(config.output_dir).resolve() != Path("outputs").resolve():
-            words += ["--output-dir", str(Path(config.output_dir).resolve())]
-        for name, value in values.items():
-            words += ["-p", f"{name}={'none' if value is None else value}"]
-        return shlex.join(words)
+        run_dir = Path(config.output_dir).resolve() / _free_name(config, preset)
+        return run_command(run_dir, preset=config.preset, parameters=values)
 
     @property
     def warnings(self) -> list[str]:

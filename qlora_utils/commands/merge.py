@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from qlora_utils import answers, lora, quantization
-from qlora_utils.config import ConfigError, ModelError, RunConfig, check_folder
+from qlora_utils.config import ConfigError, ModelError, RunConfig, check_folder, run_command
 from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.evaluation import generation
 from qlora_utils.evaluation.generation import Answer, Question, Sampling
@@ -32,7 +32,9 @@ from qlora_utils.models.memory import answer_room
 from qlora_utils.models.shapes import HEAD, architecture_of
 from qlora_utils.quantization import Checkpoint
 from qlora_utils.rows.conversations import Conversation, Turn
-from qlora_utils.runs.directory import RunDirectory, provenance, write_json
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import write_json
+from qlora_utils.runs.provenance import provenance
 from qlora_utils.shown import cut
 from qlora_utils.tokens.formats import format_of
 from qlora_utils.tokens.packing import make_collator
@@ -99,7 +101,7 @@ def merge(
     if not (run.adapter / "adapter_model.safetensors").is_file():
         raise ModelError(
             f"adapter: {run.adapter} holds no trained adapter, so there is nothing to merge. Train one first: "
-            f"qlora run --run-name {config.run_name} --from 04"
+            f"{run_command(run.path, start='04')}"
         )
     model_files.check_adapter(run.adapter)
     tokenizer = load_tokenizer(config)

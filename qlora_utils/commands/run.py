@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -40,16 +39,8 @@ from qlora_utils.models import files as model_files
 from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.files import SUFFIXES
 from qlora_utils.runs import locks
-from qlora_utils.runs.directory import (
-    HEADLESS,
-    TERMINAL,
-    RunDirectory,
-    read_json,
-    require_adapter,
-    with_few_colours,
-    write_json,
-    write_text,
-)
+from qlora_utils.runs.directory import HEADLESS, TERMINAL, RunDirectory, require_adapter
+from qlora_utils.runs.files import read_json, with_few_colours, write_json, write_text
 
 
 class SeriesError(RuntimeError):
@@ -518,13 +509,14 @@ def _left_to_do(run: RunDirectory, config: RunConfig, parameters: Mapping[str, A
 
 def _again(config: RunConfig, parameters: Mapping[str, Any], path: Path) -> str:
     """The command that goes on with a notebook, with what was asked for and still matters there."""
-    words = run_command(config.run_dir)
-    for name in sorted(set(parameters) - {*PLACE_FIELDS}):
-        if path.stem <= _decided_in(name):
-            words += ["-p", f"{name}={parameters[name]}"]
-    if parameters.get("fresh") and path.stem < "04_training":  # the training is still to be begun anew
-        words += ["--from", path.stem[:2], "--fresh"]
-    return shlex.join(words)
+    fresh = bool(parameters.get("fresh")) and path.stem < "04_training"  # the training is still to be begun anew
+    matters = sorted(name for name in {*parameters} - {*PLACE_FIELDS} if path.stem <= _decided_in(name))
+    return run_command(
+        config.run_dir,
+        parameters={name: parameters[name] for name in matters},
+        start=path.stem[:2] if fresh else None,
+        fresh=fresh,
+    )
 
 
 def _say_if_no_gpu(config: RunConfig) -> None:

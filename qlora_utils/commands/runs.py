@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_utils import wording
-from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.config import ConfigError, RunConfig, run_command
 from qlora_utils.evaluation.scores import score_text
 from qlora_utils.locate import first_line
-from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json, read_jsonl
 from qlora_utils.runs.locks import is_at_work
 from qlora_utils.shown import cut
 
@@ -156,7 +157,7 @@ def table(runs: Sequence[Listed], folder: Path) -> str:
         folder: that they lie in.
     """
     if not runs:
-        return f"no runs in {cut(str(folder), 200)}. The first one: qlora run --preset pocket --run-name demo"
+        return f"no runs in {cut(str(folder), 200)}. The first one: {run_command('demo', preset='pocket')}"
     head = ("run", "preset, model", "state", "held-out loss", "exact match, base → tuned", "changed", "size")
     rows = [head, *(_cells(run) for run in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]

@@ -7,7 +7,6 @@ all runs were asked the same ones.
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -26,7 +25,8 @@ from qlora_utils.evaluation.scores import (
     paired_text,
     with_interval,
 )
-from qlora_utils.runs.directory import RunDirectory, damaged, read_json, read_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import damaged, read_json, read_jsonl
 from qlora_utils.shown import cut, in_figure, on_terminal
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
         raise ConfigError(
             f"runs: no held-out question was put to all of {', '.join(names)}. Compare runs on one dataset. If it is "
             "one, and only the draw of questions differs, put more of them to each run: "
-            + _command(runs[-1], "06", "-p", f"score_rows={5 * max(map(len, asked))}")
+            + run_command(runs[-1].path, parameters={"score_rows": 5 * max(map(len, asked))}, start="06")
         )
     lines = {name: [together[index] for together in matched] for index, name in enumerate(names)}
     first = lines[names[0]]
@@ -127,12 +127,14 @@ def held_out(run: RunDirectory) -> list[Line]:
     if not run.answers.is_file():
         start = "06" if run.adapter.is_dir() else "01"
         raise FileNotFoundError(
-            f"{run.answers}: missing, the run {run.path.name} has no answers yet. Ask it: {_command(run, start)}"
+            f"{run.answers}: missing, the run {run.path.name} has no answers yet. Ask it: "
+            f"{run_command(run.path, start=start)}"
         )
     lines = read_jsonl(run.answers)
     for number, line in enumerate(lines, start=1):
         if not _is_answer(line):
-            raise ValueError(f"{run.answers}, line {number}: no scored answer. Ask again: {_command(run, '06')}")
+            again = run_command(run.path, start="06")
+            raise ValueError(f"{run.answers}, line {number}: no scored answer. Ask again: {again}")
     count = run.known_metrics().get("held_out", {}).get("questions", len(lines))
     if not isinstance(count, int):
         raise damaged(run.metrics, f"held_out, questions: expected a number, found {type(count).__name__}")
@@ -199,11 +201,6 @@ def _config(run: RunDirectory) -> dict[str, Any]:
     if not (isinstance(config, dict) and "preset" in config):
         raise damaged(run.config, "expected the config of a run, with its preset")
     return config
-
-
-def _command(run: RunDirectory, start: str | None = None, *more: str) -> str:
-    """The command that makes a run, or goes on with it."""
-    return shlex.join([*run_command(run.path), *more, *(["--from", start] if start else [])])
 
 
 def _names(runs: Sequence[RunDirectory]) -> list[str]:

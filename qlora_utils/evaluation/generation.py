@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-)
+from transformers import GenerationConfig
 
 from qlora_utils.config import RunConfig
 from qlora_utils.locate import first_line

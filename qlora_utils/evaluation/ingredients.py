@@ -19,7 +19,9 @@ from qlora_utils.config import SPEED_FIELDS, ConfigError, RunConfig, check_folde
 from qlora_utils.locate import locate, project_folder
 from qlora_utils.rows.files import SUFFIXES
 from qlora_utils.rows.held_out import scored_rows
-from qlora_utils.runs.directory import RunDirectory, damaged, hardware, read_json, read_jsonl, versions, write_json
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import damaged, read_json, read_jsonl, write_json
+from qlora_utils.runs.provenance import hardware, versions
 from qlora_utils.shown import cut, in_figure
 from qlora_utils.style import COLORS, unframed
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_utils.runs.directory import read_json, write_json
+from qlora_utils.runs.files import read_json, write_json
 
 RECORD = "checkpoint.json"
 _NEW, _OLD = ".new-", ".old-"  # prefixes of folders that are being written, or removed

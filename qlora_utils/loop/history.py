@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from qlora_utils.runs.directory import read_jsonl, write_jsonl
+from qlora_utils.runs.files import read_jsonl, write_jsonl
 
 
 class HistoryWriter(TrainerCallback):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from qlora_utils.config import ModelError
+from qlora_utils.config import ModelError, run_command
 from qlora_utils.locate import first_line
 
 Architecture = Literal["causal", "encoder-decoder"]
@@ -160,7 +160,7 @@ def check_adapter(folder: Path) -> None:
     Raises:
         ModelError: names the file, what is wrong with it and what to do next.
     """
-    again = "Train one with notebook 04 (qlora run --run-name NAME --from 04 --fresh), or give another folder."
+    again = f"Train one with notebook 04 ({run_command('NAME', start='04', fresh=True)}), or give another folder."
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             pickled = "What lies there is pickled (.bin), and is not opened. " if any(folder.glob("*.bin")) else ""

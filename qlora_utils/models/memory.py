@@ -18,7 +18,8 @@ from qlora_utils.models import shapes
 from qlora_utils.models.files import Architecture
 from qlora_utils.models.hardware import CARDS, GIB, Card, attention_kernel, liger_kernels, precision, this_card
 from qlora_utils.models.shapes import Shape, architecture_of
-from qlora_utils.runs.directory import read_jsonl
+from qlora_utils.runs.directory import LEARNED
+from qlora_utils.runs.files import read_jsonl
 from qlora_utils.style import unframed
 
 if TYPE_CHECKING:
@@ -324,7 +325,6 @@ def _ways(config: RunConfig) -> str:
 
 # ---------------------------------------------------------------------------------------------------- what was learned
 
-LEARNED = ".memory.jsonl"  # in the folder of run directories
 _ALIKE = ("model", "quantize", "train_head", "lora_r", "lora_targets", "compute_dtype", "optimizer", "keep_expanded",
           "gradient_checkpointing", "attention_kernel", "fused_layers", "liger")  # fmt: skip
 

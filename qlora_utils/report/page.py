@@ -9,7 +9,8 @@ from qlora_utils.evaluation.scores import score_text
 from qlora_utils.report import sections
 from qlora_utils.report.html import Html, document, note
 from qlora_utils.report.sentences import Facts, gather, measured
-from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl, write_text
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json, read_jsonl, write_text
 from qlora_utils.runs.history import column, lowest, rose, turned
 from qlora_utils.shown import cut, on_terminal
 from qlora_utils.wording import loss

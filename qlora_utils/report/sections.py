@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils import wording
-from qlora_utils.config import PLACE_FIELDS, RunConfig
+from qlora_utils.config import PLACE_FIELDS, RunConfig, run_command
 from qlora_utils.evaluation import compare
 from qlora_utils.evaluation.scores import paired_text, score_text
 from qlora_utils.presets import PRESETS
@@ -18,8 +18,9 @@ from qlora_utils.report.html import Html, described, element, figure, folded, jo
 from qlora_utils.report.sentences import Facts
 from qlora_utils.report.word_diff import differences
 from qlora_utils.rows.statistics import truncated_share
-from qlora_utils.runs.directory import read_json, repository
+from qlora_utils.runs.files import read_json
 from qlora_utils.runs.history import column, lowest, rose, sample_answers, smooth, turned
+from qlora_utils.runs.provenance import repository
 
 if TYPE_CHECKING:
     from qlora_utils.models.memory import MemoryPlan
@@ -661,13 +662,11 @@ def again(facts: Facts) -> list[Html]:
     commands = [f"git clone {shlex.quote(address)} qlora && cd qlora"] if (address := repository()) else []
     if isinstance(commit, str):
         commands.append(f"git checkout {shlex.quote(commit.rstrip('+'))}")
-    file = shlex.quote(str(_from_here(facts.run.config)))
-    by_file = f"qlora run --config {file} --run-name {shlex.quote(f'{name}-again')}"
+    by_file = run_command(f"{name}-again", config_file=_from_here(facts.run.config))
     if _preset_values(config):
-        words = ["qlora", "run", "--preset", config["preset"], "--run-name", f"{name}-again"]
-        for field, (_, value) in _changed(config).items():
-            words += ["-p", f"{field}={_value(value)}"]
-        commands += ["make env && source .venv/bin/activate", shlex.join(words)]
+        changed_values = {field: value for field, (_, value) in _changed(config).items()}
+        by_preset = run_command(f"{name}-again", preset=config["preset"], parameters=changed_values)
+        commands += ["make env && source .venv/bin/activate", by_preset]
     else:
         commands.append(by_file)
     changed = " The code had changes then that are in no commit." if str(commit).endswith("+") else ""

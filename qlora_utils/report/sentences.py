@@ -22,7 +22,8 @@ from qlora_utils.evaluation.scores import (
     with_interval,
 )
 from qlora_utils.rows.statistics import truncated_share
-from qlora_utils.runs.directory import DamagedError, RunDirectory, read_json, read_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import DamagedError, read_json, read_jsonl
 from qlora_utils.runs.history import column, fault_of_numbers, fault_of_sample, lowest, rose, smooth, turned
 from qlora_utils.wording import counted, duration, loss, passes, percent, size
 

@@ -24,7 +24,8 @@ from qlora_utils.rows.held_out import chosen, leaked
 from qlora_utils.rows.statistics import Sums, Taken, digest_array, report_of, take
 from qlora_utils.rows.stored import BLOCK, line
 from qlora_utils.rows.workers import MOST, cores, in_order
-from qlora_utils.runs.directory import HEADLESS, TERMINAL, write_json
+from qlora_utils.runs.directory import HEADLESS, TERMINAL
+from qlora_utils.runs.files import write_json
 
 if TYPE_CHECKING:
     from qlora_utils.tokens.formats import Format

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-from qlora_utils.runs.directory import damaged, json_value, write_bytes
+from qlora_utils.runs.files import damaged, json_value, write_bytes
 
 T = TypeVar("T")
 BLOCK = 2**20  # bytes read at a time

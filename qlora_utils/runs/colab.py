@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_utils import __version__
+from qlora_utils.runs.provenance import host
 
 DISTRIBUTION = "qlora-utils"
 # What pip must leave as it is. Torch and its kin are built for the machine's CUDA, numpy is loaded before the first
@@ -31,19 +32,11 @@ KEPT = (
     "ipykernel", "ipython", "ipywidgets", "jupyter-client", "pyzmq", "tornado", "traitlets",
 )  # fmt: skip
 RECORD = ".installed.json"  # in the clone: when pip ran, and what it changed
-PREPARED = ".prepared"  # among outputs: made anew in a moment, and not moved
 IN_DRIVE = Path("MyDrive") / "qlora" / "outputs"  # below the mount
 
 
 class MachineError(RuntimeError):
     """This machine is not ready; the message says what is wrong and what to do."""
-
-
-def host() -> str | None:
-    """`Colab` or `Kaggle`, whichever this kernel runs on; None on a machine of one's own."""
-    if "google.colab" in sys.modules:
-        return "Colab"
-    return "Kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else None
 
 
 def install(checkout: Path) -> str:
@@ -143,7 +136,7 @@ def ready(version: str, *, keep_in_drive: bool = False) -> str:
             replaced them; Drive not to be mounted, or a run of the same name there.
     """
     from qlora_utils.locate import project_folder
-    from qlora_utils.runs.directory import environment_line
+    from qlora_utils.runs.provenance import environment_line
 
     where = host()
     lines = []
@@ -250,7 +243,7 @@ def _move(outputs: Path, kept: Path) -> None:
         MachineError: what lies there under the same name is not the same.
         OSError: something cannot be copied; it stays.
     """
-    from qlora_utils.models.memory import LEARNED
+    from qlora_utils.runs.directory import LEARNED, PREPARED
 
     found = [path for path in sorted(outputs.iterdir()) if path.name not in (PREPARED, LEARNED)]
     # A folder whose name begins with a dot, such as that of uploads, may be in both places: the files in it move.
@@ -334,22 +327,6 @@ def _reason(error: OSError) -> str:
         source, _, why = error.args[0][0]
         return f"{source}: {why}"
     return " ".join(str(error).split())
-
-
-def advice(run: str) -> str:
-    """What to add, on a borrowed machine, when an earlier notebook left nothing here. Empty elsewhere.
-
-    Args:
-        run: name of the run that is looked for.
-    """
-    where = host()
-    if where is None:
-        return ""
-    drive = "set KEEP_IN_DRIVE = True in the set-up cell of both, or " if where == "Colab" else ""
-    return (
-        f" {where} gives each notebook a machine of its own: {drive}have this one run the whole series, in a new cell: "
-        f"!cd .. && qlora run --preset pocket --run-name {run}"
-    )
 
 
 def main() -> int:

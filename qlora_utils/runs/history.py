@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from qlora_utils.runs.directory import RunDirectory, damaged, read_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import damaged, read_jsonl
 
 History = list[dict[str, Any]]
 

@@ -28,7 +28,8 @@ from qlora_utils.rows.conversations import (
     turn_text,
 )
 from qlora_utils.rows.files import DataError
-from qlora_utils.runs.directory import RunDirectory, write_text
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import write_text
 from qlora_utils.tokens.instructions import (
     Instructions,
     chat_template,

@@ -20,7 +20,8 @@ from qlora_utils.config import RunConfig
 from qlora_utils.evaluation import generation
 from qlora_utils.rows.conversations import Rejected
 from qlora_utils.rows.files import DataError, read_source
-from qlora_utils.runs.directory import RunDirectory, read_json
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json
 
 EXAMPLE = ROOT / "data" / "examples" / "questions.csv"
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

@@ -27,7 +27,8 @@ from qlora_utils.kernels.loss import decoder_inputs
 from qlora_utils.locate import locate
 from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.conversations import Turn, render
-from qlora_utils.runs.directory import RunDirectory, read_json
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json
 from qlora_utils.tokens.formats import encode, encode_prompt, format_of
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -345,7 +346,7 @@ def test_wrong_arguments_are_refused_before_anything_is_loaded(config, monkeypat
 
 def test_without_an_adapter_there_is_nothing_to_merge(config, run, monkeypatch, capsys):
     monkeypatch.setattr(quantization, "load", lambda config: pytest.fail("loaded"))
-    with pytest.raises(ModelError, match=r"adapter holds no trained adapter.*qlora run --run-name test --from 04"):
+    with pytest.raises(ModelError, match=r"adapter holds no trained adapter.*qlora run --run-name test .*--from 04"):
         merge.merge(config)
     assert cli.main(["merge", "--run", str(run.path)]) == 1
     assert "holds no trained adapter" in capsys.readouterr().err

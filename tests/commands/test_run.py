@@ -22,7 +22,8 @@ from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.evaluation.asker import Asker, Piece
 from qlora_utils.loop import checkpoints
 from qlora_utils.report import page as report
-from qlora_utils.runs.directory import TERMINAL, RunDirectory, read_json, read_jsonl, write_json, write_jsonl
+from qlora_utils.runs.directory import TERMINAL, RunDirectory
+from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_jsonl
 
 QUICK = ["-p", "steps=6", "-p", "train_rows=48", "-p", "eval_steps=3", "-p", "score_rows=6", "-p", "max_new_tokens=8"]
 

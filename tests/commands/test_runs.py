@@ -13,7 +13,8 @@ from report.test_page import finished
 from qlora_utils.commands import runs
 from qlora_utils.config import RunConfig
 from qlora_utils.report import page as report
-from qlora_utils.runs.directory import RunDirectory, write_json, write_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import write_json, write_jsonl
 
 
 def begun(folder, name, **values):

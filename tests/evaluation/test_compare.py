@@ -14,7 +14,8 @@ from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.evaluation import compare, scores
 from qlora_utils.report import page as report
 from qlora_utils.report import sections
-from qlora_utils.runs.directory import RunDirectory, read_json, write_json, write_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json, write_json, write_jsonl
 
 
 def line(number, right, *, split="held-out rows", where="test.jsonl", text=None, history=(), answer=None, **tags):

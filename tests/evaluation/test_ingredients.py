@@ -11,7 +11,8 @@ from qlora_utils import cli
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.evaluation import ingredients
 from qlora_utils.evaluation.ingredients import INGREDIENTS
-from qlora_utils.runs.directory import RunDirectory, read_json, write_json
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json, write_json
 
 POCKET = RunConfig.from_preset("pocket")
 

@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT
 
 from qlora_utils.loop import checkpoints
-from qlora_utils.runs.directory import RunDirectory, read_json
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json
 
 
 def make(folder, step, size=100):

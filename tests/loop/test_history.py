@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_utils.loop import history
-from qlora_utils.runs.directory import read_jsonl, write_jsonl
+from qlora_utils.runs.files import read_jsonl, write_jsonl
 
 
 def state(step, tokens=0):

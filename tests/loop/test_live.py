@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from test_training import Break, CrashAt, changed, losses, train, trained_weights
 
 from qlora_utils.loop import interruptions, live
-from qlora_utils.runs.directory import HEADLESS, TERMINAL, read_jsonl
+from qlora_utils.runs.directory import HEADLESS, TERMINAL
+from qlora_utils.runs.files import read_jsonl
 
 
 class Clock:

@@ -14,7 +14,8 @@ from runs import comparison, finished, told
 from qlora_utils.evaluation import compare
 from qlora_utils.report import page as report
 from qlora_utils.report.sentences import gather
-from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl, write_json, write_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_jsonl
 
 KEYS = ("results", "scores", "beside", "answers", "training", "memory", "data", "configuration", "again")
 ATTRIBUTES = {"aria-label", "aria-labelledby", "charset", "class", "content", "dir", "href", "http-equiv", "id", "lang",

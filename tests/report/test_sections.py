@@ -14,7 +14,8 @@ from qlora_utils.config import PLACE_FIELDS, RunConfig
 from qlora_utils.report import sections
 from qlora_utils.report import sentences as findings
 from qlora_utils.report.html import join
-from qlora_utils.runs.directory import RunDirectory, read_json, write_json, write_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json, write_json, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from runs import answered, told
 
 from qlora_utils import curves
 from qlora_utils.report import sentences as findings
-from qlora_utils.runs.directory import DamagedError, RunDirectory, read_json, read_jsonl, write_json, write_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import DamagedError, read_json, read_jsonl, write_json, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from qlora_utils.config import RunConfig
 from qlora_utils.rows import prepare as streaming
 from qlora_utils.rows.files import Piece, Row, Rows, read_source
 from qlora_utils.rows.workers import WorkerError
-from qlora_utils.runs.directory import HEADLESS, read_json, read_jsonl
+from qlora_utils.runs.directory import HEADLESS
+from qlora_utils.runs.files import read_json, read_jsonl
 from qlora_utils.tokens.formats import format_of
 from qlora_utils.tokens.tokenization import bare
 

@@ -32,7 +32,8 @@ from qlora_utils.config import RunConfig
 from qlora_utils.rows.files import read_source
 from qlora_utils.runs import colab
 from qlora_utils.runs.colab import MachineError
-from qlora_utils.runs.directory import RunDirectory, read_json, read_jsonl, require_adapter, write_json
+from qlora_utils.runs.directory import RunDirectory, require_adapter
+from qlora_utils.runs.files import read_json, read_jsonl, write_json
 
 NOTEBOOK = ROOT / "notebooks" / "01_data.ipynb"
 ADDRESS = re.findall(r'^Repository = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]

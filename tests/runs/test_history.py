@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from qlora_utils.runs import history
-from qlora_utils.runs.directory import DamagedError, RunDirectory, write_jsonl
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import DamagedError, write_jsonl
 
 HISTORY = [
     line
