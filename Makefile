@@ -53,6 +53,7 @@ lint: $(READY) ## ruff, mypy, notebooks free of outputs, and the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb notebooks/solutions/*.ipynb
 	@$(MAKE) --no-print-directory workflows
 

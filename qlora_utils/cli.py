@@ -384,9 +384,11 @@ def _run_path(named: str, output_dir: str) -> Path:
 
 
 def _ingredients(options: argparse.Namespace) -> int:
+    from qlora_utils.commands import ingredients
     from qlora_utils.config import ConfigError, RunConfig
-    from qlora_utils.evaluation import ingredients
+    from qlora_utils.evaluation.ingredients import table
     from qlora_utils.runs.directory import RunDirectory
+    from qlora_utils.runs.files import read_json
 
     if options.run and options.preset:
         raise ConfigError("--run and --preset: each says what is varied; give one of them.")
@@ -398,7 +400,7 @@ def _ingredients(options: argparse.Namespace) -> int:
     path = options.out or RunDirectory(config.run_dir).ingredients
     ingredients.measure(config, options.seeds, path)
     print(f"written to {path}")
-    print(ingredients.table(ingredients.read_json(path)))
+    print(table(read_json(path)))
     return 0
 
 
