@@ -216,7 +216,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from qlora_utils.commands import check
+    from qlora_utils import data
     from qlora_utils.config import ConfigError, RunConfig
 
     given = _parameters(options.parameters)
@@ -225,7 +225,7 @@ def _check(options: argparse.Namespace) -> int:
     config = RunConfig.from_preset(
         given.pop("preset", options.preset), **{"dataset": options.dataset, "output_dir": options.output_dir, **given}
     )
-    print(check.check(config.dataset, config, rows=options.rows).text)
+    print(data.check(config.dataset, config, rows=options.rows).text)
     return 0
 
 

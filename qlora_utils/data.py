@@ -6,35 +6,47 @@ import hashlib
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import DATA_FIELDS, ModelError, RunConfig
+from qlora_utils.config import (
+    DATA_FIELDS,
+    LARGEST,
+    ConfigError,
+    ModelError,
+    RunConfig,
+    check_folder,
+    check_source,
+)
 from qlora_utils.locate import locate, model_advice
 from qlora_utils.models import files as model_files
 from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.cache import find, key_of, new_entry, shelf_in_use
-from qlora_utils.rows.conversations import Conversation, Rejected, conversation_of, record_of
-from qlora_utils.rows.files import DataError, first_rows, read_source
+from qlora_utils.rows.check import Check, free_name, look_at_answers, safe_name
+from qlora_utils.rows.conversations import Conversation, Rejected, conversation_of, first_readable, record_of
+from qlora_utils.rows.files import SUFFIXES, DataError, first_rows, read_source, unknown_type
+from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.rows.prepare import prepare_into
-from qlora_utils.rows.statistics import truncated_share
+from qlora_utils.rows.statistics import report_table as report_table  # notebook 01 prints it
 from qlora_utils.rows.stored import Stored, digest_of, write_rows
 from qlora_utils.runs.directory import RunDirectory
-from qlora_utils.runs.files import read_json, read_jsonl, write_json
+from qlora_utils.runs.files import read_json, read_jsonl, write_bytes, write_json
+from qlora_utils.shown import cut, in_page, on_terminal
 from qlora_utils.style import BLUE, ORANGE, unframed
 from qlora_utils.tokens.formats import Format, format_of
 from qlora_utils.tokens.instructions import instructions_of
 from qlora_utils.tokens.tokenization import BareTokenizer, bare
-from qlora_utils.wording import percent
 
 if TYPE_CHECKING:
+    import ipywidgets
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
+UPLOAD_MB = 8  # Jupyter's connection to a page closes on messages of 10 MiB
 # The modules that a preparation follows from, and whose change makes what is kept of it worthless.
 _DECIDING = (
     "data.py", "rows/files.py", "rows/conversations.py", "rows/statistics.py", "rows/held_out.py", "rows/prepare.py",
@@ -204,36 +216,142 @@ def _what_decides(form: Format, quick: BareTokenizer, contents: Mapping[str, str
         yield (Path(__file__).parent / module).read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------------- the report
+# ---------------------------------------------------------------------------------------------------- the check
 
 
-def report_table(report: Mapping[str, Any]) -> str:
-    """The data report as lines of text."""
-    length = report["token_length"]
-    shares = {
-        name: f"{value} ({value / max(1, report['conversations']):.0%})" for name, value in report["scripts"].items()
-    }
-    lines = {
-        "conversations": f"{report['conversations']:,}",
-        "turns": f"{report['turns']:,}",
-        "row shapes": ", ".join(f"{name}: {count:,}" for name, count in report["shapes"].items()),
-        "scripts": ", ".join(f"{name} {share}" for name, share in shares.items()),
-        "tokens": f"{report['tokens']:,}",
-        f"tokens per {report.get('unit', 'conversation')}": f"mean {length['mean']}, median {length['p50']}, "
-        f"p95 {length['p95']}, longest {length['longest']:,}",
-        f"longer than {report['max_seq_len']} tokens": percent(truncated_share(report)),
-        "answer tokens that are <unk>": percent(report.get("unknown_share", 0.0)),
-        f"padding in random batches of {report['batch_size']}": percent(report["padding_share"]),
-        "duplicates": f"{report['exact_duplicates']} exact, {report['normalised_duplicates']} after normalising",
-        "rows with a blank turn": str(report["rows_with_blank_turn"]),
-        "rows ending unanswered": str(report["rows_ending_unanswered"]),
-    }
-    if "train" in report:
-        lines["left out"] = str(report["rejected"])
-        lines["train / held-out"] = f"{report['train']:,} / {report['held_out']:,} ({report['held_out_by']})"
-        lines["held-out questions also trained on"] = str(report["leakage"])
-    width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+def check(dataset: str, config: RunConfig, *, rows: int | None = None) -> Check:
+    """Read, check and measure a dataset as a run of this config would; what was prepared is kept for that run.
+
+    It lies in `output_dir/.prepared`, as after notebook 01, and nothing else is written. With `rows` nothing is.
+
+    Args:
+        dataset: whatever `RunConfig.dataset` takes.
+        config: of the run that the rows are meant for; its own dataset does not matter.
+        rows: look at the first so many rows of each part only (None: at all).
+
+    Raises:
+        ConfigError: no such file or hub id, `rows` below 1.
+        DataError: it cannot be read, or too few rows of it can be used; says why.
+        ModelError: the tokenizer cannot be loaded.
+    """
+    if rows is not None and not 1 <= rows <= LARGEST:
+        raise ConfigError(f"rows: {rows} is not allowed; expected 1 to {LARGEST:,}.")
+    config = RunConfig.build({**config.model_dump(), "dataset": dataset})
+    check_source("model", config.model)
+    check_source("dataset", config.dataset, SUFFIXES)
+    if rows is None:
+        check_folder("output_dir", Path(config.output_dir))
+    tokenizer = load_tokenizer(config)
+    source = read_source(config.dataset)
+    with nullcontext(config.output_dir) if rows is None else tempfile.TemporaryDirectory() as folder:
+        prepared = prepare(config.model_copy(update={"output_dir": folder}), tokenizer, rows=rows)
+    row, first = first_readable(source if rows is None else first_rows(source, rows))
+    form = format_of(tokenizer, config)
+    examples, answers = look_at_answers(prepared.train, prepared.held_out, form)
+    return Check(
+        config=config,
+        architecture=form.architecture,
+        rows=rows,
+        row=row,
+        first=first,
+        report=prepared.report,
+        rejected=prepared.rejected,
+        examples=examples,
+        scored=len(scored_rows(prepared.held_out, config)),
+        answers=answers,
+    )
+
+
+def keep_upload(name: str, content: bytes, config: RunConfig) -> Path:
+    """Write a file that somebody uploaded into `output_dir/.uploads`, from where it can be given as `dataset`.
+
+    It lies in a folder named after its content: another file of the same name does not replace it.
+
+    Args:
+        name: as the page gave it, which may be anything.
+        content: of the file.
+        config: for its `output_dir`.
+
+    Raises:
+        DataError: of a kind that is not known, empty, or too large.
+    """
+    suffix = Path(name).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{cut(name, 80)} has {unknown_type(cut(suffix, 20))}")
+    if not content:
+        raise DataError(f"{cut(name, 80)} is empty. Expected one question and answer or more.")
+    if len(content) > UPLOAD_MB * 10**6:
+        raise DataError(
+            f"{cut(name, 80)} has {len(content) / 1e6:.0f} MB; expected at most {UPLOAD_MB} MB. Give its path as "
+            "dataset instead."
+        )
+    mark = hashlib.sha256(content).hexdigest()[:8]
+    path = Path(config.output_dir).resolve() / ".uploads" / mark / f"{safe_name(Path(name).stem)}{suffix}"
+    if not path.is_file():
+        write_bytes(path, [content])
+    return path
+
+
+def uploader(config: RunConfig) -> ipywidgets.VBox:
+    """A button to choose a file, and below it the verdict on it, or what is wrong with it, as text of the page.
+
+    Args:
+        config: of the run that the rows would be meant for.
+    """
+    import ipywidgets as widgets
+
+    upload = widgets.FileUpload(
+        accept=",".join(SUFFIXES),
+        multiple=False,
+        description="Choose a file",
+        tooltip=f"Questions and answers as {', '.join(SUFFIXES)}, at most {UPLOAD_MB} MB",
+        layout=widgets.Layout(width="max-content"),
+    )
+    told = widgets.HTML(_page(f"No file yet. It may be {', '.join(SUFFIXES)}, of at most {UPLOAD_MB} MB."))
+
+    def on_file(change: Mapping[str, Any]) -> None:
+        name = "The file"
+        try:
+            for name, content in _files_of(change["new"]):
+                told.value = _page(f"{cut(name, 80)} is being read …")
+                told.value = _page(*_uploaded(name, content, config))
+        except Exception as error:  # shown where the person looks: of a traceback in a kernel's log nobody hears
+            kind = "" if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: "
+            told.value = _page(f"{cut(name, 80)} cannot be trained on. {kind}{error}")
+
+    upload.observe(on_file, names="value")
+    return widgets.VBox([upload, told])
+
+
+def _files_of(value: Any) -> list[tuple[str, bytes]]:
+    """Name and content of each file in the value of a `FileUpload`: in ipywidgets 7, Colab's, a dict by name."""
+    if isinstance(value, Mapping):
+        return [(str(name), bytes(file["content"])) for name, file in value.items()]
+    return [(str(file["name"]), bytes(file["content"])) for file in value]
+
+
+def _uploaded(name: str, content: bytes, config: RunConfig) -> tuple[str, str]:
+    """What to say of an uploaded file: the verdict, and what led to it and follows from it."""
+    path = keep_upload(name, content, config)
+    found = check(str(path), config)
+    here = (
+        f"In this notebook: write\n  dataset = {str(path)!r}\n  run_name = {free_name(found.config)!r}\ninto the cell "
+        "of the parameters, and run it again from the top."
+    )
+    return found.verdict, "\n\n".join([found.details, found.next_steps, here])
+
+
+def _page(verdict: str, details: str = "") -> str:
+    """Both as they stand in the page; a screen reader says the first, as `status`, when it changes."""
+    first, rest = (in_page(on_terminal(text)) for text in (verdict, details))
+    kept = "white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.4"
+    return (
+        f'<div role="status" style="{kept}"><b>{first}</b></div>'
+        f'<div style="{kept}; font-family: monospace; margin-top: 1em">{rest}</div>'
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- drawn
 
 
 def plot_lengths(report: Mapping[str, Any], ax: Axes) -> Figure:

@@ -301,12 +301,12 @@ def test_all_that_a_run_leaves_is_told_of():
 
 
 def test_what_lies_beside_the_runs_is_told_of(tmp_path):
-    from qlora_utils.commands import check
+    from qlora_utils import data
     from qlora_utils.models import memory as plan
 
     page = (ROOT / "docs" / "run_directory.md").read_text()
     config = RunConfig.from_preset("pocket", output_dir=str(tmp_path))
-    check.keep_upload("a.csv", b"question,answer\nwhy,so\n", config)
+    data.keep_upload("a.csv", b"question,answer\nwhy,so\n", config)
     plan.learn(config, 100)
     (tmp_path / ".prepared").mkdir()
     assert len(list(tmp_path.iterdir())) == 3

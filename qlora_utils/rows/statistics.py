@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils.rows.conversations import Conversation, Rejected, UnusableRowError, batches, parse, record_of, usable
 from qlora_utils.rows.files import Row
 from qlora_utils.rows.stored import line
+from qlora_utils.wording import percent
 
 if TYPE_CHECKING:
     from qlora_utils.tokens.formats import Format
@@ -243,6 +244,35 @@ def report_of(sums: Sums, form: Format) -> dict[str, Any]:
         "rows_with_blank_turn": sums.blank,
         "rows_ending_unanswered": sums.unanswered,
     }
+
+
+def report_table(report: Mapping[str, Any]) -> str:
+    """The data report as lines of text."""
+    length = report["token_length"]
+    shares = {
+        name: f"{value} ({value / max(1, report['conversations']):.0%})" for name, value in report["scripts"].items()
+    }
+    lines = {
+        "conversations": f"{report['conversations']:,}",
+        "turns": f"{report['turns']:,}",
+        "row shapes": ", ".join(f"{name}: {count:,}" for name, count in report["shapes"].items()),
+        "scripts": ", ".join(f"{name} {share}" for name, share in shares.items()),
+        "tokens": f"{report['tokens']:,}",
+        f"tokens per {report.get('unit', 'conversation')}": f"mean {length['mean']}, median {length['p50']}, "
+        f"p95 {length['p95']}, longest {length['longest']:,}",
+        f"longer than {report['max_seq_len']} tokens": percent(truncated_share(report)),
+        "answer tokens that are <unk>": percent(report.get("unknown_share", 0.0)),
+        f"padding in random batches of {report['batch_size']}": percent(report["padding_share"]),
+        "duplicates": f"{report['exact_duplicates']} exact, {report['normalised_duplicates']} after normalising",
+        "rows with a blank turn": str(report["rows_with_blank_turn"]),
+        "rows ending unanswered": str(report["rows_ending_unanswered"]),
+    }
+    if "train" in report:
+        lines["left out"] = str(report["rejected"])
+        lines["train / held-out"] = f"{report['train']:,} / {report['held_out']:,} ({report['held_out_by']})"
+        lines["held-out questions also trained on"] = str(report["leakage"])
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
 
 
 def different(digests: bytes | bytearray) -> int:

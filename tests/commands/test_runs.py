@@ -6,9 +6,9 @@ import shutil
 import time
 
 import pytest
-from commands.test_check import UNSEEN, asked
 from conftest import MARKUP
 from report.test_page import finished
+from rows.test_check import UNSEEN, asked
 
 from qlora_utils.commands import runs
 from qlora_utils.config import RunConfig

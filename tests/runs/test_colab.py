@@ -26,7 +26,7 @@ import pytest
 from conftest import ROOT
 
 import qlora_utils
-from qlora_utils.commands import check
+from qlora_utils import data
 from qlora_utils.commands import run as runner
 from qlora_utils.config import RunConfig
 from qlora_utils.rows.files import read_source
@@ -404,7 +404,7 @@ def everything(folder):
 def test_uploads_and_what_was_learned_of_memory_move_and_only_what_is_prepared_stays(drive):
     outputs = drive[1]
     config = RunConfig.from_preset("pocket", output_dir=str(outputs))
-    upload = check.keep_upload("mine.csv", b"question,answer\nWhy?,So.\n", config)
+    upload = data.keep_upload("mine.csv", b"question,answer\nWhy?,So.\n", config)
     for name in (".memory.jsonl", "demo/config.json", "demo/.lock", ".prepared/x/rows.jsonl", "notes.txt"):
         (outputs / name).parent.mkdir(parents=True, exist_ok=True)
         (outputs / name).write_text(f"{name}\n")
@@ -422,13 +422,13 @@ def test_an_upload_is_found_by_the_next_machine_where_the_page_said_that_it_lies
     monkeypatch.chdir(outputs.parent / "notebooks")
     config = RunConfig.from_preset("pocket", output_dir="../outputs")
     example = (ROOT / "data" / "examples" / "questions.csv").read_bytes()
-    uploads = [check.keep_upload("before.csv", example, config)]
+    uploads = [data.keep_upload("before.csv", example, config)]
     colab.keep_in_drive(outputs)
-    uploads.append(check.keep_upload("after.csv", example + b"Why?,So.\n", config))
+    uploads.append(data.keep_upload("after.csv", example + b"Why?,So.\n", config))
     (outputs / ".memory.jsonl").write_text('{"tokens": 1}\n')
 
     outputs.unlink()  # the next machine
-    own = [check.keep_upload("same.csv", example, config), check.keep_upload("own.csv", b"a,b\n1,2\n", config)]
+    own = [data.keep_upload("same.csv", example, config), data.keep_upload("own.csv", b"a,b\n1,2\n", config)]
     (outputs / ".memory.jsonl").write_text('{"tokens": 2}\n')
     kept = colab.keep_in_drive(outputs)
     assert {line["tokens"] for line in read_jsonl(kept / ".memory.jsonl")} == {1, 2}

@@ -14,10 +14,10 @@ from commands.test_run import only
 from conftest import BOTH, MARKUP, ROOT
 
 from qlora_utils import cli, data
-from qlora_utils.commands import check
 from qlora_utils.commands import run as runner
 from qlora_utils.config import RunConfig
 from qlora_utils.evaluation import generation
+from qlora_utils.rows import check
 from qlora_utils.rows.conversations import Rejected
 from qlora_utils.rows.files import DataError, read_source
 from qlora_utils.runs.directory import RunDirectory
@@ -125,7 +125,7 @@ def test_the_example_of_the_readme_is_checked_learned_by_heart_and_asked(tmp_pat
 def test_rows_left_out_are_counted_by_reason_with_file_and_row(tmp_path, config):
     rows = [*map(json.dumps, pairs(12)), "{oops", '{"question": "q", "answer": " "}', "{oops, again", "[1]"]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    text = check.check(str(tmp_path / "rows.jsonl"), config).text
+    text = data.check(str(tmp_path / "rows.jsonl"), config).text
     assert "4 rows left out:" in text
     assert re.search(r"  2 × not valid JSON.*: rows\.jsonl rows 12, 14\n", text)
     assert re.search(r"  1 × every turn is blank.*: rows\.jsonl row 13\n", text)
@@ -163,9 +163,9 @@ REMARKS = {
 @pytest.mark.parametrize("remark", REMARKS)
 def test_what_is_worth_knowing_is_said_and_nothing_else_is(tmp_path, config, remark):
     config = RunConfig.build({**config.model_dump(), "steps": 40})  # not the preset's: no advice about passes
-    plain = check.check(written(tmp_path / "plain", *PLAIN), config)
+    plain = data.check(written(tmp_path / "plain", *PLAIN), config)
     assert plain.warnings == []
-    told = check.check(written(tmp_path / "odd", *REMARKS[remark]), config).text.replace("\n  ", " ")
+    told = data.check(written(tmp_path / "odd", *REMARKS[remark]), config).text.replace("\n  ", " ")
     if remark == "100 conversations":
         assert "are few" not in told
     else:
@@ -182,11 +182,11 @@ def test_what_is_worth_knowing_is_said_and_nothing_else_is(tmp_path, config, rem
     ],
 )
 def test_the_verdict_says_passes_as_people_say_them(config, steps, said):
-    assert check.check(str(EXAMPLE), RunConfig.build({**config.model_dump(), "steps": steps})).verdict.endswith(said)
+    assert data.check(str(EXAMPLE), RunConfig.build({**config.model_dump(), "steps": steps})).verdict.endswith(said)
 
 
 def test_one_that_is_cut_among_thousands_is_worth_knowing_and_no_share_is_told_as_none(config):
-    found = check.check(str(EXAMPLE), config)
+    found = data.check(str(EXAMPLE), config)
     length = {**found.report["token_length"], "longest": 922}
     told = {**found.report, "truncated": 1, "truncated_share": 1 / 20_101, "token_length": length}
     few = dataclasses.replace(
@@ -209,7 +209,7 @@ def test_an_answer_is_too_long_where_a_model_that_gives_it_does_not_end_by_itsel
     limit = len(ids) + 1 + beyond
     config = RunConfig.from_preset(preset, output_dir=str(tmp_path / "outputs"), max_new_tokens=limit)
     rows = [{**row, "answer": answer} for row in PLAIN[1]]
-    found = check.check(written(tmp_path, PLAIN[0], rows), config)
+    found = data.check(written(tmp_path, PLAIN[0], rows), config)
     generated = [*ids, tokenizer.eos_token_id][:limit]  # as `generate` gives it
     assert found.answers.cut_share == (not generation._as_answer(generated, tokenizer).stopped)
     assert any(f"max_new_tokens={limit} tokens (the longest {len(ids) + 1})" in said for said in found.warnings) == (
@@ -220,33 +220,31 @@ def test_an_answer_is_too_long_where_a_model_that_gives_it_does_not_end_by_itsel
 def test_of_an_encoder_decoder_the_start_of_what_is_read_is_cut(tmp_path):
     config = RunConfig.from_preset("pocket-t5", output_dir=str(tmp_path / "outputs"), max_seq_len=64)
     rows = [*PLAIN[0], {"question": f"Why {LONG}?", "answer": "So."}]
-    (said,) = [
-        text for text in check.check(written(tmp_path, rows, PLAIN[1]), config).warnings if "max_seq_len" in text
-    ]
+    (said,) = [text for text in data.check(written(tmp_path, rows, PLAIN[1]), config).warnings if "max_seq_len" in text]
     assert "read or write more than max_seq_len=64 tokens" in said
     assert "of what is read the start" in said
     assert "what lies beyond" not in said
 
 
 def test_answers_that_would_be_cut_get_room_in_the_command(tmp_path, config):
-    found = check.check(written(tmp_path, PLAIN[0], [*PLAIN[1], {"question": "Why?", "answer": LONG}]), config)
+    found = data.check(written(tmp_path, PLAIN[0], [*PLAIN[1], {"question": "Why?", "answer": LONG}]), config)
     room = found.advised["max_new_tokens"]
     assert found.answers.longest < room
     assert f"max_new_tokens={room}" in shlex.split(found.command())
     wider = RunConfig.build({**config.model_dump(), "max_new_tokens": room})
-    assert not check.check(found.config.dataset, wider).answers.cut_share
-    longer = check.check(written(tmp_path, PLAIN[0], [{"question": "Why?", "answer": LONG * 9}] * 2), config)
+    assert not data.check(found.config.dataset, wider).answers.cut_share
+    longer = data.check(written(tmp_path, PLAIN[0], [{"question": "Why?", "answer": LONG * 9}] * 2), config)
     assert longer.answers.longest > longer.advised["max_new_tokens"] == check.ROOM_AT_MOST
 
 
 def test_few_rows_get_few_passes_with_a_model_that_knows_something(config):
-    found = check.check(str(EXAMPLE), config)
+    found = data.check(str(EXAMPLE), config)
     assert found.passes == 125
     assert found.advised == {"keep": "last"}
     assert "epochs=5" in shlex.split(found.command("llama2-7b"))
     mine = RunConfig.build({**config.model_dump(), "steps": 30})
-    assert check.check(str(EXAMPLE), mine).advised == {}
-    assert "steps=30" in shlex.split(check.check(str(EXAMPLE), mine).command())
+    assert data.check(str(EXAMPLE), mine).advised == {}
+    assert "steps=30" in shlex.split(data.check(str(EXAMPLE), mine).command())
 
 
 @pytest.mark.parametrize("at", [0, 7, 39])
@@ -258,7 +256,7 @@ def test_the_commonest_answer_is_quoted_from_wherever_it_stands(tmp_path, config
                       (("user", f"Why {n} of {len(row)}, {answer}?"), ("assistant", answer))]}
         for row in rows
     ]  # fmt: skip
-    answers = check.check(written(tmp_path, messages, PLAIN[1]), config).answers
+    answers = data.check(written(tmp_path, messages, PLAIN[1]), config).answers
     assert (answers.commonest, answers.count) == ("Yes.", sum(map(len, rows)))
     assert answers.commonest_share == 40 / answers.count
 
@@ -270,14 +268,14 @@ def test_of_an_encoder_decoder_answers_are_counted(tmp_path):
                       (("Why", "user"), ("So", "assistant"), ("And", "user"), ("Then", "assistant"))]}
         for n in range(20)
     ]  # fmt: skip
-    found = check.check(written(tmp_path, messages), config)
+    found = data.check(written(tmp_path, messages), config)
     assert (found.report["train"], found.examples) == (16, 32)
     assert found.steps_per_epoch == 2
     assert "--preset flan-t5-large" in found.text
 
 
 def test_what_the_tokenizer_cannot_spell_and_what_padding_wastes_is_said(config):
-    found = check.check(str(EXAMPLE), config)
+    found = data.check(str(EXAMPLE), config)
     odd = dataclasses.replace(found, report={**found.report, "unknown_share": 0.02, "padding_share": 0.5})
     assert [text for text in odd.warnings if "2.0% of the answer tokens are <unk>" in text]
     assert not [text for text in odd.warnings if "padding" in text]  # in packs there is none
@@ -287,7 +285,7 @@ def test_what_the_tokenizer_cannot_spell_and_what_padding_wastes_is_said(config)
 
 def test_columns_show_how_a_row_was_read(tmp_path, config):
     rows = [{**row, "domain": "numbers", "id": n} for n, row in enumerate(pairs(10))]
-    text = check.check(written(tmp_path, rows), config).text
+    text = data.check(written(tmp_path, rows), config).text
     assert "rows.jsonl, row 0 (the first is 0), columns question, answer, domain, id, read as question/answer:" in text
     assert "  kept as tags: domain\n" in text
 
@@ -296,7 +294,7 @@ def test_columns_show_how_a_row_was_read(tmp_path, config):
 def test_a_csv_with_other_separators_is_told_from_one_without_questions(tmp_path, config, mark):
     (tmp_path / "rows.csv").write_text("\n".join(f"a{mark}b" for _ in range(20)))
     with pytest.raises(DataError) as caught:
-        check.check(str(tmp_path / "rows.csv"), config)
+        data.check(str(tmp_path / "rows.csv"), config)
     assert f"fields seem to lie between {mark!r}, expected commas" in str(caught.value)
     assert str(caught.value).count("expected commas") == 1  # not once for each row
 
@@ -340,7 +338,7 @@ def test_what_is_wrongly_asked_exits_2_and_writes_nothing(tmp_path, monkeypatch,
 
 
 def test_nothing_is_left_but_what_the_run_takes_from_there(tmp_path, config, tokenizer):
-    found = check.check(str(EXAMPLE), config)
+    found = data.check(str(EXAMPLE), config)
     shelf = Path(config.output_dir) / ".prepared"
     assert [path.name for path in Path(config.output_dir).iterdir()] == [".prepared"]
     (entry,) = shelf.iterdir()
@@ -353,13 +351,13 @@ def test_nothing_is_left_but_what_the_run_takes_from_there(tmp_path, config, tok
 def test_only_the_first_rows_are_looked_at_and_nothing_is_left(tmp_path, config):
     lines = [f"Question {n}?,Answer {n}." for n in range(40)]
     (tmp_path / "rows.csv").write_text("\n".join(["question,answer", *lines, '"never closed,']))
-    found = check.check(str(tmp_path / "rows.csv"), config, rows=30)
+    found = data.check(str(tmp_path / "rows.csv"), config, rows=30)
     assert found.report["conversations"] == 30
     assert "of the first 30 rows" in " ".join(found.text.split())
     assert found.advised == {}  # of how many there are nothing is known
     assert not Path(config.output_dir).exists()
     with pytest.raises(DataError, match="a quote is never closed"):
-        check.check(str(tmp_path / "rows.csv"), config)
+        data.check(str(tmp_path / "rows.csv"), config)
 
 
 # ------------------------------------------------------------------------------------------------ hostile texts
@@ -369,7 +367,7 @@ def test_only_the_first_rows_are_looked_at_and_nothing_is_left(tmp_path, config)
 def test_nothing_that_a_row_says_reaches_the_terminal_as_more_than_text(tmp_path, config, text):
     good = [{"question": f"{text} {n}", "answer": text, text: text} for n in range(9)]
     bad = [{text: text}, {"messages": [{"role": text, "content": text}]}, {"question": text, "answer": 3}]
-    told = check.check(written(tmp_path, [*good, *bad]), config).text
+    told = data.check(written(tmp_path, [*good, *bad]), config).text
     assert not UNSEEN.search(told)
     assert "3 rows left out:" in told
 
@@ -377,7 +375,7 @@ def test_nothing_that_a_row_says_reaches_the_terminal_as_more_than_text(tmp_path
 def test_the_command_is_quoted_for_a_shell(tmp_path, config):
     path = tmp_path / "my $(touch owned) 'rows'; a.jsonl"
     path.write_text("\n".join(map(json.dumps, pairs(10))))
-    words = shlex.split(check.check(str(path), config).command())
+    words = shlex.split(data.check(str(path), config).command())
     assert f"dataset={path}" in words
     assert words[words.index("--run-name") + 1] == "my-touch-owned-rows-a"
 
@@ -385,7 +383,7 @@ def test_the_command_is_quoted_for_a_shell(tmp_path, config):
 def test_the_name_of_the_run_is_free(tmp_path, config):
     for name in ("questions", "questions-2"):
         (Path(config.output_dir) / name).mkdir(parents=True)
-    assert "--run-name questions-3 " in check.check(str(EXAMPLE), config).command()
+    assert "--run-name questions-3 " in data.check(str(EXAMPLE), config).command()
 
 
 # ------------------------------------------------------------------------------------------------ in a page
@@ -426,14 +424,14 @@ def only_upload(config):
 
 
 def test_an_uploaded_file_ends_in_report_verdict_and_command(config):
-    view = check.uploader(config)
+    view = data.uploader(config)
     assert "at most 8 MB" in view.children[1].value
     assert not Path(config.output_dir).exists()  # a view that nobody uses does nothing
     text, elements = text_of(given(view, "My questions.csv", EXAMPLE.read_bytes()))
     path = only_upload(config)
     assert path.read_bytes() == EXAMPLE.read_bytes()
     assert path.name == "My-questions.csv"
-    found = check.check(str(path), config)
+    found = data.check(str(path), config)
     assert text.startswith(found.verdict)
     for part in (found.details, found.next_steps, f"dataset={path}", f"\n  dataset = '{path}'\n"):
         assert part in text
@@ -449,14 +447,14 @@ def test_an_uploaded_file_ends_in_report_verdict_and_command(config):
 @pytest.mark.parametrize("name", ["My questions.csv", "rows.xlsx"])
 def test_what_ipywidgets_7_and_8_give_is_read_alike(config, name):
     content = EXAMPLE.read_bytes()
-    old, new = (give(check.uploader(config), name, content) for give in (given_by_ipywidgets_7, given))
+    old, new = (give(data.uploader(config), name, content) for give in (given_by_ipywidgets_7, given))
     assert text_of(old)[0] == text_of(new)[0]
     assert ("This can be trained on" in old) == (name != "rows.xlsx")
 
 
 @pytest.mark.parametrize("value", [[{"name": "rows.csv"}], ["rows.csv"], {"rows.csv": b""}, [{}], 3])
 def test_a_value_of_another_form_is_told_and_not_passed_over(config, value):
-    view = check.uploader(config)
+    view = data.uploader(config)
     upload, told = view.children
     upload.notify_change({"name": "value", "old": (), "new": value, "owner": upload, "type": "change"})
     assert "cannot be trained on" in told.value
@@ -466,8 +464,8 @@ def test_a_fault_of_our_own_is_told_in_the_page_too(config, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(check, "_free_name", broken)
-    text, _ = text_of(given(check.uploader(config), "rows.csv", EXAMPLE.read_bytes()))
+    monkeypatch.setattr(data, "free_name", broken)
+    text, _ = text_of(given(data.uploader(config), "rows.csv", EXAMPLE.read_bytes()))
     assert text == "rows.csv cannot be trained on. ZeroDivisionError: division by zero"
 
 
@@ -484,7 +482,7 @@ def test_a_fault_of_our_own_is_told_in_the_page_too(config, monkeypatch):
     ],
 )
 def test_what_is_wrong_with_a_file_is_told_in_the_page(config, name, content, message):
-    text, _ = text_of(given(check.uploader(config), name, content))
+    text, _ = text_of(given(data.uploader(config), name, content))
     assert text.startswith(f"{name} cannot be trained on. ")
     assert message in text
     assert "Traceback" not in text
@@ -495,7 +493,7 @@ def test_whatever_a_file_is_called_it_lies_where_uploads_lie_and_is_shown_as_tex
     content = "\n".join(["question,answer", *(f'"{n} ""{n}""",{n}' for n in range(9))]).encode()
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     for name in (text, f"{text}.csv"):
-        shown = given(check.uploader(config), name, content)
+        shown = given(data.uploader(config), name, content)
         assert text_of(shown)[1] == PAGE
         assert not UNSEEN.search(shown)
     uploads = Path(config.output_dir) / ".uploads"
@@ -511,13 +509,13 @@ def test_in_notebook_01_the_rows_of_the_run_are_saved_before_others_can_be_tried
     saves = [n for n, text in enumerate(cells) if "prepared.save(run)" in text]
     assert len(saves) == 1
     assert saves[0] < heading
-    assert "check.uploader(config)" in cells[heading + 1]
+    assert "data.uploader(config)" in cells[heading + 1]
     assert "What we made" in cells[heading + 2]
 
 
 def test_rows_of_an_upload_are_shown_as_text(config):
     rows = [{"question": f"{text} {n}", "answer": text} for n in range(9) for text in MARKUP]
-    shown = given(check.uploader(config), "rows.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    shown = given(data.uploader(config), "rows.jsonl", "\n".join(map(json.dumps, rows)).encode())
     text, elements = text_of(shown)
     assert "This can be trained on" in text
     assert elements == PAGE

@@ -1,46 +1,38 @@
 """Can these rows be trained on? What was read of them, what is left out and why, what to know and what to run next.
 
-`check` looks at rows as notebook 01 and `qlora run` will, with the same code, and trains nothing. `uploader` is the
-same in a page: choose a file, read the verdict.
+`data.check` looks at rows as notebook 01 and `qlora run` will, with the same code, and trains nothing; here is what it
+makes of them.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import tempfile
 import textwrap
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import LARGEST, ConfigError, RunConfig, check_folder, check_source, run_command
-from qlora_utils.data import Prepared, load_tokenizer, prepare, report_table
+from qlora_utils.config import RunConfig, run_command
 from qlora_utils.locate import EMBEDDED
-from qlora_utils.models.shapes import architecture_of
-from qlora_utils.rows.conversations import Conversation, Rejected, first_readable
-from qlora_utils.rows.files import SUFFIXES, DataError, Row, first_rows, read_source, unknown_type
-from qlora_utils.rows.statistics import digest, digest_array, normalise, truncated_share
-from qlora_utils.runs.files import write_bytes
-from qlora_utils.shown import cut, in_page, on_terminal
-from qlora_utils.tokens.formats import format_of
+from qlora_utils.rows.conversations import Conversation, Rejected
+from qlora_utils.rows.files import SUFFIXES, Row
+from qlora_utils.rows.statistics import digest, digest_array, normalise, report_table, truncated_share
+from qlora_utils.shown import cut, on_terminal
 from qlora_utils.wording import counted, passes, percent
 
 if TYPE_CHECKING:
-    import ipywidgets
-    from transformers import PreTrainedTokenizerBase
+    from qlora_utils.tokens.formats import Format
 
 FEW_ROWS = 100  # conversations to train on, below which their number is remarked on
 FEW_SCORED = 30  # scored conversations, below which a score is a hint
 MANY_PASSES = 10  # over the rows to train on, beyond which other parameters are advised,
 FEW_PASSES = 5  # and how many then are, of a model that has read a lot
 ROOM_AT_MOST = 256  # tokens for an answer that are advised at most: every question of notebook 06 may take as many
-UPLOAD_MB = 8  # Jupyter's connection to a page closes on messages of 10 MiB
 _ANSWERS_LOOKED_AT = 1000  # held-out conversations whose answers are measured in tokens
 
 
@@ -66,6 +58,7 @@ class Check:
     """What is found of a dataset that can be trained on. `text` tells it."""
 
     config: RunConfig  # of the run that it was checked for
+    architecture: str  # of its base model
     rows: int | None  # that were looked at of each part (None: all)
     row: Row  # the first that can be used, as it was found,
     first: Conversation  # and as it was read
@@ -106,7 +99,7 @@ class Check:
         if preset is not None:
             config = RunConfig.from_preset(preset, dataset=config.dataset, output_dir=config.output_dir)
             values = {"dataset": config.dataset, **({} if self.rows else _advised(config, self.examples))}
-        run_dir = Path(config.output_dir).resolve() / _free_name(config, preset)
+        run_dir = Path(config.output_dir).resolve() / free_name(config, preset)
         return run_command(run_dir, preset=config.preset, parameters=values)
 
     @property
@@ -166,7 +159,7 @@ class Check:
         """The commands that train on these rows."""
         lines = ["To train on it:", f"  {on_terminal(self.command())}"]
         if self.config.model.startswith(EMBEDDED) and not self.config.dataset.startswith(EMBEDDED):
-            other = {"causal": "llama2-7b", "encoder-decoder": "flan-t5-large"}[architecture_of(self.config.model)]
+            other = {"causal": "llama2-7b", "encoder-decoder": "flan-t5-large"}[self.architecture]
             lines += [
                 _wrapped(
                     "The pocket model knows nothing but its own small world: this shows that the rows are read as you "
@@ -177,48 +170,15 @@ class Check:
         return "\n".join(lines)
 
 
-def check(dataset: str, config: RunConfig, *, rows: int | None = None) -> Check:
-    """Read, check and measure a dataset as a run of this config would; what was prepared is kept for that run.
-
-    It lies in `output_dir/.prepared`, as after notebook 01, and nothing else is written. With `rows` nothing is.
-
-    Args:
-        dataset: whatever `RunConfig.dataset` takes.
-        config: of the run that the rows are meant for; its own dataset does not matter.
-        rows: look at the first so many rows of each part only (None: at all).
-
-    Raises:
-        ConfigError: no such file or hub id, `rows` below 1.
-        DataError: it cannot be read, or too few rows of it can be used; says why.
-        ModelError: the tokenizer cannot be loaded.
-    """
-    if rows is not None and not 1 <= rows <= LARGEST:
-        raise ConfigError(f"rows: {rows} is not allowed; expected 1 to {LARGEST:,}.")
-    config = RunConfig.build({**config.model_dump(), "dataset": dataset})
-    check_source("model", config.model)
-    check_source("dataset", config.dataset, SUFFIXES)
-    if rows is None:
-        check_folder("output_dir", Path(config.output_dir))
-    tokenizer = load_tokenizer(config)
-    source = read_source(config.dataset)
-    with nullcontext(config.output_dir) if rows is None else tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(config.model_copy(update={"output_dir": folder}), tokenizer, rows=rows)
-    row, first = first_readable(source if rows is None else first_rows(source, rows))
-
-    from qlora_utils.rows.held_out import scored_rows  # torch
-
-    examples, answers = _counted(prepared, tokenizer, config)
-    scored = len(scored_rows(prepared.held_out, config))
-    return Check(config, rows, row, first, prepared.report, prepared.rejected, examples, scored, answers)
-
-
-def _counted(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> tuple[int, Answers]:
-    """How many examples there are to train on, and what their answers look like; each row is read once."""
+def look_at_answers(
+    train: Sequence[Conversation], held_out: Sequence[Conversation], form: Format
+) -> tuple[int, Answers]:
+    """Count the examples there are to train on, and see what their answers look like; each row is read once."""
     import numpy
 
-    form, examples = format_of(tokenizer, config), 0
+    config, examples = form.config, 0
     keys, lengths, ends = bytearray(), array("q"), array("q")
-    for row in prepared.train:
+    for row in train:
         examples += form.count(row)
         for answer in (turn.answer for turn in row.turns):
             keys += digest(normalise(answer) or answer)
@@ -229,11 +189,11 @@ def _counted(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: Run
     place = int(numpy.searchsorted(ends, first, side="right"))  # of its conversation
     turn = first - (ends[place - 1] if place else 0)
     ordered = numpy.sort(numpy.frombuffer(lengths, dtype=numpy.int64))
-    held = [turn.answer for row in prepared.held_out[:_ANSWERS_LOOKED_AT] for turn in row.turns]
-    tokens = [len(ids) for ids in tokenizer(held, add_special_tokens=False, verbose=False)["input_ids"]]
+    held = [turn.answer for row in held_out[:_ANSWERS_LOOKED_AT] for turn in row.turns]
+    tokens = [len(ids) for ids in form.tokenizer(held, add_special_tokens=False, verbose=False)["input_ids"]]
     return examples, Answers(
         count=len(lengths),
-        commonest=prepared.train[place].turns[turn].answer,
+        commonest=train[place].turns[turn].answer,
         commonest_share=int(counts.max()) / len(lengths),
         long_share=float(ordered[-max(1, len(lengths) // 10) :].sum() / ordered.sum()),
         longest=max(tokens),
@@ -345,7 +305,7 @@ def _of_texts(found: Check) -> list[str]:
             "cannot spell them (T5's knows no line break, brace or Chinese), and the model would learn to write <unk>. "
             "Take another model."
         )
-    if report["padding_share"] >= 0.4 and (architecture_of(config.model) == "encoder-decoder" or not config.packing):
+    if report["padding_share"] >= 0.4 and (found.architecture == "encoder-decoder" or not config.packing):
         said.append(
             f"{report['padding_share']:.0%} of a random batch is padding, since lengths differ: -p row_order=length "
             "puts rows of like length together."
@@ -401,111 +361,17 @@ def _are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
-def _safe(text: str) -> str:
+def safe_name(text: str) -> str:
     """A text as part of a file's or a run's name: letters, digits, dots, _ and -, the first a letter or digit."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:60].rstrip("-._") or "mine"
 
 
-def _free_name(config: RunConfig, preset: str | None = None) -> str:
+def free_name(config: RunConfig, preset: str | None = None) -> str:
     """A name for the run, after the dataset, that no run has yet."""
     name = Path(config.dataset).name
-    name = _safe(name.removeprefix(EMBEDDED).removesuffix(Path(name).suffix if name.endswith(SUFFIXES) else ""))
+    name = safe_name(name.removeprefix(EMBEDDED).removesuffix(Path(name).suffix if name.endswith(SUFFIXES) else ""))
     name = f"{name}-{preset}" if preset else name
     number = 1
     while (Path(config.output_dir) / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
     return name if number == 1 else f"{name}-{number}"
-
-
-# ---------------------------------------------------------------------------------------------------- in a page
-
-
-def keep_upload(name: str, content: bytes, config: RunConfig) -> Path:
-    """Write a file that somebody uploaded into `output_dir/.uploads`, from where it can be given as `dataset`.
-
-    It lies in a folder named after its content: another file of the same name does not replace it.
-
-    Args:
-        name: as the page gave it, which may be anything.
-        content: of the file.
-        config: for its `output_dir`.
-
-    Raises:
-        DataError: of a kind that is not known, empty, or too large.
-    """
-    suffix = Path(name).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(f"{cut(name, 80)} has {unknown_type(cut(suffix, 20))}")
-    if not content:
-        raise DataError(f"{cut(name, 80)} is empty. Expected one question and answer or more.")
-    if len(content) > UPLOAD_MB * 10**6:
-        raise DataError(
-            f"{cut(name, 80)} has {len(content) / 1e6:.0f} MB; expected at most {UPLOAD_MB} MB. Give its path as "
-            "dataset instead."
-        )
-    import hashlib
-
-    mark = hashlib.sha256(content).hexdigest()[:8]
-    path = Path(config.output_dir).resolve() / ".uploads" / mark / f"{_safe(Path(name).stem)}{suffix}"
-    if not path.is_file():
-        write_bytes(path, [content])
-    return path
-
-
-def uploader(config: RunConfig) -> ipywidgets.VBox:
-    """A button to choose a file, and below it the verdict on it, or what is wrong with it, as text of the page.
-
-    Args:
-        config: of the run that the rows would be meant for.
-    """
-    import ipywidgets as widgets
-
-    upload = widgets.FileUpload(
-        accept=",".join(SUFFIXES),
-        multiple=False,
-        description="Choose a file",
-        tooltip=f"Questions and answers as {', '.join(SUFFIXES)}, at most {UPLOAD_MB} MB",
-        layout=widgets.Layout(width="max-content"),
-    )
-    told = widgets.HTML(_page(f"No file yet. It may be {', '.join(SUFFIXES)}, of at most {UPLOAD_MB} MB."))
-
-    def on_file(change: Mapping[str, Any]) -> None:
-        name = "The file"
-        try:
-            for name, content in _files_of(change["new"]):
-                told.value = _page(f"{cut(name, 80)} is being read …")
-                told.value = _page(*_uploaded(name, content, config))
-        except Exception as error:  # shown where the person looks: of a traceback in a kernel's log nobody hears
-            kind = "" if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: "
-            told.value = _page(f"{cut(name, 80)} cannot be trained on. {kind}{error}")
-
-    upload.observe(on_file, names="value")
-    return widgets.VBox([upload, told])
-
-
-def _files_of(value: Any) -> list[tuple[str, bytes]]:
-    """Name and content of each file in the value of a `FileUpload`: in ipywidgets 7, Colab's, a dict by name."""
-    if isinstance(value, Mapping):
-        return [(str(name), bytes(file["content"])) for name, file in value.items()]
-    return [(str(file["name"]), bytes(file["content"])) for file in value]
-
-
-def _uploaded(name: str, content: bytes, config: RunConfig) -> tuple[str, str]:
-    """What to say of an uploaded file: the verdict, and what led to it and follows from it."""
-    path = keep_upload(name, content, config)
-    found = check(str(path), config)
-    here = (
-        f"In this notebook: write\n  dataset = {str(path)!r}\n  run_name = {_free_name(found.config)!r}\ninto the cell "
-        "of the parameters, and run it again from the top."
-    )
-    return found.verdict, "\n\n".join([found.details, found.next_steps, here])
-
-
-def _page(verdict: str, details: str = "") -> str:
-    """Both as they stand in the page; a screen reader says the first, as `status`, when it changes."""
-    first, rest = (in_page(on_terminal(text)) for text in (verdict, details))
-    kept = "white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.4"
-    return (
-        f'<div role="status" style="{kept}"><b>{first}</b></div>'
-        f'<div style="{kept}; font-family: monospace; margin-top: 1em">{rest}</div>'
-    )
