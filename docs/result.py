@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils.curves import column, read_history, smooth
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl
-from qlora_utils.shown import cut, in_figure
+from qlora_utils.style import cut, in_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -34,8 +34,7 @@ from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import write_jsonl
-from qlora_utils.shown import cut, in_figure
-from qlora_utils.style import BASE, ORANGE, TUNED, unframed
+from qlora_utils.style import BASE, ORANGE, TUNED, cut, in_figure, unframed
 from qlora_utils.tokens.formats import format_of
 from qlora_utils.tokens.packing import make_collator
 from qlora_utils.training import micro_batch_size

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Bars of other libraries, here and in the kernels of a series: what is loaded in a moment needs none.
     os.environ.setdefault("TQDM_DELAY", "3")
     from qlora_utils.config import ConfigError
-    from qlora_utils.shown import on_terminal
+    from qlora_utils.style import on_terminal
 
     try:
         return options.command(options)
@@ -241,7 +241,7 @@ def _report(options: argparse.Namespace) -> int:
     from qlora_utils.config import RunConfig
     from qlora_utils.report import page as report
     from qlora_utils.runs.directory import RunDirectory
-    from qlora_utils.shown import on_terminal
+    from qlora_utils.style import on_terminal
 
     run = RunDirectory(RunConfig.continue_run(_run_path(options.run, options.output_dir)).run_dir)
     run.known_metrics()
@@ -310,7 +310,7 @@ def _ask(options: argparse.Namespace) -> int:
 
     from qlora_utils import playground
     from qlora_utils.evaluation import generation
-    from qlora_utils.shown import on_terminal
+    from qlora_utils.style import on_terminal
 
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
     models = ["base" if options.base else "tuned"]

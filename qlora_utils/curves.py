@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from qlora_utils.runs.history import COLUMNS, History, column, lowest, rose, smooth, turned
 from qlora_utils.runs.history import read_history as read_history  # notebook 05 begins with it
-from qlora_utils.shown import in_figure
-from qlora_utils.style import COLORS, HELD_OUT, PALE, TRAINING, unframed
+from qlora_utils.style import COLORS, HELD_OUT, PALE, TRAINING, in_figure, unframed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

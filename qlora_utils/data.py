@@ -34,8 +34,7 @@ from qlora_utils.rows.statistics import report_table as report_table  # notebook
 from qlora_utils.rows.stored import Stored, digest_of, write_rows
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_bytes, write_json
-from qlora_utils.shown import cut, in_page, on_terminal
-from qlora_utils.style import BLUE, ORANGE, unframed
+from qlora_utils.style import BLUE, ORANGE, cut, in_page, on_terminal, unframed
 from qlora_utils.tokens.formats import Format, format_of
 from qlora_utils.tokens.instructions import instructions_of
 from qlora_utils.tokens.tokenization import BareTokenizer, bare

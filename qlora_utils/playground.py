@@ -35,7 +35,7 @@ from qlora_utils.rows.conversations import Turn
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import RunDirectory, require_adapter
 from qlora_utils.runs.files import write_text
-from qlora_utils.shown import cut, in_page
+from qlora_utils.style import cut, in_page
 
 if TYPE_CHECKING:
     pass

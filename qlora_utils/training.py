@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from qlora_utils import wording
+from qlora_utils import style
 from qlora_utils.config import DONE_FIELDS, GO_ON_FIELDS, ConfigError, RunConfig
 from qlora_utils.data import Prepared
 from qlora_utils.evaluation.generation import Sampling, answer_all, questions_of
@@ -44,7 +44,7 @@ from qlora_utils.rows.held_out import measured_rows
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import LEARNED, RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_text
-from qlora_utils.shown import cut
+from qlora_utils.style import cut
 from qlora_utils.tokens.formats import Format, format_of
 from qlora_utils.tokens.packing import StepCollator, make_collator
 from qlora_utils.tokens.tokenization import bare
@@ -80,16 +80,16 @@ class Trained:
 
     def text(self) -> str:
         """The same in words, a line each."""
-        kept = f", held-out loss {wording.loss(self.kept_loss)}" if self.kept_loss is not None else ""
+        kept = f", held-out loss {style.loss(self.kept_loss)}" if self.kept_loss is not None else ""
         lines = {
-            "trained": f"{self.steps:,} steps, {self.tokens:,} tokens, {wording.duration(self.wall_s)}",
-            "training loss": f"{wording.loss(self.first_loss)} → {wording.loss(self.final_loss)}",
+            "trained": f"{self.steps:,} steps, {self.tokens:,} tokens, {style.duration(self.wall_s)}",
+            "training loss": f"{style.loss(self.first_loss)} → {style.loss(self.final_loss)}",
             "adapter kept": f"that of step {self.kept_step:,}{kept}",
             "speed": f"{self.tokens_per_s:,.0f} tokens/s",
-            "peak memory": wording.size(self.peak_memory_bytes),
+            "peak memory": style.size(self.peak_memory_bytes),
         }
         if self.skipped_steps:
-            lines["skipped"] = f"{wording.counted(self.skipped_steps, 'step')} without a finite loss or gradient"
+            lines["skipped"] = f"{style.counted(self.skipped_steps, 'step')} without a finite loss or gradient"
         return "\n".join(f"{name:<15}{said}" for name, said in lines.items())
 
 

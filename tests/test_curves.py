@@ -13,7 +13,7 @@ from conftest import MARKUP, ROOT
 from qlora_utils import curves
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import with_few_colours, write_jsonl
-from qlora_utils.shown import on_terminal
+from qlora_utils.style import on_terminal
 
 HISTORY = [{"step": 0, "epoch": 0.0, "eval_loss": 3.0}] + [
     line

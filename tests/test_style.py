@@ -1,13 +1,126 @@
 from __future__ import annotations
 
+import io
+import re
+import unicodedata
+from html.parser import HTMLParser
 from itertools import combinations, pairwise
 
 import numpy
 import pytest
+from conftest import HOSTILE, MARKUP
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
-from qlora_utils import style as drawing
+from qlora_utils import style
 from qlora_utils.models.memory import PART_COLORS, PARTS
+from qlora_utils.style import counted, duration, passes, percent, size
+
+ANYTHING = st.one_of(st.sampled_from(MARKUP), HOSTILE, st.text(st.characters(exclude_categories=()), max_size=20))
+
+
+@given(ANYTHING)
+def test_a_terminal_gets_nothing_that_it_would_obey(text):
+    safe = style.on_terminal(text)
+    safe.encode()  # half a character could not be printed at all
+    assert not [c for c in safe if unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n"]
+    assert style.on_terminal(safe) == safe
+    assert style.on_terminal("".join(map(style.on_terminal, text))) == safe  # piece by piece alike, as answers come
+
+
+def test_what_is_harmless_stays_as_it_is():
+    for text in ("Why?\n\tBecause.", "Größe 東京 नमस्ते", "שלום \u200f, نعم", "👩\u200d🔬"):
+        assert style.on_terminal(text) == text
+    assert style.on_terminal("\x1b[2J\r\x9b\u202e") == "\\x1b[2J\\r\\x9b\\u202e"
+
+
+@given(ANYTHING, st.integers(1, 30))
+def test_a_cut_text_is_one_line_of_at_most_that_width(text, width):
+    line = style.cut(text, width)
+    assert len(line) <= width
+    assert len(line.splitlines()) <= 1 or set(line) & {"\u2028", "\u2029"}
+    assert "\x1b" not in line
+    assert style.cut("a  b\nc", 10) == "a b c"
+    assert style.cut("a  b\nc", 3) == "a …"
+
+
+@given(ANYTHING)
+def test_a_page_gets_text_and_no_markup(text):
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, attributes))
+    parser.feed(f'<p title="{style.in_page(text)}">{style.in_page(text)}</p>')
+    assert found == [("p", [("title", text)])]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+@pytest.mark.filterwarnings("ignore:Matplotlib currently does not support:UserWarning")
+@pytest.mark.parametrize("text", [*MARKUP, "\x00", "half \ud83d", "a\\$b$c", "100 $ or 200 $"])
+def test_a_figure_draws_letters_and_no_formula(text):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.plot([0, 1], label=style.in_figure(text))
+    axes.set_xticks([0], [style.in_figure(text)])
+    axes.legend()
+    figure.savefig(io.BytesIO(), format="png")
+
+
+@given(st.text(alphabet="$\\\\x{", max_size=6))
+@settings(max_examples=50)
+def test_matplotlib_takes_none_for_a_formula(text):
+    from matplotlib.text import Text
+
+    label = Text(text=style.in_figure(text))
+    assert label._preprocess_math(label.get_text()) == (text, False)
+
+
+@settings(deadline=None)
+@given(st.floats(0, 1))
+def test_a_share_is_none_or_all_only_if_it_is(share):
+    said = percent(share)
+    assert (said in ("0%", "0.0%")) == (share == 0)
+    assert (said in ("100%", "100.0%")) == (share == 1)
+
+
+@settings(deadline=None)
+@given(st.floats(0, 9e14))
+def test_a_size_is_within_half_a_percent_and_has_at_most_three_digits(count):
+    said, unit = size(count).split()
+    factor = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
+    assert float(said) * factor == pytest.approx(count, rel=0.006, abs=0.5)
+    assert "e" not in said
+    assert len(said.replace(".", "")) <= 3
+
+
+@settings(deadline=None)
+@given(st.floats(1e-9, 1e9))
+def test_passes_are_a_plain_number_within_half_a_percent_of_their_count(count):
+    said = passes(count)
+    assert not re.search(r"\de", said)
+    if said.endswith(" of one pass"):
+        assert count < 1
+        assert said.removesuffix(" of one pass") == percent(count)
+    else:
+        number, noun = said.split()
+        assert float(number.replace(",", "")) == pytest.approx(count, rel=0.0051)
+        assert noun == ("pass" if number == "1" else "passes")
+
+
+@pytest.mark.parametrize(
+    ("said", "as_people_say"),
+    [(duration(51.04), "51 s"), (duration(130), "2 min"), (duration(3600 * 5), "5 h 0 min"),
+     (size(8.18e8), "818 MB"), (size(1.55e10), "15.5 GB"), (size(999_700), "1 MB"), (size(12), "12 bytes"),
+     (counted(1, "row"), "1 row"), (counted(1200, "row"), "1,200 rows"),
+     (counted(2, "entity", "entities"), "2 entities"), (passes(125), "125 passes"), (passes(99.96), "100 passes"),
+     (passes(1234.5), "1,234 passes"), (passes(2.5), "2.5 passes"), (passes(1.0), "1 pass"), (passes(0.9999), "1 pass"),
+     (passes(0.125), "12.5% of one pass")],
+)  # fmt: skip
+def test_numbers_are_said_as_people_say_them(said, as_people_say):
+    assert said == as_people_say
+
 
 # Dichromats see linear RGB through these: Machado, Oliveira and Fernandes, 2009, severity 1.
 EYES = {
@@ -41,9 +154,9 @@ def test_the_measure_knows_colours_that_the_colour_blind_take_for_one_another():
 
 @pytest.mark.parametrize("eyes", EYES)
 def test_colours_are_told_apart_by_all(eyes):
-    for one, other in combinations((*drawing.COLORS, drawing.PALE), 2):
+    for one, other in combinations((*style.COLORS, style.PALE), 2):
         assert distance(one, other, eyes) > 10, (one, other)
-    for one, other in ((drawing.BASE, drawing.TUNED), (drawing.TRAINING, drawing.HELD_OUT)):
+    for one, other in ((style.BASE, style.TUNED), (style.TRAINING, style.HELD_OUT)):
         assert distance(one, other, eyes) > 40
 
 
@@ -58,7 +171,7 @@ def test_unframed_axes_have_no_frame():
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots()
-    drawing.unframed(ax, grid="x")
+    style.unframed(ax, grid="x")
     assert not ax.spines["top"].get_visible()
     assert ax.spines["left"].get_visible()
     plt.close(figure)

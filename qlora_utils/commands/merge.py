@@ -35,7 +35,7 @@ from qlora_utils.rows.conversations import Conversation, Turn
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import write_json
 from qlora_utils.runs.provenance import provenance
-from qlora_utils.shown import cut
+from qlora_utils.style import cut
 from qlora_utils.tokens.formats import format_of
 from qlora_utils.tokens.packing import make_collator
 

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_utils import wording
+from qlora_utils import style
 from qlora_utils.config import ConfigError, RunConfig, run_command
 from qlora_utils.evaluation.scores import score_text
 from qlora_utils.locate import first_line
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl
 from qlora_utils.runs.locks import is_at_work
-from qlora_utils.shown import cut
+from qlora_utils.style import cut
 
 # What tells a run directory without a config.json from a folder that is no run at all.
 _OURS = ("history.jsonl", "metrics.json", "adapter", "checkpoints", "data/train.jsonl")
@@ -167,7 +167,7 @@ def table(runs: Sequence[Listed], folder: Path) -> str:
 
 
 def _cells(run: Listed) -> tuple[str, ...]:
-    size, moment = wording.size(run.bytes), time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
+    size, moment = style.size(run.bytes), time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
     if run.fault is not None:
         return cut(run.name, 40), "", "damaged", "", "", moment, size
     state, loss, scores = run.state, "", ""

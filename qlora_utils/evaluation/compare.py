@@ -27,7 +27,7 @@ from qlora_utils.evaluation.scores import (
 )
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import damaged, read_json, read_jsonl
-from qlora_utils.shown import cut, in_figure, on_terminal
+from qlora_utils.style import cut, in_figure, on_terminal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

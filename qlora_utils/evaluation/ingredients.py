@@ -18,8 +18,7 @@ from qlora_utils.rows.files import SUFFIXES
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json
 from qlora_utils.runs.provenance import hardware, versions
-from qlora_utils.shown import cut, in_figure
-from qlora_utils.style import COLORS, unframed
+from qlora_utils.style import COLORS, cut, in_figure, unframed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from qlora_utils import wording
+from qlora_utils import style
 from qlora_utils.evaluation.generation import Sampling
-from qlora_utils.shown import cut, in_figure
-from qlora_utils.style import BASE, GRAY, ORANGE, PALE, TUNED, unframed
+from qlora_utils.style import BASE, GRAY, ORANGE, PALE, TUNED, cut, in_figure, unframed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -172,4 +171,4 @@ def _bracketed(share: float, left_out: bool) -> str:
 
 def _percent(share: float) -> str:
     """A share in few letters."""
-    return wording.percent(share).replace("less than ", "<").replace("more than ", ">")
+    return style.percent(share).replace("less than ", "<").replace("more than ", ">")

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from qlora_utils.rows.statistics import words
-from qlora_utils.wording import counted
+from qlora_utils.style import counted
 
 SCORES = {"exact_match": "exact match", "names_fact": "names the fact", "f1": "token F1", "rouge_l": "ROUGE-L"}
 TITLES = {**SCORES, "perplexity": "perplexity"}

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from qlora_utils.models.hardware import free_memory, is_out_of_memory
-from qlora_utils.shown import in_figure
-from qlora_utils.style import BASE, TUNED, unframed
+from qlora_utils.style import BASE, TUNED, in_figure, unframed
 from qlora_utils.tokens.formats import IGNORED, Encoded
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from qlora_utils.locate import first_line
 from qlora_utils.loop.history import HistoryWriter, peak_memory_bytes
 from qlora_utils.runs.directory import HEADLESS, TERMINAL
 from qlora_utils.runs.history import column, sample_answers
-from qlora_utils.shown import cut, in_page, on_terminal
+from qlora_utils.style import cut, in_page, on_terminal
 
 SHARE = 0.02  # of the time, at most, goes into showing it
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from qlora_utils.report.html import Html, element, join
-from qlora_utils.shown import cut
+from qlora_utils.style import cut
 
 WIDTH = 560  # of a drawing, in its own units; text is 13 of them high
 NARROW = 400  # of one that stands beside another

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from qlora_utils.shown import in_page, on_terminal
+from qlora_utils.style import in_page, on_terminal
 
 
 class Html(str):

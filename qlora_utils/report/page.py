@@ -12,8 +12,7 @@ from qlora_utils.report.sentences import Facts, gather, measured
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_text
 from qlora_utils.runs.history import column, lowest, rose, turned
-from qlora_utils.shown import cut, on_terminal
-from qlora_utils.wording import loss
+from qlora_utils.style import cut, loss, on_terminal
 
 
 def summary(run: RunDirectory) -> str:

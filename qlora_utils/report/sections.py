@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils import wording
+from qlora_utils import style
 from qlora_utils.config import PLACE_FIELDS, RunConfig, run_command
 from qlora_utils.evaluation import compare
 from qlora_utils.evaluation.scores import paired_text, score_text
@@ -84,9 +84,9 @@ def key_figures(facts: Facts) -> list[Html]:
             figures["held-out loss"] = figure_of(f"{loss:.3f}", f"of the adapter kept, step {kept}; {beside}")
     if train:
         figures["training time"] = figure_of(
-            wording.duration(train["wall_s"]), f"{train['steps']:,} steps, {train['tokens_per_s']:,.0f} tokens/s"
+            style.duration(train["wall_s"]), f"{train['steps']:,} steps, {train['tokens_per_s']:,.0f} tokens/s"
         )
-        figures["peak memory"] = figure_of(wording.size(train["peak_memory_bytes"]), _of_what(facts))
+        figures["peak memory"] = figure_of(style.size(train["peak_memory_bytes"]), _of_what(facts))
     return [described(figures, "key")] if figures else []
 
 
@@ -199,7 +199,7 @@ def _groups(groups: Mapping[str, Mapping[str, Any]]) -> list[Html]:
         guessed = "; the dotted mark is what a guess would get" if guesses else ""
         parts.append(
             folded(
-                f"By {by}: {wording.counted(len(members), 'group')}, tuned exact match {lowest_text}",
+                f"By {by}: {style.counted(len(members), 'group')}, tuned exact match {lowest_text}",
                 figure(
                     dot_chart(drawn, says=says, ticks=guesses),
                     f"Exact match by {by}, with 95 % intervals{guessed}.",
@@ -287,20 +287,20 @@ def answers(facts: Facts) -> list[Html]:
     groups = {
         "The largest gains": (
             best,
-            f"The {wording.counted(len(best), 'answer')} of {len(lines):,} that the tuned model improves most on the "
+            f"The {style.counted(len(best), 'answer')} of {len(lines):,} that the tuned model improves most on the "
             "base model's, by exact match and then token F1. They show what was learned, not how often.",
             "There is none: no answer of the tuned model is better than the base model's.",
         ),
         "The worst": (
             worst,
-            f"The {wording.counted(len(worst), 'answer')} of the tuned model furthest from what was expected, by "
+            f"The {style.counted(len(worst), 'answer')} of the tuned model furthest from what was expected, by "
             "exact match, then token F1 and ROUGE-L.",
             "There is none: every held-out question was answered exactly.",
         ),
         "Drawn at random": (
             drawn,
-            f"{wording.counted(len(drawn), 'answer')} drawn from all {len(lines):,} with seed 0: these are typical. "
-            f"Of all, {wording.percent(round(right, 4))} are exact.",
+            f"{style.counted(len(drawn), 'answer')} drawn from all {len(lines):,} with seed 0: these are typical. "
+            f"Of all, {style.percent(round(right, 4))} are exact.",
             "",
         ),
     }
@@ -410,8 +410,8 @@ def _sample(facts: Facts) -> list[Html]:
     return [
         element("h3", "One question on the way"),
         paragraph(
-            f"Asked {wording.counted(len(asked), 'time')} while the model was trained; it gave "
-            f"{wording.counted(len(said), 'answer')} one after the other{some}."
+            f"Asked {style.counted(len(asked), 'time')} while the model was trained; it gave "
+            f"{style.counted(len(said), 'answer')} one after the other{some}."
         ),
         described({"question": question, "expected": expected}),
         table(
@@ -485,7 +485,7 @@ def memory(facts: Facts) -> list[Html]:
     """What the training took, measured and planned part by part."""
     peak = facts.train.get("peak_memory_bytes")
     measured = paragraph(
-        f"Measured: {wording.size(peak)} at the peak, {_of_what(facts)}."
+        f"Measured: {style.size(peak)} at the peak, {_of_what(facts)}."
         if peak
         else "No peak was measured: no training has come to its end here."
     )
@@ -494,14 +494,14 @@ def memory(facts: Facts) -> list[Html]:
         return [measured, paragraph(plan)]
     total = sum(plan.parts.values())
     parts = {name: size for name, size in plan.parts.items() if size}
-    rows = [(name, _PARTS.get(name, ""), wording.size(size), wording.percent(size / total))
+    rows = [(name, _PARTS.get(name, ""), style.size(size), style.percent(size / total))
             for name, size in parts.items()]  # fmt: skip
-    rows.append(("at the peak", "not all of these are there together", wording.size(plan.peak), "–"))
-    bars = [(name, float(size), wording.size(size)) for name, size in parts.items()]
-    bars.append(("at the peak", float(plan.peak), wording.size(plan.peak)))
+    rows.append(("at the peak", "not all of these are there together", style.size(plan.peak), "–"))
+    bars = [(name, float(size), style.size(size)) for name, size in parts.items()]
+    bars.append(("at the peak", float(plan.peak), style.size(plan.peak)))
     largest = sorted(parts, key=lambda name: -parts[name])[:3]
-    sizes = ", ".join(f"{name} ({wording.size(parts[name])})" for name in largest)
-    says = f"Planned memory by part. The largest are {sizes}; {wording.size(plan.peak)} at the peak."
+    sizes = ", ".join(f"{name} ({style.size(parts[name])})" for name in largest)
+    says = f"Planned memory by part. The largest are {sizes}; {style.size(plan.peak)} at the peak."
     on_cpu = not facts.hardware.get("gpu")
     beside = (
         " The plan counts tensors alone; on a CPU the measured peak is of the whole process, with Python, PyTorch and "
@@ -511,7 +511,7 @@ def memory(facts: Facts) -> list[Html]:
     )
     return [
         measured,
-        paragraph(f"Planned, from the shape of the model: {wording.size(plan.peak)} at the peak.{beside}"),
+        paragraph(f"Planned, from the shape of the model: {style.size(plan.peak)} at the peak.{beside}"),
         figure(bar_chart(bars, says=says, strong=(len(bars) - 1,)), "Planned memory of a training step, part by part."),
         table("Planned memory by part", ("part", "what it is", "size", "share of all parts"), rows, numbers=(2, 3)),
     ]
@@ -575,7 +575,7 @@ def data(facts: Facts) -> list[Html]:
             )
         )
     conversations = max(1, data["conversations"])
-    shares = {name: f"{count:,} ({wording.percent(count / conversations)})" for name, count in data["scripts"].items()}
+    shares = {name: f"{count:,} ({style.percent(count / conversations)})" for name, count in data["scripts"].items()}
     rows = {
         "conversations": f"{data['conversations']:,}",
         "turns": f"{data['turns']:,}",
@@ -585,9 +585,9 @@ def data(facts: Facts) -> list[Html]:
         "tokens": f"{data['tokens']:,}",
         f"tokens per {unit}": f"mean {length['mean']}, median {length['p50']:g}, p95 {length['p95']:g}, longest "
         f"{length['longest']:,}",
-        "cut at max_seq_len": wording.percent(truncated_share(data)),
-        "answer tokens that are <unk>": wording.percent(data.get("unknown_share", 0.0)),
-        f"padding in random batches of {data['batch_size']}": wording.percent(data["padding_share"]),
+        "cut at max_seq_len": style.percent(truncated_share(data)),
+        "answer tokens that are <unk>": style.percent(data.get("unknown_share", 0.0)),
+        f"padding in random batches of {data['batch_size']}": style.percent(data["padding_share"]),
         "duplicates": f"{data['exact_duplicates']:,} exact, {data['normalised_duplicates']:,} after normalising",
         "rows with a blank turn": f"{data['rows_with_blank_turn']:,}",
         "rows ending unanswered": f"{data['rows_ending_unanswered']:,}",
@@ -695,7 +695,7 @@ def again(facts: Facts) -> list[Html]:
     if files:
         parts += [
             folded(
-                f"Figures of the notebooks: {wording.counted(len(files), 'file')} in figures/",
+                f"Figures of the notebooks: {style.counted(len(files), 'file')} in figures/",
                 listed([element("code", name) for name in files], class_="plain"),
             )
         ]

@@ -25,7 +25,7 @@ from qlora_utils.rows.statistics import truncated_share
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import DamagedError, read_json, read_jsonl
 from qlora_utils.runs.history import column, fault_of_numbers, fault_of_sample, lowest, rose, smooth, turned
-from qlora_utils.wording import counted, duration, loss, passes, percent, size
+from qlora_utils.style import counted, duration, loss, passes, percent, size
 
 Line = Mapping[str, Any]  # of answers.jsonl
 SHOWN = 20  # answers, of which a third each are the best and the worst

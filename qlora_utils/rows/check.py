@@ -22,8 +22,7 @@ from qlora_utils.locate import EMBEDDED
 from qlora_utils.rows.conversations import Conversation, Rejected
 from qlora_utils.rows.files import SUFFIXES, Row
 from qlora_utils.rows.statistics import digest, digest_array, normalise, report_table, truncated_share
-from qlora_utils.shown import cut, on_terminal
-from qlora_utils.wording import counted, passes, percent
+from qlora_utils.style import counted, cut, on_terminal, passes, percent
 
 if TYPE_CHECKING:
     from qlora_utils.tokens.formats import Format

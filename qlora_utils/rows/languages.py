@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.rows.conversations import Conversation
-from qlora_utils.shown import on_terminal
-from qlora_utils.style import BLUE, SKY, unframed
+from qlora_utils.style import BLUE, SKY, on_terminal, unframed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils.rows.conversations import Conversation, Rejected, UnusableRowError, batches, parse, record_of, usable
 from qlora_utils.rows.files import Row
 from qlora_utils.rows.stored import line
-from qlora_utils.wording import percent
+from qlora_utils.style import percent
 
 if TYPE_CHECKING:
     from qlora_utils.tokens.formats import Format

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_utils.report import html as page
-from qlora_utils.shown import on_terminal
+from qlora_utils.style import on_terminal
 
 ANYTHING = st.one_of(st.sampled_from(MARKUP), HOSTILE, st.text(st.characters(exclude_categories=()), max_size=20))
 
