@@ -7,8 +7,8 @@ from typing import Any
 
 from qlora_utils.evaluation.scores import score_text
 from qlora_utils.report import sections
+from qlora_utils.report.facts import Facts, gather, measured
 from qlora_utils.report.html import Html, document, note
-from qlora_utils.report.sentences import Facts, gather, measured
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_text
 from qlora_utils.runs.history import column, lowest, rose, turned

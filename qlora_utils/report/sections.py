@@ -12,10 +12,10 @@ from qlora_utils.config import PLACE_FIELDS, RunConfig, run_command
 from qlora_utils.evaluation import compare
 from qlora_utils.evaluation.scores import paired_text, score_text
 from qlora_utils.presets import PRESETS
-from qlora_utils.report import sentences as findings
+from qlora_utils.report import sentences
+from qlora_utils.report.facts import AnswerLine, Facts, chosen, measured, scores_of
 from qlora_utils.report.figures import NARROW, Interval, Line, bar_chart, dot_chart, histogram, line_chart
 from qlora_utils.report.html import Html, described, element, figure, folded, join, listed, note, paragraph, table, text
-from qlora_utils.report.sentences import Facts
 from qlora_utils.report.word_diff import differences
 from qlora_utils.rows.statistics import truncated_share
 from qlora_utils.runs.files import read_json
@@ -36,22 +36,22 @@ def absent(facts: Facts, name: str, otherwise: str) -> list[Html]:
 
 def what_was_tuned(facts: Facts) -> list[Html]:
     """What was tuned, on what: the first sentence."""
-    return [element("p", findings.what_was_tuned(facts), class_="lead")]
+    return [element("p", sentences.what_was_tuned(facts), class_="lead")]
 
 
 def what_came_of_it(facts: Facts) -> list[Html]:
     """What the questions say of it: the second."""
-    return [element("p", findings.what_came_of_it(facts), class_="lead")]
+    return [element("p", sentences.what_came_of_it(facts), class_="lead")]
 
 
 def where_it_ran(facts: Facts) -> list[Html]:
     """Time, memory, machine, day and versions: the third."""
-    return [paragraph(findings.where_it_ran(facts))]
+    return [paragraph(sentences.where_it_ran(facts))]
 
 
 def caveats(facts: Facts) -> list[Html]:
     """What must be known before the numbers are believed, where there is anything."""
-    known = findings.caveats(facts)
+    known = sentences.caveats(facts)
     return [element("div", element("h2", "To keep in mind"), listed(known), class_="caveats")] if known else []
 
 
@@ -111,7 +111,7 @@ def scores(facts: Facts) -> list[Html]:
     if not facts.scored:
         return absent(facts, "metrics", "Not measured yet: notebook 06 does it.")
     held = metrics["held_out"]
-    titles = findings.measured(metrics)
+    titles = measured(metrics)
     rows = [(title, _cell(metrics["base"], name), _cell(metrics["tuned"], name)) for name, title in titles.items()]
     stops = [text(f"{metrics[model]['stopped']:.3f}") for model in ("base", "tuned")]
     rows.append(("stops by itself", stops[0], stops[1]))
@@ -132,7 +132,7 @@ def scores(facts: Facts) -> list[Html]:
         folded("What the scores mean", described(_MEANINGS)),
     ]
     if "paired" in metrics:
-        parts.insert(1, paragraph(f"{paired_text(metrics['paired'])} {findings.verdict(facts)}"))
+        parts.insert(1, paragraph(f"{paired_text(metrics['paired'])} {sentences.verdict(facts)}"))
     return [*parts, *_groups(metrics.get("groups", {}))]
 
 
@@ -282,8 +282,8 @@ def answers(facts: Facts) -> list[Html]:
     lines = facts.held_out
     if not lines:
         return absent(facts, "answers", "No held-out question has been answered yet: notebook 06 does it.")
-    best, worst, drawn = findings.chosen(lines)
-    right = sum(findings.scores_of(line, "tuned")[0] for line in lines) / len(lines)
+    best, worst, drawn = chosen(lines)
+    right = sum(scores_of(line, "tuned")[0] for line in lines) / len(lines)
     groups = {
         "The largest gains": (
             best,
@@ -321,12 +321,12 @@ def answers(facts: Facts) -> list[Html]:
     return parts
 
 
-def _card(line: findings.Line) -> Html:
+def _card(line: AnswerLine) -> Html:
     """A question with what was expected and both answers."""
     about = [str(line.get("split", "")), *(f"{name}: {value}" for name, value in line.get("tags", {}).items())]
     answers = {"expected": element("span", _short(line["expected"]), dir="auto")}
     for model in ("base", "tuned"):
-        exact, f1, _ = findings.scores_of(line, model)
+        exact, f1, _ = scores_of(line, model)
         verdict = "✓ exact" if exact == 1 else f"✗ not exact, token F1 {f1:.2f}"
         answers[f"{model}: {verdict}"] = _marked(_short(line[model]["answer"]), _short(line["expected"]))
     return join([
@@ -367,7 +367,7 @@ def training(facts: Facts) -> list[Html]:
     history = facts.history
     if not history:
         return absent(facts, "history", "Nothing was logged: notebook 04 trains.")
-    parts = [paragraph(findings.course(facts))]
+    parts = [paragraph(sentences.course(facts))]
     if any(column(history, name)[0] for name in ("loss", "eval_loss")):
         parts.append(_losses(facts))
     panels = []
@@ -376,7 +376,7 @@ def training(facts: Facts) -> list[Html]:
         if values:
             line = Line(points=[*zip(steps, (value * scale for value in values), strict=True)],
                         dots=name.startswith("eval_"))  # fmt: skip
-            says = findings.progress(history, name, title, unit, scale)
+            says = sentences.progress(history, name, title, unit, scale)
             top = 1.0 if name == "eval_exact_match" else None
             axis = f"{title} ({unit.strip()})" if unit else title
             panels.append(figure(line_chart([line], says=says, upwards=axis, top=top, width=NARROW), says))
@@ -449,7 +449,7 @@ def _losses(facts: Facts) -> Html:
     answers_alone = facts.config.get("response_only", True) or facts.data.get("unit") == "example"
     drawing = line_chart(
         [line for line in lines if line.points],
-        says=f"{findings.course(facts)}{' After its lowest point held-out loss rises: overfitting.' if over else ''}",
+        says=f"{sentences.course(facts)}{' After its lowest point held-out loss rises: overfitting.' if over else ''}",
         logarithmic=True,
         upwards="loss",
         rules={f"adapter of step {kept}": kept} if kept is not None else None,
@@ -547,7 +547,7 @@ def data(facts: Facts) -> list[Html]:
     if not data:
         return absent(facts, "data", "The data report is missing: notebook 01 writes it.")
     length, unit = data["token_length"], data.get("unit", "conversation")
-    parts = [listed(findings.data_sentences(facts))]
+    parts = [listed(sentences.data_sentences(facts))]
     if facts.reasons:
         reasons = [(reason, f"{count:,}") for reason, count in sorted(facts.reasons.items(), key=lambda x: -x[1])]
         more = reasons[_REASONS:]

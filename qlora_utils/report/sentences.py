@@ -2,176 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from qlora_utils.evaluation.scores import (
-    TITLES,
     clusters_of,
     difference_interval,
-    exact_match,
     paired_text,
-    rouge_l,
-    token_f1,
     with_interval,
 )
+from qlora_utils.report.facts import AnswerLine, Facts, trained_on_date
 from qlora_utils.rows.statistics import truncated_share
-from qlora_utils.runs.directory import RunDirectory
-from qlora_utils.runs.files import DamagedError, read_json, read_jsonl
-from qlora_utils.runs.history import column, fault_of_numbers, fault_of_sample, lowest, rose, smooth, turned
+from qlora_utils.runs.history import column, lowest, rose, smooth, turned
 from qlora_utils.style import counted, duration, loss, passes, percent, size
 
-Line = Mapping[str, Any]  # of answers.jsonl
-SHOWN = 20  # answers, of which a third each are the best and the worst
 FEW = 100  # questions; with fewer an interval is wide enough to be spoken of
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a run directory holds, as far as it is there: what is not is empty, and `missing` says why."""
-
-    run: RunDirectory
-    stored: Mapping[str, Any]
-    metrics: Mapping[str, Any]
-    history: list[dict[str, Any]]
-    data: Mapping[str, Any]
-    reasons: Mapping[str, int]  # why rows were left out, how many
-    answers: Sequence[Line]
-    missing: Mapping[str, str]
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The parameters, as they were stored; those of another version may be others than ours."""
-        config: Mapping[str, Any] = self.stored["config"]
-        return config
-
-    @property
-    def versions(self) -> Mapping[str, Any]:
-        """Versions of the packages it ran with, by name."""
-        return _mapping(self.stored.get("versions"))
-
-    @property
-    def hardware(self) -> Mapping[str, Any]:
-        """Processor, cores, memory and GPU."""
-        return _mapping(self.stored.get("hardware"))
-
-    @property
-    def train(self) -> Mapping[str, Any]:
-        """What the training came to; empty if there was none."""
-        train: Mapping[str, Any] = self.metrics.get("train", {})
-        return train
-
-    @property
-    def scored(self) -> bool:
-        """Whether base and tuned model were asked."""
-        return {"base", "tuned", "held_out"} <= set(self.metrics)
-
-    @property
-    def held_out(self) -> Sequence[Line]:
-        """The answers to held-out questions, which come first."""
-        count = self.metrics.get("held_out", {}).get("questions")
-        lines = self.answers[:count] if isinstance(count, int) else self.answers
-        return [line for line in lines if line.get("split") != "training rows"]
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def gather(run: RunDirectory) -> Facts:
-    """All that a run directory holds, read once. What is missing or damaged is said in `missing` and no error.
-
-    Raises:
-        FileNotFoundError: there is no config.json, so no run.
-        DamagedError: it holds no config.
-    """
-    stored = read_json(run.config)
-    if not isinstance(stored.get("config"), dict):
-        raise DamagedError(f"{run.config}: damaged, expected the config of a run under “config”.")
-    missing: dict[str, str] = {}
-
-    def taken(name: str, read: Any, otherwise: Any) -> Any:
-        try:
-            return read()
-        except (OSError, ValueError) as error:
-            missing[name] = str(error)
-            return otherwise
-
-    metrics = taken("metrics", lambda: read_json(run.metrics) and run.known_metrics(), {})
-    history = taken("history", lambda: read_jsonl(run.history, dict), [])
-    answers = taken("answers", lambda: read_jsonl(run.answers, dict), [])
-    usable = [line for line in answers if _is_answer(line)]
-    if len(usable) < len(answers):
-        lost = len(answers) - len(usable)
-        kind = "is no answer" if lost == 1 else "are no answers"
-        missing["answers"] = f"{run.answers}: {counted(lost, 'line')} in it {kind}."
-    return Facts(
-        run=run,
-        stored=stored,
-        metrics=metrics,
-        history=[_step(line) for line in history if not fault_of_numbers(line)],
-        data=taken("data", lambda: read_json(run.data / "report.json"), {}),
-        reasons=taken("rejected", lambda: _reasons(run), {}),
-        answers=usable,
-        missing=missing,
-    )
-
-
-def _step(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of the history, without its sample where that is damaged: the numbers stand without it."""
-    return {name: value for name, value in line.items() if name != "sample"} if fault_of_sample(line) else line
-
-
-def _is_answer(line: Any) -> bool:
-    return (
-        all(isinstance(line.get(name), str) for name in ("text", "expected"))
-        and all(isinstance(line.get(model), dict) for model in ("base", "tuned"))
-        and all(isinstance(line[model].get("answer"), str) for model in ("base", "tuned"))
-    )
-
-
-def _reasons(run: RunDirectory) -> Counter[str]:
-    """Why rows were left out, counted; read line by line, since it may be as large as the dataset."""
-    found: Counter[str] = Counter()
-    with (run.data / "rejected.jsonl").open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                found[str(json.loads(line)["reason"])] += 1
-            except (ValueError, KeyError, TypeError):
-                found["unknown: this line of rejected.jsonl is damaged"] += 1
-    return found
-
-
-def measured(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Name and title of the scores that these answers have."""
-    return {name: title for name, title in TITLES.items() if name in metrics["base"]}
-
-
-def trained_on_date(run: RunDirectory) -> tuple[str, bool] | None:
-    """The day of the training, and whether it was written down; else that of its files, which a copy may change."""
-    try:
-        copy = json.loads((run.notebooks / "04_training.ipynb").read_text(encoding="utf-8"))
-        ended = datetime.fromisoformat(copy["metadata"]["papermill"]["end_time"])
-        # papermill's clock is UTC, and the files' below is that of this place
-        return _day((ended if ended.tzinfo else ended.replace(tzinfo=UTC)).astimezone()), True
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        pass
-    try:
-        return _day(
-            datetime.fromtimestamp((run.history if run.history.is_file() else run.config).stat().st_mtime)
-        ), False
-    except OSError:
-        return None
-
-
-def _day(moment: datetime) -> str:
-    return f"{moment.day} {moment:%B %Y}"
 
 
 def machine(hardware: Mapping[str, Any]) -> str:
@@ -394,7 +240,7 @@ def _of_the_scores(facts: Facts) -> list[str]:
     return said
 
 
-def _clusters(lines: Sequence[Line]) -> int:
+def _clusters(lines: Sequence[AnswerLine]) -> int:
     try:
         return len(set(clusters_of(lines)))
     except (KeyError, TypeError, AttributeError):  # answers of an earlier version
@@ -485,41 +331,3 @@ def _cut(data: Mapping[str, Any]) -> str:
             f"{'is' if one else 'are'} cut"
         )
     return f"{many} {'is' if one else 'are'} longer than max_seq_len={limit} and {'is' if one else 'are'} cut"
-
-
-# ---------------------------------------------------------------------------------------------------- answers
-
-
-def scores_of(line: Line, model: str) -> tuple[float, float, float]:
-    """Exact match, token F1 and ROUGE-L of an answer: those stored, or measured now."""
-    given, answer = line[model], line[model]["answer"]
-    measures = {"exact_match": exact_match, "f1": token_f1, "rouge_l": rouge_l}
-    values = [
-        given[name] if isinstance(given.get(name), (int, float)) else measure(answer, line["expected"])
-        for name, measure in measures.items()
-    ]
-    return values[0], values[1], values[2]
-
-
-def improvement(line: Line) -> tuple[float, float]:
-    """How much better the tuned answer is than the base model's: by exact match, then by token F1."""
-    base, tuned = scores_of(line, "base"), scores_of(line, "tuned")
-    return tuned[0] - base[0], tuned[1] - base[1]
-
-
-def chosen(lines: Sequence[Line], count: int = SHOWN, seed: int = 0) -> tuple[list[Line], list[Line], list[Line]]:
-    """The answers that are shown: largest gains, worst, and some drawn from all, which may be among these too.
-
-    Args:
-        lines: of `answers.jsonl`.
-        count: of all three together, as far as there are that many.
-        seed: of the draw, and of the order of answers that are equally good.
-    """
-    draw = random.Random(seed)
-    mixed = draw.sample(list(lines), len(lines))
-    drawn = mixed[: max(0, count - 2 * (count // 3))]
-    draw.shuffle(mixed)
-    gains = sorted((line for line in mixed if improvement(line) > (0.0, 0.0)), key=improvement)
-    inexact = [line for line in mixed if scores_of(line, "tuned")[0] < 1]
-    worst = sorted(inexact, key=lambda line: scores_of(line, "tuned"))
-    return gains[::-1][: count // 3], worst[: count // 3], drawn

@@ -13,7 +13,7 @@ from runs import comparison, finished, told
 
 from qlora_utils.evaluation import compare
 from qlora_utils.report import page as report
-from qlora_utils.report.sentences import gather
+from qlora_utils.report.facts import gather
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_jsonl
 

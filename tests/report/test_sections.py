@@ -12,7 +12,7 @@ from qlora_utils import cli
 from qlora_utils.commands import run as runner
 from qlora_utils.config import PLACE_FIELDS, RunConfig
 from qlora_utils.report import sections
-from qlora_utils.report import sentences as findings
+from qlora_utils.report.facts import gather
 from qlora_utils.report.html import join
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, write_json, write_jsonl
@@ -29,7 +29,7 @@ def run(whole, tmp_path):
 
 
 def markup(tell, run):
-    return join(tell(findings.gather(run)))
+    return join(tell(gather(run)))
 
 
 def rows(said):

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
-import re
 import shutil
-import time
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import answered, told
+from runs import told
 
 from qlora_utils import curves
-from qlora_utils.report import sentences as findings
+from qlora_utils.report import sentences
+from qlora_utils.report.facts import Facts, gather
 from qlora_utils.runs.directory import RunDirectory
-from qlora_utils.runs.files import DamagedError, read_json, read_jsonl, write_json, write_jsonl
+from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def run(whole, tmp_path):
     return RunDirectory(shutil.copytree(whole.path, tmp_path / "told"))
 
 
-EMPTY = findings.Facts(RunDirectory("nowhere"), {"config": {}}, {}, [], {}, {}, [], {})
+EMPTY = Facts(RunDirectory("nowhere"), {"config": {}}, {}, [], {}, {}, [], {})
 
 
 def changed(run, section, **values):
@@ -34,25 +33,25 @@ def changed(run, section, **values):
     path = run.data / "report.json" if section == "data" else run.metrics
     whole = read_json(path)
     write_json(path, {**whole, **values} if section == "data" else {**whole, section: {**whole[section], **values}})
-    return findings.gather(run)
+    return gather(run)
 
 
 def with_losses(run, *losses):
     """The facts after the held-out losses are others, measured every five steps."""
     write_jsonl(run.history, [{"step": 5 * number, "eval_loss": loss} for number, loss in enumerate(losses)])
-    return findings.gather(run)
+    return gather(run)
 
 
 def test_the_opening_says_what_was_tuned_on_what_where_and_what_came_of_it(run):
-    facts = findings.gather(run)
-    said = findings.what_was_tuned(facts)
+    facts = gather(run)
+    said = sentences.what_was_tuned(facts)
     for part in ("embedded:pocket/model", "4-bit NF4", "rank 16", "the head", "900 conversations of embedded:pocket",
                  "20 steps of 16", "12,345 tokens", "20.0% of one pass"):  # fmt: skip
         assert part in said
-    where = findings.where_it_ran(facts)
+    where = sentences.where_it_ran(facts)
     assert "It took 2 min, with a peak memory of 800 MB" in where
     assert "torch 2" in where
-    came = findings.what_came_of_it(facts)
+    came = sentences.what_came_of_it(facts)
     right = facts.metrics["tuned"]["exact_match"]
     assert right == 0.9
     assert "On 60 held-out questions exact match went from 0.000 [" in came
@@ -62,46 +61,9 @@ def test_the_opening_says_what_was_tuned_on_what_where_and_what_came_of_it(run):
     assert "is more than chance" in came
 
 
-def test_the_day_is_that_of_the_training_and_else_of_its_files(run):
-    assert re.fullmatch(r"\d+ \w+ \d{4}", findings.trained_on_date(run)[0])
-    assert findings.trained_on_date(run)[1] is False
-    copy = {"metadata": {"papermill": {"end_time": "2025-03-01T10:00:00+00:00"}}}
-    write_json(run.notebooks / "04_training.ipynb", copy)
-    assert findings.trained_on_date(run) == ("1 March 2025", True)
-    assert ", on 1 March 2025, with" in findings.where_it_ran(findings.gather(run))
-    (run.notebooks / "04_training.ipynb").write_text("{}")
-    assert findings.trained_on_date(run)[1] is False
-
-
-@pytest.mark.parametrize(
-    ("zone", "end", "day"),
-    [
-        ("Asia/Tokyo", "2025-03-01T20:00:00+00:00", "2 March 2025"),
-        ("America/Los_Angeles", "2025-03-01T02:00:00+00:00", "28 February 2025"),
-        ("UTC", "2025-03-01T02:00:00+00:00", "1 March 2025"),
-        ("Asia/Tokyo", "2025-03-01T20:00:00", "2 March 2025"),  # papermill's times are UTC, said or not
-    ],
-)
-def test_the_day_is_that_of_the_place_where_it_is_told(run, monkeypatch, zone, end, day):
-    write_json(run.notebooks / "04_training.ipynb", {"metadata": {"papermill": {"end_time": end}}})
-    with monkeypatch.context() as there:
-        there.setenv("TZ", zone)
-        time.tzset()
-        found = findings.trained_on_date(run)
-    time.tzset()
-    assert found == (day, True)
-
-
-def test_a_day_at_the_end_of_time_is_no_day(run):
-    for year in ("0001-01-01", "9999-12-31"):
-        copy = {"metadata": {"papermill": {"end_time": f"{year}T12:00:00+00:00"}}}
-        write_json(run.notebooks / "04_training.ipynb", copy)
-        assert findings.trained_on_date(run) is not None
-
-
 def test_a_difference_that_may_be_chance_is_not_told_as_one(tmp_path):
     few = told(tmp_path, count=12, wrong=10)
-    said = findings.what_came_of_it(findings.gather(few))
+    said = sentences.what_came_of_it(gather(few))
     assert "No difference is shown: +0.167 [" in said
     assert "may be chance" in said
     assert "more than chance" not in said
@@ -111,7 +73,7 @@ def test_a_run_with_nothing_to_warn_of_gets_no_warning(tmp_path):
     run = told(tmp_path, count=120)
     lines = [{**line, "tags": {**line["tags"], "entity": str(line["number"])}} for line in read_jsonl(run.answers)]
     write_jsonl(run.answers, lines)
-    assert findings.caveats(with_losses(run, 3.0, 1.0, 0.99)) == []
+    assert sentences.caveats(with_losses(run, 3.0, 1.0, 0.99)) == []
 
 
 @pytest.mark.parametrize(
@@ -131,8 +93,8 @@ def test_a_run_with_nothing_to_warn_of_gets_no_warning(tmp_path):
     ],
 )
 def test_every_caveat_is_there_when_it_is_due_and_only_then(run, section, values, said):
-    assert said not in " ".join(findings.caveats(findings.gather(run)))
-    assert said in " ".join(findings.caveats(changed(run, section, **values)))
+    assert said not in " ".join(sentences.caveats(gather(run)))
+    assert said in " ".join(sentences.caveats(changed(run, section, **values)))
 
 
 @pytest.mark.parametrize(
@@ -145,8 +107,8 @@ def test_every_caveat_is_there_when_it_is_due_and_only_then(run, section, values
     ],
 )
 def test_a_held_out_loss_that_calls_for_it_is_spoken_of(run, losses, said):
-    assert said in " ".join(findings.caveats(with_losses(run, *losses)))
-    assert said not in " ".join(findings.caveats(with_losses(run, 3.0, 1.0, 0.99)))
+    assert said in " ".join(sentences.caveats(with_losses(run, *losses)))
+    assert said not in " ".join(sentences.caveats(with_losses(run, 3.0, 1.0, 0.99)))
 
 
 @settings(deadline=None)
@@ -154,7 +116,7 @@ def test_a_held_out_loss_that_calls_for_it_is_spoken_of(run, losses, said):
 def test_a_rate_is_doubted_only_where_the_first_held_out_loss_is_the_lowest(losses):
     history = [{"step": 5 * number, "eval_loss": loss} for number, loss in enumerate(losses)]
     facts = replace(EMPTY, history=history)
-    said = " ".join(findings.caveats(facts))
+    said = " ".join(sentences.caveats(facts))
     if "the learning rate may be too high" in said:
         assert losses[0] == min(losses) < losses[-1]
         assert "Overfitting" not in said
@@ -180,7 +142,7 @@ def test_an_adapter_is_said_to_be_kept_only_where_one_is(run, kept, said):
     if kept == "old":
         del train["kept_step"]
     write_json(run.metrics, metrics if kept is None else {**metrics, "train": train})
-    (told,) = [text for text in findings.caveats(with_losses(run, 3.0, 1.0, 4.0)) if "Overfitting" in text]
+    (told,) = [text for text in sentences.caveats(with_losses(run, 3.0, 1.0, 4.0)) if "Overfitting" in text]
     assert (said in told) if said else ("kept" not in told)
 
 
@@ -188,7 +150,7 @@ def test_an_adapter_is_said_to_be_kept_only_where_one_is(run, kept, said):
 @pytest.mark.parametrize("last", [None, 0.3])
 def test_a_loss_that_was_no_number_is_none(run, first, last):
     facts = changed(run, "train", first_loss=first, final_loss=last)
-    said = findings.course(facts)
+    said = sentences.course(facts)
     assert "held-out loss falls from 3.100" in said
     assert ("none" in said) == (None in (first, last))
 
@@ -198,7 +160,7 @@ def test_a_last_step_without_a_number_is_a_step(run):
         {**line, "loss": None} if line["step"] == 20 and "loss" in line else line for line in read_jsonl(run.history)
     ]
     write_jsonl(run.history, lines)
-    assert "a new one has begun here" not in " ".join(findings.caveats(findings.gather(run)))
+    assert "a new one has begun here" not in " ".join(sentences.caveats(gather(run)))
 
 
 def test_a_measurement_counts_whatever_else_stands_on_its_line(run):
@@ -206,27 +168,27 @@ def test_a_measurement_counts_whatever_else_stands_on_its_line(run):
     lines = read_jsonl(run.history)
     measured = [line for line in lines if "eval_loss" in line]
     assert all(line["sample"] for line in measured)
-    whole = findings.gather(run)
+    whole = gather(run)
     assert whole.history == lines
-    assert "held-out loss falls from 3.100" in findings.course(whole)
+    assert "held-out loss falls from 3.100" in sentences.course(whole)
     for value in ("text", ["q"], {"answer": 5}, None):
         write_jsonl(run.history, [{**line, "sample": value, "of_a_later_version": {}} for line in lines])
-        facts = findings.gather(run)
-        assert findings.course(facts) == findings.course(whole)
+        facts = gather(run)
+        assert sentences.course(facts) == sentences.course(whole)
         assert not [line for line in facts.history if line.get("sample")]
     for name, value in (("step", "1"), ("eval_loss", "1.0"), ("epoch", []), ("lr", {})):
         write_jsonl(run.history, [lines[0], {**lines[1], name: value}])
-        assert findings.gather(run).history == [lines[0]]
+        assert gather(run).history == [lines[0]]
 
 
 def test_few_questions_and_shared_entities_are_said_to_be_so(run):
-    said = " ".join(findings.caveats(findings.gather(run)))
+    said = " ".join(sentences.caveats(gather(run)))
     assert "Only 60 questions: the tuned model's exact match may be anything from 0." in said
     assert "The 60 questions are about 30 entities or rows" in said
 
 
 def test_what_was_found_in_the_data_is_said_in_words(run):
-    said = " ".join(findings.data_sentences(findings.gather(run)))
+    said = " ".join(sentences.data_sentences(gather(run)))
     for part in ("1,003 conversations with 1,500 questions", "900 are there to train on, 100 are held out",
                  "3 rows could not", "No held-out question also", "0.3% are longer than max_seq_len=512",
                  "37.0% of all tokens", "packing", "2 rows repeat an earlier one, 4 if"):  # fmt: skip
@@ -235,7 +197,7 @@ def test_what_was_found_in_the_data_is_said_in_words(run):
 
 def test_few_rows_to_train_on_do_not_make_those_left_out_many(run):
     few = changed(run, "data", rejected=200, train=900, held_out=100, rows_read=33_000)
-    assert "were left out" not in " ".join(findings.caveats(few))
+    assert "were left out" not in " ".join(sentences.caveats(few))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +205,7 @@ def test_few_rows_to_train_on_do_not_make_those_left_out_many(run):
 )
 def test_passes_over_the_rows_are_said_as_people_say_them(run, epoch, said):
     write_jsonl(run.history, [{"step": 20, "epoch": epoch, "loss": 1.0}])
-    assert f", {said} over the rows." in findings.what_was_tuned(findings.gather(run))
+    assert f", {said} over the rows." in sentences.what_was_tuned(gather(run))
 
 
 def of_an_encoder_decoder(run, **values):
@@ -254,27 +216,27 @@ def of_an_encoder_decoder(run, **values):
 @pytest.mark.parametrize("count", [1, 3, None])
 def test_one_that_is_cut_among_thousands_is_said_to_be_and_none_is_not(run, count):
     cut = {"truncated_share": (count or 0) / 20_101} | ({} if count is None else {"truncated": count})
-    length = {**findings.gather(run).data["token_length"], "longest": 922}
-    said = " ".join(findings.data_sentences(changed(run, "data", conversations=20_101, token_length=length, **cut)))
+    length = {**gather(run).data["token_length"], "longest": 922}
+    said = " ".join(sentences.data_sentences(changed(run, "data", conversations=20_101, token_length=length, **cut)))
     assert "none is longer" not in said
     number = {1: "1 conversation (less than 0.1%) is", 3: "3 conversations (less than 0.1%) are",
               None: "less than 0.1% are"}[count]  # fmt: skip
     assert f"the longest 922; {number} longer than max_seq_len=512" in said
     length["longest"] = 512
     none = {"truncated_share": 0.0, "truncated": 0}
-    said = " ".join(findings.data_sentences(changed(run, "data", token_length=length, **none)))
+    said = " ".join(sentences.data_sentences(changed(run, "data", token_length=length, **none)))
     assert "the longest 512; none is longer than max_seq_len=512" in said
 
 
 def test_of_an_encoder_decoder_it_is_said_what_is_cut_of_which_text(run):
-    said = " ".join(findings.data_sentences(of_an_encoder_decoder(run, truncated_share=0.0, truncated=0)))
+    said = " ".join(sentences.data_sentences(of_an_encoder_decoder(run, truncated_share=0.0, truncated=0)))
     assert "none is longer" not in said
     assert "the longest 600, read and written together" in said
     assert "neither what is read nor what is written is longer than max_seq_len=512" in said
     assert "packing" not in said  # it is always padded
-    said = " ".join(findings.data_sentences(of_an_encoder_decoder(run, truncated_share=0.25, truncated=250)))
+    said = " ".join(sentences.data_sentences(of_an_encoder_decoder(run, truncated_share=0.25, truncated=250)))
     assert "250 examples (25.0%) read or write more than max_seq_len=512 tokens and are cut" in said
-    said = " ".join(findings.caveats(findings.gather(run)))
+    said = " ".join(sentences.caveats(gather(run)))
     assert "25.0% of the examples read or write more than max_seq_len=512 tokens and are cut" in said
     assert "of what is read the start" in said
     assert "their ends were never seen" not in said
@@ -283,72 +245,15 @@ def test_of_an_encoder_decoder_it_is_said_what_is_cut_of_which_text(run):
 def test_what_is_missing_is_said_and_no_error(run):
     for path in (run.metrics, run.history, run.answers, run.data / "report.json", run.data / "rejected.jsonl"):
         path.unlink()
-    facts = findings.gather(run)
+    facts = gather(run)
     assert set(facts.missing) == {"metrics", "history", "answers", "data", "rejected"}
     assert "missing" in facts.missing["metrics"]
-    assert findings.caveats(facts) == []
-    assert "No training has come to its end" in findings.what_was_tuned(facts)
-    assert "notebook 06" in findings.what_came_of_it(facts)
-
-
-def test_what_is_damaged_is_passed_over_and_said(run):
-    run.answers.write_text('{"text": "q"}\n' + run.answers.read_text())
-    run.history.write_text('{"step": "one"}\n' + run.history.read_text())
-    (run.data / "rejected.jsonl").write_text('{"reason": "no answer"}\n{oops\n')
-    run.metrics.write_text("{oops")
-    facts = findings.gather(run)
-    assert "1 line in it is no answer" in facts.missing["answers"]
-    assert len(facts.answers) == 69
-    assert all(isinstance(line["step"], int) for line in facts.history)
-    assert facts.reasons["no answer"] == 1
-    assert sum(facts.reasons.values()) == 2
-    assert "damaged" in facts.missing["metrics"]
-
-
-def test_no_run_and_a_config_of_another_kind_are_errors(tmp_path, run):
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        findings.gather(RunDirectory(tmp_path / "none"))
-    write_json(run.config, {"config": []})
-    with pytest.raises(DamagedError, match="expected the config"):
-        findings.gather(run)
+    assert sentences.caveats(facts) == []
+    assert "No training has come to its end" in sentences.what_was_tuned(facts)
+    assert "notebook 06" in sentences.what_came_of_it(facts)
 
 
 # ---------------------------------------------------------------------------------------------------- which answers
-
-
-def test_the_answers_shown_are_gains_misses_and_a_fair_draw(run):
-    lines = findings.gather(run).held_out
-    best, worst, drawn = findings.chosen(lines)
-    assert (len(best), len(worst), len(drawn)) == (6, 6, 8)
-    least = min(map(findings.improvement, best))
-    assert all(findings.improvement(line) <= least for line in lines if line not in best)
-    assert best == sorted(best, key=findings.improvement, reverse=True)
-    assert all(findings.scores_of(line, "tuned")[0] == 0 for line in worst)
-    assert findings.chosen(lines) == (best, worst, drawn)
-    assert findings.chosen(lines, seed=1)[2] != drawn
-
-
-def test_the_draw_is_from_all_and_favours_none():
-    lines = [answered(number, number % 2 == 0, "held-out", "capital") for number in range(40)]
-    right = [
-        sum(findings.scores_of(line, "tuned")[0] for line in findings.chosen(lines, seed=seed)[2]) for seed in range(60)
-    ]
-    assert 0.4 < sum(right) / (8 * 60) < 0.6
-
-
-def test_where_nothing_was_gained_or_all_is_right_there_is_no_such_group():
-    right = [answered(number, True, "held-out", "capital") for number in range(5)]
-    alike = [{**line, "base": line["tuned"]} for line in right]
-    assert findings.chosen(alike)[:2] == ([], [])
-    assert len(findings.chosen(alike)[2]) == 5
-    assert findings.chosen([]) == ([], [], [])
-
-
-def test_answers_to_training_rows_are_not_among_them(run):
-    facts = findings.gather(run)
-    assert len(facts.answers) == 69
-    assert len(facts.held_out) == 60
-    assert {line["split"] for line in facts.held_out} == {"held-out entities", "held-out phrasings"}
 
 
 # ---------------------------------------------------------------------------------------------------- in words
@@ -356,8 +261,8 @@ def test_answers_to_training_rows_are_not_among_them(run):
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(findings.machine({"gpu": {"name": "Tesla T4", "memory_bytes": 15 * 2**30}}), "Tesla T4 with 15 GiB"),
-     (findings.machine({"cpu": "AMD EPYC", "cores": 2, "gpu": None}), "2 cores of an AMD EPYC without a GPU")],
+    [(sentences.machine({"gpu": {"name": "Tesla T4", "memory_bytes": 15 * 2**30}}), "Tesla T4 with 15 GiB"),
+     (sentences.machine({"cpu": "AMD EPYC", "cores": 2, "gpu": None}), "2 cores of an AMD EPYC without a GPU")],
 )  # fmt: skip
 def test_a_machine_is_said_as_people_say_it(value, said):
     assert value == said
