@@ -90,16 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         shape = shapes.read(given.model)
         tokenizer = data.load_tokenizer(base)
-        settled = plan.settle(base).config
-        base_model = quantization.load(settled)
-        tuned_model = lora.attach(base_model, settled)
+        resolved = plan.resolve_auto(base).config
+        base_model = quantization.load(resolved)
+        tuned_model = lora.attach(base_model, resolved)
         for checkpointing in (True, False):
             if checkpointing:
                 base_model.gradient_checkpointing_enable({"use_reentrant": False})
             else:
                 base_model.gradient_checkpointing_disable()
             for tokens in given.tokens:
-                config = settled.model_copy(
+                config = resolved.model_copy(
                     update={"gradient_checkpointing": checkpointing, "micro_batch_tokens": tokens,
                             "batch_size": 2 * tokens // given.row}
                 )  # fmt: skip

@@ -7,7 +7,6 @@ from torch import nn
 
 from qlora_utils import data, lora, quantization, training
 from qlora_utils.config import RunConfig
-from qlora_utils.models.memory import settle
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_jsonl
 from qlora_utils.tokens import formats
@@ -53,7 +52,7 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     trained = training.train(config, tuned_model, tokenizer, prepared, run)
     speeds = [line["tokens_per_s"] for line in read_jsonl(run.history) if "loss" in line]
     print(f"by its own history: {trained.tokens_per_s:,.0f} tokens/s (median of {len(speeds)} lines)", flush=True)
-    chosen = settle(config).config
+    chosen = tuned_model.resolved.config
     notes = [
         f"packs of up to {chosen.micro_batch_tokens:,} tokens" if chosen.packing else "padded",
         f"attention {chosen.attention_kernel}",

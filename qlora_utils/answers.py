@@ -29,7 +29,7 @@ from qlora_utils.evaluation.scores import (
 )
 from qlora_utils.kernels.loss import row_losses
 from qlora_utils.lora import base_alone
-from qlora_utils.models.memory import answer_room, settle
+from qlora_utils.models.memory import answer_room, resolution_of
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.runs.directory import RunDirectory
@@ -138,7 +138,7 @@ def evaluate(
     collator = make_collator(tokenizer, config)
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
     size = config.answer_batch_size
-    pass_rows = micro_batch_size(settle(config).config, [collator.tokens(one) for one in encoded])
+    pass_rows = micro_batch_size(resolution_of(tuned_model, config).config, [collator.tokens(one) for one in encoded])
     room = answer_room(config)
 
     def measure() -> tuple[list[dict[str, Any]], list[float], list[int]]:

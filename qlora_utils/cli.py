@@ -288,9 +288,9 @@ def _plan(options: argparse.Namespace) -> int:
     if len(cards) > 1:
         print(plan.overview(config, cards, shape))
         return 0
-    settled, predicted = plan.plan_for(config, cards[0], shape)
+    resolved, predicted = plan.plan_for(config, cards[0], shape)
     print(f"{config.preset} on {cards[0].name}: {config.model}\n")
-    print(settled.text(), end="\n\n")
+    print(resolved.text(), end="\n\n")
     print(plan.plan_table(predicted, cards[0]))
     if not predicted.fits(cards[0]):
         raise ConfigError(plan.too_large(config, cards[0], predicted.peak))

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qlora_utils.locate import is_path, is_there, locate
 from qlora_utils.presets import PRESETS
 
-# What is settled once the rows are prepared, and what matters to the answers alone; the rest makes the training.
+# What is decided once the rows are prepared, and what matters to the answers alone; the rest makes the training.
 DATA_FIELDS = ("model", "dataset", "train_rows", "held_out_rows", "max_seq_len", "seed")
 # What only decides how fast a training is, and how much memory it takes.
 SPEED_FIELDS = ("keep_expanded", "attention_kernel", "fused_layers", "liger")

@@ -21,8 +21,8 @@ from qlora_utils.kernels.lora_layers import fuse
 from qlora_utils.kernels.loss import without_logits
 from qlora_utils.locate import first_line
 from qlora_utils.models.files import check_adapter
-from qlora_utils.models.memory import settle
-from qlora_utils.models.shapes import HEAD, architecture_of
+from qlora_utils.models.memory import resolution_of
+from qlora_utils.models.shapes import HEAD
 from qlora_utils.quantization import unquantized_shape
 from qlora_utils.runs.files import read_json, write_json
 from qlora_utils.style import BLUE, ORANGE, unframed
@@ -51,10 +51,10 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     """
     from peft import LoraConfig, get_peft_model
 
-    settled = settle(config).config
+    resolved = resolution_of(base_model, config)
     torch.manual_seed(config.seed)
     lora_config = LoraConfig(
-        task_type="SEQ_2_SEQ_LM" if architecture_of(config.model) == "encoder-decoder" else "CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if resolved.architecture == "encoder-decoder" else "CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft says int, and divides
         lora_dropout=config.lora_dropout,
@@ -67,7 +67,7 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
         tuned_model = get_peft_model(base_model, lora_config)
     _hold_in_fp32(tuned_model)
     speed_up(tuned_model, config)
-    if settled.gradient_checkpointing:
+    if resolved.config.gradient_checkpointing:
         # The reentrant kind finds no gradient to follow from frozen embeddings and trains nothing.
         with _without_needless_warnings(base_model):
             base_model.gradient_checkpointing_enable({"use_reentrant": False})

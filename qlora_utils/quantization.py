@@ -19,9 +19,7 @@ from qlora_utils.kernels.lora_layers import keep_expanded
 from qlora_utils.locate import first_line, locate, model_advice
 from qlora_utils.models import files as model_files
 from qlora_utils.models.files import Architecture
-from qlora_utils.models.hardware import compute_dtype
-from qlora_utils.models.memory import settle_to_load
-from qlora_utils.models.shapes import architecture_of
+from qlora_utils.models.memory import resolve_to_load
 from qlora_utils.runs.files import read_json
 from qlora_utils.style import BLUE, GRAY, ORANGE, SKY, YELLOW, unframed
 
@@ -38,7 +36,8 @@ def load(config: RunConfig) -> PreTrainedModel:
     """Load the base model, every linear layer but the head in NF4 unless `config.quantize` is off.
 
     Safetensors only, no remote code. On return all weights are frozen and the model is ready for adapters: nothing is
-    upcast here, so no memory is spent on copies in fp32.
+    upcast here, so no memory is spent on copies in fp32. Its attribute `resolved` says what the config left open, how
+    that was decided, and why.
 
     Raises:
         ModelError: absent, gated, not safetensors, or not loadable; says what to do next.
@@ -48,13 +47,13 @@ def load(config: RunConfig) -> PreTrainedModel:
 
     source = locate(config.model)
     model_files.check(source)
-    model_files.check_weights(source, architecture_of(config.model))
-    settled = settle_to_load(config)
-    dtype = compute_dtype(settled)
+    resolved = resolve_to_load(config)
+    model_files.check_weights(source, resolved.architecture)
+    dtype = getattr(torch, resolved.config.compute_dtype)
     options: dict[str, Any] = {}
-    if architecture_of(config.model) == "causal":  # an encoder-decoder is never packed
+    if resolved.architecture == "causal":  # an encoder-decoder is never packed
         attention.register()
-        options["attn_implementation"] = KERNELS[settled.attention_kernel]
+        options["attn_implementation"] = KERNELS[resolved.config.attention_kernel]
     if config.quantize:
         # No llm_int8_skip_modules here: giving any replaces the default that keeps the head out of NF4.
         options["quantization_config"] = BitsAndBytesConfig(
@@ -65,7 +64,7 @@ def load(config: RunConfig) -> PreTrainedModel:
         )
     try:
         with model_files.quietly():
-            loaded: tuple[PreTrainedModel, dict[str, Any]] = loader_of(architecture_of(config.model)).from_pretrained(
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = loader_of(resolved.architecture).from_pretrained(
                 source,
                 dtype=dtype,
                 use_safetensors=True,
@@ -85,12 +84,13 @@ def load(config: RunConfig) -> PreTrainedModel:
             # On CPUs with AVX512-BF16 a forward pass in eval mode would repack the weight into a layout that has no
             # backward pass, and training after any evaluation would silently stop reaching the layers below.
             layer.support_avx512bf16_for_cpu = False
-    if settled.keep_expanded:
+    if resolved.config.keep_expanded:
         keep_expanded(model)
     model.requires_grad_(False)
     # With a key-value cache transformers builds no block-diagonal mask, and packed conversations would see each other.
     # Generation asks for its cache itself.
     model.config.use_cache = False
+    model.resolved = resolved  # type: ignore[assignment]  # for whoever trains it or asks it
     return model
 
 

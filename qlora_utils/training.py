@@ -35,9 +35,8 @@ from qlora_utils.loop.history import HistoryWriter, peak_memory_bytes
 from qlora_utils.loop.live import Progress
 from qlora_utils.loop.trainer import TRAINERS, Steps, Traced
 from qlora_utils.lora import record_base
-from qlora_utils.models.hardware import OutOfMemoryError, compute_dtype, is_out_of_memory
-from qlora_utils.models.memory import answer_room, settle, too_large_at_last, within_learned
-from qlora_utils.models.shapes import architecture_of
+from qlora_utils.models.hardware import OutOfMemoryError, is_out_of_memory
+from qlora_utils.models.memory import Resolved, answer_room, resolution_of, too_large_at_last, within_learned
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.files import DataError
 from qlora_utils.rows.held_out import measured_rows
@@ -97,7 +96,7 @@ def micro_batch_size(config: RunConfig, lengths: Sequence[int]) -> int:
     """Examples per forward pass where nothing is trained: as many of mean length as a training pass holds.
 
     Args:
-        config: the run, settled.
+        config: the run, resolved.
         lengths: tokens of each example.
     """
     if config.micro_batch_size is not None:
@@ -107,18 +106,19 @@ def micro_batch_size(config: RunConfig, lengths: Sequence[int]) -> int:
     return max(1, min(config.batch_size, int(config.micro_batch_tokens / max(1.0, mean))))
 
 
-def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: int) -> TrainingArguments:
+def training_arguments(resolved: Resolved, run: RunDirectory, eval_batch_size: int) -> TrainingArguments:
     """The config in the words of transformers.
 
     Args:
-        config: the run, settled.
+        resolved: the run.
         run: for the place of the checkpoints.
         eval_batch_size: conversations per forward pass where nothing is trained.
 
     Raises:
         ConfigError: fp16 without a GPU.
     """
-    dtype = compute_dtype(config)
+    config = resolved.config
+    dtype = getattr(torch, config.compute_dtype)
     on_gpu = torch.cuda.is_available()
     if dtype is torch.float16 and not on_gpu:
         raise ConfigError("compute_dtype: float16 needs a GPU; on a CPU take auto, float32 or bfloat16.")
@@ -127,7 +127,7 @@ def training_arguments(config: RunConfig, run: RunDirectory, eval_batch_size: in
     plateau = config.lr_scheduler == "reduce_lr_on_plateau"
     if plateau:
         options["lr_scheduler_kwargs"] = {"factor": config.plateau_factor, "patience": config.plateau_patience}
-    _, arguments_of = TRAINERS[architecture_of(config.model)]
+    _, arguments_of = TRAINERS[resolved.architecture]
     arguments: TrainingArguments = arguments_of(
         output_dir=str(run.checkpoints),
         **steps,
@@ -182,7 +182,8 @@ def make_trainer(
         ConfigError: fp16 without a GPU.
         DataError: no token of any row carries loss.
     """
-    config = settle(config).config
+    resolved = resolution_of(tuned_model, config)
+    config = resolved.config
     form = format_of(bare(tokenizer) or tokenizer, config)  # the same ids in three quarters of the time
     train_rows = form.examples(prepared.train, training=True)
     collator = make_collator(tokenizer, config)
@@ -192,8 +193,9 @@ def make_trainer(
             f"{config.max_seq_len} tokens, so no token carries loss and nothing would be learned. Give a larger "
             "max_seq_len, or look at the rows with notebook 01."
         )
-    arguments = training_arguments(config, run, micro_batch_size(config, [collator.tokens(row) for row in train_rows]))
-    trainer_of, _ = TRAINERS[architecture_of(config.model)]
+    eval_batch_size = micro_batch_size(config, [collator.tokens(row) for row in train_rows])
+    arguments = training_arguments(resolved, run, eval_batch_size)
+    trainer_of, _ = TRAINERS[resolved.architecture]
     bound = config.micro_batch_tokens or config.max_seq_len
     tokens = within_learned(config, bound)
     if tokens < bound:
@@ -352,8 +354,8 @@ def _check_same(
         ConfigError: names what differs.
         DataError: the rows are others.
     """
-    settled = {name: value for name, value in begun.items() if "auto" not in (value, getattr(config, name, None))}
-    differing = config.others(settled, may)
+    decided = {name: value for name, value in begun.items() if "auto" not in (value, getattr(config, name, None))}
+    differing = config.others(decided, may)
     if differing:
         raise ConfigError(
             f"{run.path} holds a training with other values ({'; '.join(differing)}). Give another run_name, or "

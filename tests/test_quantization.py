@@ -12,6 +12,7 @@ from conftest import BOTH
 from qlora_utils import quantization
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.locate import locate
+from qlora_utils.models.memory import resolve_auto
 
 
 @BOTH
@@ -99,7 +100,7 @@ def test_no_import_noise():  # trap 19
 
 @pytest.mark.parametrize(
     ("capability", "dtype"),
-    [(None, torch.float32), ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
+    [(None, "float32"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")],
 )
 def test_compute_dtype_follows_the_hardware(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
@@ -107,8 +108,9 @@ def test_compute_dtype_follows_the_hardware(monkeypatch, capability, dtype):
     properties = type("Properties", (), facts)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # a T4 claims it, by emulation
-    assert quantization.compute_dtype(RunConfig.from_preset("pocket")) is dtype
-    assert quantization.compute_dtype(RunConfig.from_preset("pocket", compute_dtype="float32")) is torch.float32
+    assert resolve_auto(RunConfig.from_preset("pocket")).config.compute_dtype == dtype
+    given = RunConfig.from_preset("pocket", compute_dtype="float32")
+    assert resolve_auto(given).config.compute_dtype == "float32"
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions
 from qlora_utils.loop.live import Progress
 from qlora_utils.models.files import Architecture
-from qlora_utils.models.hardware import OutOfMemoryError, compute_dtype, free_memory, is_out_of_memory
+from qlora_utils.models.hardware import OutOfMemoryError, free_memory, is_out_of_memory
 from qlora_utils.models.memory import learn, too_large_at_last
 from qlora_utils.models.shapes import HEAD
 from qlora_utils.tokens.packing import LikeLengths
@@ -165,7 +165,7 @@ class Steps(Trainer):
             float(self.step_loss),
             norm,
             learning_rate=self.config.learning_rate,
-            dtype=str(compute_dtype(self.config)).removeprefix("torch."),
+            dtype=self.config.compute_dtype,
             kept=f"The last good checkpoint is {last}; fresh=true starts over instead."
             if last
             else "There is no checkpoint yet. The adapter of an earlier training, if there was one, is untouched.",

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.models.files import Architecture
-from qlora_utils.models.shapes import architecture_of
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 GIB = 2**30
 
@@ -109,13 +108,6 @@ def precision(config: RunConfig, card: Card | None, architecture: Architecture =
     if architecture == "encoder-decoder":
         return "float32", f"{card.name} has no bf16, and Flan-T5 and its kin leave the range of fp16"
     return "float16", f"{card.name} has no bf16; the loss is scaled so that gradients keep within its range"
-
-
-def compute_dtype(config: RunConfig) -> torch.dtype:
-    """The dtype of matrix products on this machine: the config's own, or what the hardware is good at."""
-    import torch
-
-    return getattr(torch, precision(config, this_card(), architecture_of(config.model))[0])
 
 
 def attention_kernel(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[str, str]:

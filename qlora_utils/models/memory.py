@@ -59,7 +59,7 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
 
     Args:
         shape: of the base model.
-        config: the run, settled: nothing in it left open.
+        config: the run, resolved: nothing in it left open.
         pass_tokens: of the largest forward pass; None: `micro_batch_tokens`, or one example that is longer.
         passes: forward passes in a step. With a second one, the gradients of the first lie beside its activations.
     """
@@ -126,10 +126,15 @@ def _step_workspace(config: RunConfig, trained: int) -> int:
 
 
 @dataclass(frozen=True)
-class Settled:
-    """A config with nothing left open, and why each open value became what it is."""
+class Resolved:
+    """A config with nothing left open, as it was `given`, and why each open value became what it is.
+
+    It is made once, when the base model is loaded, and handed on with the model, as its attribute `resolved`.
+    """
 
     config: RunConfig
+    given: RunConfig
+    architecture: Architecture
     reasons: dict[str, str]
 
     def text(self) -> str:
@@ -144,11 +149,11 @@ OPEN = ("compute_dtype", "attention_kernel", "liger", "keep_expanded", "gradient
         "optimizer")  # fmt: skip
 
 
-def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = None) -> Settled:
+def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | None = None) -> Resolved:
     """Decide what the config leaves open: from the hardware, and by the fastest that fits into its memory.
 
-    A value that is given is kept. A config with nothing open comes back as it is, without a look at the model. For a
-    model that is neither like Llama nor like T5, what takes the least memory is chosen.
+    A value that is given is kept, so a config with nothing open comes back as it is. For a model that is neither like
+    Llama nor like T5, what takes the least memory is chosen.
 
     Args:
         config: the run.
@@ -158,13 +163,13 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
     Raises:
         ConfigError: nothing fits; names the smallest plan and what to change.
     """
+    given, here = config, card is None
+    architecture = shape.architecture if shape else _architecture(config)
     if all(getattr(config, name) not in (None, "auto") for name in OPEN):
-        return Settled(config, {})
-    here = card is None
+        return Resolved(config, given, architecture, {})
     card = card or this_card()
     values: dict[str, Any] = {}
     reasons: dict[str, str] = {}
-    architecture = shape.architecture if shape else _architecture(config)
     precision(config, card, architecture)  # refuses what the model cannot be computed in, given or not
     by_hardware = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels}
     for name, choose in by_hardware.items():
@@ -172,7 +177,7 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
             values[name], reasons[name] = choose(config, card, architecture)
     config = config.model_copy(update=values)
     if all(getattr(config, name) not in (None, "auto") for name in OPEN):
-        return Settled(config, reasons)
+        return Resolved(config, given, architecture, reasons)
     if card is None:
         chosen = _on_cpu(config)
         why = dict.fromkeys(OPEN, "on a CPU, where main memory is plenty, the fastest")
@@ -193,7 +198,7 @@ def settle(config: RunConfig, card: Card | None = None, shape: Shape | None = No
             reasons["micro_batch_tokens"] = (
                 f"{planned:,} were planned, but more than this ran out of memory here before"
             )
-    return Settled(chosen, reasons)
+    return Resolved(chosen, given, architecture, reasons)
 
 
 def _architecture(config: RunConfig) -> Architecture:
@@ -240,12 +245,26 @@ def cautious(config: RunConfig) -> RunConfig:
     return config.model_copy(update={n: v for n, v in given.items() if getattr(config, n) in (None, "auto")})
 
 
-def settle_to_load(config: RunConfig) -> RunConfig:
-    """The config, settled, for a model that is only to be loaded: where a training would not fit, answers may."""
+def resolve_to_load(config: RunConfig) -> Resolved:
+    """Resolve a config for a model that is only to be loaded: where a training would not fit, answers may."""
     try:
-        return settle(config).config
+        return resolve_auto(config)
     except ConfigError:
-        return settle(cautious(config)).config
+        return resolve_auto(cautious(config))
+
+
+def resolution_of(model: Any, config: RunConfig) -> Resolved:
+    """Return what was resolved when a model was loaded; resolve anew where that was for another config.
+
+    Args:
+        model: base or tuned, from `quantization.load`.
+        config: the run.
+
+    Raises:
+        ConfigError: as `resolve_auto`; so a model that was loaded where no training fits is refused for one.
+    """
+    resolved = getattr(model, "resolved", None)
+    return resolved if isinstance(resolved, Resolved) and resolved.given == config else resolve_auto(config)
 
 
 def candidates(config: RunConfig, shape: Shape) -> Iterator[RunConfig]:
@@ -333,7 +352,7 @@ def learn(config: RunConfig, tokens: int) -> None:
     """Note that a pass of so many tokens ran out of memory on this machine, for this run and those that come.
 
     Args:
-        config: the run, settled.
+        config: the run, resolved.
         tokens: of the pass, padding included.
     """
     path = Path(config.output_dir) / LEARNED
@@ -409,11 +428,11 @@ def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> str:
     ]
     for card in cards:
         try:
-            settled, plan = plan_for(config, card, shape)
+            resolved, plan = plan_for(config, card, shape)
         except ConfigError as error:
             lines.append(f"{card.name:<9}{error}")
             continue
-        chosen = settled.config
+        chosen = resolved.config
         lines.append(
             f"{card.name:<9}{chosen.compute_dtype:<10}{chosen.attention_kernel:<11}"
             f"{'yes' if chosen.gradient_checkpointing else 'no':<11}"
@@ -445,14 +464,14 @@ def recorded_plan(config: RunConfig, gpu: Mapping[str, Any] | None, shape: Shape
         nearest = min(alike, key=lambda card: abs(card.memory - gpu["memory_bytes"]))
         return plan_for(config, replace(nearest, name=str(gpu["name"]), memory=gpu["memory_bytes"]), shape)[1]
     by_hardware = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels}
-    settled = {name: choose(config, None, shape.architecture)[0] for name, choose in by_hardware.items()}
-    return predict(shape, _on_cpu(config.model_copy(update=settled)))
+    resolved = {name: choose(config, None, shape.architecture)[0] for name, choose in by_hardware.items()}
+    return predict(shape, _on_cpu(config.model_copy(update=resolved)))
 
 
-def plan_for(config: RunConfig, card: Card | None, shape: Shape) -> tuple[Settled, MemoryPlan]:
+def plan_for(config: RunConfig, card: Card | None, shape: Shape) -> tuple[Resolved, MemoryPlan]:
     """What a run would be on a card, and what it would take."""
-    settled = settle(config, card, shape)
-    return settled, predict(shape, settled.config)
+    resolved = resolve_auto(config, card, shape)
+    return resolved, predict(shape, resolved.config)
 
 
 def plot_plan(plans: Mapping[str, MemoryPlan], ax: Axes, card: Card | None = None) -> Figure:
@@ -511,11 +530,11 @@ def explorer(config: RunConfig, cards: Sequence[Card], shape: Shape) -> Widget:
         with shown:
             shown.clear_output(wait=True)
             try:
-                settled, plan = plan_for(wanted, card, shape)
+                resolved, plan = plan_for(wanted, card, shape)
             except ConfigError as error:
                 print(error)
                 return
-            print(settled.text(), "\n")
+            print(resolved.text(), "\n")
             print(plan_table(plan, card))
             figure, ax = plt.subplots(figsize=(9, 1.8), layout="constrained")
             plot_plan({card.name: plan}, ax, card)

@@ -69,7 +69,7 @@ class Shape(ABC):
         """Bytes for each token: what autograd keeps in one layer, and what of it stays until the backward pass.
 
         Args:
-            config: the run, settled.
+            config: the run, resolved.
             wide: bytes of a hidden value.
         """
 

@@ -11,7 +11,7 @@ from qlora_utils.kernels import loss
 from qlora_utils.loop import interruptions
 from qlora_utils.loop.trainer import Steps
 from qlora_utils.models.hardware import OutOfMemoryError
-from qlora_utils.models.memory import settle, within_learned
+from qlora_utils.models.memory import resolve_auto, within_learned
 from qlora_utils.runs.files import read_json
 from qlora_utils.tokens.formats import format_of
 from qlora_utils.tokens.packing import make_collator
@@ -103,9 +103,9 @@ def test_out_of_memory_makes_passes_smaller_and_changes_nothing(config, tokenize
     assert "out of memory at step 3" in said
     assert "out of memory at step 7" in said
     # the plan has learned from it: the next training begins with smaller passes
-    settled = settle(bounded).config
-    assert within_learned(settled, 250) < 250
-    assert within_learned(changed(settled, lora_r=4), 250) == 250
+    resolved = resolve_auto(bounded).config
+    assert within_learned(resolved, 250) < 250
+    assert within_learned(changed(resolved, lora_r=4), 250) == 250
 
 
 def test_out_of_memory_with_one_example_at_a_time_says_what_takes_less(config, tokenizer, prepared, monkeypatch):
