@@ -474,11 +474,7 @@ def _run(trainer: Steps, run: RunDirectory, last: Path | None) -> None:
     step = trainer.state.global_step
     if leave.asked is not None and step < trainer.state.max_steps:
         there = checkpoints.newest(run.checkpoints)
-        saved = f"saved in {there}" if step_of(there) == step else f"not saved; the last checkpoint is {there}"
-        raise interruptions.Interrupted(
-            f"stopped after step {step} of {trainer.state.max_steps}, as asked, and {saved}. Run the same again to go "
-            "on."
-        )
+        raise interruptions.Interrupted(step, trainer.state.max_steps, there, saved=step_of(there) == step)
 
 
 def _trained(

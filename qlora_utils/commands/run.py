@@ -381,14 +381,21 @@ def _make_smaller(copy: Path) -> None:
 
 
 def _what_is_saved(path: Path, run: RunDirectory, failure: BaseException | None) -> str:
-    """What to say of a notebook that was asked to stop: whether its training saved, and what went wrong instead."""
-    name, text = getattr(failure, "ename", type(failure).__name__), getattr(failure, "evalue", str(failure))
+    """What to say of a notebook that was asked to stop: what its training saved, and what went wrong instead.
+
+    An error of a kernel reaches us as its name and its message. The message is for people: what was saved is read from
+    the checkpoints.
+    """
     if path.stem != "04_training":
         return ""
-    if name == "Interrupted":
-        return text.removeprefix("stopped").removesuffix(" Run the same again to go on.").removesuffix(".")
+    from qlora_utils.loop.interruptions import Interrupted  # torch
+
     last = checkpoints.newest(run.checkpoints)
-    went_wrong = "" if name in ("KeyboardInterrupt", "DeadKernelError", "NoneType") else f" ({name}: {text})"
+    name = getattr(failure, "ename", type(failure).__name__)
+    if name == Interrupted.__name__ and last is not None:
+        return f", its training saved at step {checkpoints.step_of(last)} in {last}"
+    in_its_place = name in (Interrupted.__name__, "KeyboardInterrupt", "DeadKernelError", "NoneType")
+    went_wrong = "" if in_its_place else f" ({name}: {getattr(failure, 'evalue', failure)})"
     return f" before it could save{went_wrong}; " + (f"the last checkpoint is {last}" if last else "no checkpoint yet")
 
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,7 +21,19 @@ class DivergedError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training that was asked to stop and saved first; the message says how to go on."""
+    """A training that was asked to stop and saved first; the message says how to resume it.
+
+    Attributes:
+        step: after which it stopped.
+        steps: of the whole training.
+        checkpoint: the newest whole one, None if there is none.
+        saved: whether that is of `step`; it is not where a weight was no finite number.
+    """
+
+    def __init__(self, step: int, steps: int, checkpoint: Path | None, *, saved: bool) -> None:
+        self.step, self.steps, self.checkpoint, self.saved = step, steps, checkpoint, saved
+        where = f"saved in {checkpoint}" if saved else f"not saved; the last checkpoint is {checkpoint}"
+        super().__init__(f"stopped after step {step} of {steps}, as asked, and {where}. Run the same again to go on.")
 
 
 # ---------------------------------------------------------------------------------------------------- numbers

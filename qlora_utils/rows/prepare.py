@@ -53,7 +53,7 @@ def prepare_into(
     """
     config, sums = form.config, Sums()
     parts = {part: _Part(folder / f"all-{part}") for part in ("train", "held_out")}
-    read, rejected, reasons = 0, 0, dict[str, str]()  # the first three reasons, each with its first row
+    read, rejected, too_long, reasons = 0, 0, 0, dict[str, str]()  # the first three reasons, each with its first row
     with ExitStack() as files:
         lines = {part: files.enter_context(parts[part].path.open("wb")) for part in parts}
         left_out = files.enter_context((folder / "rejected.jsonl").open("wb"))
@@ -68,12 +68,13 @@ def prepare_into(
                     reasons.setdefault(one.reason, f"{one.where} row {one.number}: {one.reason}")
             read += len(chunk.rows)
             rejected += len(taken.rejected)
+            too_long += taken.too_long
             bar.update(len(chunk.rows))
     report = report_of(sums, form)
     sums = Sums()  # room for what follows
     train, held_out, by = _sides(parts, form)
     if not len(train) or not len(held_out):
-        raise DataError(_too_few(name, len(train), len(held_out), rejected, [*reasons.values()]))
+        raise DataError(_too_few(name, len(train), len(held_out), rejected, too_long, [*reasons.values()]))
     if config.train_rows is not None and config.train_rows < len(train):
         train = train.only(sorted(random.Random(config.seed).sample(range(len(train)), config.train_rows)))
     train.write(folder / "train.jsonl")
@@ -92,7 +93,7 @@ def prepare_into(
         part.path.unlink()
 
 
-def _too_few(name: str, train: int, held_out: int, rejected: int, reasons: list[str]) -> str:
+def _too_few(name: str, train: int, held_out: int, rejected: int, too_long: int, reasons: list[str]) -> str:
     """What to say, and to advise, where rows to train on or to hold out are missing."""
     if not train and not held_out and not rejected:
         return f"dataset: {name} holds no rows. Expected one question and answer or more."
@@ -103,7 +104,7 @@ def _too_few(name: str, train: int, held_out: int, rejected: int, reasons: list[
     else:
         why = "" if rejected else " Give more rows."
     advice = ". Mend them; what rows may look like stands in docs/data.md." if reasons else "."
-    if any("max_seq_len" in reason for reason in reasons):
+    if too_long:
         advice = ". Give a larger max_seq_len, or shorter rows."
     told = "; ".join(reason if len(reason) <= 150 else f"{reason[:149]}…" for reason in reasons)
     return (

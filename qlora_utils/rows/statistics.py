@@ -141,6 +141,7 @@ class Taken:
 
     `lines` holds the rows that can be used as lines of JSON, `ends` where each line ends, `numbers` those of the rows
     in their file or split, `keys` the `question_keys` of all turns and `turns` how many turns each row has.
+    `too_long` of those rejected have no answer that begins within `max_seq_len`.
     """
 
     lines: bytearray = field(default_factory=bytearray)
@@ -149,6 +150,7 @@ class Taken:
     keys: bytearray = field(default_factory=bytearray)
     turns: array[int] = field(default_factory=lambda: array("q"))
     rejected: list[Rejected] = field(default_factory=list)
+    too_long: int = 0
     sums: Sums = field(default_factory=Sums)
 
     def keep(self, conversation: Conversation) -> None:
@@ -187,6 +189,7 @@ def take(rows: Sequence[Row], form: Format) -> Taken:
             else:
                 reason = f"no answer begins within max_seq_len={form.config.max_seq_len} tokens"
                 taken.rejected.append(Rejected(conversation.where, conversation.number, reason))
+                taken.too_long += 1
     taken.rejected.sort(key=lambda one: one.number)
     return taken
 

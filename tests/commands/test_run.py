@@ -10,6 +10,8 @@ import threading
 import time
 from base64 import b64decode
 from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -532,6 +534,20 @@ def test_a_stop_asked_for_before_there_is_a_kernel_reaches_it(tmp_path):
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 100
     assert not runner._kernels()
+
+
+@pytest.mark.parametrize("words", ["stopped after step 9 of 250", "anything else that it may say one day"])
+def test_what_a_stopped_training_saved_is_read_from_its_checkpoints(tmp_path, monkeypatch, words):
+    """Not from the message of the training, which is for people."""
+    training, run = Path("04_training.ipynb"), RunDirectory(tmp_path)
+    stopped = SimpleNamespace(ename="Interrupted", evalue=words)
+    assert runner._what_is_saved(training, run, stopped) == " before it could save; no checkpoint yet"
+    monkeypatch.setattr(checkpoints, "newest", lambda _: tmp_path / "checkpoint-7")
+    told = f", its training saved at step 7 in {tmp_path / 'checkpoint-7'}"
+    assert runner._what_is_saved(training, run, stopped) == told
+    other = SimpleNamespace(ename="OutOfMemoryError", evalue="no memory")
+    assert "(OutOfMemoryError: no memory); the last checkpoint is" in runner._what_is_saved(training, run, other)
+    assert runner._what_is_saved(Path("02_quantization.ipynb"), run, stopped) == ""
 
 
 def test_starting_over_takes_a_link_away_and_leaves_what_it_leads_to(tmp_path):
