@@ -21,6 +21,7 @@ from conftest import ROOT
 
 import qlora_utils
 from qlora_utils import cli
+from qlora_utils.commands.options import parse_parameters
 from qlora_utils.config import RunConfig
 from qlora_utils.presets import PRESETS
 from qlora_utils.runs.directory import RunDirectory
@@ -165,7 +166,7 @@ def checked(command, capsys):
     except SystemExit as left:
         assert left.code == 0, f"{command}: {capsys.readouterr().err}"
         return
-    given = cli._parameters(getattr(options, "parameters", []))
+    given = parse_parameters(getattr(options, "parameters", []))
     assert given.keys() <= RunConfig.model_fields.keys(), command
     RunConfig.from_preset(getattr(options, "preset", None) or "pocket", **given)
     for name in ("gpu",):

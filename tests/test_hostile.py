@@ -17,7 +17,7 @@ from conftest import ROOT
 from test_training import StopAt, train
 
 from qlora_utils import cli, data, lora, quantization
-from qlora_utils.commands import merge
+from qlora_utils.commands import merging
 from qlora_utils.commands import run as runner
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.locate import locate
@@ -76,7 +76,7 @@ def load_all(folder):
         "tokenizer": lambda: data.load_tokenizer(RunConfig.from_preset("pocket", model=str(folder))),
         "shape": lambda: shapes.read(str(folder)),
         "model": lambda: quantization.load(config),
-        "merged": lambda: merge.load(folder),
+        "merged": lambda: merging.load(folder),
     }
     errors = {}
     for name, read in readers.items():
@@ -119,9 +119,9 @@ def test_pickled_weights_are_refused_unopened(model, ran):
     with pytest.raises(ModelError, match=r"holds pickled weights \(\.bin\) only; expected \*\.safetensors"):
         quantization.load(RunConfig.from_preset("pocket", model=str(model)))
     with pytest.raises(ModelError, match=r"holds no model\.safetensors"):
-        merge.Checkpoint(str(model))
+        merging.Checkpoint(str(model))
     with pytest.raises((ModelError, OSError)):
-        merge.load(model)
+        merging.load(model)
     assert not ran.exists()
     with pytest.raises(Exception, match="weights_only"):
         torch.load(model / "pytorch_model.bin")
@@ -256,7 +256,7 @@ def test_an_index_of_weights_names_files_in_its_own_folder(model, tmp_path):
     with pytest.raises(
         ModelError, match=r"names \.\./elsewhere\.safetensors, expected names of files in the same folder"
     ):
-        merge.Checkpoint(str(model))
+        merging.Checkpoint(str(model))
 
 
 def test_where_a_row_comes_from_is_a_name_and_opens_nothing(tmp_path):

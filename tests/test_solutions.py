@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from test_notebooks import assigned_names, code_cells, parameters_cell
 
-from qlora_utils.commands import run as runner
+from qlora_utils.commands import stopping
 from qlora_utils.config import RunConfig
 from qlora_utils.runs.directory import RunDirectory
 
@@ -127,7 +127,7 @@ def test_solutions_run_and_leave_the_run_as_it_was(path, finished, tmp_path):
         cwd=path.parent,
         kernel_name="python3",
         progress_bar=False,
-        config=runner.kernel_config(),
+        config=stopping.kernel_config(),
     )
     assert contents(finished.path) == before
     others = {other.name for other in finished.path.parent.iterdir()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 import time
@@ -9,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_utils import data, lora, quantization, training
+from qlora_utils.commands.options import among_runs, run_path
 from qlora_utils.config import ConfigError, RunConfig, check_folder
-from qlora_utils.evaluation import generation, scores
-from qlora_utils.evaluation.ingredients import T_95, about, variants
+from qlora_utils.evaluation.ingredients import T_95, about, table, variants
 from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import damaged, read_json, read_jsonl, write_json
@@ -70,12 +70,16 @@ def _key(changed: Mapping[str, Any], seed: int) -> str:
 
 def measure_base(config: RunConfig) -> dict[str, Any]:
     """Scores of the base model on the same questions, as `measure_one` gives them."""
+    from qlora_utils import data, quantization  # torch
+
     tokenizer = data.load_tokenizer(config)
     return _scores(config, quantization.load(config), tokenizer, data.prepare(config, tokenizer))
 
 
 def _scores(config: RunConfig, model: Any, tokenizer: Any, prepared: Any) -> dict[str, Any]:
     """Exact match by split and by turn, and the share of answers that stop by themselves."""
+    from qlora_utils.evaluation import generation, scores  # torch
+
     fixed = RunConfig.build({**config.model_dump(), "seed": FIXED_SEED})
     rows = scored_rows(prepared.held_out, fixed)
     asked = generation.questions_of(rows, tokenizer, fixed)
@@ -105,6 +109,8 @@ def measure_one(config: RunConfig) -> dict[str, Any]:
         `exact_match` and `questions` by split, exact match `by_turn`, `stopped`, `held_out_loss` (nats per token),
         `trainable` parameters, `seconds` of training.
     """
+    from qlora_utils import data, lora, quantization, training  # torch
+
     with tempfile.TemporaryDirectory() as folder:
         few = {"output_dir": folder, "run_name": "one", "eval_steps": config.steps, "save_steps": config.steps,
                "save_total_limit": 1, "keep": "last", "trace_rows": 0, "fresh": False}  # fmt: skip
@@ -123,3 +129,31 @@ def measure_one(config: RunConfig) -> dict[str, Any]:
         "trainable": trainable,
         "seconds": trained.wall_s,
     }
+
+
+def add_parser(commands: Any) -> None:
+    """Add `qlora ingredients` to the command line."""
+    parser = commands.add_parser(
+        "ingredients", parents=[among_runs()], help="measure what each ingredient of QLoRA does, over seeds"
+    )
+    parser.add_argument("--run", help="name of the run that is varied; the result goes into its directory")
+    parser.add_argument("--preset", help="or the preset that is varied (default: pocket)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least two (default: 0 1 2)")
+    parser.add_argument("--out", type=Path, help="JSON file for the result, gone on with if it is there")
+    parser.set_defaults(command=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure, and print the table."""
+    if options.run and options.preset:
+        raise ConfigError("--run and --preset: each says what is varied; give one of them.")
+    if options.run:
+        config = RunConfig.continue_run(run_path(options.run, options.output_dir))
+    else:
+        preset = options.preset or "pocket"
+        config = RunConfig.from_preset(preset, run_name=preset, output_dir=options.output_dir)
+    path = options.out or RunDirectory(config.run_dir).ingredients
+    measure(config, options.seeds, path)
+    print(f"written to {path}")
+    print(table(read_json(path)))
+    return 0

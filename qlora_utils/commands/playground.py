@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qlora_utils.commands.options import among_runs, run_path
 from qlora_utils.config import ConfigError
 from qlora_utils.locate import project_folder
 from qlora_utils.runs.directory import RunDirectory, require_adapter
@@ -69,3 +71,21 @@ def serve(run: RunDirectory, options: Sequence[str] = ()) -> NoReturn:
     notebook.write_text(json.dumps(app_notebook(run)), encoding="utf-8")
     command = serve_command(notebook, options)
     os.execv(command[0], command)
+
+
+def add_parser(commands: Any) -> None:
+    """Add `qlora playground` to the command line."""
+    parser = commands.add_parser(
+        "playground", parents=[among_runs()], help="ask a run's models in the browser, for this machine alone"
+    )
+    parser.add_argument("--run", default="demo", help="name of the run, or path of its directory (default: demo)")
+    parser.add_argument("--port", type=int, help="to listen on (default: a free one from 8866 on)")
+    parser.add_argument("--no-browser", action="store_true", help="print the address and open nothing")
+    parser.set_defaults(command=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Become a server of the playground."""
+    further = [f"--port={options.port}"] if options.port else []
+    quietly = ["--no-browser"] if options.no_browser else []
+    serve(RunDirectory(run_path(options.run, options.output_dir)), [*further, *quietly])

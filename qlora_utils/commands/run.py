@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import logging
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from base64 import b64decode, b64encode
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from qlora_utils import curves, data
+from qlora_utils.commands.options import parse_parameters, with_parameters
+from qlora_utils.commands.stopping import WholeLines, asked_to_stop, in_thread, kernel_config
 from qlora_utils.config import (
     ANSWER_FIELDS,
     ASIDE_FIELDS,
@@ -37,6 +37,7 @@ from qlora_utils.locate import EMBEDDED, first_line, is_there, locate, project_f
 from qlora_utils.loop import checkpoints
 from qlora_utils.models import files as model_files
 from qlora_utils.models.shapes import architecture_of
+from qlora_utils.report import page
 from qlora_utils.rows.files import SUFFIXES
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import HEADLESS, TERMINAL, RunDirectory, require_adapter
@@ -298,7 +299,7 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
     from nbclient.exceptions import DeadKernelError
 
     copy = run.notebooks / path.name
-    lines = _WholeLines(sys.stderr)
+    lines = WholeLines(sys.stderr)
 
     def execute() -> None:
         papermill.execute_notebook(
@@ -314,8 +315,8 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
             config=kernel_config(),
         )
 
-    with _asked_to_stop() as (asked, pass_on):
-        failure = _in_thread(execute, pass_on)
+    with asked_to_stop() as (asked, pass_on):
+        failure = in_thread(execute, pass_on)
     lines.end()
     if failure is None:
         _make_smaller(copy)
@@ -335,37 +336,6 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
         ) from None
     if failure is not None:
         raise failure
-
-
-def kernel_config() -> Any:
-    """How kernels are spoken to: encrypted, and by a client that looks again; with jupyter_client 7 neither."""
-    from traitlets.config import Config
-
-    client = "qlora_utils.commands.jupyter_client.LookingClient"
-    return Config({"KernelManager": {"transport_encryption": "auto", "client_class": client}})
-
-
-class _WholeLines:
-    """Passes text on to a terminal or log, and can end a line that whoever drew it did not live to end."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
-        self.open = False
-
-    def write(self, text: str) -> None:
-        """Pass on."""
-        self.file.write(text)
-        self.open = not text.endswith("\n") if text else self.open
-
-    def flush(self) -> None:
-        """Pass on."""
-        self.file.flush()
-
-    def end(self) -> None:
-        """Begin a new line, unless this is the beginning of one."""
-        if self.open:
-            self.write("\n")
-            self.flush()
 
 
 def _make_smaller(copy: Path) -> None:
@@ -397,87 +367,6 @@ def _what_is_saved(path: Path, run: RunDirectory, failure: BaseException | None)
     in_its_place = name in (Interrupted.__name__, "KeyboardInterrupt", "DeadKernelError", "NoneType")
     went_wrong = "" if in_its_place else f" ({name}: {getattr(failure, 'evalue', failure)})"
     return f" before it could save{went_wrong}; " + (f"the last checkpoint is {last}" if last else "no checkpoint yet")
-
-
-def _in_thread(work: Callable[[], None], meanwhile: Callable[[], None]) -> BaseException | None:
-    """Do something in a thread and return what it raised. The main thread stays free to take signals.
-
-    nbclient would otherwise take them itself, and kill the kernel in the middle of a step. `meanwhile` is called again
-    and again.
-    """
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        meanwhile()
-        thread.join(0.2)
-    return raised[0] if raised else None
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[tuple[list[int], Callable[[], None]]]:
-    """In this context SIGINT and its like are taken down, and handed to the kernel by a function to be called often.
-
-    The kernel saves and leaves; asked twice, it is killed.
-    """
-    asked: list[int] = []
-    told: set[int] = set()
-
-    def on_signal(number: int, _: Any) -> None:
-        asked.append(number)
-
-    def pass_on() -> None:
-        for kernel in _kernels() if asked else []:
-            with suppress(ProcessLookupError):  # it has ended by itself
-                if len(asked) > 1:
-                    os.kill(kernel, signal.SIGKILL)
-                elif kernel not in told and _heeds_interrupts(kernel):
-                    os.kill(kernel, signal.SIGINT)
-                    told.add(kernel)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked, pass_on
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    # one that is ignored, as under nohup, stays so
-    taken = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in taken}
-    try:
-        yield asked, pass_on
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _heeds_interrupts(kernel: int) -> bool:
-    """Whether a kernel would notice SIGINT now: between two cells, and before the first, it ignores it."""
-    try:
-        status = Path(f"/proc/{kernel}/status").read_text(encoding="ascii")
-        caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
-        return bool(int(caught.split()[1], 16) >> (signal.SIGINT - 1) & 1)
-    except (OSError, ValueError, IndexError, StopIteration):  # not told on this system
-        return True
-
-
-def _kernels() -> list[int]:
-    """Process ids of the kernels that this process has started."""
-    import psutil
-
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if any("ipykernel" in word or "kernel_launcher" in word for word in child.cmdline()):
-                found.append(child.pid)
-        except psutil.Error:
-            continue
-    return found
 
 
 DONE = "done.json"  # beside the executed copies
@@ -543,3 +432,40 @@ def _clear(run: RunDirectory) -> None:
     for path in present:
         # a link may lead to another disk, and to more than is ours: it goes, what it leads to stays
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def add_parser(commands: Any) -> None:
+    """Add `qlora run` to the command line."""
+    parser = commands.add_parser("run", parents=[with_parameters()], help="run the seven notebooks headless")
+    parser.add_argument("--preset", help="what to run (default: pocket; with --from, what the run directory says)")
+    parser.add_argument("--run-name", help="names the run directory (default: the preset's name)")
+    parser.add_argument("--from", dest="start", metavar="NOTEBOOK", help="start again here: 04 or 04_training")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over, in place of what is there (default: go on where it stopped)"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="repeat a run: take all values from its config.json, not a preset"
+    )
+    parser.set_defaults(command=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the series, and print what came of it."""
+    given = parse_parameters(options.parameters)
+    if options.config and (options.preset or "preset" in given):
+        raise ConfigError("--config and --preset: each says what to run; give one of them.")
+    if options.config and options.start:
+        raise ConfigError("--config and --from: --from goes on with the values of the run there; give one of them.")
+    config, parameters = resolve(
+        preset=options.preset,
+        run_name=options.run_name,
+        output_dir=options.output_dir,
+        parameters=given,
+        start=options.start,
+        fresh=options.fresh,
+        config_file=options.config,
+    )
+    run = run_series(config, parameters, start=options.start, fresh=options.fresh)
+    page.write_report(run)
+    print(page.summary(run))
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_utils import style
+from qlora_utils.commands.options import among_runs
 from qlora_utils.config import ConfigError, RunConfig, run_command
 from qlora_utils.evaluation.scores import score_text
 from qlora_utils.locate import first_line
@@ -185,3 +187,19 @@ def _cells(run: Listed) -> tuple[str, ...]:
 def as_json(runs: Iterable[Listed]) -> str:
     """The runs as a JSON list of objects with the fields of `Listed`, in ASCII: a name may be no UTF-8."""
     return json.dumps([asdict(run) for run in runs], indent=2)
+
+
+def add_parser(commands: Any) -> None:
+    """Add `qlora runs` to the command line."""
+    parser = commands.add_parser(
+        "runs", parents=[among_runs()], help="list the runs: how far they came, their scores, their size on disk"
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON, for other programs")
+    parser.set_defaults(command=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the list."""
+    found = listed(Path(options.output_dir))
+    print(as_json(found) if options.json else table(found, Path(options.output_dir)))
+    return 0

@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
 from qlora_utils.commands import jupyter_client as kernels
-from qlora_utils.commands import run as runner
+from qlora_utils.commands import stopping
 
 
 def deaf_once(socket):
@@ -74,7 +74,7 @@ def test_a_limit_is_kept(monkeypatch, timeout):
 
 def test_the_series_waits_with_such_a_client(tmp_path):
     notebook = new_notebook(cells=[new_code_cell("6 * 7")])
-    client = NotebookClient(notebook, config=runner.kernel_config(), kernel_name="python3")
+    client = NotebookClient(notebook, config=stopping.kernel_config(), kernel_name="python3")
     with client.setup_kernel():
         assert type(client.kc) is kernels.LookingClient
         assert all(type(getattr(client.kc, f"{name}_channel")) is kernels.LookingChannel

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from base64 import b64decode
 from io import BytesIO
@@ -173,45 +172,6 @@ def test_what_to_run_is_said_once(capsys, arguments):
     assert "give one of them" in capsys.readouterr().err
 
 
-def test_a_preset_may_be_given_as_a_parameter(tmp_path, capsys):
-    (tmp_path / "rows.csv").write_text("question,answer\n" + "".join(f"Is {n} odd?,Perhaps.\n" for n in range(20)))
-    place = ["--output-dir", str(tmp_path)]
-    assert cli.main(["check", str(tmp_path / "rows.csv"), "-p", "preset=pocket-t5", *place]) == 0
-    assert "pocket-t5" in capsys.readouterr().out
-    assert cli.main(["plan", "-p", "preset=pocket", "--gpu", "T4"]) == 0
-    assert capsys.readouterr().out.startswith("pocket on T4")
-
-
-def test_presets_and_fields_are_listed(capsys):
-    assert cli.main(["presets"]) == 0
-    assert cli.main(["presets", "--fields"]) == 0
-    out = capsys.readouterr().out
-    assert "llama2-7b" in out
-    assert all(name in out for name in RunConfig.model_fields)
-
-
-def test_an_empty_question_is_refused(capsys):
-    assert cli.main(["ask", "  ", "--run", "demo"]) == 2
-    assert "empty" in capsys.readouterr().err
-
-
-def test_ask_without_a_run_says_what_to_do(tmp_path, capsys):
-    assert cli.main(["ask", "Why?", "--run", "none", "--output-dir", str(tmp_path)]) == 1
-    assert "no such run" in capsys.readouterr().err
-
-
-def test_what_loads_in_a_moment_draws_no_bar():
-    code = """if True:
-        from qlora_utils import cli
-        cli.main(["presets"])
-        from tqdm.auto import tqdm  # as transformers does
-        for _ in tqdm(range(100)): pass
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pocket" in done.stdout
-    assert done.stderr == ""
-
-
 @pytest.fixture(scope="session")
 def finished(preset, tmp_path_factory):
     """One quick run of the whole series, in a folder whose name has a space."""
@@ -285,18 +245,6 @@ def test_kernels_are_told_whether_somebody_looks_at_a_terminal(tmp_path, monkeyp
         monkeypatch.setattr(sys, "stderr", stderr)
         runner.run_series(config, parameters, fresh=True)
     assert told == ["97", None]
-
-
-def test_a_line_that_nobody_ended_is_ended():
-    file = io.StringIO()
-    lines = runner._WholeLines(file)
-    lines.end()
-    assert not file.getvalue()
-    for text in ("\rtraining 1/8", "\rtraining 2/8", ""):
-        lines.write(text)
-    lines.end()
-    lines.end()
-    assert file.getvalue() == "\rtraining 1/8\rtraining 2/8\n"
 
 
 @BOTH
@@ -507,33 +455,6 @@ def test_a_series_that_is_stopped_saves_and_goes_on(tmp_path, number):
     again.wait()
     assert f"going on from step {saved}" in (run.notebooks / "04_training.ipynb").read_text()
     assert [line["step"] for line in read_jsonl(run.history) if "loss" in line] == list(range(1, 401))
-
-
-def test_a_stop_asked_for_before_there_is_a_kernel_reaches_it(tmp_path):
-    """So does one between two cells, when a kernel ignores it."""
-    config = RunConfig.from_preset("pocket", run_name="a", output_dir=str(tmp_path))
-    run = RunDirectory(config.run_dir)
-    run.notebooks.mkdir(parents=True)
-    cells = [nbformat.v4.new_code_cell("import time; time.sleep(200)")]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    path = tmp_path / "02_quantization.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
-
-    def ask():  # as soon as the series listens
-        while signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    # one process of several that test ignores it, and what is ignored stays so
-    before, began = signal.signal(signal.SIGINT, signal.default_int_handler), time.monotonic()
-    try:
-        threading.Thread(target=ask, daemon=True).start()
-        with pytest.raises(runner.Stopped, match=r"stopped in 02_quantization\. To go on: qlora run"):
-            runner._run_one(path, run, config, {})
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - began < 100
-    assert not runner._kernels()
 
 
 @pytest.mark.parametrize("words", ["stopped after step 9 of 250", "anything else that it may say one day"])

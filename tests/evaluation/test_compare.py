@@ -8,14 +8,13 @@ from conftest import MARKUP
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_utils import cli
 from qlora_utils.commands import run as runner
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.evaluation import compare, scores
 from qlora_utils.report import page as report
 from qlora_utils.report import sections
 from qlora_utils.runs.directory import RunDirectory
-from qlora_utils.runs.files import read_json, write_json, write_jsonl
+from qlora_utils.runs.files import write_json, write_jsonl
 
 
 def line(number, right, *, split="held-out rows", where="test.jsonl", text=None, history=(), answer=None, **tags):
@@ -236,48 +235,6 @@ def test_what_cannot_be_compared_says_what_to_do(tmp_path, pair):
 
 
 # ---------------------------------------------------------------------------------------------------- shown
-
-
-def test_the_command_prints_writes_and_tells_the_report(tmp_path, pair, capsys):
-    one = pair[0]
-    assert cli.main(["compare", "--output-dir", str(tmp_path), "--runs", "one", str(pair[1].path), "--show", "3"]) == 0
-    out = capsys.readouterr().out
-    assert "one 60 of 60, two 60 of 60" in out
-    assert "McNemar's exact test" in out
-    assert out.count("  question  ") == 3
-    assert read_json(one.comparison) == compare.compare(pair)
-    assert not pair[1].comparison.exists()
-    page = one.report.read_text()
-    assert "Beside other runs" in page
-    assert 'aria-label="Exact match, by split. split 0 (30): one ' in page
-    assert page.count("<td>✗ ") == 12
-
-
-def test_the_command_does_without_a_report(tmp_path, pair, capsys, monkeypatch):
-    def missing(_):
-        raise FileNotFoundError("config.json: missing.")
-
-    monkeypatch.setattr(report, "write_report", missing)
-    assert cli.main(["compare", "--output-dir", str(tmp_path), "--runs", "one", "two"]) == 0
-    assert "no report: " in capsys.readouterr().out
-    assert pair[0].comparison.is_file()
-    assert not pair[0].report.exists()
-
-
-@pytest.mark.parametrize(
-    ("runs", "status", "mention"),
-    [
-        (["one"], 2, "two or more"),
-        (["one", "two", "--show", "-1"], 2, "0 or more"),
-        (["one", "none"], 1, "no such run"),
-        (["one", "two", "empty"], 1, "no answers yet"),
-    ],
-)
-def test_exit_statuses(tmp_path, pair, capsys, runs, status, mention):
-    made(tmp_path, "empty", []).answers.unlink()
-    assert cli.main(["compare", "--output-dir", str(tmp_path), "--runs", *runs]) == status
-    assert mention in capsys.readouterr().err
-    assert not pair[0].comparison.exists()
 
 
 def test_several_pairs_are_corrected_and_said_so(tmp_path, pair):

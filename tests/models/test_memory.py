@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from qlora_utils import answers, lora, quantization, training
-from qlora_utils.cli import main
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.data import load_tokenizer
 from qlora_utils.models import memory as plan
@@ -208,27 +207,6 @@ def test_a_model_can_be_loaded_where_it_could_not_be_trained(monkeypatch):
 @pytest.mark.parametrize("change", [{"dora": True}, {"fused_layers": False}, {"quantize": False}], ids=str)
 def test_weights_are_kept_only_for_layers_that_use_them(change):
     assert not resolve_auto(changed(LARGE, **change), CARDS["H200"], LLAMA_2_7B).config.keep_expanded
-
-
-def test_on_the_command_line(capsys):
-    assert main(["plan"]) == 0
-    table = capsys.readouterr().out
-    if not torch.cuda.is_available():
-        assert [line.split()[0] for line in table.splitlines()[1:]] == list(CARDS)
-    assert main(["plan", "--gpu", "T4", "-p", "train_head=false"]) == 0
-    printed = capsys.readouterr().out
-    assert "gradient_checkpointing" in printed
-    assert "at the peak" in printed
-    assert printed.rstrip().endswith("fits")
-    assert main(["plan", "--gpu", "T5"]) == 2
-    assert "A100-40" in capsys.readouterr().err
-    assert main(["plan", "--gpu", "T4", "-p", "max_seq_len=200000"]) == 2
-    assert "Take shorter examples" in capsys.readouterr().err
-    too_much = {"gradient_checkpointing": "false", "micro_batch_tokens": "8192", "keep_expanded": "true",
-                "optimizer": "adamw_torch", "compute_dtype": "float16"}  # fmt: skip
-    settings = [part for name in too_much for part in ("-p", f"{name}={too_much[name]}")]
-    assert main(["plan", "--gpu", "T4", *settings]) == 2
-    assert "gradient_checkpointing=true" in capsys.readouterr().err
 
 
 def test_the_widget_follows_its_controls():

@@ -10,6 +10,7 @@ from runs import comparison, measured, told
 
 from qlora_utils import cli
 from qlora_utils.commands import run as runner
+from qlora_utils.commands.options import parse_parameters
 from qlora_utils.config import PLACE_FIELDS, RunConfig
 from qlora_utils.report import sections
 from qlora_utils.report.facts import gather
@@ -146,7 +147,7 @@ def test_a_run_can_be_repeated_as_the_page_says(run, monkeypatch):
     options = cli._parser().parse_args(shlex.split(command)[1:])
     config, _ = runner.resolve(
         preset=options.preset, run_name=options.run_name, output_dir=options.output_dir,
-        parameters=cli._parameters(options.parameters), start=None,
+        parameters=parse_parameters(options.parameters), start=None,
     )  # fmt: skip
     assert config.run_name == "told-again"
     same = {*RunConfig.model_fields} - {*PLACE_FIELDS}

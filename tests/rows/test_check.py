@@ -15,6 +15,7 @@ from conftest import BOTH, MARKUP, ROOT
 
 from qlora_utils import cli, data
 from qlora_utils.commands import run as runner
+from qlora_utils.commands.options import parse_parameters
 from qlora_utils.config import RunConfig
 from qlora_utils.evaluation import generation
 from qlora_utils.rows import check
@@ -83,7 +84,7 @@ def test_the_example_can_be_trained_on_and_its_command_is_a_run_of_it(tmp_path, 
     options = cli._parser().parse_args(commands[0][1:])
     config, _ = runner.resolve(
         preset=options.preset, run_name=options.run_name, output_dir=options.output_dir,
-        parameters=cli._parameters(options.parameters), start=None,
+        parameters=parse_parameters(options.parameters), start=None,
     )  # fmt: skip
     assert config.dataset == str(EXAMPLE)
     assert config.run_dir == tmp_path / "a b" / "questions"
@@ -300,41 +301,6 @@ def test_a_csv_with_other_separators_is_told_from_one_without_questions(tmp_path
 
 
 # ------------------------------------------------------------------------------------------------ exit status
-
-
-def test_a_dataset_that_cannot_be_trained_on_exits_1_and_says_why_in_a_line(tmp_path, capsys):
-    for rows, reason in (([{"a": "b"}] * 9, "columns a: expected"), (pairs(1), "Give more rows")):
-        path = written(tmp_path, rows)
-        status, out, error = asked(capsys, "check", path, "--output-dir", str(tmp_path / "outputs"))
-        assert (status, out) == (1, "")
-        assert reason in error
-        assert error.startswith("qlora: dataset: ")
-        assert error.count("\n") == 1
-    assert not (tmp_path / "outputs").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "mention"),
-    [
-        (["no.csv"], "no.csv does not exist"),
-        ([str(EXAMPLE), "--preset", "poket"], "Did you mean pocket?"),
-        ([str(EXAMPLE), "--rows", "0"], "rows: 0 is not allowed"),
-        ([str(EXAMPLE), "--rows", "x"], "invalid int value"),
-        ([str(EXAMPLE), "-p", "max_seq_ln=9"], "Did you mean max_seq_len?"),
-        ([str(EXAMPLE), "-p", "dataset=a/b"], "named already"),
-        ([str(EXAMPLE), "-p", "model=./none"], "model: ./none does not exist"),
-        ([""], "dataset: '' is not allowed"),
-        ([], "DATASET"),
-    ],
-)
-def test_what_is_wrongly_asked_exits_2_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, mention):
-    monkeypatch.chdir(tmp_path)
-    status, out, error = asked(capsys, "check", *arguments)
-    assert (status, out) == (2, "")
-    assert error.startswith("qlora: ")
-    assert mention in error
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_left_but_what_the_run_takes_from_there(tmp_path, config, tokenizer):

@@ -11,6 +11,7 @@ import pytest
 from conftest import BOTH
 
 from qlora_utils import data
+from qlora_utils.commands import stopping
 from qlora_utils.config import RunConfig
 from qlora_utils.rows import prepare as streaming
 from qlora_utils.rows.files import Piece, Row, Rows, read_source
@@ -121,13 +122,11 @@ def test_it_works_from_a_script_without_a_guard_and_from_a_kernel(tmp_path):
     import nbformat
     from nbclient import NotebookClient
 
-    from qlora_utils.commands import run as runner
-
     code = code.replace(str(tmp_path), str(tmp_path / "k"))
     (tmp_path / "k").mkdir()
     (tmp_path / "rows.jsonl").rename(tmp_path / "k" / "rows.jsonl")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    NotebookClient(notebook, timeout=120, kernel_name="python3", config=runner.kernel_config()).execute()
+    NotebookClient(notebook, timeout=120, kernel_name="python3", config=stopping.kernel_config()).execute()
     assert "2900" in notebook.cells[0].outputs[0].text
 
 

@@ -1,0 +1,39 @@
+"""`qlora ask`: one question, one answer."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from qlora_utils.commands.options import of_a_run, run_path
+from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.runs.directory import RunDirectory, require_adapter
+from qlora_utils.style import on_terminal
+
+
+def add_parser(commands: Any) -> None:
+    """Add `qlora ask` to the command line."""
+    parser = commands.add_parser("ask", parents=[of_a_run()], help="answer a question with a run's tuned model")
+    parser.add_argument("question")
+    parser.add_argument("--base", action="store_true", help="ask the base model instead")
+    parser.set_defaults(command=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the answer as it comes."""
+    question = options.question.strip()
+    if not question:
+        raise ConfigError('the question is empty; ask one, as in qlora ask "What is the capital of Chile?" --run demo')
+    run = RunDirectory(run_path(options.run, options.output_dir))
+    config = RunConfig.continue_run(run.path)
+    require_adapter(run)
+
+    from qlora_utils import playground  # torch
+    from qlora_utils.evaluation.generation import Sampling
+
+    sampling = Sampling(max_new_tokens=config.max_new_tokens)
+    models = ["base" if options.base else "tuned"]
+    for piece in playground.load(run).ask(question, models=models, sampling=sampling):
+        print(on_terminal(piece.text), end="", flush=True)
+    print()
+    return 0

@@ -1,0 +1,35 @@
+"""`qlora check`: can a dataset be trained on, and what should be known of it?"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from qlora_utils import data
+from qlora_utils.commands.options import parse_parameters, with_parameters
+from qlora_utils.config import ConfigError, RunConfig
+
+
+def add_parser(commands: Any) -> None:
+    """Add `qlora check` to the command line."""
+    parser = commands.add_parser(
+        "check",
+        parents=[with_parameters()],
+        help="look at a dataset: can it be trained on, and what should be known?",
+    )
+    parser.add_argument("dataset", metavar="DATASET", help="a hub id, or a local file, folder or saved dataset")
+    parser.add_argument("--preset", default="pocket", help="of the run it is meant for (default: pocket)")
+    parser.add_argument("--rows", type=int, metavar="N", help="look at the first N rows of each part only")
+    parser.set_defaults(command=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print what was found."""
+    given = parse_parameters(options.parameters)
+    if "dataset" in given:
+        raise ConfigError("-p dataset: the dataset is named already, first of all; leave one of them away.")
+    config = RunConfig.from_preset(
+        given.pop("preset", options.preset), **{"dataset": options.dataset, "output_dir": options.output_dir, **given}
+    )
+    print(data.check(config.dataset, config, rows=options.rows).text)
+    return 0

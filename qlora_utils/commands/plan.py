@@ -1,0 +1,50 @@
+"""`qlora plan`: what a run takes of a GPU's memory, and the fastest that fits."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from qlora_utils.commands.options import parse_parameters, run_path, with_parameters
+from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.models import hardware, memory, shapes
+
+
+def add_parser(commands: Any) -> None:
+    """Add `qlora plan` to the command line."""
+    parser = commands.add_parser(
+        "plan",
+        parents=[with_parameters()],
+        help="what a run will take of a GPU's memory, and the fastest that fits",
+    )
+    parser.add_argument("--preset", help="what to plan (default: llama2-7b)")
+    parser.add_argument("--run", help="or the run, by name or path, whose config is planned for")
+    parser.add_argument("--gpu", help="T4, L4, A10, A100-40, A100-80, H100 or H200 (default: this machine's, or all)")
+    parser.set_defaults(command=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the plan for one GPU, or the choice for each."""
+    given = parse_parameters(options.parameters)
+    preset = given.pop("preset", options.preset)
+    if options.run and preset:
+        raise ConfigError("--run and --preset: each says what is planned for; give one of them.")
+    if options.run:
+        config = RunConfig.continue_run(run_path(options.run, options.output_dir), **given)
+    else:
+        config = RunConfig.from_preset(preset or "llama2-7b", **given)
+    shape = shapes.read(config.model)
+    if options.gpu is None and (card := hardware.this_card()) is not None:
+        cards = [card]
+    else:
+        cards = [hardware.find_card(options.gpu)] if options.gpu else list(hardware.CARDS.values())
+    if len(cards) > 1:
+        print(memory.overview(config, cards, shape))
+        return 0
+    resolved, predicted = memory.plan_for(config, cards[0], shape)
+    print(f"{config.preset} on {cards[0].name}: {config.model}\n")
+    print(resolved.text(), end="\n\n")
+    print(memory.plan_table(predicted, cards[0]))
+    if not predicted.fits(cards[0]):
+        raise ConfigError(memory.too_large(config, cards[0], predicted.peak))
+    return 0

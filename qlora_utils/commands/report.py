@@ -1,0 +1,27 @@
+"""`qlora report`: make a run's page anew."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from qlora_utils.commands.options import of_a_run, run_path
+from qlora_utils.config import RunConfig
+from qlora_utils.report.page import write_report
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.style import on_terminal
+
+
+def add_parser(commands: Any) -> None:
+    """Add `qlora report` to the command line."""
+    parser = commands.add_parser("report", parents=[of_a_run()], help="make a run's report.html anew")
+    parser.set_defaults(command=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Write the report and print where it lies."""
+    run = RunDirectory(RunConfig.continue_run(run_path(options.run, options.output_dir)).run_dir)
+    run.known_metrics()
+    write_report(run)
+    print(on_terminal(str(run.report)))
+    return 0

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import torch
+
+from qlora_utils.cli import main
+from qlora_utils.models.hardware import CARDS
+
+
+def test_on_the_command_line(capsys):
+    assert main(["plan"]) == 0
+    table = capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert [line.split()[0] for line in table.splitlines()[1:]] == list(CARDS)
+    assert main(["plan", "--gpu", "T4", "-p", "train_head=false"]) == 0
+    printed = capsys.readouterr().out
+    assert "gradient_checkpointing" in printed
+    assert "at the peak" in printed
+    assert printed.rstrip().endswith("fits")
+    assert main(["plan", "--gpu", "T5"]) == 2
+    assert "A100-40" in capsys.readouterr().err
+    assert main(["plan", "--gpu", "T4", "-p", "max_seq_len=200000"]) == 2
+    assert "Take shorter examples" in capsys.readouterr().err
+    too_much = {"gradient_checkpointing": "false", "micro_batch_tokens": "8192", "keep_expanded": "true",
+                "optimizer": "adamw_torch", "compute_dtype": "float16"}  # fmt: skip
+    settings = [part for name in too_much for part in ("-p", f"{name}={too_much[name]}")]
+    assert main(["plan", "--gpu", "T4", *settings]) == 2
+    assert "gradient_checkpointing=true" in capsys.readouterr().err
