@@ -15,8 +15,8 @@ help: ## list the targets
 env: $(READY) ## make the environment: .venv with the pinned versions
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	"$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
@@ -29,7 +29,7 @@ test: $(READY) ## run the tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not browser"
 
 test-slow: $(READY) ## run the tests that take minutes: trainings killed twenty times, stopped series, a million rows
-	$(BIN)/python -m pytest -n 2 --dist load -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 test-browser: $(READY) ## try playground, JupyterLab and report in Chromium; leaves outputs/screenshots
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser,interactive]'
@@ -90,7 +90,7 @@ ingredients: $(READY) ## measure again what each ingredient does, three seeds ea
 	$(BIN)/qlora ingredients --preset pocket --out outputs/ingredients.json
 
 stamp: ## write the repository's address and the version into badges and set-up cells: REPO=owner/name
-	@$(PYTHON) .ci/stamp.py "$(REPO)"
+	@"$(PYTHON)" .ci/stamp.py "$(REPO)"
 
 clean: ## remove the environment and caches; outputs stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -326,6 +326,7 @@ def seconds(config, tokenizer, count):
     return took
 
 
+@pytest.mark.slow
 def test_ten_times_the_rows_take_at_most_eleven_times_as_long(many, tokenizer):
     for attempt in range(3):  # a machine may be busy for a moment
         few = [seconds(many, tokenizer, 10_000 + 3 * attempt + more) for more in range(3)]

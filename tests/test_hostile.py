@@ -300,6 +300,7 @@ def test_what_only_looks_a_little_like_a_token_is_none():
     assert RunConfig.from_preset("pocket", run_name="hf_demo", dataset="hf_data/rows_hf_2024").run_name == "hf_demo"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [False, True])
 def test_a_token_of_the_environment_is_found_nowhere_in_what_a_run_leaves(tmp_path, monkeypatch, capfd, failing):
     home = tmp_path / "home"

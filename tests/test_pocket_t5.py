@@ -105,6 +105,7 @@ def test_the_base_model_is_a_small_t5_of_the_v1_1_kind_that_recalls_its_facts(re
     assert recipe_t5.recall(model, AutoTokenizer.from_pretrained(MODEL), wrong) == 0  # a measure that can fail
 
 
+@pytest.mark.slow
 def test_pretraining_runs_and_leaves_what_is_committed(recipe_t5, world, tmp_path):
     recipe_t5.pretrain(world, steps=2, seed=0, folder=tmp_path)
     again = json.loads((tmp_path / "pretraining.json").read_text())
@@ -113,6 +114,7 @@ def test_pretraining_runs_and_leaves_what_is_committed(recipe_t5, world, tmp_pat
     assert (tmp_path / "model.safetensors").stat().st_size == (MODEL / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 @T5
 def test_the_base_cannot_answer_and_the_tuned_model_can(recipe, tokenizer, tmp_path):
     """The preset as it is: one whole training, a minute on two cores; base and tuned asked every split."""

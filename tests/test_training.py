@@ -165,6 +165,7 @@ def test_one_conversation_in_a_pack_cannot_change_another(tuned_model, prepared,
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @BOTH
 def test_micro_batching_and_packing_give_one_trajectory(config, tokenizer, prepared):  # trap 11
     def trajectory(micro, packing):
@@ -273,6 +274,7 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
+@pytest.mark.slow
 @BOTH
 def test_interrupted_and_resumed_equals_uninterrupted(config, tokenizer, prepared):  # trap 14
     dropout = changed(config, lora_dropout=0.1, steps=12)  # dropout, so that the random state matters too
@@ -294,6 +296,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, tokenizer, prepare
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.slow
 @BOTH
 def test_rows_in_order_of_length_are_resumed_in_the_same_order(config, tokenizer, prepared):
     ordered = changed(config, row_order="length", steps=12)  # an epoch and a half
@@ -329,6 +332,7 @@ def test_a_finished_training_needs_no_checkpoints(config, tokenizer, prepared):
         train(changed(config, steps=10), tokenizer, prepared)
 
 
+@pytest.mark.slow
 def test_a_training_does_not_go_on_as_another(config, tokenizer, prepared):
     _, run, _ = train(config, tokenizer, prepared, StopAt(6))
     other_rows = replace(prepared, train=prepared.train[1:])
@@ -378,6 +382,7 @@ def test_a_training_that_diverges_stops_and_keeps_the_earlier_adapter(config, to
     assert not list(run.checkpoints.iterdir())  # that of step 4 would hold broken weights
 
 
+@pytest.mark.slow
 def test_it_stops_at_the_last_good_checkpoint_and_goes_on_from_there(config, tokenizer, prepared):
     with pytest.raises(interruptions.DivergedError, match=r"last good checkpoint is .*checkpoint-4"):
         train(config, tokenizer, prepared, Break(5))
@@ -386,6 +391,7 @@ def test_it_stops_at_the_last_good_checkpoint_and_goes_on_from_there(config, tok
     assert losses(history) == losses(train(changed(config, run_name="whole"), tokenizer, prepared)[2])
 
 
+@pytest.mark.slow
 def test_a_training_that_diverged_goes_on_from_there_with_a_lower_rate(config, tokenizer, prepared):
     with pytest.raises(interruptions.DivergedError, match=r"may go on with these"):
         train(config, tokenizer, prepared, Break(5))
@@ -400,6 +406,7 @@ def test_a_training_that_diverged_goes_on_from_there_with_a_lower_rate(config, t
         train(config, tokenizer, prepared)  # done; it would have no effect any more
 
 
+@pytest.mark.slow
 def test_a_fresh_training_that_is_stopped_goes_on_too(config, tokenizer, prepared):
     _, run, _ = train(config, tokenizer, prepared)
     anew = changed(config, fresh=True, learning_rate=5e-4)
@@ -615,6 +622,7 @@ def test_the_adapter_of_the_lowest_held_out_loss_is_kept(config, tokenizer, prep
     assert read_json(run.metrics)["train"]["kept_loss"] == measured[kept]
 
 
+@pytest.mark.slow
 @BOTH
 def test_on_a_plateau_the_rate_of_every_group_is_reduced_and_a_resumed_training_knows_it(config, tokenizer, prepared):
     rising = changed(
@@ -733,6 +741,7 @@ def test_the_same_run_twice_is_the_same_to_the_last_bit(config, tokenizer, prepa
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the trajectory stored is that of a CPU")
 def test_fifty_steps_are_what_they_were(tmp_path):
     """Between one and two threads, and old and new instruction sets, they differ by less than 1e-6."""

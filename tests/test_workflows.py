@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import conftest
 import pytest
@@ -33,12 +34,33 @@ def test_both_jobs_call_what_the_readme_tells_a_person():
     assert commands("cpu") == ["bash .ci/run"]
     assert commands("gpu") == ["make gpu-check"]
     readme = (ROOT / "README.md").read_text()
-    called = re.findall(r"^make [a-z-]+", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
-    assert called == ["make lint", "make test", "make test-slow", "make test-browser"]
+    called = re.findall(r"^stage (make [a-z-]+)$", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+    assert called == ["make env", "make lint", "make test", "make test-slow", "make test-browser"]
     for command in [*called, *commands("gpu")]:
         assert command in readme
         target = command.removeprefix("make ")
         assert re.search(rf"^{target}: .*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_ci_tests_a_clone_whose_path_has_a_space_and_tells_the_time_of_each_stage(tmp_path):
+    """With a stand-in for make, which notes where it is called and fails at the tests that take longer."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tmp_path / "qlora")], check=True)
+    (tmp_path / "qlora" / ".ci" / "run").write_bytes((ROOT / ".ci" / "run").read_bytes())
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / "make"
+    stand_in.write_text('#!/bin/sh\n[ -d ../shared ] && echo "$1 in $PWD"; [ "$1" != test-slow ]\n')
+    stand_in.chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", str(tmp_path / "qlora" / ".ci" / "run")], env={**os.environ, "PATH": path},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 1
+    assert len(re.findall(r"^[a-z-]+ in /.* .*/qlora$", done.stdout, re.M)) == 4
+    assert re.search(r"^=== make lint: \d+ s$", done.stdout, re.M)
+    assert re.search(r"^=== make test-slow: failed after \d+ s$", done.stdout, re.M)
+    assert "test-browser" not in done.stdout
+    (place,) = {line.partition(" in ")[2] for line in done.stdout.splitlines() if " in /" in line}
+    assert not Path(place).exists(), "the clone is left"
 
 
 def test_the_gpu_job_runs_by_hand_weekly_and_on_a_label_where_there_is_a_runner():

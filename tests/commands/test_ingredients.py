@@ -58,6 +58,7 @@ def test_intervals_need_two_to_ten_seeds(tmp_path, seeds):
         ingredients.measure(POCKET, seeds, tmp_path / "i.json")
 
 
+@pytest.mark.slow
 def test_one_measurement_is_a_real_training(tmp_path):
     config = RunConfig.from_preset("pocket", steps=2, train_rows=32, eval_rows=8, score_rows=4, max_new_tokens=4)
     found = ingredients.measure_one(config)

@@ -190,6 +190,8 @@ def only(monkeypatch, *stems):
     monkeypatch.setattr(runner, "series", lambda: chosen)
 
 
+@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
+@pytest.mark.slow
 @BOTH
 def test_the_seven_notebooks_run_and_leave_the_run_directory(finished):
     for path in (finished.config, finished.history, finished.metrics, finished.answers, finished.report,
@@ -216,6 +218,8 @@ def test_the_seven_notebooks_run_and_leave_the_run_directory(finished):
     assert drawn >= 6
 
 
+@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
+@pytest.mark.slow
 @BOTH
 def test_the_copy_of_the_training_says_how_it_went_in_a_few_lines(finished):
     notebook = nbformat.read(finished.notebooks / "04_training.ipynb", as_version=4)
@@ -247,6 +251,8 @@ def test_kernels_are_told_whether_somebody_looks_at_a_terminal(tmp_path, monkeyp
     assert told == ["97", None]
 
 
+@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
+@pytest.mark.slow
 @BOTH
 def test_the_report_tells_the_held_out_losses_that_were_measured(finished):
     page = finished.report.read_text()
@@ -260,6 +266,8 @@ def test_the_report_tells_the_held_out_losses_that_were_measured(finished):
     assert "Nothing was logged" not in page
 
 
+@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
+@pytest.mark.slow
 @BOTH
 def test_metrics_have_the_promised_shape(finished):
     metrics = read_json(finished.metrics)
@@ -276,11 +284,15 @@ def test_metrics_have_the_promised_shape(finished):
     assert metrics["tuned"]["perplexity"] < metrics["base"]["perplexity"]
 
 
+@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
+@pytest.mark.slow
 def test_the_parameters_given_are_those_used(finished):
     stored = read_json(finished.config)["config"]
     assert (stored["steps"], stored["train_rows"], stored["max_new_tokens"]) == (6, 48, 8)
 
 
+@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
+@pytest.mark.slow
 @BOTH
 def test_ask_answers_on_the_terminal(finished, capsys):
     expected = read_jsonl(finished.answers)
@@ -289,6 +301,8 @@ def test_ask_answers_on_the_terminal(finished, capsys):
     assert capsys.readouterr().out == line["tuned"]["answer"] + "\n"
 
 
+@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
+@pytest.mark.slow
 def test_what_an_answer_would_do_to_the_terminal_is_spelled_out(finished, monkeypatch, capsys):
     hostile = ["\x1b]0;owned", "\x07 \x1b[2J\r", "fine\n"]
     said = [Piece("tuned", text, 1, 1.0) for text in hostile]
@@ -299,6 +313,8 @@ def test_what_an_answer_would_do_to_the_terminal_is_spelled_out(finished, monkey
     assert "\x1b" not in capsys.readouterr().err
 
 
+@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
+@pytest.mark.slow
 @BOTH
 def test_summary_names_place_losses_and_scores(finished):
     text = report.summary(finished)
@@ -307,6 +323,8 @@ def test_summary_names_place_losses_and_scores(finished):
         assert word in text
 
 
+@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
+@pytest.mark.slow
 def test_from_a_later_notebook_uses_what_is_there(finished, monkeypatch):
     only(monkeypatch, "01_data", "04_training", "05_curves", "06_answers")
     before = finished.history.read_bytes()
@@ -335,6 +353,7 @@ def test_a_failing_cell_exits_1_and_keeps_the_notebook(tmp_path, monkeypatch, ca
     assert any(o.output_type == "error" for c in copy.cells if c.cell_type == "code" for o in c.outputs)
 
 
+@pytest.mark.slow
 def test_started_again_from_01_the_run_keeps_its_parameters(tmp_path, monkeypatch):
     """Also: a first row that cannot be used stops nothing."""
     only(monkeypatch, "01_data", "04_training")
@@ -353,6 +372,8 @@ def test_started_again_from_01_the_run_keeps_its_parameters(tmp_path, monkeypatc
     assert again[2]["final_loss"] == first[2]["final_loss"]
 
 
+@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
+@pytest.mark.slow
 def test_started_again_from_04_with_new_values_the_run_tells_of_them(finished, monkeypatch):
     only(monkeypatch, "01_data", "04_training", "06_answers")
     place = ["--run-name", "quick", "--output-dir", str(finished.path.parent)]
@@ -367,6 +388,7 @@ def executed(run):
     return {path.name: path.stat().st_mtime_ns for path in run.notebooks.glob("*.ipynb")}
 
 
+@pytest.mark.slow
 def test_the_same_command_again_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     only(monkeypatch, "01_data", "04_training", "05_curves")
     command = ["run", "--preset", "pocket", "--run-name", "a", "--output-dir", str(tmp_path), *QUICK]

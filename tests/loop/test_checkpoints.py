@@ -160,6 +160,7 @@ def run_killed(folder, prepared, runs, seed=1):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path, prepared, runs):
     whole, *killed = run_killed(tmp_path, prepared, runs)
@@ -185,6 +186,7 @@ mount -t tmpfs -o size=40m none "$1"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("unshare") is None
     or subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0,

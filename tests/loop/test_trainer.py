@@ -108,6 +108,7 @@ def test_out_of_memory_makes_passes_smaller_and_changes_nothing(config, tokenize
     assert within_learned(changed(resolved, lora_r=4), 250) == 250
 
 
+@pytest.mark.slow
 def test_out_of_memory_with_one_example_at_a_time_says_what_takes_less(config, tokenizer, prepared, monkeypatch):
     OutOfMemory(monkeypatch, {5}, always=True)
     with pytest.raises(OutOfMemoryError, match=r"at step 5.*one example.*max_seq_len=256.*train_head=false"):

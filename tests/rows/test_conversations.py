@@ -311,6 +311,7 @@ def reason_to_reject(system, pairs):
     return None if any(q.strip() and a.strip() for q, a in pairs) else "every turn is blank"
 
 
+@pytest.mark.slow
 def test_ten_thousand_rows_of_anything_lose_no_answered_turn():
     """Read, written as JSON, and made into tokens for both architectures."""
     forms = []

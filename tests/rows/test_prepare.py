@@ -106,6 +106,7 @@ def test_progress_shows_when_it_takes_longer_and_only_then(tmp_path, form, monke
     assert "preparing rows" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_works_from_a_script_without_a_guard_and_from_a_kernel(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows_of("a", 3000)))
     config = RunConfig.from_preset("pocket", dataset=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path))
