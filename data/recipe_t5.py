@@ -103,7 +103,7 @@ def batches(
 
 
 def collate(pairs: Sequence[Pair], pad: int) -> dict[str, torch.Tensor]:
-    """Pairs as the tensors that a T5 is trained on here and everywhere else (`packs.PairCollator`)."""
+    """Pairs as the tensors that a T5 is trained on here and everywhere else (`packing.PairCollator`)."""
     batch = PairCollator(pad)([Encoded(*pair) for pair in pairs])
     return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 

@@ -1,10 +1,8 @@
 """QLoRA fine-tuning for question answering: the library behind the numbered notebooks.
 
 One module per notebook, in the order of the data flow: `data`, `quantization`, `lora`, `training`, `curves`, `answers`,
-`playground`. Below `data` lie `sources`, `rows`, `formats` and `streaming`; below `training` `packs`, `attention`,
-`fused` and `loss`, which make it fast; below `answers` `generation` and `scores`. Shared by all: `config`, `hardware`,
-`plan`, `run_directory`, `runner`, `report`, `merge`, `cli`. Importing the package loads none of them; each imports
-torch and its kin only when it is itself imported.
+`playground`. Below them nine rooms, of which the README has the map. Importing the package loads none of them; each
+imports torch and its kin only when it is itself imported.
 """
 
 import logging

@@ -7,11 +7,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from qlora_utils import quantization
 from qlora_utils.config import RunConfig
-from qlora_utils.data import Prepared
+from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.evaluation.generation import Answer, Question, Sampling, answer_all, questions_of
 from qlora_utils.evaluation.scores import (
     SCORES,
@@ -28,11 +30,12 @@ from qlora_utils.evaluation.scores import (
     with_interval,
 )
 from qlora_utils.kernels.loss import row_losses
-from qlora_utils.lora import base_alone
+from qlora_utils.lora import base_alone, reload
+from qlora_utils.models.files import check_adapter
 from qlora_utils.models.memory import answer_room, resolution_of
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.held_out import scored_rows
-from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.directory import RunDirectory, require_adapter
 from qlora_utils.runs.files import write_jsonl
 from qlora_utils.style import BASE, ORANGE, TUNED, cut, in_figure, unframed
 from qlora_utils.tokens.formats import format_of
@@ -47,6 +50,30 @@ if TYPE_CHECKING:
 
 GROUPS = ("split", "turn", "domain", "kind")
 MAX_LOSS = 700.0  # nats per token; its exp is the largest perplexity that a float can hold
+
+
+def load(config: RunConfig, run: RunDirectory) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the tuned model of a run, base model and adapter, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: nothing was trained there.
+        ModelError: its adapter or its base model is missing, damaged or does not fit.
+    """
+    adapter = require_adapter(run)
+    check_adapter(adapter)
+    tuned_model = reload(quantization.load(config), adapter, fused=config.fused_layers)
+    return tuned_model, load_tokenizer(config)
+
+
+def ask_both(
+    question: Question, tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> dict[str, Answer]:
+    """Ask base and tuned model one question, greedily; they are one model, with its adapter off and on."""
+    sampling = Sampling(max_new_tokens=config.max_new_tokens)
+    ask = partial(answer_all, tuned_model, tokenizer, [question], config, sampling=sampling, batch_size=1)
+    with base_alone(tuned_model):
+        answers = {"base": ask()[0]}
+    return {**answers, "tuned": ask()[0]}
 
 
 def score(answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""Conversations made ready to train on: read, checked, held out, reported on (notebook 01)."""
+"""Conversations made ready to train on: read, checked, held out, reported on (notebook 01).
+
+Names imported `as` themselves are for notebook 01, which shows them as functions of its topic.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +30,22 @@ from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.cache import find, key_of, new_entry, shelf_in_use
 from qlora_utils.rows.check import Check, free_name, look_at_answers, safe_name
 from qlora_utils.rows.conversations import Conversation, Rejected, conversation_of, first_readable, record_of
-from qlora_utils.rows.files import SUFFIXES, DataError, first_rows, read_source, unknown_type
+from qlora_utils.rows.conversations import defused as defused
+from qlora_utils.rows.files import SUFFIXES, DataError, Row, first_rows, read_source, unknown_type
 from qlora_utils.rows.held_out import scored_rows
+from qlora_utils.rows.languages import by_language as by_language
+from qlora_utils.rows.languages import language_table as language_table
+from qlora_utils.rows.languages import plot_languages as plot_languages
 from qlora_utils.rows.prepare import prepare_into
-from qlora_utils.rows.statistics import report_table as report_table  # notebook 01 prints it
+from qlora_utils.rows.statistics import report_table as report_table
 from qlora_utils.rows.stored import Stored, digest_of, write_rows
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_bytes, write_json
 from qlora_utils.style import BLUE, ORANGE, cut, in_page, on_terminal, unframed
 from qlora_utils.tokens.formats import Format, format_of
 from qlora_utils.tokens.instructions import instructions_of
+from qlora_utils.tokens.packing import make_collator as make_collator
+from qlora_utils.tokens.packing import plot_padding as plot_padding
 from qlora_utils.tokens.tokenization import BareTokenizer, bare
 
 if TYPE_CHECKING:
@@ -53,6 +62,15 @@ _DECIDING = (
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- tokens
+
+
+def first_row(config: RunConfig) -> tuple[Row, Conversation]:
+    """Read the first row of the config's dataset that can be used: as it was found, and as it was read.
+
+    Raises:
+        DataError: the dataset cannot be read, or no row of it can be used.
+    """
+    return first_readable(read_source(config.dataset))
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -84,6 +102,16 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def show_tokens(conversation: Conversation, form: Format) -> str:
+    """List the first tokens of a conversation, a line each: id, letters, and whether it carries loss.
+
+    Args:
+        conversation: its first example is shown.
+        form: of the run's base model, from `format_of`.
+    """
+    return form.table(form.examples([conversation], training=False)[0])
 
 
 # ---------------------------------------------------------------------------------------------------- preparation

@@ -7,7 +7,7 @@ DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,17 @@ from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.kernels.lora_layers import fuse
 from qlora_utils.kernels.loss import without_logits
 from qlora_utils.locate import first_line
+from qlora_utils.models import shapes
 from qlora_utils.models.files import check_adapter
-from qlora_utils.models.memory import resolution_of
+from qlora_utils.models.hardware import CARDS, this_card
+from qlora_utils.models.memory import explorer, overview, plan_for, plan_table, plot_plan, resolution_of
 from qlora_utils.models.shapes import HEAD
 from qlora_utils.quantization import unquantized_shape
 from qlora_utils.runs.files import read_json, write_json
 from qlora_utils.style import BLUE, ORANGE, unframed
 
 if TYPE_CHECKING:
+    from ipywidgets import Widget
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from peft import PeftModel
@@ -95,7 +98,7 @@ def targets(config: RunConfig, base_model: nn.Module) -> str | list[str]:
 
 
 def speed_up(tuned_model: PeftModel, config: RunConfig) -> None:
-    """Where the config says so, compute the same in fewer operations: layers by `fused`, the loss by `loss`."""
+    """Where the config says so, compute the same in fewer operations: layers and their adapters, and the loss."""
     if config.fused_layers:
         fuse(tuned_model)
         model: Any = tuned_model.get_base_model()
@@ -350,3 +353,41 @@ def plot_trainable(rows: list[ModuleParameters], ax: Axes) -> Figure:
     ax.legend(frameon=False)
     unframed(ax, grid="x")
     return ax.get_figure()  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------------------------------------- will it fit?
+
+
+def memory_plan(config: RunConfig) -> str:
+    """Plan the memory of a training on this machine's GPU, or on a T4 where there is none, as lines of text.
+
+    Raises:
+        ModelError: nothing can be planned for the model.
+        ConfigError: nothing fits; names the smallest plan and what to change.
+    """
+    here = this_card()
+    card = here or CARDS["T4"]
+    _, plan = plan_for(config, card, shapes.read(config.model))
+    return f"on {here.name if here else 'a T4, since there is no GPU here'}\n{plan_table(plan, card)}"
+
+
+def real_preset(config: RunConfig) -> RunConfig:
+    """Return the preset of a model of real size that is built like the one of this run."""
+    presets = {"causal": "llama2-7b", "encoder-decoder": "flan-t5-large"}
+    return RunConfig.from_preset(presets[shapes.architecture_of(config.model)])
+
+
+def plan_for_cards(config: RunConfig, names: Sequence[str] = tuple(CARDS)) -> str:
+    """Choose for each of these GPUs what a training leaves open, as a table: precision, recomputation, memory."""
+    return overview(config, [CARDS[name] for name in names], shapes.read(config.model))
+
+
+def plot_plans(config: RunConfig, names: Sequence[str], ax: Axes) -> Figure:
+    """Draw the memory of a training on each of these GPUs, part by part."""
+    shape = shapes.read(config.model)
+    return plot_plan({name: plan_for(config, CARDS[name], shape)[1] for name in names}, ax)
+
+
+def plan_explorer(config: RunConfig) -> Widget:
+    """Show controls for what memory depends on, and under them the plan that follows."""
+    return explorer(config, list(CARDS.values()), shapes.read(config.model))

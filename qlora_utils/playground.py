@@ -1,7 +1,7 @@
 """The answer playground: base and tuned answers side by side as they come, settings, follow-ups, choices (notebook 07).
 
-`load` turns a run into something to ask, `answer_page` and its like turn what was said into HTML, and
-`Playground` only wires both to widgets, so that each can be tested by itself. `app` serves that notebook as a page.
+`load` turns a run into something to ask, `answer_page` and its like turn what was said into HTML, and `Playground` only
+wires both to widgets, so that each can be tested by itself. `commands.playground` serves notebook 07 as a page.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
-from qlora_utils import quantization
+from qlora_utils.answers import load as load_tuned
 from qlora_utils.config import RunConfig
-from qlora_utils.data import Prepared, load_tokenizer
+from qlora_utils.data import Prepared
 from qlora_utils.evaluation.asker import MODELS, Asker
 from qlora_utils.evaluation.generation import Sampling
 from qlora_utils.evaluation.next_token import next_token_table as next_token_table  # of notebook 07
 from qlora_utils.evaluation.next_token import plot_next_tokens as plot_next_tokens
 from qlora_utils.evaluation.scores import score_text
 from qlora_utils.locate import first_line
-from qlora_utils.lora import base_alone, reload
-from qlora_utils.models.files import check_adapter
+from qlora_utils.lora import base_alone
 from qlora_utils.models.hardware import free_memory, is_out_of_memory
 from qlora_utils.rows.conversations import Turn
 from qlora_utils.runs import locks
@@ -51,11 +50,10 @@ def load(run: RunDirectory) -> Asker:
         FileNotFoundError: nothing was trained there.
         ModelError: its adapter or its base model is missing, damaged or does not fit.
     """
-    adapter = require_adapter(run)
-    check_adapter(adapter)
+    require_adapter(run)  # before the config: a run that was never trained has one
     config = RunConfig.continue_run(run.path)
-    tuned_model = reload(quantization.load(config), adapter, fused=config.fused_layers)
-    return Asker(tuned_model, load_tokenizer(config), config, base_alone)
+    tuned_model, tokenizer = load_tuned(config, run)
+    return Asker(tuned_model, tokenizer, config, base_alone)
 
 
 @dataclass

@@ -29,6 +29,8 @@ from qlora_utils.config import DONE_FIELDS, GO_ON_FIELDS, ConfigError, RunConfig
 from qlora_utils.data import Prepared
 from qlora_utils.evaluation.generation import Sampling, answer_all, questions_of
 from qlora_utils.evaluation.scores import exact_match
+from qlora_utils.kernels.loss import answer_losses as token_losses_of
+from qlora_utils.kernels.loss import response_loss
 from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions
 from qlora_utils.loop.history import HistoryWriter, peak_memory_bytes
@@ -43,12 +45,14 @@ from qlora_utils.rows.held_out import measured_rows
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import LEARNED, RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_text
-from qlora_utils.style import cut
-from qlora_utils.tokens.formats import Format, format_of
-from qlora_utils.tokens.packing import StepCollator, make_collator
+from qlora_utils.style import BASE, TUNED, cut, in_figure, unframed
+from qlora_utils.tokens.formats import Encoded, Format, format_of
+from qlora_utils.tokens.packing import StepCollator, make_collator, passes_text
 from qlora_utils.tokens.tokenization import bare
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -558,3 +562,73 @@ def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, fol
         folder.rename(before)
     temporary.rename(folder)
     shutil.rmtree(before, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------- looked at
+
+
+def show_passes(
+    config: RunConfig, tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
+) -> str:
+    """Cut a step of the first examples into passes, as a training cuts each step; what lies in each, a line each."""
+    resolved = resolution_of(tuned_model, config).config
+    collator = make_collator(tokenizer, config)
+    examples = format_of(tokenizer, config).examples(prepared.train[: config.batch_size], training=True)
+    bound = resolved.micro_batch_tokens or config.max_seq_len
+    step = StepCollator(collator, bound, config.micro_batch_size)(examples[: config.batch_size])
+    length = f"{config.epochs:g} epochs" if config.epochs else f"{config.steps} steps"
+    return f"{passes_text(step, collator)}\n{length} of {config.batch_size} examples"
+
+
+def held_out_loss(
+    config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
+) -> tuple[float, int]:
+    """Measure what a training measures at each `eval_steps`: the loss on the held-out rows that choose the adapter.
+
+    Returns:
+        The mean over their answer tokens, in nats, and how many these are.
+    """
+    examples = format_of(tokenizer, config).examples(measured_rows(prepared.held_out, config), training=False)
+    collator = make_collator(tokenizer, config)
+    size = micro_batch_size(resolution_of(model, config).config, [collator.tokens(one) for one in examples])
+    return response_loss(model, examples, collator, batch_size=size)
+
+
+def held_out_answer(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> Encoded:
+    """Return the first of the examples that `held_out_loss` measures."""
+    return format_of(tokenizer, config).examples(measured_rows(prepared.held_out, config)[:1], training=False)[0]
+
+
+def answer_losses(
+    config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, example: Encoded
+) -> tuple[list[str], list[float]]:
+    """Look at an example token by token: the letters of each token that carries loss, and its loss in nats."""
+    ids, losses = token_losses_of(model, example, make_collator(tokenizer, config))
+    return [str(tokenizer.decode([token])) for token in ids], losses
+
+
+def plot_tokens(pieces: Sequence[str], before: Sequence[float], after: Sequence[float], ax: Axes) -> Figure:
+    """The loss of each token of an answer, before training and after.
+
+    Args:
+        pieces: the tokens as text; a few dozen.
+        before: nats, one for each.
+        after: the same.
+        ax: to draw on.
+    """
+    places = range(len(pieces))
+    ax.bar([place - 0.2 for place in places], before, width=0.4, color=BASE, label="before training")
+    ax.bar([place + 0.2 for place in places], after, width=0.4, color=TUNED, label="after")
+    names = [in_figure(piece).replace("\n", "⏎") for piece in pieces]
+    ax.set_xticks(places, names, rotation=60, ha="right", rotation_mode="anchor", fontsize="small")
+    ax.set(ylabel="nats")
+    ax.set_title("What each token of one held-out answer costs", loc="left")
+    ax.legend(frameon=False)
+    unframed(ax)
+    return ax.get_figure()  # type: ignore[return-value]
+
+
+def adapter_table(run: RunDirectory) -> str:
+    """List the files of a run's adapter with their sizes, a line each."""
+    files = sorted(run.adapter.iterdir())
+    return "\n".join(f"{path.stat().st_size / 1e6:8.2f} MB  {path.name}" for path in files)

@@ -187,3 +187,14 @@ def test_saved_and_reloaded_answers_are_the_same(config, tuned_model, tokenizer,
     training.save_adapter(tuned_model, tokenizer, tmp_path / "adapter")
     again = lora.reload(quantization.load(config), tmp_path / "adapter")
     assert answer_all(again, tokenizer, QUESTIONS, config, sampling=GREEDY, batch_size=3) == before
+
+
+@BOTH
+def test_a_question_put_to_both_is_answered_as_by_each_alone(config, asker, tokenizer):
+    question = Question("What is the capital of Japan?", "")
+    both = answers.ask_both(question, asker.tuned_model, tokenizer, config)
+    sampling = Sampling(max_new_tokens=config.max_new_tokens)
+    said = {}
+    for piece in asker.ask(question.text, sampling=sampling):
+        said[piece.model] = said.get(piece.model, "") + piece.text
+    assert {name: answer.text for name, answer in both.items()} == said

@@ -274,6 +274,7 @@ def test_what_was_prepared_with_another_tokenizer_or_instruction_is_not_taken(ma
     assert data.prepare(many, other).train.path.parent not in (first.train.path.parent, own.train.path.parent)
 
 
+@pytest.mark.slow
 def test_a_preparation_that_is_killed_leaves_nothing_that_is_used(tmp_path, many, tokenizer):
     write_rows(tmp_path / "rows.jsonl", 60_000)
     code = (
@@ -396,3 +397,13 @@ def test_report_of_the_real_rows(llama_tokenizer):
 def test_llama2_pads_with_unk_and_keeps_its_vocabulary(llama_tokenizer):  # trap 5
     assert llama_tokenizer.pad_token_id == llama_tokenizer.unk_token_id == 0
     assert len(llama_tokenizer) == 32_000
+
+
+@BOTH
+def test_the_first_row_and_its_tokens_are_shown(config, tokenizer):
+    row, conversation = data.first_row(config)
+    assert row.columns
+    form = data.format_of(tokenizer, config)
+    shown = data.show_tokens(conversation, form).splitlines()
+    (example, *_) = form.examples([conversation], training=False)
+    assert [int(line.split()[0]) for line in shown[:5]] == example.input_ids[:5]

@@ -451,6 +451,7 @@ def test_the_picture_is_drawn_from_a_run_whatever_its_texts(tmp_path, monkeypatc
     assert result.main([]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
 def test_a_plain_terminal_finds_the_commands_from_the_page_alone(page):
     """In a shell that knows of no environment: what the page says before its first `qlora` makes it known."""

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import bitsandbytes
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import BOTH, layer, on_its_device, tensors
@@ -13,6 +14,7 @@ from qlora_utils import lora, quantization, training
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.kernels.loss import decoder_inputs, response_loss
 from qlora_utils.locate import locate
+from qlora_utils.models import shapes
 from qlora_utils.models.shapes import HEAD
 from qlora_utils.rows.held_out import measured_rows
 from qlora_utils.runs.directory import RunDirectory
@@ -316,3 +318,16 @@ def test_switching_the_adapter_off_is_what_peft_means_by_it_and_leaves_what_trai
     assert torch.equal(again, theirs)
     assert not torch.equal(tuned, theirs)
     assert [parameter.requires_grad for parameter in tuned_model.parameters()] == trains
+
+
+@BOTH
+def test_the_plan_of_a_run_and_of_a_model_of_real_size(config):
+    assert "at the peak" in lora.memory_plan(config)
+    large = lora.real_preset(config)
+    assert shapes.architecture_of(large.model) == shapes.architecture_of(config.model)
+    lines = lora.plan_for_cards(large, ["T4", "H100"]).splitlines()
+    assert [line.split()[0] for line in lines] == ["GPU", "T4", "H100"]
+    figure, ax = plt.subplots()
+    lora.plot_plans(large, ["T4", "H100"], ax)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["T4", "H100"]
+    plt.close(figure)

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 
 import nbformat
+import notebook_calls
 import pytest
 from conftest import ROOT
 
@@ -57,6 +58,15 @@ def test_a_notebook_imports_no_later_topic(path):
                 assert not {alias.name for alias in node.names} & later
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qlora_utils."):
                 assert node.module.split(".")[1] not in later
+
+
+@PER_NOTEBOOK
+def test_a_notebook_calls_mostly_functions_of_its_own_topic(path):
+    """So that a reader finds what a cell does in the one module that the notebook is about."""
+    found = notebook_calls.count(path)
+    assert found.imports <= 5
+    if found.topic in ("data", "lora", "training", "answers"):
+        assert found.share >= 0.6, found.by_module
 
 
 @PER_NOTEBOOK

@@ -659,6 +659,7 @@ def test_next_tokens_are_named_likeliest_first_with_their_spaces_and_those_left_
     close(figure)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
 def test_next_tokens_and_their_question_are_drawn_as_text(tmp_path):
     tokenizer = Spelling(*MARKUP, "\n", "", "x" * 500, "\ud800")

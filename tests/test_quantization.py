@@ -92,6 +92,7 @@ def test_evaluation_leaves_training_intact(base_model):  # trap 18
     assert torch.equal(gradient(), before)
 
 
+@pytest.mark.slow
 def test_no_import_noise():  # trap 19
     code = "import qlora_utils.training, qlora_utils.answers, bitsandbytes.backends.cpu.ops"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

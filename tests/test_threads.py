@@ -61,6 +61,7 @@ def witnessed(tmp_path, monkeypatch):
     return lambda: (tmp_path / "seen").read_text().splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_it_is_set_before_torch_is_imported(witnessed, start):
     subprocess.run([sys.executable, *STARTS[start]], cwd=ROOT, check=False, capture_output=True)

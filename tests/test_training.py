@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import trajectory
-from conftest import BOTH, on_its_device, tensors
+from conftest import BOTH, MARKUP, on_its_device, tensors
 from transformers import TrainerCallback
 
 from qlora_utils import lora, quantization, training
@@ -230,6 +230,7 @@ def test_held_out_loss_does_not_depend_on_batching(config, tuned_model, tokenize
     assert counts[3] == sum(label != IGNORED for label in rows[3].labels)
 
 
+@pytest.mark.slow
 @BOTH
 def test_evaluating_keeps_sums_only(config, tuned_model, tokenizer, prepared, monkeypatch):  # trap 13
     """While the held-out loss is measured, the logits of no more than one batch are alive at any time."""
@@ -482,6 +483,7 @@ class SignalAt(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_first(config, tokenizer, prepared, number, request):
     usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL  # not so in the background
@@ -759,3 +761,31 @@ def test_what_a_training_left_is_told_in_words_also_where_nothing_was_finite():
     for line in ("250 steps, 1,234,567 tokens, 51 s", "2.100 → none", "that of step 225\n", "5,000 tokens/s", "818 MB",
                  "1 step without a finite loss"):  # fmt: skip
         assert line in told
+
+
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+def test_tokens_are_drawn_as_text(tmp_path):
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots()
+    pieces = [*MARKUP, "\n"]
+    training.plot_tokens(pieces, [1.0] * len(pieces), [0.5] * len(pieces), ax)
+    assert len(ax.patches) == 2 * len(pieces)
+    figure.savefig(tmp_path / "figure.png")
+    plt.close(figure)
+
+
+@BOTH
+def test_what_the_notebook_shows_of_a_loss_is_what_a_training_measures(config, tokenizer, prepared, run, tuned_model):
+    loss, count = training.held_out_loss(config, tuned_model, tokenizer, prepared)
+    one = training.held_out_answer(config, tokenizer, prepared)
+    pieces, losses = training.answer_losses(config, tuned_model, tokenizer, one)
+    assert len(pieces) == len(losses) == sum(label != IGNORED for label in one.labels)
+    assert 0 < len(losses) < count
+    training.train(config, tuned_model, tokenizer, prepared, run)
+    measured = [line["eval_loss"] for line in read_jsonl(run.history) if "eval_loss" in line]
+    assert loss == pytest.approx(measured[0])
+    assert f"{config.steps} steps of {config.batch_size} examples" in training.show_passes(
+        config, tuned_model, tokenizer, prepared
+    )
+    assert "adapter_model.safetensors" in training.adapter_table(run)

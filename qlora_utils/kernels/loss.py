@@ -16,12 +16,9 @@ import torch
 from torch import nn
 
 from qlora_utils.models.hardware import free_memory, is_out_of_memory
-from qlora_utils.style import BASE, TUNED, in_figure, unframed
 from qlora_utils.tokens.formats import IGNORED, Encoded
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
 CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**27}  # of fp32 logits held at a time: what a CPU's cache holds, what fills a GPU
@@ -114,7 +111,7 @@ def answer_states(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[torch.
 
     Args:
         model: with its head, without peft's wrapping.
-        batch: from `packs`. Without `answer_positions` they are looked for, which makes a GPU wait.
+        batch: from `packing`. Without `answer_positions` they are looked for, which makes a GPU wait.
     """
     inputs = dict(batch)
     labels = inputs.pop("labels")  # (batch, seq), or (batch, answer)
@@ -238,7 +235,7 @@ def row_losses(
     Args:
         model: language model whose head is a matrix product, or one wrapped by peft.
         rows: from `formats.Format.examples`.
-        collator: from `packs.make_collator`.
+        collator: from `packing.make_collator`.
         batch_size: rows per forward pass; fewer where memory runs out.
     """
     was_training = model.training
@@ -291,27 +288,6 @@ def answer_losses(model: nn.Module, row: Encoded, collator: Any) -> tuple[list[i
         return targets.tolist(), token_losses(hidden, head_weight(plain), targets).tolist()
     finally:
         model.train(was_training)
-
-
-def plot_tokens(pieces: Sequence[str], before: Sequence[float], after: Sequence[float], ax: Axes) -> Figure:
-    """The loss of each token of an answer, before training and after.
-
-    Args:
-        pieces: the tokens as text; a few dozen.
-        before: nats, one for each.
-        after: the same.
-        ax: to draw on.
-    """
-    places = range(len(pieces))
-    ax.bar([place - 0.2 for place in places], before, width=0.4, color=BASE, label="before training")
-    ax.bar([place + 0.2 for place in places], after, width=0.4, color=TUNED, label="after")
-    names = [in_figure(piece).replace("\n", "⏎") for piece in pieces]
-    ax.set_xticks(places, names, rotation=60, ha="right", rotation_mode="anchor", fontsize="small")
-    ax.set(ylabel="nats")
-    ax.set_title("What each token of one held-out answer costs", loc="left")
-    ax.legend(frameon=False)
-    unframed(ax)
-    return ax.get_figure()  # type: ignore[return-value]
 
 
 def _on(device: torch.device, value: Any) -> Any:

@@ -44,7 +44,7 @@ class Traced:
 class Steps(Trainer):
     """What both trainers below share: steps cut by tokens, two learning rates and a held-out loss that is exact.
 
-    To the Trainer a batch is a whole optimizer step; `packs.StepCollator` has cut it into forward passes. The loss is
+    To the Trainer a batch is a whole optimizer step; `packing.StepCollator` has cut it into forward passes. The loss is
     summed over the answer tokens of a pass and divided by those of the whole step, so that how a step is cut changes
     nothing.
     """

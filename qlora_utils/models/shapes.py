@@ -242,7 +242,7 @@ class T5Shape(Shape):
 
     @property
     def padding(self) -> float:
-        """Guanaco rows, steps of 16 in two passes, are 45 % full (`packs.real_share`)."""
+        """Guanaco rows, steps of 16 in two passes, are 45 % full (`packing.real_share`)."""
         return 2.2
 
     @property

@@ -1,7 +1,7 @@
 """Charts as SVG inside a page: small, sharp at any size, in the page's own colours, each with a text alternative.
 
 Nothing is told by colour alone: lines differ in width, dashes and marks, dots in shape, bars have their number beside
-them. Classes are those of the style sheet in `page.py`.
+them. Classes are those of the style sheet in `html.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Results kept by the content that they follow from: whole ones or none, the last few used (below `data`)."""
+"""Results kept by the content that they follow from: whole ones or none, the last few used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows are held out: none whose opening question is also trained on (below `data`)."""
+"""Which rows are held out: none whose opening question is also trained on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def chosen(keys: Any, rows: int, seed: int) -> Any:
     stands in more rows than that.
 
     Args:
-        keys: digest of the opening question of each row, from `measures.digest_array`, shape (rows,).
+        keys: digest of the opening question of each row, from `statistics.digest_array`, shape (rows,).
         rows: to hold out.
         seed: of the choice.
 

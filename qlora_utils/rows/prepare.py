@@ -1,6 +1,6 @@
-"""A dataset of any size prepared into files: rows stream through processes, and little of each is held (below `data`).
+"""A dataset of any size prepared into files: rows stream through processes, and little of each is held.
 
-This process reads, puts in order, adds up and writes; what takes time, `measures.take`, is done by as many others as
+This process reads, puts in order, adds up and writes; what takes time, `statistics.take`, is done by as many others as
 there are cores. Few rows stay in this one, since starting others takes longer.
 """
 
@@ -42,7 +42,7 @@ def prepare_into(
 
     Args:
         folder: that exists.
-        source: from `sources.read_source`.
+        source: from `files.read_source`.
         name: of the source, for the report and errors.
         form: the run's.
         processes: that rows are worked off by (None: one for each core, for few rows this one alone).

@@ -1,4 +1,4 @@
-"""What is measured of rows, in so little room that a million of them can be summed up (below `data`).
+"""What is measured of rows, in so little room that a million of them can be summed up.
 
 `take` reads, checks and measures a chunk of rows, in whatever process; what it returns is added up in the order of the
 rows. Texts are kept as digests of 16 bytes, each row that can be used as the line it will be in its file.

@@ -1,4 +1,4 @@
-"""Rows that stay in their file until they are looked at (below `data`)."""
+"""Rows that stay in their file until they are looked at."""
 
 from __future__ import annotations
 

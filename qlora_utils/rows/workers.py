@@ -1,4 +1,4 @@
-"""One task done on many chunks by several processes, the results in order (below `data`).
+"""One task done on many chunks by several processes, the results in order.
 
 The processes are plain Python started on `serve`, not `multiprocessing`: they import what the task needs and nothing of
 the program that started them, be it pytest, a notebook's kernel or a script, and each ends when its input does,

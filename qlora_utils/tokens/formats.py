@@ -239,7 +239,7 @@ class ChatFormat(Format):
 
     @property
     def chat_template(self) -> str:
-        """`rows.CHAT_TEMPLATE`."""
+        """`conversations.CHAT_TEMPLATE`."""
         return CHAT_TEMPLATE
 
 

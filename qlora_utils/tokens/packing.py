@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def fill(lengths: Sequence[int], tokens: int, conversations: int | None = None) -> list[list[int]]:
+def pack_first_fit(lengths: Sequence[int], tokens: int, conversations: int | None = None) -> list[list[int]]:
     """Put conversations into as few packs as hold them, by first-fit decreasing; the longest pack comes first.
 
     Args:
@@ -185,8 +185,8 @@ class StepCollator:
     How a step is cut into passes changes memory and speed, and nothing else: the loss is summed over the answer tokens
     of the whole step.
 
-    `tokens` and `conversations` bound one pass, as in `fill`, or, where it is padded, as in `groups`. Both shrink where
-    memory runs out (`halve`); the steps stay what they are.
+    `tokens` and `conversations` bound one pass, as in `pack_first_fit`, or, where it is padded, as in `groups`. Both
+    shrink where memory runs out (`halve`); the steps stay what they are.
     """
 
     collator: Collator | PairCollator
@@ -200,7 +200,7 @@ class StepCollator:
         """
         lengths = [self.collator.tokens(example) for example in examples]
         members = (
-            fill(lengths, self.tokens, self.conversations)
+            pack_first_fit(lengths, self.tokens, self.conversations)
             if self.collator.packing
             else groups([self.collator.sizes(example) for example in examples], self.tokens, self.conversations)
         )
@@ -325,7 +325,7 @@ def plot_padding(examples: Sequence[Encoded], collator: Collator | PairCollator,
 
 def packed_rows(lengths: Sequence[int]) -> list[list[tuple[int, bool]]]:
     """Conversations laid end to end in packs as long as the longest: of each pack the lengths."""
-    return [[(lengths[index], True) for index in pack] for pack in fill(lengths, max(lengths))]
+    return [[(lengths[index], True) for index in pack] for pack in pack_first_fit(lengths, max(lengths))]
 
 
 def padded_rows(sizes: Sequence[tuple[int, ...]], tokens: int) -> list[list[tuple[int, bool]]]:

@@ -11,6 +11,7 @@ from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_trained_run_is_merged_and_checked_on_the_command_line(config, tokenizer, prepared, capsys):
     """A short training, merged; greedy answers of both models on questions that were never trained on."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BOTH, MARKUP, on_its_device, tensors
+from conftest import BOTH, on_its_device, tensors
 from torch import nn
 
 from qlora_utils import lora, quantization
@@ -135,15 +135,3 @@ def test_the_losses_of_an_answer_are_its_tokens_and_sum_to_that_of_the_row(tuned
         assert ids == [label for label in row.labels if label != IGNORED]
         (whole,), (count,) = loss.row_losses(tuned_model, [row], collator, batch_size=1)
         assert (len(each), sum(each)) == (count, pytest.approx(whole, rel=1e-5))
-
-
-@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
-def test_tokens_are_drawn_as_text(tmp_path):
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots()
-    pieces = [*MARKUP, "\n"]
-    loss.plot_tokens(pieces, [1.0] * len(pieces), [0.5] * len(pieces), ax)
-    assert len(ax.patches) == 2 * len(pieces)
-    figure.savefig(tmp_path / "figure.png")
-    plt.close(figure)

@@ -87,6 +87,7 @@ class OutOfMemory:
         monkeypatch.setattr(Steps, "_pass_loss", failing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [{}, {"micro_batch_size": 4}], ids=["by tokens", "by number"])
 @BOTH
 def test_out_of_memory_makes_passes_smaller_and_changes_nothing(config, tokenizer, prepared, monkeypatch, size, capsys):

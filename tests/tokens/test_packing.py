@@ -12,9 +12,9 @@ from qlora_utils.tokens.packing import (
     LikeLengths,
     PairCollator,
     StepCollator,
-    fill,
     groups,
     make_collator,
+    pack_first_fit,
     packed_rows,
     padded_rows,
     passes_text,
@@ -27,7 +27,7 @@ LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
 @given(LENGTHS, st.integers(1, 400), st.none() | st.integers(1, 5))
 def test_every_conversation_is_in_one_pack_and_no_pack_overflows(lengths, tokens, limit):
-    packs = fill(lengths, tokens, limit)
+    packs = pack_first_fit(lengths, tokens, limit)
     assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
     for pack in packs:
         assert sum(lengths[i] for i in pack) <= tokens or len(pack) == 1
@@ -74,9 +74,9 @@ def test_like_goes_with_like():
 def test_packs_are_few(lengths):
     """First-fit decreasing needs at most 11/9 of the best possible, plus one (Johnson, 1973)."""
     tokens = 300
-    assert len(fill(lengths, tokens)) <= 11 / 9 * max(1, -(-sum(lengths) // tokens) * 1.5) + 1
+    assert len(pack_first_fit(lengths, tokens)) <= 11 / 9 * max(1, -(-sum(lengths) // tokens) * 1.5) + 1
     if sum(lengths) <= tokens:
-        assert len(fill(lengths, tokens)) == 1
+        assert len(pack_first_fit(lengths, tokens)) == 1
 
 
 @pytest.mark.real_data
@@ -87,8 +87,8 @@ def test_packs_of_real_rows_are_close_to_full(llama_tokenizer, real_rows):
     conversations, _ = parse_rows([Row("x", n, {"text": text}) for n, text in enumerate(real_rows)])
     lengths = [len(e.input_ids) for e in encode(conversations, llama_tokenizer, max_seq_len=2048)]
     steps = [lengths[start : start + 64] for start in range(0, len(lengths), 64)]
-    assert sum(lengths) > 0.93 * 2048 * sum(len(fill(step, 2048)) for step in steps)
-    assert sum(lengths) > 0.99 * 2048 * len(fill(lengths, 2048))
+    assert sum(lengths) > 0.93 * 2048 * sum(len(pack_first_fit(step, 2048)) for step in steps)
+    assert sum(lengths) > 0.99 * 2048 * len(pack_first_fit(lengths, 2048))
 
 
 def rows_of(lengths):
