@@ -23,7 +23,7 @@ from qlora_utils import data, lora, quantization, training
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared
 from qlora_utils.models import memory as plan
-from qlora_utils.models import shapes
+from qlora_utils.models import resolution, shapes
 from qlora_utils.models.hardware import GIB
 from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.conversations import Conversation, Turn
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         shape = shapes.read(given.model)
         tokenizer = data.load_tokenizer(base)
-        resolved = plan.resolve_auto(base).config
+        resolved = resolution.resolve_auto(base).config
         base_model = quantization.load(resolved)
         tuned_model = lora.attach(base_model, resolved)
         for checkpointing in (True, False):

@@ -32,7 +32,8 @@ from qlora_utils.evaluation.scores import (
 from qlora_utils.kernels.loss import row_losses
 from qlora_utils.lora import base_alone, reload
 from qlora_utils.models.files import check_adapter
-from qlora_utils.models.memory import answer_room, resolution_of
+from qlora_utils.models.memory import answer_room
+from qlora_utils.models.resolution import resolution_of
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.runs.directory import RunDirectory, require_adapter

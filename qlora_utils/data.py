@@ -42,11 +42,11 @@ from qlora_utils.rows.stored import Stored, digest_of, write_rows
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_bytes, write_json
 from qlora_utils.style import BLUE, ORANGE, cut, in_page, on_terminal, unframed
+from qlora_utils.tokens.bare_tokenizer import BareTokenizer, bare
 from qlora_utils.tokens.formats import Format, format_of
 from qlora_utils.tokens.instructions import instructions_of
 from qlora_utils.tokens.packing import make_collator as make_collator
 from qlora_utils.tokens.packing import plot_padding as plot_padding
-from qlora_utils.tokens.tokenization import BareTokenizer, bare
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -58,7 +58,7 @@ UPLOAD_MB = 8  # Jupyter's connection to a page closes on messages of 10 MiB
 # The modules that a preparation follows from, and whose change makes what is kept of it worthless.
 _DECIDING = (
     "data.py", "rows/files.py", "rows/conversations.py", "rows/statistics.py", "rows/held_out.py", "rows/prepare.py",
-    "rows/stored.py", "tokens/formats.py", "tokens/instructions.py", "tokens/tokenization.py",
+    "rows/stored.py", "tokens/formats.py", "tokens/instructions.py", "tokens/bare_tokenizer.py",
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- tokens

@@ -23,7 +23,8 @@ from qlora_utils.locate import first_line
 from qlora_utils.models import shapes
 from qlora_utils.models.files import check_adapter
 from qlora_utils.models.hardware import CARDS, this_card
-from qlora_utils.models.memory import explorer, overview, plan_for, plan_table, plot_plan, resolution_of
+from qlora_utils.models.memory import plan_table, plot_plan
+from qlora_utils.models.resolution import explorer, overview, plan_for, resolution_of
 from qlora_utils.models.shapes import HEAD
 from qlora_utils.quantization import unquantized_shape
 from qlora_utils.runs.files import read_json, write_json

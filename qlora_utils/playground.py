@@ -1,7 +1,8 @@
 """The answer playground: base and tuned answers side by side as they come, settings, follow-ups, choices (notebook 07).
 
-`load` turns a run into something to ask, `answer_page` and its like turn what was said into HTML, and `Playground` only
-wires both to widgets, so that each can be tested by itself. `commands.playground` serves notebook 07 as a page.
+`load` turns a run into something to ask, which `evaluation.asker` answers token by token; `answer_page` and its like
+turn what was said into HTML; and `Playground` only wires both to widgets, so that each can be tested by itself.
+`commands.playground` serves notebook 07 as a page.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as widgets
 
@@ -35,9 +36,6 @@ from qlora_utils.runs import locks
 from qlora_utils.runs.directory import RunDirectory, require_adapter
 from qlora_utils.runs.files import write_text
 from qlora_utils.style import cut, in_page
-
-if TYPE_CHECKING:
-    pass
 
 BOTH = "base and tuned"
 REDRAW_S = 0.1  # seconds between two drawings of an answer that is coming
@@ -554,6 +552,3 @@ def described(run: RunDirectory, config: RunConfig) -> str:
         base, tuned = (score_text("exact_match", known[model]["exact_match"]) for model in MODELS)
         parts.append(f"exact match {base} → {tuned}")
     return ", ".join(parts) + "."
-
-
-# ------------------------------------------------------------------------------------------------ next tokens

@@ -19,8 +19,8 @@ from qlora_utils.kernels.lora_layers import keep_expanded
 from qlora_utils.locate import first_line, locate, model_advice
 from qlora_utils.models import files as model_files
 from qlora_utils.models.files import Architecture
-from qlora_utils.models.memory import resolve_auto as resolve_auto  # notebook 02 asks what is left open
-from qlora_utils.models.memory import resolve_to_load
+from qlora_utils.models.resolution import resolve_auto as resolve_auto  # notebook 02 asks what is left open
+from qlora_utils.models.resolution import resolve_to_load
 from qlora_utils.runs.files import read_json
 from qlora_utils.style import BLUE, GRAY, ORANGE, SKY, YELLOW, unframed
 

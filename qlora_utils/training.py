@@ -38,7 +38,8 @@ from qlora_utils.loop.live import Progress
 from qlora_utils.loop.trainer import TRAINERS, Steps, Traced
 from qlora_utils.lora import record_base
 from qlora_utils.models.hardware import OutOfMemoryError, is_out_of_memory
-from qlora_utils.models.memory import Resolved, answer_room, resolution_of, too_large_at_last, within_learned
+from qlora_utils.models.memory import answer_room, too_large_at_last, within_learned
+from qlora_utils.models.resolution import Resolved, resolution_of
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.files import DataError
 from qlora_utils.rows.held_out import measured_rows
@@ -46,9 +47,9 @@ from qlora_utils.runs import locks
 from qlora_utils.runs.directory import LEARNED, RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_text
 from qlora_utils.style import BASE, TUNED, cut, in_figure, unframed
+from qlora_utils.tokens.bare_tokenizer import bare
 from qlora_utils.tokens.formats import Encoded, Format, format_of
 from qlora_utils.tokens.packing import StepCollator, make_collator, passes_text
-from qlora_utils.tokens.tokenization import bare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

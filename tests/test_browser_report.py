@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 from browser import audit, missing, screenshot
-from runs import comparison, told
+from made_runs import comparison, told
 
 from qlora_utils.report import page as report
 from qlora_utils.runs.files import write_json

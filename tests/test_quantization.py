@@ -12,7 +12,7 @@ from conftest import BOTH
 from qlora_utils import quantization
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.locate import locate
-from qlora_utils.models.memory import resolve_auto
+from qlora_utils.models.resolution import resolve_auto
 
 
 @BOTH

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_utils.commands.options import parse_parameters, run_path, with_parameters
 from qlora_utils.config import ConfigError, RunConfig
-from qlora_utils.models import hardware, memory, shapes
+from qlora_utils.models import hardware, memory, resolution, shapes
 
 
 def add_parser(commands: Any) -> None:
@@ -39,9 +39,9 @@ def main(options: argparse.Namespace) -> int:
     else:
         cards = [hardware.find_card(options.gpu)] if options.gpu else list(hardware.CARDS.values())
     if len(cards) > 1:
-        print(memory.overview(config, cards, shape))
+        print(resolution.overview(config, cards, shape))
         return 0
-    resolved, predicted = memory.plan_for(config, cards[0], shape)
+    resolved, predicted = resolution.plan_for(config, cards[0], shape)
     print(f"{config.preset} on {cards[0].name}: {config.model}\n")
     print(resolved.text(), end="\n\n")
     print(memory.plan_table(predicted, cards[0]))

@@ -1,4 +1,4 @@
-"""Questions put to a model: many at a time, or one answered piece by piece (notebooks 04, 06 and 07)."""
+"""Questions put to a model, many at a time (notebooks 04 and 06). One, answered token by token, is `asker`'s."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 A checkpoint is a folder `checkpoint-STEP` with adapter, head, optimizer, schedule, random states and the trainer's
 state (its place in the data among it), and `checkpoint.json`, written last, which lists every file with its bytes.
+`trainer.Steps._save_into` puts the files in.
 """
 
 from __future__ import annotations

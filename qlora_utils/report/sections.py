@@ -522,7 +522,7 @@ def _planned(facts: Facts) -> MemoryPlan | str:
     from qlora_utils.config import ConfigError, ModelError
     from qlora_utils.locate import is_there, locate
     from qlora_utils.models import shapes
-    from qlora_utils.models.memory import recorded_plan
+    from qlora_utils.models.resolution import recorded_plan
 
     model = str(facts.config.get("model"))
     try:

@@ -30,6 +30,7 @@ from qlora_utils.rows.conversations import (
 from qlora_utils.rows.files import DataError
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import write_text
+from qlora_utils.tokens.bare_tokenizer import BareTokenizer
 from qlora_utils.tokens.instructions import (
     Instructions,
     chat_template,
@@ -37,7 +38,6 @@ from qlora_utils.tokens.instructions import (
     known_instructions,
     source_text,
 )
-from qlora_utils.tokens.tokenization import BareTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

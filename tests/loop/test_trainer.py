@@ -11,7 +11,8 @@ from qlora_utils.kernels import loss
 from qlora_utils.loop import interruptions
 from qlora_utils.loop.trainer import Steps
 from qlora_utils.models.hardware import OutOfMemoryError
-from qlora_utils.models.memory import resolve_auto, within_learned
+from qlora_utils.models.memory import within_learned
+from qlora_utils.models.resolution import resolve_auto
 from qlora_utils.runs.files import read_json
 from qlora_utils.tokens.formats import format_of
 from qlora_utils.tokens.packing import make_collator

@@ -5,7 +5,7 @@ import shutil
 import time
 
 import pytest
-from runs import answered, told
+from made_runs import answered, told
 
 from qlora_utils.report import sentences
 from qlora_utils.report.facts import chosen, gather, improvement, scores_of, trained_on_date

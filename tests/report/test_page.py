@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 from conftest import MARKUP
-from runs import comparison, finished, told
+from made_runs import comparison, finished, told
 
 from qlora_utils.evaluation import compare
 from qlora_utils.report import page as report

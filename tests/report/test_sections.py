@@ -6,7 +6,7 @@ import shlex
 import shutil
 
 import pytest
-from runs import comparison, measured, told
+from made_runs import comparison, measured, told
 
 from qlora_utils import cli
 from qlora_utils.commands import run as runner

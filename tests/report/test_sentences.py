@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import told
+from made_runs import told
 
 from qlora_utils import curves
 from qlora_utils.report import sentences

@@ -18,8 +18,8 @@ from qlora_utils.rows.files import Piece, Row, Rows, read_source
 from qlora_utils.rows.workers import WorkerError
 from qlora_utils.runs.directory import HEADLESS
 from qlora_utils.runs.files import read_json, read_jsonl
+from qlora_utils.tokens.bare_tokenizer import bare
 from qlora_utils.tokens.formats import format_of
-from qlora_utils.tokens.tokenization import bare
 
 
 def rows_of(name, count):

@@ -14,10 +14,10 @@ from qlora_utils.rows import conversations
 from qlora_utils.rows.conversations import MARKS, Conversation, Turn, parse, prompt_text, render
 from qlora_utils.rows.files import Row
 from qlora_utils.tokens import formats
+from qlora_utils.tokens.bare_tokenizer import bare
 from qlora_utils.tokens.formats import IGNORED, format_of
 from qlora_utils.tokens.instructions import known_instructions, read_instructions
 from qlora_utils.tokens.packing import Collator, PairCollator, StepCollator
-from qlora_utils.tokens.tokenization import bare
 
 CONFIG = RunConfig.from_preset("pocket-t5")
 T5 = pytest.mark.parametrize("preset", ["pocket-t5"], indirect=True, scope="session")

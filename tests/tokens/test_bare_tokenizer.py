@@ -9,7 +9,7 @@ from conftest import BOTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_utils.tokens.tokenization import bare
+from qlora_utils.tokens.bare_tokenizer import bare
 
 MARKS = st.sampled_from(["<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<extra_id_0>", " ", "\n", "好", "\u2028"])
 

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from qlora_utils import answers, lora, quantization, training
+from qlora_utils.config import ConfigError, ModelError, RunConfig
+from qlora_utils.models import memory as plan
+from qlora_utils.models import resolution, shapes
+from qlora_utils.models.hardware import CARDS
+from qlora_utils.models.memory import predict
+from qlora_utils.models.resolution import OPEN, candidates, plan_for, resolve_auto
+from qlora_utils.models.shapes import FLAN_T5_LARGE, LLAMA_2_7B
+
+LARGE = RunConfig.from_preset("llama2-7b", liger=True)
+
+
+def changed(config, **changes):
+    return RunConfig.build({**config.model_dump(), **changes})
+
+
+def test_a_plan_in_fp16_is_refused_for_t5():
+    flan = RunConfig.from_preset("flan-t5-large", compute_dtype="float16")
+    with pytest.raises(ConfigError, match="float16 does not hold"):
+        plan_for(flan, CARDS["T4"], FLAN_T5_LARGE)
+
+
+def test_nothing_is_left_open_and_what_is_given_is_kept():
+    resolved = resolve_auto(LARGE, CARDS["T4"], LLAMA_2_7B)
+    assert all(getattr(resolved.config, name) not in (None, "auto") for name in OPEN)
+    assert set(resolved.reasons) == set(OPEN) - {"liger"}  # that was given
+    assert all(name in resolved.text() for name in resolved.reasons)
+    assert resolve_auto(resolved.config, CARDS["H100"], LLAMA_2_7B).config == resolved.config
+    given = changed(LARGE, gradient_checkpointing=True, micro_batch_tokens=2048, optimizer="paged_adamw_32bit")
+    kept = resolve_auto(given, CARDS["H200"], LLAMA_2_7B).config
+    assert (kept.gradient_checkpointing, kept.micro_batch_tokens, kept.optimizer) == (True, 2048, "paged_adamw_32bit")
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_the_preset_fits_every_card_and_nothing_that_fits_is_faster(card):
+    resolved, memory = plan_for(LARGE, card, LLAMA_2_7B)
+    assert memory.fits(card)
+    chosen = resolution.step_seconds(LLAMA_2_7B, resolved.config, card)
+    kernels = {name: getattr(resolved.config, name) for name in ("compute_dtype", "attention_kernel")}
+    base = changed(LARGE, **kernels)
+    for other in candidates(base, LLAMA_2_7B):
+        if predict(LLAMA_2_7B, other).fits(card):
+            assert chosen <= 1.01 * resolution.step_seconds(LLAMA_2_7B, other, card)
+
+
+def test_small_cards_recompute_and_large_ones_keep():
+    small, large = (resolve_auto(LARGE, CARDS[name], LLAMA_2_7B).config for name in ("T4", "H200"))
+    assert small.gradient_checkpointing
+    assert not small.keep_expanded
+    assert not large.gradient_checkpointing
+    assert large.keep_expanded
+
+
+def test_what_cannot_fit_is_refused_with_what_to_change():
+    hopeless = changed(LARGE, max_seq_len=200_000)
+    with pytest.raises(
+        ConfigError, match=r"T4 has room for 13\.3 GiB, and this takes .* GiB at the least.*max_seq_len"
+    ):
+        resolve_auto(hopeless, CARDS["T4"], LLAMA_2_7B)
+
+
+def test_a_model_that_is_neither_llama_nor_t5_is_told(tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="needs a model like Llama or T5"):
+        shapes.read(str(tmp_path))
+
+
+def test_without_a_plan_the_least_memory_is_taken(monkeypatch):
+    def no_llama(source):
+        raise ModelError("model: its config.json has no hidden_size")
+
+    monkeypatch.setattr(shapes, "read", no_llama)
+    resolved = resolve_auto(LARGE, CARDS["T4"])
+    assert resolved.config.gradient_checkpointing
+    assert resolved.config.micro_batch_tokens == LARGE.max_seq_len
+    assert "no hidden_size" in resolved.reasons["optimizer"]
+
+
+def test_the_plan_learns_from_memory_that_ran_out(tmp_path, monkeypatch):
+    config = LARGE.model_copy(update={"output_dir": str(tmp_path)})
+    for card in (None, CARDS["T4"]):
+        monkeypatch.setattr(resolution, "this_card", lambda card=card: card)
+        monkeypatch.setattr(plan, "this_card", lambda card=card: card)
+        before = resolve_auto(config).config
+        plan.learn(before, before.micro_batch_tokens)
+        after = resolve_auto(config)
+        assert after.config.micro_batch_tokens == before.micro_batch_tokens // 2
+        assert "ran out of memory here before" in after.reasons["micro_batch_tokens"]
+        other = resolve_auto(config.model_copy(update={"lora_r": 8})).config
+        assert other.micro_batch_tokens == before.micro_batch_tokens
+    assert resolve_auto(config, CARDS["L4"]).config == resolve_auto(LARGE, CARDS["L4"]).config.model_copy(
+        update={"output_dir": str(tmp_path)}
+    )  # another card has learned nothing
+    (tmp_path / plan.LEARNED).write_text('{"mach')  # cut off by a crash
+    monkeypatch.setattr(resolution, "this_card", lambda: None)
+    assert resolve_auto(config).config.micro_batch_tokens == 2048
+
+
+def test_a_model_can_be_loaded_where_it_could_not_be_trained(monkeypatch):
+    monkeypatch.setattr(resolution, "this_card", lambda: CARDS["T4"])
+    monkeypatch.setattr(shapes, "read", lambda source: LLAMA_2_7B)
+    too_long = changed(LARGE, max_seq_len=200_000)
+    with pytest.raises(ConfigError):
+        resolve_auto(too_long)
+    assert resolution.resolve_to_load(too_long).config.keep_expanded is False
+
+
+@pytest.mark.parametrize("change", [{"dora": True}, {"fused_layers": False}, {"quantize": False}], ids=str)
+def test_weights_are_kept_only_for_layers_that_use_them(change):
+    assert not resolve_auto(changed(LARGE, **change), CARDS["H200"], LLAMA_2_7B).config.keep_expanded
+
+
+def test_the_widget_follows_its_controls():
+    widget = resolution.explorer(LARGE, [CARDS["T4"], CARDS["H100"]], LLAMA_2_7B)
+    controls, shown = widget.children
+    by_label = {control.description: control for control in controls.children}
+
+    def text():
+        return "".join(output.get("text", "") for output in shown.outputs)
+
+    by_label["GPU"].value = CARDS["H100"]
+    by_label["head"].value = False
+    by_label["max_seq_len"].value = 4096
+    assert by_label["GPU"].value.name == "H100"
+    assert isinstance(text(), str)
+
+
+def test_a_recorded_run_is_planned_for_its_own_machine_wherever_we_are(monkeypatch):
+    pocket = RunConfig.from_preset("pocket")
+    shape = shapes.read(pocket.model)
+    monkeypatch.setattr(resolution, "this_card", lambda: None)
+    on_cpu = predict(shape, resolve_auto(pocket, shape=shape).config)
+    monkeypatch.setattr(resolution, "this_card", lambda: pytest.fail("it ran elsewhere"))
+    assert resolution.recorded_plan(pocket, None, shape) == on_cpu
+    for name, card in (
+        ("Tesla T4", CARDS["T4"]),
+        ("NVIDIA A100-SXM4-80GB", CARDS["A100-80"]),
+        ("NVIDIA A10", CARDS["A10"]),
+    ):
+        recorded = resolution.recorded_plan(LARGE, {"name": name, "memory_bytes": card.memory}, LLAMA_2_7B)
+        assert recorded == plan_for(LARGE, card, LLAMA_2_7B)[1]
+    assert resolution.recorded_plan(LARGE, {"name": "NVIDIA A10G", "memory_bytes": 10**10}, LLAMA_2_7B) is None
+
+
+def test_what_is_left_open_is_resolved_once_and_handed_on(config, tokenizer, prepared, run, monkeypatch):
+    asked = []
+
+    def counting(given, *more):
+        asked.append(given)
+        return resolve_auto(given, *more)
+
+    monkeypatch.setattr(resolution, "resolve_auto", counting)
+    short = changed(config, score_rows=2, max_new_tokens=2)
+    tuned_model = lora.attach(quantization.load(short), short)
+    training.train(short, tuned_model, tokenizer, prepared, run)
+    answers.evaluate(short, tuned_model, tokenizer, prepared, run)
+    assert asked == [short]
+    assert tuned_model.resolved.given == short
+    # but another config than the model was loaded with is looked at anew
+    assert resolution.resolution_of(tuned_model, changed(short, micro_batch_tokens=99)).config.micro_batch_tokens == 99
+
+
+def test_a_model_loaded_where_no_training_fits_is_refused_for_one(monkeypatch):
+    """Answers may still be asked of it."""
+    card = replace(CARDS["T4"], memory=2**20)
+    monkeypatch.setattr(resolution, "this_card", lambda: card)
+    config = RunConfig.from_preset("pocket", micro_batch_tokens=None, optimizer="auto")
+    model = SimpleNamespace(resolved=resolution.resolve_to_load(config))
+    with pytest.raises(ConfigError, match="has room for"):
+        resolution.resolution_of(model, config)
