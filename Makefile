@@ -28,7 +28,7 @@ demo: $(READY) ## run the seven notebooks on the pocket model; leaves outputs/de
 test: $(READY) ## run the tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not browser"
 
-test-slow: $(READY) ## run the tests that take minutes: trainings killed twenty times, stopped series, a million rows
+test-slow: $(READY) ## run the tests that take longer: trainings killed twenty times, whole series, a million rows
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 test-browser: $(READY) ## try playground, JupyterLab and report in Chromium; leaves outputs/screenshots
@@ -49,7 +49,7 @@ benchmark-cpu: $(READY) ## the comparison without a GPU: TOKENIZER= and DATA=
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
 	$(BIN)/python benchmarks/compare.py --pocket $(TOKENIZER) --dataset $(DATA) --rows 200
 
-lint: $(READY) ## ruff, mypy, notebooks free of outputs, and the workflows
+lint: $(READY) ## ruff, mypy, import contracts, notebooks free of outputs, and the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

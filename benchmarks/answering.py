@@ -15,6 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import measure
+
+import qlora_utils  # noqa: F401  # before torch, whose threads then do not spin while they wait
+
+# isort: split
 import torch
 
 from qlora_utils import data, lora, quantization

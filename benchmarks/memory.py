@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import measure
+
+import qlora_utils  # noqa: F401  # before torch, whose threads then do not spin while they wait
+
+# isort: split
 import torch
 
 from qlora_utils import data, lora, quantization, training

@@ -69,7 +69,14 @@ def load(config: RunConfig, run: RunDirectory) -> tuple[PeftModel, PreTrainedTok
 def ask_both(
     question: Question, tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> dict[str, Answer]:
-    """Ask base and tuned model one question, greedily; they are one model, with its adapter off and on."""
+    """Ask base and tuned model one question, greedily; they are one model, with its adapter off and on.
+
+    Args:
+        question: asked with the turns before it.
+        tuned_model: of the run, from `load`.
+        tokenizer: of the base model.
+        config: the run; its `max_new_tokens` bound the answer.
+    """
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
     ask = partial(answer_all, tuned_model, tokenizer, [question], config, sampling=sampling, batch_size=1)
     with base_alone(tuned_model):

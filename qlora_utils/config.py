@@ -326,13 +326,13 @@ class RunConfig(BaseModel):
         except IsADirectoryError:
             raise ConfigError(f"{path} is a folder. Expected the config.json of a run, a file.") from None
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start}). {_RESTORE}") from None
+            raise ConfigError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start}). {_restore()}") from None
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}: no valid JSON, {error.msg} in line {error.lineno}. {_RESTORE}") from None
+            raise ConfigError(f"{path}: no valid JSON, {error.msg} in line {error.lineno}. {_restore()}") from None
         except (KeyError, TypeError, ValueError, RecursionError):
             raise ConfigError(
                 f'{path}: holds no config of a run. Expected {{"config": {{"preset": …, "model": …}}}}, as a run '
-                f"directory has it. {_RESTORE}"
+                f"directory has it. {_restore()}"
             ) from None
         stored.pop("resume", None)  # of the time before a run went on by itself
         try:
@@ -403,12 +403,13 @@ def no_such_run(run_dir: Path) -> str:
     there = sorted(path.parent.name for path in run_dir.parent.glob("*/config.json"))
     shown = ", ".join([*there[:8], *(["…"] if len(there) > 8 else [])])
     told = f" Runs there: {shown}." if there else ""
-    return f"{run_dir / 'config.json'}: no such run.{told} `{run_command(run_dir)}` makes it."
+    return f"{run_dir / 'config.json'}: no such run.{told} `{resume_command(run_dir)}` makes it."
 
 
 def run_command(
-    run_dir: Path | str,
+    run_name: str,
     *,
+    output_dir: Path | str = "outputs",
     preset: str | None = None,
     config_file: Path | str | None = None,
     parameters: Mapping[str, Any] | None = None,
@@ -418,20 +419,20 @@ def run_command(
     """Word the command that makes a run or resumes it, quoted for a shell in this folder.
 
     Args:
-        run_dir: of the run; its name alone means one below `outputs`.
+        run_name: of the run.
+        output_dir: folder of run directories.
         preset: to begin with (None: what the run directory says).
         config_file: a `config.json` to take all values from instead.
         parameters: fields and their values, in the order given.
         start: number of the notebook to start from.
         fresh: begin anew.
     """
-    run_dir = Path(run_dir) if isinstance(run_dir, Path) else Path("outputs") / run_dir
     words = ["qlora", "run"]
     words += ["--preset", preset] if preset else []
     words += ["--config", str(config_file)] if config_file else []
-    words += ["--run-name", run_dir.name]
-    if run_dir.resolve().parent != Path("outputs").resolve():
-        words += ["--output-dir", str(run_dir.parent)]
+    words += ["--run-name", run_name]
+    if output_dir != "outputs" and Path(output_dir).resolve() != Path("outputs").resolve():
+        words += ["--output-dir", str(output_dir)]
     for name, value in (parameters or {}).items():
         words += ["-p", f"{name}={as_given(value)}"]
     words += ["--from", start] if start else []
@@ -439,13 +440,20 @@ def run_command(
     return shlex.join(words)
 
 
+def resume_command(run_dir: Path, **options: Any) -> str:
+    """Word the command that makes the run of a run directory or resumes it; `options` as `run_command`."""
+    return run_command(run_dir.name, output_dir=run_dir.parent, **options)
+
+
 def as_given(value: Any) -> str:
     """A value of a field as `-p` takes it: `none`, `true` and `false` in small letters."""
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# What to do with a config.json that is damaged.
-_RESTORE = f"Restore the file from a copy, or begin the run anew: {run_command('NAME', preset='PRESET', fresh=True)}"
+def _restore() -> str:
+    """What to do with a config.json that is damaged."""
+    begun_anew = run_command("NAME", preset="PRESET", fresh=True)
+    return f"Restore the file from a copy, or begin the run anew: {begun_anew}"
 
 
 def _all_but(name: str) -> str | None:

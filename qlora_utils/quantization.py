@@ -19,8 +19,9 @@ from qlora_utils.kernels.lora_layers import keep_expanded
 from qlora_utils.locate import first_line, locate, model_advice
 from qlora_utils.models import files as model_files
 from qlora_utils.models.files import Architecture
+from qlora_utils.models.resolution import Resolved, resolve_to_load
 from qlora_utils.models.resolution import resolve_auto as resolve_auto  # notebook 02 asks what is left open
-from qlora_utils.models.resolution import resolve_to_load
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.runs.files import read_json
 from qlora_utils.style import BLUE, GRAY, ORANGE, SKY, YELLOW, unframed
 
@@ -33,12 +34,16 @@ KERNELS = {"varlen": attention.VARLEN, "split": attention.SPLIT, "dense": attent
 PARTS = ("embeddings", "attention", "feed-forward", "norms", "head")
 
 
-def load(config: RunConfig) -> PreTrainedModel:
+def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel:
     """Load the base model, every linear layer but the head in NF4 unless `config.quantize` is off.
 
     Safetensors only, no remote code. On return all weights are frozen and the model is ready for adapters: nothing is
     upcast here, so no memory is spent on copies in fp32. Its attribute `resolved` says what the config left open, how
     that was decided, and why.
+
+    Args:
+        config: the run.
+        resolved: of this config, from `resolve_auto`, where that was asked for already.
 
     Raises:
         ModelError: absent, gated, not safetensors, or not loadable; says what to do next.
@@ -48,8 +53,8 @@ def load(config: RunConfig) -> PreTrainedModel:
 
     source = locate(config.model)
     model_files.check(source)
-    resolved = resolve_to_load(config)
-    model_files.check_weights(source, resolved.architecture)
+    model_files.check_weights(source, architecture_of(config.model))
+    resolved = resolved or resolve_to_load(config)
     dtype = getattr(torch, resolved.config.compute_dtype)
     options: dict[str, Any] = {}
     if resolved.architecture == "causal":  # an encoder-decoder is never packed

@@ -29,8 +29,7 @@ from qlora_utils.config import DONE_FIELDS, GO_ON_FIELDS, ConfigError, RunConfig
 from qlora_utils.data import Prepared
 from qlora_utils.evaluation.generation import Sampling, answer_all, questions_of
 from qlora_utils.evaluation.scores import exact_match
-from qlora_utils.kernels.loss import answer_losses as token_losses_of
-from qlora_utils.kernels.loss import response_loss
+from qlora_utils.kernels.loss import answer_losses, response_loss
 from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions
 from qlora_utils.loop.history import HistoryWriter, peak_memory_bytes
@@ -600,11 +599,11 @@ def held_out_answer(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prepa
     return format_of(tokenizer, config).examples(measured_rows(prepared.held_out, config)[:1], training=False)[0]
 
 
-def answer_losses(
+def losses_by_token(
     config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, example: Encoded
 ) -> tuple[list[str], list[float]]:
     """Look at an example token by token: the letters of each token that carries loss, and its loss in nats."""
-    ids, losses = token_losses_of(model, example, make_collator(tokenizer, config))
+    ids, losses = answer_losses(model, example, make_collator(tokenizer, config))
     return [str(tokenizer.decode([token])) for token in ids], losses
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from conftest import ROOT
 from pydantic import ValidationError
 
 from qlora_utils import cli
-from qlora_utils.config import ConfigError, RunConfig, run_command
+from qlora_utils.config import ConfigError, RunConfig, resume_command, run_command
 from qlora_utils.runs.directory import RunDirectory
 
 
@@ -138,7 +139,7 @@ def test_config_alone_imports_no_torch():
 def test_the_command_of_a_run_asks_for_what_was_given(tmp_path):
     values = {"dataset": "my rows.csv", "micro_batch_size": None, "train_head": False, "learning_rate": 5e-05}
     words = shlex.split(
-        run_command(tmp_path / "a b" / "mine", preset="pocket", parameters=values, start="04", fresh=True)
+        run_command("mine", output_dir=tmp_path / "a b", preset="pocket", parameters=values, start="04", fresh=True)
     )
     assert words[0] == "qlora"
     options = cli._parser().parse_args(words[1:])
@@ -146,7 +147,7 @@ def test_the_command_of_a_run_asks_for_what_was_given(tmp_path):
     assert options.output_dir == str(tmp_path / "a b")
     given = RunConfig.from_preset("pocket", **dict(pair.split("=", 1) for pair in options.parameters))
     assert {name: getattr(given, name) for name in values} == values
-    assert run_command("mine") == run_command(Path("outputs/mine")) == "qlora run --run-name mine"
+    assert run_command("mine") == resume_command(Path("outputs/mine")) == "qlora run --run-name mine"
 
 
 def test_the_command_of_a_run_is_worded_in_one_function():
@@ -158,3 +159,12 @@ def test_the_command_of_a_run_is_worded_in_one_function():
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
                 assert "qlora run --run" not in node.value, f"{path}, line {node.lineno}"
                 assert "qlora run --preset" not in node.value, f"{path}, line {node.lineno}"
+
+
+def test_nothing_is_looked_at_when_it_is_imported(tmp_path):
+    """Not even the working directory, which may be gone."""
+    code = "import os, sys; os.rmdir(os.getcwd()); import qlora_utils.cli; print('fine')"
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "gone", capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.stdout == "fine\n", done.stderr

@@ -779,7 +779,7 @@ def test_tokens_are_drawn_as_text(tmp_path):
 def test_what_the_notebook_shows_of_a_loss_is_what_a_training_measures(config, tokenizer, prepared, run, tuned_model):
     loss, count = training.held_out_loss(config, tuned_model, tokenizer, prepared)
     one = training.held_out_answer(config, tokenizer, prepared)
-    pieces, losses = training.answer_losses(config, tuned_model, tokenizer, one)
+    pieces, losses = training.losses_by_token(config, tuned_model, tokenizer, one)
     assert len(pieces) == len(losses) == sum(label != IGNORED for label in one.labels)
     assert 0 < len(losses) < count
     training.train(config, tuned_model, tokenizer, prepared, run)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from qlora_utils import answers, lora, quantization
-from qlora_utils.config import ConfigError, ModelError, RunConfig, check_folder, run_command
+from qlora_utils.config import ConfigError, ModelError, RunConfig, check_folder, resume_command
 from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.evaluation import generation
 from qlora_utils.evaluation.generation import Answer, Question, Sampling
@@ -101,7 +101,7 @@ def merge(
     if not (run.adapter / "adapter_model.safetensors").is_file():
         raise ModelError(
             f"adapter: {run.adapter} holds no trained adapter, so there is nothing to merge. Train one first: "
-            f"{run_command(run.path, start='04')}"
+            f"{resume_command(run.path, start='04')}"
         )
     model_files.check_adapter(run.adapter)
     tokenizer = load_tokenizer(config)

@@ -31,7 +31,7 @@ from qlora_utils.config import (
     check_folder,
     check_names,
     check_source,
-    run_command,
+    resume_command,
 )
 from qlora_utils.locate import EMBEDDED, first_line, is_there, locate, project_folder
 from qlora_utils.loop import checkpoints
@@ -42,6 +42,8 @@ from qlora_utils.rows.files import SUFFIXES
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import HEADLESS, TERMINAL, RunDirectory, require_adapter
 from qlora_utils.runs.files import read_json, with_few_colours, write_json, write_text
+
+INTERRUPTED = "Interrupted"  # the error of a training that was asked to stop and saved: `loop.interruptions`
 
 
 class SeriesError(RuntimeError):
@@ -353,20 +355,19 @@ def _make_smaller(copy: Path) -> None:
 def _what_is_saved(path: Path, run: RunDirectory, failure: BaseException | None) -> str:
     """What to say of a notebook that was asked to stop: what its training saved, and what went wrong instead.
 
-    An error of a kernel reaches us as its name and its message. The message is for people: what was saved is read from
+    An error of a kernel reaches us as its name and its message. The message is for people: what is saved is read from
     the checkpoints.
     """
     if path.stem != "04_training":
         return ""
-    from qlora_utils.loop.interruptions import Interrupted  # torch
-
     last = checkpoints.newest(run.checkpoints)
     name = getattr(failure, "ename", type(failure).__name__)
-    if name == Interrupted.__name__ and last is not None:
-        return f", its training saved at step {checkpoints.step_of(last)} in {last}"
-    in_its_place = name in (Interrupted.__name__, "KeyboardInterrupt", "DeadKernelError", "NoneType")
-    went_wrong = "" if in_its_place else f" ({name}: {getattr(failure, 'evalue', failure)})"
-    return f" before it could save{went_wrong}; " + (f"the last checkpoint is {last}" if last else "no checkpoint yet")
+    there = f"the last checkpoint is {last}" if last else "no checkpoint yet"
+    if name == INTERRUPTED:
+        return f", as asked; {there}"
+    went_wrong = f" ({name}: {getattr(failure, 'evalue', failure)})"
+    told = "" if name in ("KeyboardInterrupt", "DeadKernelError", "NoneType") else went_wrong
+    return f" before it could save{told}; {there}"
 
 
 DONE = "done.json"  # beside the executed copies
@@ -407,7 +408,7 @@ def _again(config: RunConfig, parameters: Mapping[str, Any], path: Path) -> str:
     """The command that goes on with a notebook, with what was asked for and still matters there."""
     fresh = bool(parameters.get("fresh")) and path.stem < "04_training"  # the training is still to be begun anew
     matters = sorted(name for name in {*parameters} - {*PLACE_FIELDS} if path.stem <= _decided_in(name))
-    return run_command(
+    return resume_command(
         config.run_dir,
         parameters={name: parameters[name] for name in matters},
         start=path.stem[:2] if fresh else None,

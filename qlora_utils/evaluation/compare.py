@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qlora_utils.config import PLACE_FIELDS, ConfigError, no_such_run, run_command
+from qlora_utils.config import PLACE_FIELDS, ConfigError, no_such_run, resume_command
 from qlora_utils.evaluation.scores import (
     SCORES,
     clusters_of,
@@ -71,7 +71,7 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
         raise ConfigError(
             f"runs: no held-out question was put to all of {', '.join(names)}. Compare runs on one dataset. If it is "
             "one, and only the draw of questions differs, put more of them to each run: "
-            + run_command(runs[-1].path, parameters={"score_rows": 5 * max(map(len, asked))}, start="06")
+            + resume_command(runs[-1].path, parameters={"score_rows": 5 * max(map(len, asked))}, start="06")
         )
     lines = {name: [together[index] for together in matched] for index, name in enumerate(names)}
     first = lines[names[0]]
@@ -128,12 +128,12 @@ def held_out(run: RunDirectory) -> list[Line]:
         start = "06" if run.adapter.is_dir() else "01"
         raise FileNotFoundError(
             f"{run.answers}: missing, the run {run.path.name} has no answers yet. Ask it: "
-            f"{run_command(run.path, start=start)}"
+            f"{resume_command(run.path, start=start)}"
         )
     lines = read_jsonl(run.answers)
     for number, line in enumerate(lines, start=1):
         if not _is_answer(line):
-            again = run_command(run.path, start="06")
+            again = resume_command(run.path, start="06")
             raise ValueError(f"{run.answers}, line {number}: no scored answer. Ask again: {again}")
     count = run.known_metrics().get("held_out", {}).get("questions", len(lines))
     if not isinstance(count, int):

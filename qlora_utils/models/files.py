@@ -26,7 +26,7 @@ def check(source: str) -> None:
     """Refuse a local folder from which no base model can be loaded; a hub id is left to the hub. Loads nothing.
 
     Args:
-        source: local folder or hub id, as `config.locate` gives it.
+        source: local folder or hub id, as `locate.locate` gives it.
 
     Raises:
         ModelError: names the file, what is wrong with it, what is expected and what to do next.

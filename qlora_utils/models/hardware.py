@@ -5,13 +5,9 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.models.files import Architecture
-
-if TYPE_CHECKING:
-    pass
 
 GIB = 2**30
 

@@ -59,12 +59,12 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
     """
     given, here = config, card is None
     architecture = shape.architecture if shape else _architecture(config)
+    precision(config, card, architecture)  # refuses what the model cannot be computed in, given or not
     if all(getattr(config, name) not in (None, "auto") for name in OPEN):
         return Resolved(config, given, architecture, {})
     card = card or this_card()
     values: dict[str, Any] = {}
     reasons: dict[str, str] = {}
-    precision(config, card, architecture)  # refuses what the model cannot be computed in, given or not
     by_hardware = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels}
     for name, choose in by_hardware.items():
         if getattr(config, name) in (None, "auto"):

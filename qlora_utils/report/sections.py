@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils import style
-from qlora_utils.config import PLACE_FIELDS, RunConfig, run_command
+from qlora_utils.config import PLACE_FIELDS, RunConfig, as_given, run_command
 from qlora_utils.evaluation import compare
 from qlora_utils.evaluation.scores import paired_text, score_text
 from qlora_utils.presets import PRESETS
@@ -647,12 +647,10 @@ def _changed(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _value(value: Any) -> str:
-    """A value of a parameter as it would be written on the command line."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
+    """As `-p` takes it; of an object its parts."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_value(part)}" for name, part in value.items())
-    return "none" if value is None else str(value)
+    return as_given(value)
 
 
 def again(facts: Facts) -> list[Html]:

@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import RunConfig, run_command
+from qlora_utils.config import RunConfig, resume_command
 from qlora_utils.locate import EMBEDDED
 from qlora_utils.rows.conversations import Conversation, Rejected
 from qlora_utils.rows.files import SUFFIXES, Row
@@ -99,7 +99,7 @@ class Check:
             config = RunConfig.from_preset(preset, dataset=config.dataset, output_dir=config.output_dir)
             values = {"dataset": config.dataset, **({} if self.rows else _advised(config, self.examples))}
         run_dir = Path(config.output_dir).resolve() / free_name(config, preset)
-        return run_command(run_dir, preset=config.preset, parameters=values)
+        return resume_command(run_dir, preset=config.preset, parameters=values)
 
     @property
     def warnings(self) -> list[str]:

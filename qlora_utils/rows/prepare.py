@@ -104,7 +104,7 @@ def _too_few(name: str, train: int, held_out: int, rejected: int, too_long: int,
     else:
         why = "" if rejected else " Give more rows."
     advice = ". Mend them; what rows may look like stands in docs/data.md." if reasons else "."
-    if too_long:
+    if too_long and 2 * too_long >= rejected:
         advice = ". Give a larger max_seq_len, or shorter rows."
     told = "; ".join(reason if len(reason) <= 150 else f"{reason[:149]}…" for reason in reasons)
     return (

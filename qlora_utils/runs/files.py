@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from qlora_utils.config import run_command
+from qlora_utils.config import resume_command, run_command
 from qlora_utils.runs.provenance import host
 
 # Which notebook writes what.
@@ -99,9 +99,9 @@ def _again(path: Path) -> str:
         return "Restore it from a copy, or remove it."
     run_dir = path.parent.parent if path.parent.name == "data" else path.parent
     if path.name == "config.json":  # without which nothing can be gone on with
-        command = run_command(run_dir, preset="PRESET", fresh=True)
+        command = resume_command(run_dir, preset="PRESET", fresh=True)
         return f"Restore it from a copy, or begin the run anew: {command}"
-    command = run_command(run_dir, start=maker[:2], fresh=maker < "05")
+    command = resume_command(run_dir, start=maker[:2], fresh=maker < "05")
     return f"Restore it from a copy, or remove it and have notebook {maker} write it anew: {command}"
 
 

@@ -21,7 +21,7 @@ from qlora_utils import cli
 from qlora_utils.commands import run as runner
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.evaluation.asker import Asker, Piece
-from qlora_utils.loop import checkpoints
+from qlora_utils.loop import checkpoints, interruptions
 from qlora_utils.report import page as report
 from qlora_utils.runs.directory import TERMINAL, RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_jsonl
@@ -483,13 +483,14 @@ def test_a_series_that_is_stopped_saves_and_goes_on(tmp_path, number):
 def test_what_a_stopped_training_saved_is_read_from_its_checkpoints(tmp_path, monkeypatch, words):
     """Not from the message of the training, which is for people."""
     training, run = Path("04_training.ipynb"), RunDirectory(tmp_path)
-    stopped = SimpleNamespace(ename="Interrupted", evalue=words)
-    assert runner._what_is_saved(training, run, stopped) == " before it could save; no checkpoint yet"
+    stopped = SimpleNamespace(ename=interruptions.Interrupted.__name__, evalue=words)
+    assert runner._what_is_saved(training, run, stopped) == ", as asked; no checkpoint yet"
     monkeypatch.setattr(checkpoints, "newest", lambda _: tmp_path / "checkpoint-7")
-    told = f", its training saved at step 7 in {tmp_path / 'checkpoint-7'}"
-    assert runner._what_is_saved(training, run, stopped) == told
+    told = f"the last checkpoint is {tmp_path / 'checkpoint-7'}"
+    assert runner._what_is_saved(training, run, stopped) == f", as asked; {told}"
     other = SimpleNamespace(ename="OutOfMemoryError", evalue="no memory")
-    assert "(OutOfMemoryError: no memory); the last checkpoint is" in runner._what_is_saved(training, run, other)
+    assert runner._what_is_saved(training, run, other) == f" before it could save (OutOfMemoryError: no memory); {told}"
+    assert runner._what_is_saved(training, run, None) == f" before it could save; {told}"
     assert runner._what_is_saved(Path("02_quantization.ipynb"), run, stopped) == ""
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -86,3 +87,13 @@ def test_in_another_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_an_interruption_has_fields_and_says_what_they_hold():
+    saved = interruptions.Interrupted(40, 250, Path("c/checkpoint-40"), saved=True)
+    assert (saved.step, saved.steps, saved.checkpoint, saved.saved) == (40, 250, Path("c/checkpoint-40"), True)
+    assert str(saved) == (
+        "stopped after step 40 of 250, as asked, and saved in c/checkpoint-40. Run the same again to go on."
+    )
+    lost = interruptions.Interrupted(40, 250, Path("c/checkpoint-25"), saved=False)
+    assert "not saved; the last checkpoint is c/checkpoint-25" in str(lost)

@@ -27,6 +27,19 @@ def test_a_plan_in_fp16_is_refused_for_t5():
         plan_for(flan, CARDS["T4"], FLAN_T5_LARGE)
 
 
+@pytest.mark.parametrize("card", [CARDS["T4"], CARDS["H100"]], ids=lambda card: card.name)
+def test_fp16_is_refused_for_t5_whatever_else_is_given(card):
+    """Also where nothing is left open, and where the model is only to be loaded."""
+    given = {"compute_dtype": "float16", "attention_kernel": "dense", "liger": False, "gradient_checkpointing": True,
+             "micro_batch_tokens": 512, "optimizer": "adamw_8bit", "keep_expanded": False}  # fmt: skip
+    for closed in (given, {"compute_dtype": "float16"}):
+        flan = RunConfig.from_preset("flan-t5-large", **closed)
+        with pytest.raises(ConfigError, match="float16 does not hold"):
+            resolve_auto(flan, card, FLAN_T5_LARGE)
+        with pytest.raises(ConfigError, match="float16 does not hold"):
+            resolution.resolve_to_load(flan)
+
+
 def test_nothing_is_left_open_and_what_is_given_is_kept():
     resolved = resolve_auto(LARGE, CARDS["T4"], LLAMA_2_7B)
     assert all(getattr(resolved.config, name) not in (None, "auto") for name in OPEN)
