@@ -17,12 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    PrinterCallback,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 from qlora_utils import style
 from qlora_utils.config import DONE_FIELDS, GO_ON_FIELDS, ConfigError, RunConfig
@@ -34,11 +29,11 @@ from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions
 from qlora_utils.loop.history import HistoryWriter, peak_memory_bytes
 from qlora_utils.loop.live import Progress
-from qlora_utils.loop.trainer import TRAINERS, Steps, Traced
+from qlora_utils.loop.trainer import TRAINERS, Steps, Traced, training_arguments
 from qlora_utils.lora import record_base
 from qlora_utils.models.hardware import OutOfMemoryError, is_out_of_memory
 from qlora_utils.models.memory import answer_room, too_large_at_last, within_learned
-from qlora_utils.models.resolution import Resolved, resolution_of
+from qlora_utils.models.resolution import resolution_of
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.files import DataError
 from qlora_utils.rows.held_out import measured_rows
@@ -108,69 +103,6 @@ def micro_batch_size(config: RunConfig, lengths: Sequence[int]) -> int:
     assert config.micro_batch_tokens is not None
     mean = sum(lengths) / max(1, len(lengths))
     return max(1, min(config.batch_size, int(config.micro_batch_tokens / max(1.0, mean))))
-
-
-def training_arguments(resolved: Resolved, run: RunDirectory, eval_batch_size: int) -> TrainingArguments:
-    """The config in the words of transformers.
-
-    Args:
-        resolved: the run.
-        run: for the place of the checkpoints.
-        eval_batch_size: conversations per forward pass where nothing is trained.
-
-    Raises:
-        ConfigError: fp16 without a GPU.
-    """
-    config = resolved.config
-    dtype = getattr(torch, config.compute_dtype)
-    on_gpu = torch.cuda.is_available()
-    if dtype is torch.float16 and not on_gpu:
-        raise ConfigError("compute_dtype: float16 needs a GPU; on a CPU take auto, float32 or bfloat16.")
-    steps: dict[str, Any] = {"num_train_epochs": config.epochs} if config.epochs else {"max_steps": config.steps}
-    options: dict[str, Any] = {}
-    plateau = config.lr_scheduler == "reduce_lr_on_plateau"
-    if plateau:
-        options["lr_scheduler_kwargs"] = {"factor": config.plateau_factor, "patience": config.plateau_patience}
-    _, arguments_of = TRAINERS[resolved.architecture]
-    arguments: TrainingArguments = arguments_of(
-        output_dir=str(run.checkpoints),
-        **steps,
-        # A whole step; `StepCollator` cuts it. Each of several processes takes its share.
-        per_device_train_batch_size=max(1, config.batch_size // int(os.environ.get("WORLD_SIZE", "1"))),
-        per_device_eval_batch_size=eval_batch_size,
-        gradient_accumulation_steps=1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler,
-        warmup_steps=config.warmup_ratio,  # below 1: a share of all steps
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim=config.optimizer,
-        bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
-        use_cpu=not on_gpu,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=config.eval_steps,
-        eval_on_start=True,
-        save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
-        metric_for_best_model="eval_loss" if config.keep == "best" or plateau else None,
-        use_liger_kernel=bool(config.liger),
-        # The loss is `qlora_utils.kernels.loss`: Liger's computes logits for tokens without a label too.
-        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False} if config.liger else None,
-        remove_unused_columns=False,
-        dataloader_pin_memory=on_gpu,
-        disable_tqdm=True,
-        report_to="none",
-        seed=config.seed,
-        data_seed=config.seed,
-        **options,
-    )
-    if arguments.n_gpu > 1:
-        # Several GPUs in one process: the Trainer would multiply the batch by their number and cut packs in two.
-        arguments._n_gpu = 1
-    return arguments
 
 
 def make_trainer(

@@ -7,6 +7,7 @@ not at all.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from qlora_utils.config import RunConfig
+from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.kernels.loss import response_loss
 from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions
@@ -26,7 +27,9 @@ from qlora_utils.loop.live import Progress
 from qlora_utils.models.files import Architecture
 from qlora_utils.models.hardware import OutOfMemoryError, free_memory, is_out_of_memory
 from qlora_utils.models.memory import learn, too_large_at_last
+from qlora_utils.models.resolution import Resolved
 from qlora_utils.models.shapes import HEAD
+from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.tokens.packing import LikeLengths
 
 
@@ -347,3 +350,66 @@ TRAINERS: dict[Architecture, tuple[type[Steps], type[TrainingArguments]]] = {
     "causal": (QLoRATrainer, TrainingArguments),
     "encoder-decoder": (QLoRASeq2SeqTrainer, Seq2SeqTrainingArguments),
 }
+
+
+def training_arguments(resolved: Resolved, run: RunDirectory, eval_batch_size: int) -> TrainingArguments:
+    """The config in the words of transformers.
+
+    Args:
+        resolved: the run.
+        run: for the place of the checkpoints.
+        eval_batch_size: conversations per forward pass where nothing is trained.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+    config = resolved.config
+    dtype = getattr(torch, config.compute_dtype)
+    on_gpu = torch.cuda.is_available()
+    if dtype is torch.float16 and not on_gpu:
+        raise ConfigError("compute_dtype: float16 needs a GPU; on a CPU take auto, float32 or bfloat16.")
+    steps: dict[str, Any] = {"num_train_epochs": config.epochs} if config.epochs else {"max_steps": config.steps}
+    options: dict[str, Any] = {}
+    plateau = config.lr_scheduler == "reduce_lr_on_plateau"
+    if plateau:
+        options["lr_scheduler_kwargs"] = {"factor": config.plateau_factor, "patience": config.plateau_patience}
+    _, arguments_of = TRAINERS[resolved.architecture]
+    arguments: TrainingArguments = arguments_of(
+        output_dir=str(run.checkpoints),
+        **steps,
+        # A whole step; `StepCollator` cuts it. Each of several processes takes its share.
+        per_device_train_batch_size=max(1, config.batch_size // int(os.environ.get("WORLD_SIZE", "1"))),
+        per_device_eval_batch_size=eval_batch_size,
+        gradient_accumulation_steps=1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=config.warmup_ratio,  # below 1: a share of all steps
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optimizer,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        use_cpu=not on_gpu,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        eval_on_start=True,
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        metric_for_best_model="eval_loss" if config.keep == "best" or plateau else None,
+        use_liger_kernel=bool(config.liger),
+        # The loss is `qlora_utils.kernels.loss`: Liger's computes logits for tokens without a label too.
+        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False} if config.liger else None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,
+        report_to="none",
+        seed=config.seed,
+        data_seed=config.seed,
+        **options,
+    )
+    if arguments.n_gpu > 1:
+        # Several GPUs in one process: the Trainer would multiply the batch by their number and cut packs in two.
+        arguments._n_gpu = 1
+    return arguments
