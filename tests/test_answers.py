@@ -165,6 +165,7 @@ def test_tags_and_answers_are_shown_as_text(text, tmp_path):
     assert not set(table + shown) & {"\x1b", "\x07", "\r", "\x9b", "\u202e"}
 
 
+@pytest.mark.slow
 @BOTH
 def test_perplexity_is_that_of_the_held_out_loss(config, tuned_model, tokenizer, prepared, run):
     from qlora_utils.kernels.loss import response_loss

@@ -109,6 +109,7 @@ class Words(HTMLParser):
 # ------------------------------------------------------------------------------------------------ a real training
 
 
+@pytest.mark.slow
 def test_a_training_is_the_same_whether_it_is_shown_or_not(config, tokenizer, prepared, monkeypatch):
     found = []
     for shown in (True, False):

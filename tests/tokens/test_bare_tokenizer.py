@@ -14,6 +14,7 @@ from qlora_utils.tokens.bare_tokenizer import bare
 MARKS = st.sampled_from(["<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<extra_id_0>", " ", "\n", "好", "\u2028"])
 
 
+@pytest.mark.slow
 @BOTH
 @given(st.lists(st.lists(st.text(max_size=8) | MARKS, max_size=6).map("".join), min_size=1, max_size=4), st.booleans())
 @settings(max_examples=300, deadline=None)
