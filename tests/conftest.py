@@ -42,9 +42,9 @@ HOSTILE = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_
 
 # Files that take minutes go first, so that at the end no process waits for the other.
 LONG = (
-    "commands/test_run", "test_training", "loop/test_checkpoints", "test_pocket", "test_pocket_t5", "loop/test_trainer",
-    "test_hostile", "commands/test_merging", "test_lora", "test_data", "evaluation/test_compare",
-    "test_benchmarks", "test_playground", "test_bad_inputs",
+    "commands/test_run", "test_training", "test_solutions", "test_data", "loop/test_checkpoints", "test_pocket",
+    "test_pocket_t5", "loop/test_trainer", "test_hostile", "commands/test_merging", "test_lora",
+    "evaluation/test_compare", "test_benchmarks", "test_playground", "test_bad_inputs",
 )  # fmt: skip
 
 

@@ -220,7 +220,6 @@ def trained(tmp_path_factory, tokenizer):
     return config, tuned_model.eval(), prepared, read_json(run.metrics)
 
 
-@pytest.mark.xdist_group("pocket")  # one process: what they look at takes a minute to make
 @pytest.mark.slow
 def test_the_base_cannot_answer_and_the_tuned_model_can(recipe, trained):
     *_, metrics = trained
@@ -234,7 +233,6 @@ def test_the_base_cannot_answer_and_the_tuned_model_can(recipe, trained):
     assert metrics["groups"]["turn"]["later"]["tuned"]["exact_match"] >= 0.85
 
 
-@pytest.mark.xdist_group("pocket")  # one process: what they look at takes a minute to make
 @pytest.mark.slow
 def test_asked_by_hand_the_saved_adapter_answers_as_in_answers_jsonl(recipe, trained, tokenizer):
     """As `qlora ask` and the playground do it: reloaded from disk, one question at a time, piece by piece."""
@@ -257,7 +255,6 @@ def test_asked_by_hand_the_saved_adapter_answers_as_in_answers_jsonl(recipe, tra
     assert sum(alike) >= 23
 
 
-@pytest.mark.xdist_group("pocket")  # one process: what they look at takes a minute to make
 @pytest.mark.slow
 def test_a_question_typed_in_haste_is_answered_alike(recipe, trained, tokenizer):
     from qlora_utils.evaluation import generation, scores

@@ -190,7 +190,6 @@ def only(monkeypatch, *stems):
     monkeypatch.setattr(runner, "series", lambda: chosen)
 
 
-@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
 @pytest.mark.slow
 @BOTH
 def test_the_seven_notebooks_run_and_leave_the_run_directory(finished):
@@ -218,7 +217,6 @@ def test_the_seven_notebooks_run_and_leave_the_run_directory(finished):
     assert drawn >= 6
 
 
-@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
 @pytest.mark.slow
 @BOTH
 def test_the_copy_of_the_training_says_how_it_went_in_a_few_lines(finished):
@@ -251,7 +249,6 @@ def test_kernels_are_told_whether_somebody_looks_at_a_terminal(tmp_path, monkeyp
     assert told == ["97", None]
 
 
-@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
 @pytest.mark.slow
 @BOTH
 def test_the_report_tells_the_held_out_losses_that_were_measured(finished):
@@ -266,7 +263,6 @@ def test_the_report_tells_the_held_out_losses_that_were_measured(finished):
     assert "Nothing was logged" not in page
 
 
-@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
 @pytest.mark.slow
 @BOTH
 def test_metrics_have_the_promised_shape(finished):
@@ -284,14 +280,12 @@ def test_metrics_have_the_promised_shape(finished):
     assert metrics["tuned"]["perplexity"] < metrics["base"]["perplexity"]
 
 
-@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
 @pytest.mark.slow
 def test_the_parameters_given_are_those_used(finished):
     stored = read_json(finished.config)["config"]
     assert (stored["steps"], stored["train_rows"], stored["max_new_tokens"]) == (6, 48, 8)
 
 
-@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
 @pytest.mark.slow
 @BOTH
 def test_ask_answers_on_the_terminal(finished, capsys):
@@ -301,7 +295,6 @@ def test_ask_answers_on_the_terminal(finished, capsys):
     assert capsys.readouterr().out == line["tuned"]["answer"] + "\n"
 
 
-@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
 @pytest.mark.slow
 def test_what_an_answer_would_do_to_the_terminal_is_spelled_out(finished, monkeypatch, capsys):
     hostile = ["\x1b]0;owned", "\x07 \x1b[2J\r", "fine\n"]
@@ -313,7 +306,6 @@ def test_what_an_answer_would_do_to_the_terminal_is_spelled_out(finished, monkey
     assert "\x1b" not in capsys.readouterr().err
 
 
-@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
 @pytest.mark.slow
 @BOTH
 def test_summary_names_place_losses_and_scores(finished):
@@ -323,7 +315,6 @@ def test_summary_names_place_losses_and_scores(finished):
         assert word in text
 
 
-@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
 @pytest.mark.slow
 def test_from_a_later_notebook_uses_what_is_there(finished, monkeypatch):
     only(monkeypatch, "01_data", "04_training", "05_curves", "06_answers")
@@ -372,7 +363,6 @@ def test_started_again_from_01_the_run_keeps_its_parameters(tmp_path, monkeypatc
     assert again[2]["final_loss"] == first[2]["final_loss"]
 
 
-@pytest.mark.xdist_group("series")  # one process: what they look at takes a minute to make
 @pytest.mark.slow
 def test_started_again_from_04_with_new_values_the_run_tells_of_them(finished, monkeypatch):
     only(monkeypatch, "01_data", "04_training", "06_answers")
