@@ -33,10 +33,9 @@ from qlora_utils.rows.conversations import Conversation, Rejected, conversation_
 from qlora_utils.rows.conversations import defused as defused
 from qlora_utils.rows.files import SUFFIXES, DataError, Row, first_rows, read_source, unknown_type
 from qlora_utils.rows.held_out import scored_rows
-from qlora_utils.rows.languages import by_language as by_language
-from qlora_utils.rows.languages import language_table as language_table
-from qlora_utils.rows.languages import plot_languages as plot_languages
 from qlora_utils.rows.prepare import prepare_into
+from qlora_utils.rows.scripts import by_script as by_script
+from qlora_utils.rows.scripts import plot_scripts as plot_scripts
 from qlora_utils.rows.statistics import report_table as report_table
 from qlora_utils.rows.stored import Stored, digest_of, write_rows
 from qlora_utils.runs.directory import RunDirectory
@@ -57,8 +56,8 @@ if TYPE_CHECKING:
 UPLOAD_MB = 8  # Jupyter's connection to a page closes on messages of 10 MiB
 # The modules that a preparation follows from, and whose change makes what is kept of it worthless.
 _DECIDING = (
-    "data.py", "rows/files.py", "rows/conversations.py", "rows/statistics.py", "rows/held_out.py", "rows/prepare.py",
-    "rows/stored.py", "tokens/formats.py", "tokens/instructions.py", "tokens/bare_tokenizer.py",
+    "data.py", "rows/files.py", "rows/conversations.py", "rows/scripts.py", "rows/statistics.py", "rows/held_out.py",
+    "rows/prepare.py", "rows/stored.py", "tokens/formats.py", "tokens/instructions.py", "tokens/bare_tokenizer.py",
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- tokens

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(browser.missing()), r
 RUNNING = re.compile(r"\[(\*|\d+)\]")  # the prompt of a cell that is waiting, running or done
 
 FIGURES = {
-    "01_languages", "01_lengths", "01_padding", "02_memory", "02_nf4_levels", "03_plan", "03_rank_and_head",
+    "01_lengths", "01_padding", "01_scripts", "02_memory", "02_nf4_levels", "03_plan", "03_rank_and_head",
     "03_trainable", "04_tokens", "05_exact_match", "05_loss", "05_overview", "05_runs", "06_by_kind", "06_ingredients",
     "06_scores", "07_next_token",
 }  # fmt: skip

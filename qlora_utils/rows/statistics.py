@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_utils.rows.conversations import Conversation, Rejected, UnusableRowError, batches, parse, record_of, usable
 from qlora_utils.rows.files import Row
+from qlora_utils.rows.scripts import script_of
 from qlora_utils.rows.stored import line
 from qlora_utils.style import percent
 
@@ -52,21 +53,6 @@ class _Characters(dict[int, int]):
 @functools.cache
 def _known_characters() -> _Characters:
     return _Characters()
-
-
-def script(text: str) -> str:
-    """The writing system of most letters among the first thousand characters, as Unicode names it."""
-    letters: Counter[str] = Counter()
-    for character, count in Counter(text[:1000]).items():
-        if name := _script_of(character):
-            letters[name] += count
-    return letters.most_common(1)[0][0].title() if letters else "None"
-
-
-@functools.cache
-def _script_of(character: str) -> str:
-    """The first word of a letter's name, nothing for what is no letter."""
-    return unicodedata.name(character, "OTHER").split()[0] if character.isalpha() else ""
 
 
 def digest(text: str) -> bytes:
@@ -125,7 +111,7 @@ class Sums:
             text = conversation.text
             self.turns[len(conversation.turns)] += 1
             self.shapes[conversation.shape] += 1
-            self.scripts[script(" ".join(turn.question + turn.answer for turn in conversation.turns))] += 1
+            self.scripts[script_of(conversation)] += 1
             self.texts += digest(text)
             self.plain_texts += digest(normalise(text) or text)
             self.blank += any(turn.blank for turn in conversation.turns)

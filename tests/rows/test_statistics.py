@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
 
 import pytest
 from conftest import BOTH
@@ -70,21 +69,11 @@ def test_a_report_of_before_with_a_share_that_was_rounded_away_is_read_as_it_was
     assert found == share or found < 0.00005
 
 
-def test_scripts():
-    assert measures.script("Hello") == "Latin"
-    assert measures.script("Привет, world") == "Cyrillic"
-    assert measures.script("world, да") == "Latin"
-    assert measures.script("Привет") == "Cyrillic"
-    assert measures.script("12 + 3") == "None"
-
-
 @given(st.text())
 @settings(max_examples=500, deadline=None)
 def test_what_is_looked_up_once_is_what_is_looked_up_each_time(text):
     kept = (c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in text)
     assert measures.words(text) == "".join(kept).split()
-    named = Counter(unicodedata.name(c, "OTHER").split()[0] for c in text[:1000] if c.isalpha())
-    assert measures.script(text) == (named.most_common(1)[0][0].title() if named else "None")
 
 
 TURNS = st.builds(Turn, st.text(max_size=9), st.text(max_size=9))
