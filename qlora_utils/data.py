@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,21 +27,19 @@ from qlora_utils.config import (
 from qlora_utils.locate import locate, model_advice
 from qlora_utils.models import files as model_files
 from qlora_utils.models.shapes import architecture_of
-from qlora_utils.rows.cache import find, key_of, new_entry, shelf_in_use
 from qlora_utils.rows.check import Check, free_name, look_at_answers, safe_name
-from qlora_utils.rows.conversations import Conversation, Rejected, conversation_of, first_readable, record_of
+from qlora_utils.rows.conversations import Conversation, Rejected, first_readable
 from qlora_utils.rows.conversations import defused as defused
 from qlora_utils.rows.files import SUFFIXES, DataError, Row, first_rows, read_source, unknown_type
 from qlora_utils.rows.held_out import scored_rows
-from qlora_utils.rows.prepare import prepare_into
+from qlora_utils.rows.lines import lines_of, read_lines, show_conversations, show_rejected
+from qlora_utils.rows.prepare import find_entry, new_entry, prepare_into, unfinished_entry
 from qlora_utils.rows.scripts import by_script as by_script
 from qlora_utils.rows.scripts import plot_scripts as plot_scripts
 from qlora_utils.rows.statistics import report_table as report_table
-from qlora_utils.rows.stored import Stored, digest_of, write_rows
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_bytes, write_json
 from qlora_utils.style import BLUE, ORANGE, cut, in_page, on_terminal, unframed
-from qlora_utils.tokens.bare_tokenizer import BareTokenizer, bare
 from qlora_utils.tokens.formats import Format, format_of
 from qlora_utils.tokens.instructions import instructions_of
 from qlora_utils.tokens.packing import make_collator as make_collator
@@ -57,7 +55,7 @@ UPLOAD_MB = 8  # Jupyter's connection to a page closes on messages of 10 MiB
 # The modules that a preparation follows from, and whose change makes what is kept of it worthless.
 _DECIDING = (
     "data.py", "rows/files.py", "rows/conversations.py", "rows/scripts.py", "rows/statistics.py", "rows/held_out.py",
-    "rows/prepare.py", "rows/stored.py", "tokens/formats.py", "tokens/instructions.py", "tokens/bare_tokenizer.py",
+    "rows/lines.py", "rows/prepare.py", "tokens/formats.py", "tokens/instructions.py",
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- tokens
@@ -118,9 +116,9 @@ def show_tokens(conversation: Conversation, form: Format) -> str:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Conversations to train on, conversations held out, the rows left out, and the report on all of them.
+    """Hold conversations to train on, conversations held out, the rejected rows, and the report on all of them.
 
-    Rows from `prepare` and `load` stay in their files until they are looked at (`stored.Stored`).
+    Rows from `prepare` and `load` are made when they are looked at (`lines.View`).
     """
 
     train: Sequence[Conversation]
@@ -130,9 +128,14 @@ class Prepared:
 
     @property
     def digest(self) -> str:
-        """What the rows to train on and those held out are, in few letters: a training never goes on with others."""
-        sides = (digest_of(rows, record_of) for rows in (self.train, self.held_out))
-        return hashlib.sha256("".join(sides).encode()).hexdigest()[:32]
+        """Identify the rows to train on and those held out: a training is never resumed on others."""
+        sides = ""
+        for rows in (self.train, self.held_out):
+            content = hashlib.sha256()
+            for line in lines_of(rows):
+                content.update(line)
+            sides += content.hexdigest()
+        return hashlib.sha256(sides.encode()).hexdigest()[:32]
 
     def save(self, run: RunDirectory) -> None:
         """Write `train.jsonl`, `held_out.jsonl`, `rejected.jsonl` and `report.json` into the run's `data/`.
@@ -149,34 +152,44 @@ class Prepared:
                     f"data: the {trained} in {run.path} was trained on other rows, which these would replace. "
                     "Give this run another run_name."
                 )
-        write_rows(run.data / "train.jsonl", self.train, record_of)
-        write_rows(run.data / "held_out.jsonl", self.held_out, record_of)
-        write_rows(run.data / "rejected.jsonl", self.rejected, vars)
+        for name in ("train", "held_out", "rejected"):
+            write_bytes(run.data / f"{name}.jsonl", lines_of(getattr(self, name)))
         write_json(run.data / "report.json", self.report)
 
     @classmethod
     def load(cls, run: RunDirectory) -> Prepared:
-        """What `save` wrote; rows are read when they are looked at.
+        """Load what `save` wrote.
 
         Raises:
             FileNotFoundError: nothing was prepared in this run directory yet.
-            DamagedError: names the file and line that is no conversation.
+            DamagedError: when a row is looked at that is no conversation; names the file and line.
         """
-        if not (run.data / "train.jsonl").is_file():
-            read_jsonl(run.data / "train.jsonl")  # raises, and says what writes it
-        return cls.open(run.data)
+        paths = {name: run.data / f"{name}.jsonl" for name in ("train", "held_out", "rejected")}
+        if not paths["train"].is_file():
+            read_jsonl(paths["train"])  # raises, and says what writes it
+        return cls(
+            show_conversations(read_lines(paths["train"]), paths["train"]),
+            show_conversations(read_lines(paths["held_out"]), paths["held_out"]),
+            show_rejected(read_lines(paths["rejected"]), paths["rejected"]),
+            read_json(run.data / "report.json"),
+        )
 
     @classmethod
     def open(cls, folder: Path) -> Prepared:
-        """The rows and the report in a folder.
+        """Open what `prepare_into` left in a folder.
 
         Raises:
-            FileNotFoundError: one of the files is not there.
+            FileNotFoundError: a part of it is not there.
         """
+        from datasets import Dataset
+
+        def lines(name: str) -> Dataset:
+            return Dataset.load_from_disk(folder / name)
+
         return cls(
-            Stored(folder / "train.jsonl", conversation_of),
-            Stored(folder / "held_out.jsonl", conversation_of),
-            Stored(folder / "rejected.jsonl", lambda record: Rejected(**record)),
+            show_conversations(lines("train"), folder / "train"),
+            show_conversations(lines("held_out"), folder / "held_out"),
+            show_rejected(lines("rejected"), folder / "rejected"),
             read_json(folder / "report.json"),
         )
 
@@ -186,14 +199,14 @@ def prepare(
 ) -> Prepared:
     """Read the config's dataset, set the held-out part aside, and report on what was found.
 
-    Rows stream through as many processes as there are cores; only their digests and lengths are held. What was
-    prepared is kept in `output_dir/.prepared`, and taken from there when rows, tokenizer and config are the same.
+    Rows lie on disk and are judged by as many processes as there are cores. What was prepared is cached in
+    `output_dir/.prepared`, and taken from there when rows, tokenizer and config are the same.
 
     Args:
         config: the run.
         tokenizer: of the base model.
-        processes: that rows are worked off by (None: one for each core, for few rows this one alone).
-        rows: read the first so many of each part only, and keep nothing of them for later (None: read all).
+        processes: that judge rows (None: one for each core, for few rows this one alone).
+        rows: read the first so many of each part only, and cache nothing of them (None: read all).
 
     Raises:
         DataError: the source cannot be read, or too few usable rows are left to train and to hold out.
@@ -202,17 +215,20 @@ def prepare(
     source = read_source(config.dataset)
     if rows is not None:
         source = first_rows(source, rows)
-    quick = bare(tokenizer)
-    form = format_of(quick or tokenizer, config)
+    form = format_of(tokenizer, config)
     shelf = Path(config.output_dir) / ".prepared"
     contents = {part: rows.digest() for part, rows in source.items()}
-    if quick is None or None in contents.values():  # nothing tells whether it is the same again
-        with shelf_in_use(shelf), tempfile.TemporaryDirectory(dir=shelf, prefix=".new-") as folder:
-            prepare_into(Path(folder), source, config.dataset, form, 1 if quick is None else processes)
-            return Prepared.open(Path(folder))  # whose files stay open when they are gone from here
-    key = key_of(_what_decides(form, quick, contents))
-    with suppress(FileNotFoundError):  # none, or just thrown out
-        if entry := find(shelf, key):
+    described = _describe_tokenizer(tokenizer)
+
+    # where nothing tells that it is the same another time, nothing is cached
+    if described is None or None in contents.values():
+        with unfinished_entry(shelf) as folder:
+            prepare_into(folder, source, config.dataset, form, processes)
+            return Prepared.open(folder)  # its files stay readable when they are gone from here
+
+    key = _key(form, described, contents)
+    with suppress(FileNotFoundError):  # none, or just removed
+        if entry := find_entry(shelf, key):
             prepared = Prepared.open(entry)
             if prepared.report["conversations"] > 10_000:
                 print(f"{config.dataset} was prepared before and is taken from {entry}", file=sys.stderr)
@@ -224,22 +240,42 @@ def prepare(
     return Prepared.open(shelf / key)
 
 
-def _what_decides(form: Format, quick: BareTokenizer, contents: Mapping[str, str | None]) -> Iterator[bytes]:
-    """All that a preparation follows from, the code included."""
+def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Describe all that a tokenizer's ids follow from; None where code of its own decides about them."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    encodes_itself = kind._encode_plus is not PreTrainedTokenizerFast._encode_plus  # type: ignore[attr-defined]
+    if encodes_itself or kind.__call__ is not PreTrainedTokenizerBase.__call__:
+        return None
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()  # left from an earlier call, as is truncation
+    backend.no_truncation()
+    backend.encode_special_tokens = False
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return repr((kind.__module__, kind.__qualname__, sorted(special.items()), backend.to_str()))
+
+
+def _key(form: Format, tokenizer: str, contents: Mapping[str, str | None]) -> str:
+    """Name a preparation by all that it follows from, the code included."""
+    import datasets
     import numpy
     import tokenizers
 
     config = form.config
-    fields = (*DATA_FIELDS, "batch_size", "instruction")
-    yield repr([(name, getattr(config, name)) for name in fields if name != "model"]).encode()
-    yield repr(sorted(contents.items())).encode()
-    yield repr((quick.kind, sorted(quick.special.items()))).encode()
-    yield quick.serialised.encode()
-    yield form.architecture.encode()
-    yield repr(instructions_of(config) if form.architecture == "encoder-decoder" else None).encode()
-    yield repr((sys.version_info, numpy.__version__, tokenizers.__version__)).encode()
-    for module in _DECIDING:
-        yield (Path(__file__).parent / module).read_bytes()
+    fields = [name for name in (*DATA_FIELDS, "batch_size", "instruction") if name != "model"]
+    instructions = instructions_of(config) if form.architecture == "encoder-decoder" else None
+    parts = [
+        [(name, getattr(config, name)) for name in fields],
+        sorted(contents.items()),
+        (tokenizer, form.architecture, instructions),
+        (sys.version_info, numpy.__version__, tokenizers.__version__, datasets.__version__),
+        [(Path(__file__).parent / module).read_bytes() for module in _DECIDING],
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 # ---------------------------------------------------------------------------------------------------- the check

@@ -41,7 +41,6 @@ from qlora_utils.runs import locks
 from qlora_utils.runs.directory import LEARNED, RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_text
 from qlora_utils.style import BASE, TUNED, cut, in_figure, unframed
-from qlora_utils.tokens.bare_tokenizer import bare
 from qlora_utils.tokens.formats import Encoded, Format, format_of
 from qlora_utils.tokens.packing import StepCollator, make_collator, passes_text
 
@@ -120,7 +119,7 @@ def make_trainer(
     """
     resolved = resolution_of(tuned_model, config)
     config = resolved.config
-    form = format_of(bare(tokenizer) or tokenizer, config)  # the same ids in three quarters of the time
+    form = format_of(tokenizer, config)
     train_rows = form.examples(prepared.train, training=True)
     collator = make_collator(tokenizer, config)
     if not any(collator.answer_tokens(row) for row in train_rows):

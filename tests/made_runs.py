@@ -9,13 +9,33 @@ from qlora_utils.answers import group
 from qlora_utils.config import RunConfig
 from qlora_utils.evaluation.scores import exact_match, rouge_l, token_f1
 from qlora_utils.loop.history import HistoryWriter
-from qlora_utils.rows.statistics import data_report
+from qlora_utils.rows.conversations import batches
+from qlora_utils.rows.prepare import arrow_features
+from qlora_utils.rows.statistics import REPORTED, measure, report_of
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import write_json, write_jsonl
 from qlora_utils.tokens.formats import format_of
 
 SCORES = {"exact_match": 0.5, "f1": 0.5, "rouge_l": 0.5, "perplexity": 3.0, "stopped": 1.0,
           "intervals": {name: [0.1, 3.2] for name in ("exact_match", "f1", "rouge_l", "perplexity")}}  # fmt: skip
+
+
+def measured_table(columns):
+    """The columns of `measure` as the Arrow table that `report_of` takes."""
+    from datasets import Dataset, Features
+
+    features = Features({name: arrow_features()[name] for name in REPORTED})
+    return Dataset.from_dict({name: columns[name] for name in REPORTED}, features=features).data.table
+
+
+def report_on(conversations, form):
+    """The report on conversations at hand, as a preparation makes it of rows."""
+    columns = {name: [] for name in REPORTED}
+    for batch in batches(conversations):
+        found = measure(batch, form)
+        for name, values in columns.items():
+            values.extend(found[name])
+    return report_of(measured_table(columns), form)
 
 
 def measured(run, step, loss, answer, *, epoch=0.0, right=False, text="Where is it?", exact=0.0):
@@ -42,7 +62,7 @@ def finished(folder, tokenizer, text):
         measured(run, step, loss, text, text=text)
     line = {"split": text, "text": text, "expected": text, "base": {"answer": text}, "tuned": {"answer": text}}
     write_jsonl(run.answers, [{**line, "history": [{"question": f"before {text}", "answer": text}]}])
-    write_json(run.data / "report.json", data_report([], format_of(tokenizer, RunConfig.from_preset("pocket"))))
+    write_json(run.data / "report.json", report_on([], format_of(tokenizer, RunConfig.from_preset("pocket"))))
     return run
 
 

@@ -14,15 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import BOTH, SHARED
+from made_runs import report_on
+from rows.test_held_out import leakage, split_held_out
 
 from qlora_utils import data
 from qlora_utils.config import ModelError, RunConfig
 from qlora_utils.locate import locate
-from qlora_utils.rows import prepare as streaming
 from qlora_utils.rows.conversations import Conversation, Turn, UnusableRowError, parse_rows, usable
 from qlora_utils.rows.files import DataError, read_source
-from qlora_utils.rows.held_out import leakage, split_held_out
-from qlora_utils.rows.statistics import data_report
+from qlora_utils.rows.lines import lines_of
+from qlora_utils.rows.prepare import prepare_into
 from qlora_utils.tokens.formats import format_of
 
 
@@ -186,8 +187,12 @@ def write_rows(path, count, *, bad=True):
     return path
 
 
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def content_of(prepared):
+    return [*lines_of(prepared.train)], [*lines_of(prepared.held_out)], [*lines_of(prepared.rejected)], prepared.report
+
+
+def entries(config):
+    return sorted(path.name for path in Path(config.output_dir, ".prepared").iterdir())
 
 
 @pytest.fixture
@@ -203,9 +208,10 @@ def test_rows_come_out_of_several_processes_as_of_one(tmp_path, many, tokenizer)
     for processes in (1, 2, None):
         shutil.rmtree(tmp_path / ".prepared", ignore_errors=True)
         prepared = data.prepare(many, tokenizer, processes=processes)
-        made.append(files_of(prepared.train.path.parent))
+        made.append(content_of(prepared))
     assert made[0] == made[1] == made[2]
-    assert {"train.jsonl", "held_out.jsonl", "rejected.jsonl", "report.json"} == {*made[0]}
+    (entry,) = (tmp_path / ".prepared").iterdir()
+    assert {path.name for path in entry.iterdir()} == {"train", "held_out", "rejected", "report.json"}
     for rows in (prepared.train, prepared.held_out, prepared.rejected):
         numbers = [row.number for row in rows]
         assert numbers == sorted(numbers)
@@ -227,7 +233,7 @@ def test_rows_that_stream_are_those_that_are_read_one_by_one(many, tokenizer):
     train, held_out = split_held_out(kept, many.held_out_rows, many.seed)
     assert (prepared.train, prepared.held_out) == (train, held_out)
     assert prepared.report["leakage"] == len(leakage(train, held_out)) == 0
-    report = data_report(read, form)
+    report = report_on(read, form)
     assert {name: prepared.report[name] for name in report} == report
     few = data.prepare(RunConfig.build({**many.model_dump(), "train_rows": 100}), tokenizer)
     assert len(few.train) == 100
@@ -237,10 +243,11 @@ def test_rows_that_stream_are_those_that_are_read_one_by_one(many, tokenizer):
 
 def test_what_was_prepared_before_is_taken_as_long_as_nothing_changed(many, tokenizer, monkeypatch, capsys):
     first = data.prepare(many, tokenizer)
+    capsys.readouterr()  # on a busy machine a bar
     monkeypatch.setattr(data, "prepare_into", None)
     again = data.prepare(many, tokenizer)
     assert again == first
-    assert again.train.path == first.train.path
+    assert len(entries(many)) == 1
     assert (
         data.prepare(RunConfig.build({**many.model_dump(), "learning_rate": 0.5, "run_name": "o"}), tokenizer) == first
     )
@@ -261,7 +268,9 @@ def test_what_was_prepared_before_is_taken_as_long_as_nothing_changed(many, toke
     content[content.index(b"number 4?") + 7] ^= 1
     path.write_bytes(content)
     monkeypatch.setattr(data, "_DECIDING", ("data.py",))  # as if the code had changed
-    assert data.prepare(many, tokenizer).train.path != first.train.path
+    before = entries(many)
+    data.prepare(many, tokenizer)
+    assert len(entries(many)) == len(before) + 1
 
 
 @pytest.mark.parametrize("preset", ["pocket-t5"], indirect=True, scope="session")
@@ -271,32 +280,44 @@ def test_what_was_prepared_with_another_tokenizer_or_instruction_is_not_taken(ma
     assert own.report["tokens"] != first.report["tokens"]
     other = data.load_tokenizer(many)
     other.add_tokens(["harbour"])
-    assert data.prepare(many, other).train.path.parent not in (first.train.path.parent, own.train.path.parent)
+    data.prepare(many, other)
+    assert len(entries(many)) == 3
 
 
 @pytest.mark.slow
-def test_a_preparation_that_is_killed_leaves_nothing_that_is_used(tmp_path, many, tokenizer):
-    write_rows(tmp_path / "rows.jsonl", 60_000)
+def test_a_preparation_killed_at_any_time_is_never_taken_for_whole_and_leaves_no_process(tmp_path, many, tokenizer):
+    write_rows(tmp_path / "rows.jsonl", 6000)
+    whole = content_of(data.prepare(many, tokenizer))
+    shelf = tmp_path / ".prepared"
     code = (
         "import sys; from qlora_utils import data; from qlora_utils.config import RunConfig\n"
-        "config = RunConfig.model_validate_json(sys.argv[1]); data.prepare(config, data.load_tokenizer(config))"
+        "config = RunConfig.model_validate_json(sys.argv[1]); tokenizer = data.load_tokenizer(config)\n"
+        "print('begins', flush=True); data.prepare(config, tokenizer, processes=2); print('done', flush=True)"
     )
-    other = subprocess.Popen([sys.executable, "-c", code, many.model_dump_json()])
-    shelf = tmp_path / ".prepared"
-    while not (other.poll() is not None or any(path.stat().st_size for path in shelf.glob("*/all-train"))):
-        time.sleep(0.01)
-    other.kill()
-    assert other.wait() == -9
-    (half,) = shelf.iterdir()
-    assert half.name.startswith(".")
-    write_rows(tmp_path / "rows.jsonl", 300)
-    data.prepare(many, tokenizer)
-    assert [path.name.startswith(".") for path in shelf.iterdir()] == [False]
+    draw, killed, took = random.Random(0), 0, 3.0
+    for _ in range(20):
+        shutil.rmtree(shelf, ignore_errors=True)
+        other = subprocess.Popen([sys.executable, "-c", code, many.model_dump_json()], stdout=subprocess.PIPE,
+                                 stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+        assert other.stdout.readline() == "begins\n"
+        time.sleep(draw.uniform(0, took))
+        children = psutil.Process(other.pid).children(recursive=True)
+        other.kill()
+        other.wait()
+        killed += other.stdout.read() == ""
+        other.stdout.close()
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert not alive
+        found = [path.name for path in shelf.iterdir() if not path.name.startswith(".")] if shelf.exists() else []
+        assert len(found) <= 1
+        assert content_of(data.prepare(many, tokenizer)) == whole
+        assert [path.name.startswith(".") for path in shelf.iterdir()] == [False]
+    assert killed >= 5, "most were done before they were killed"
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(many, tokenizer, monkeypatch):
     def meanwhile(*given):
-        streaming.prepare_into(*given)
+        prepare_into(*given)
         with Path(many.dataset).open("a") as file:
             file.write('{"question": "late", "answer": "a"}\n')
 
@@ -349,7 +370,7 @@ def test_a_million_rows_take_little_memory_and_the_second_time_none(many, tokeni
             held = 0
             for process in (me, *me.children(recursive=True)):
                 with suppress(psutil.NoSuchProcess):
-                    held += process.memory_info().rss
+                    held += process.memory_full_info().pss
             peak = max(peak, held)
 
     watcher = threading.Thread(target=watch)

@@ -11,8 +11,6 @@ import papermill
 import pytest
 from conftest import ROOT
 
-from qlora_utils.rows.workers import in_order
-
 NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 # Put where Python looks at its start: notes what OpenMP will read, at the moment in which torch is first looked for.
 WITNESS = """
@@ -76,14 +74,6 @@ def test_a_kernel_of_the_series_has_it(witnessed, tmp_path):
         progress_bar=False,
     )  # fmt: skip
     assert witnessed() == ["1000 None"]
-
-
-def _set_here(_):
-    return [os.environ.get(name) for name in NAMES]
-
-
-def test_a_worker_has_it(witnessed):
-    assert list(in_order(_set_here, [0], 1)) == [["1000", None]]
 
 
 @pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7")])

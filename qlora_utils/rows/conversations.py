@@ -70,8 +70,14 @@ def defused(text: str, marks: Sequence[str] = MARKS) -> str:
 
     A mark that holds such characters already gets one more: `restored` gives back the very text.
     """
-    firsts = (f"{re.escape(mark[0])}(?={JOINER}*{re.escape(mark[1:])})" for mark in marks)
-    return re.sub("|".join(firsts), rf"\g<0>{JOINER}", text)
+    return _first_letters(tuple(marks)).sub(rf"\g<0>{JOINER}", text)
+
+
+@functools.cache  # marks are few, and texts are many
+def _first_letters(marks: tuple[str, ...]) -> re.Pattern[str]:
+    """Match the first letter of each mark, joiners within the mark or not."""
+    firsts = [f"{re.escape(mark[0])}(?={JOINER}*{re.escape(mark[1:])})" for mark in marks]
+    return re.compile("|".join(firsts))
 
 
 def restored(text: str, marks: Sequence[str] = MARKS + ENDS) -> str:

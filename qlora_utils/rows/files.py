@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import itertools
 import json
+import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from qlora_utils.locate import first_line, is_path, locate
 
@@ -18,9 +21,12 @@ SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 SPREADSHEETS = (".xlsx", ".xls", ".ods")  # which are not read
 NAME_COLUMNS = "must name the columns, as in question,answer"  # the first line of a CSV
 HELD_OUT_WORDS = {"test", "validation", "valid", "val", "dev", "eval", "heldout"}
-_BLOCK = 2**16  # characters of a JSON text read at a time, at least
+_BLOCK = 2**16  # characters
+# Bytes. A larger JSON file is read value by value, which takes little memory.
+LARGE_JSON = 2**26
+_HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_LONE_SURROGATE = re.compile(_HIGH + b"(?!" + _LOW + b")|(?<!" + _HIGH + b")" + _LOW)
 _LONGEST_LINE = 2**20  # characters; a JSON text is not looked at further to see whether it is one value per line
-_SPACE = re.compile(r"[ \t\n\r]*")
 _EXPORT = "In the spreadsheet program, export it as CSV (UTF-8) and give that file."
 _SHEET_BYTES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # that begin one: a zip archive, an OLE file
 _DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json"}  # of the data, not data
@@ -291,35 +297,98 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """Rows of a JSON file: a list, or an object with one list in it, `{"data": [...]}` and the like."""
+    """Read the rows of a JSON file: a list, or an object with one list in it, `{"data": [...]}` and the like."""
     with path.open(encoding="utf-8-sig") as file:
-        if _is_json_lines(file):  # one value per line, under the wrong name
-            yield from _read_json_lines(path)
-            return
-        file.seek(0)
-        stream = _JsonStream(file)
-        try:
-            if stream.next_mark() == "{":
-                rows = _of_the_one_list(path, stream)
-            elif stream.next_mark() == "[":
-                rows = stream.members()
-            else:
-                stream.value()
-                raise DataError(f"dataset: {path} holds no list of rows; expected [{{...}}, {{...}}].")
-            for number, columns in enumerate(rows):
+        is_lines = _is_json_lines(file)
+    if is_lines:  # one value per line, under the wrong name
+        yield from _read_json_lines(path)
+        return
+    number = 0
+    if path.stat().st_size > LARGE_JSON and not _has_lone_surrogate(path):
+        import ijson
+
+        # Python's json knows more than the standard (NaN) and names the line: it reads what ijson refuses
+        with suppress(ijson.JSONError, ValueError):
+            for columns in _stream_members(path):
                 yield _row(path, number, columns)
-            if stream.next_mark():
-                stream.fail("Extra data")
-        except json.JSONDecodeError as error:
-            line = error.lineno + stream.lines_before
-            raise DataError(
-                f"dataset: {path} is not valid JSON: {error.msg}, line {line}. Expected [{{...}}, {{...}}]; mend it "
-                "there, or write it again."
-            ) from error
-        except RecursionError as error:
-            raise DataError(f"dataset: {path} is nested too deeply; expected [{{...}}, {{...}}].") from error
-        except ValueError as error:  # a number of thousands of digits
-            raise DataError(f"dataset: {path} holds what no row can: {first_line(error)}. Mend it there.") from error
+                number += 1
+            return
+    for columns in _load_members(path)[number:]:
+        yield _row(path, number, columns)
+        number += 1
+
+
+def _load_members(path: Path) -> list[Any]:
+    """Return the members of the list in a JSON file, all at once."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"dataset: {path} is not valid JSON: {error.msg}, line {error.lineno}. Expected [{{...}}, {{...}}]; mend "
+            "it there, or write it again."
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"dataset: {path} is nested too deeply; expected [{{...}}, {{...}}].") from error
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"dataset: {path} holds what no row can: {first_line(error)}. Mend it there.") from error
+    if isinstance(value, list):
+        return value
+    lists = {}
+    if isinstance(value, dict):
+        lists = {name: members for name, members in value.items() if isinstance(members, list)}
+    return lists[_name_of_the_list(path, [*lists])]
+
+
+def _name_of_the_list(path: Path, lists: list[str]) -> str:
+    """Return the name of the only list in a JSON object.
+
+    Raises:
+        DataError: there is none, or several.
+    """
+    if len(lists) > 1:
+        raise DataError(
+            f"dataset: {path} holds several lists ({', '.join(lists)}); expected one. Write a file for each."
+        )
+    if not lists:
+        raise DataError(f"dataset: {path} holds no list of rows; expected [{{...}}, {{...}}].")
+    return lists[0]
+
+
+def _stream_members(path: Path) -> Iterator[Any]:
+    """Yield the members of the list in a large JSON file, of which one at a time is in memory."""
+    import ijson
+
+    with path.open("rb") as file:
+        start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+        file.seek(start)
+        _, first, _ = next(ijson.parse(file))
+        prefix = "item"
+        if first == "start_map":
+            file.seek(start)
+            prefix = f"{_name_of_the_list(path, _names_of_lists(ijson.parse(file)))}.item"
+        file.seek(start)
+        yield from ijson.items(file, prefix, use_float=True)
+
+
+def _has_lone_surrogate(path: Path) -> bool:
+    """Tell whether half a surrogate pair may be escaped in a JSON file: ijson would make a question mark of it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return _LONE_SURROGATE.search(content) is not None
+
+
+def _names_of_lists(events: Iterable[tuple[str, str, Any]]) -> list[str]:
+    """Return the names of the lists in a JSON object, from ijson's events."""
+    names, depth = [], 0
+    for name, event, _ in events:
+        if event == "start_array" and depth == 1:
+            names.append(name)
+        if event.startswith("start"):
+            depth += 1
+        elif event.startswith("end"):
+            depth -= 1
+    return names
 
 
 def _is_json_lines(file: TextIO) -> bool:
@@ -330,97 +399,6 @@ def _is_json_lines(file: TextIO) -> bool:
     except (ValueError, RecursionError):
         return False
     return any(block.strip() for block in iter(lambda: file.read(_BLOCK), ""))
-
-
-def _of_the_one_list(path: Path, stream: _JsonStream) -> Iterator[Any]:
-    """Members of the only list among the values of an object."""
-    lists = []
-    for name in stream.names():
-        if stream.next_mark() != "[":
-            stream.value()
-            continue
-        lists.append(name)
-        for member in stream.members():
-            if len(lists) == 1:
-                yield member
-    if len(lists) > 1:
-        raise DataError(
-            f"dataset: {path} holds several lists ({', '.join(lists)}); expected one. Write a file for each."
-        )
-    if not lists:
-        raise DataError(f"dataset: {path} holds no list of rows; expected [{{...}}, {{...}}].")
-
-
-class _JsonStream:
-    """A JSON text read value by value, of which no more is held than one value and a block."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.file, self.text, self.at, self.ended, self.lines_before = file, "", 0, False, 0
-
-    def _more(self) -> bool:
-        self.lines_before += self.text.count("\n", 0, self.at)
-        block = self.file.read(max(_BLOCK, len(self.text)))
-        self.text, self.at, self.ended = self.text[self.at :] + block, 0, not block
-        return not self.ended
-
-    def next_mark(self) -> str:
-        """The next character that is not white space, which stays; nothing at the end."""
-        while True:
-            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
-            if self.at < len(self.text) or not self._more():
-                return self.text[self.at : self.at + 1]
-
-    def take(self, marks: str) -> str:
-        """One of these characters, which is passed over."""
-        mark = self.next_mark()
-        if not mark or mark not in marks:
-            self.fail(f"Expecting one of {' '.join(marks)}")
-        self.at += 1
-        return mark
-
-    def value(self) -> Any:
-        """The value that begins here, whole."""
-        self.next_mark()
-        while True:
-            try:
-                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
-                if end + 2 < len(self.text) or self.ended:  # else a number may go on, as 1 does in 1e+5
-                    self.at = end
-                    return value
-            except json.JSONDecodeError:
-                if self.ended:
-                    raise
-            self._more()
-
-    def members(self) -> Iterator[Any]:
-        """The values of the list that begins here."""
-        self.take("[")
-        if self.next_mark() == "]":
-            self.take("]")
-            return
-        while True:
-            yield self.value()
-            if self.take(",]") == "]":
-                return
-
-    def names(self) -> Iterator[str]:
-        """The names in the object that begins here; whoever takes one also takes its value."""
-        self.take("{")
-        if self.next_mark() == "}":
-            self.take("}")
-            return
-        while True:
-            if self.next_mark() != '"':
-                self.fail("Expecting property name enclosed in double quotes")
-            name = self.value()
-            self.take(":")
-            yield name
-            if self.take(",}") == "}":
-                return
-
-    def fail(self, message: str) -> NoReturn:
-        """Raise what json raises where it stands."""
-        raise json.JSONDecodeError(message, self.text, self.at)
 
 
 def _read_csv(path: Path) -> Iterator[Row]:

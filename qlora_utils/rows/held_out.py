@@ -1,37 +1,24 @@
-"""Which rows are held out: none whose opening question is also trained on."""
+"""Choose the rows to hold out: none whose first question is also trained on."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qlora_utils.config import RunConfig
 from qlora_utils.rows.conversations import Conversation
-from qlora_utils.rows.statistics import NO_TEXT, digest_array, question_keys
+from qlora_utils.rows.statistics import NO_TEXT
 
 
-def split_held_out(
-    conversations: Sequence[Conversation], rows: int, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """(train, held-out): as `chosen`, each in order of place."""
-    mask = chosen(_array([_opening(conversation) for conversation in conversations]), rows, seed)
-    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
-    for conversation, held in zip(conversations, mask.tolist(), strict=True):
-        sides[held].append(conversation)
-    for side in sides:
-        side.sort(key=lambda conversation: (conversation.where, conversation.number))
-    return sides
-
-
-def chosen(keys: Any, rows: int, seed: int) -> Any:
-    """Which rows to hold out: at random, but rows that open with the same question stay on one side.
+def choose_held_out(keys: Any, rows: int, seed: int) -> Any:
+    """Choose rows to hold out at random, keeping rows with the same first question together.
 
     At most a fifth is held out, so that a small dataset keeps something to train on; more only if every question
     stands in more rows than that.
 
     Args:
-        keys: digest of the opening question of each row, from `statistics.digest_array`, shape (rows,).
+        keys: digest of the first question of each row, from `statistics.digest_array`, shape (rows,).
         rows: to hold out.
         seed: of the choice.
 
@@ -63,13 +50,13 @@ def chosen(keys: Any, rows: int, seed: int) -> Any:
 
 
 def measured_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[Conversation]:
-    """The rows measured during training, by which an adapter is kept: `eval_rows` of those held out, at most half."""
+    """Return the rows that are measured during training and choose the checkpoint: `eval_rows`, at most half."""
     chosen = _measured(len(held_out), config)
     return [row for index, row in enumerate(held_out) if index in chosen]
 
 
 def scored_rows(held_out: Sequence[Conversation], config: RunConfig) -> list[Conversation]:
-    """The rows that are scored: those with no say in which adapter is kept. A row that is the only one is both."""
+    """Return the rows that are scored: those that didn't choose the checkpoint. A row that is the only one is both."""
     chosen = _measured(len(held_out), config)
     return [row for index, row in enumerate(held_out) if index not in chosen] or list(held_out)
 
@@ -80,23 +67,8 @@ def _measured(rows: int, config: RunConfig) -> set[int]:
     return set(random.Random(config.seed).sample(range(rows), wanted))
 
 
-def leakage(train: Iterable[Conversation], held_out: Sequence[Conversation]) -> list[Conversation]:
-    """Held-out conversations whose opening question, normalised, was also trained on, in whatever turn."""
-    seen = _array([question_keys(conversation) for conversation in train])
-    asked = leaked(seen, _array([_opening(conversation) for conversation in held_out]))
-    return [conversation for conversation, known in zip(held_out, asked, strict=True) if known]
-
-
-def leaked(trained: Any, asked: Any) -> Any:
-    """Which opening questions were trained on, a boolean array; both given as `digest_array`s."""
+def find_leaked(trained: Any, asked: Any) -> Any:
+    """Return which first questions were also trained on, a boolean array; both are given as a `digest_array`."""
     import numpy
 
     return numpy.isin(asked, numpy.unique(trained)) & (asked != NO_TEXT.rstrip(b"\0"))
-
-
-def _opening(conversation: Conversation) -> bytes:
-    return question_keys(conversation)[: len(NO_TEXT)]
-
-
-def _array(keys: Sequence[bytes]) -> Any:
-    return digest_array(b"".join(keys))

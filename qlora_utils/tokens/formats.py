@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qlora_utils.config import RunConfig
 from qlora_utils.models.files import Architecture
@@ -28,9 +29,9 @@ from qlora_utils.rows.conversations import (
     turn_text,
 )
 from qlora_utils.rows.files import DataError
+from qlora_utils.rows.lines import View
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import write_text
-from qlora_utils.tokens.bare_tokenizer import BareTokenizer
 from qlora_utils.tokens.instructions import (
     Instructions,
     chat_template,
@@ -57,62 +58,39 @@ class Encoded:
     labels: list[int]
 
 
-class Examples(Sequence[Encoded]):
-    """Examples kept as int32, 4 bytes for each token and each label; one that is asked for is made anew."""
+def hold_examples(batches: Iterable[list[Encoded]]) -> View[Encoded]:
+    """Hold examples in Arrow, 4 bytes for each token and each label; one that is asked for is made anew."""
+    import pyarrow
+    from datasets import Dataset
 
-    def __init__(self, members: Iterable[Encoded] = ()) -> None:
-        """Take in members, one at a time."""
-        self._ids, self._labels = array("i"), array("i")
-        self._id_ends, self._label_ends = array("q", [0]), array("q", [0])
-        for one in members:
-            self._ids.extend(one.input_ids)
-            self._labels.extend(one.labels)
-            self._id_ends.append(len(self._ids))
-            self._label_ends.append(len(self._labels))
-
-    def __len__(self) -> int:
-        return len(self._id_ends) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        n = range(len(self))[index]  # a negative one counts from the end, one out of range is refused
-        return Encoded(
-            self._ids[self._id_ends[n] : self._id_ends[n + 1]].tolist(),
-            self._labels[self._label_ends[n] : self._label_ends[n + 1]].tolist(),
-        )
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Examples):
-            return vars(self) == vars(other)
-        if not isinstance(other, Sequence) or isinstance(other, str):
-            return NotImplemented
-        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]  # as of a list
+    ids = pyarrow.list_(pyarrow.int32())
+    schema = pyarrow.schema({"input_ids": ids, "labels": ids})
+    tables = [schema.empty_table()]
+    for batch in batches:
+        columns = {"input_ids": [one.input_ids for one in batch], "labels": [one.labels for one in batch]}
+        tables.append(pyarrow.table(columns, schema))
+    # a fingerprint of its own spares a hash of all tokens
+    dataset = Dataset(pyarrow.concat_tables(tables), fingerprint="examples")
+    return View(dataset, lambda _, row: Encoded(row["input_ids"], row["labels"]))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What conversations are in tokens, if nothing is cut.
+    """Measure conversations in tokens as they are before anything is cut; a value for each conversation.
 
-    `lengths`: of each example (tokens,) or, of an encoder-decoder, (read, written). `answered`: of each conversation
-    whether an answer begins within `max_seq_len` tokens, so that something carries loss. `answer_tokens`: of all
-    answers by themselves; `unknown` of these stand for what the tokenizer cannot spell. Both 0 where it can spell all.
+    `lengths`: of each of its examples (tokens,) or, of an encoder-decoder, (read, written). `answered`: an answer
+    begins within `max_seq_len` tokens, so that something carries loss. `answer_tokens`: of all its answers, and how
+    many of these are `<unk>`, which a model learns to write and nobody can read, `unknown`.
     """
 
-    lengths: list[tuple[int, ...]]
+    lengths: list[list[tuple[int, ...]]]
     answered: list[bool]
-    answer_tokens: int
-    unknown: int
+    answer_tokens: list[int]
+    unknown: list[int]
 
 
-def format_of(tokenizer: PreTrainedTokenizerBase | BareTokenizer, config: RunConfig) -> Format:
-    """The format of the run's base model."""
+def format_of(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Format:
+    """Return the format of the run's base model."""
     kind = {"causal": ChatFormat, "encoder-decoder": InstructionFormat}[architecture_of(config.model)]
     return kind(tokenizer, config)
 
@@ -121,7 +99,7 @@ def format_of(tokenizer: PreTrainedTokenizerBase | BareTokenizer, config: RunCon
 class Format(ABC):
     """How the run's model is given conversations."""
 
-    tokenizer: Any  # of transformers; a `BareTokenizer` does for all but `table`
+    tokenizer: Any  # of transformers
     config: RunConfig
     architecture: ClassVar[Architecture]
     unit = "example"  # what one example is called
@@ -193,11 +171,8 @@ class ChatFormat(Format):
     def examples(self, conversations: Iterable[Conversation], *, training: bool) -> Sequence[Encoded]:
         """As `encode`."""
         limit, response_only = self.config.max_seq_len, self.config.response_only or not training
-        return Examples(
-            example
-            for batch in batches(conversations)
-            for example in encode(batch, self.tokenizer, max_seq_len=limit, response_only=response_only)
-        )
+        encode_batch = partial(encode, tokenizer=self.tokenizer, max_seq_len=limit, response_only=response_only)
+        return hold_examples(map(encode_batch, batches(conversations)))
 
     def count(self, conversation: Conversation) -> int:
         """One."""
@@ -220,14 +195,17 @@ class ChatFormat(Format):
         return Encoded(ids, [IGNORED] * begin + ids[begin:])
 
     def measured(self, conversations: Sequence[Conversation]) -> Measured:
-        """A question may fill `max_seq_len`; then nothing is answered."""
+        """Measure sequences; a question may fill `max_seq_len`, and then nothing is answered."""
         encoded, limit = encode(conversations, self.tokenizer), self.config.max_seq_len
-        answers = [turn.answer for conversation in conversations for turn in conversation.turns]
-        return Measured(
-            [(len(example.input_ids),) for example in encoded],
-            [any(label != IGNORED for label in example.labels[:limit]) for example in encoded],
-            *unknown_tokens(answers, self.tokenizer),
-        )
+        answered, answer_tokens, unknown = [], [], []
+        for conversation, example in zip(conversations, encoded, strict=True):
+            answered.append(any(label != IGNORED for label in example.labels[:limit]))
+            # each answer is followed by its `</s>`
+            labelled = len(example.labels) - example.labels.count(IGNORED)
+            answer_tokens.append(labelled - len(conversation.turns))
+            unknown.append(example.labels.count(self.tokenizer.unk_token_id))
+        lengths: list[list[tuple[int, ...]]] = [[(len(example.input_ids),)] for example in encoded]
+        return Measured(lengths, answered, answer_tokens, unknown)
 
     def marked(self, example: Encoded) -> list[tuple[int, str]]:
         """`·` for what carries no loss."""
@@ -245,7 +223,7 @@ class ChatFormat(Format):
 
 def encode(
     conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase | BareTokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_seq_len: int | None = None,
     response_only: bool = True,
@@ -303,7 +281,7 @@ def encode_prompt(
     return earlier + _turn_ids(tokenizer, [prompt_text(question, system)])[0]
 
 
-def _turn_ids(tokenizer: PreTrainedTokenizerBase | BareTokenizer, texts: list[str]) -> list[list[int]]:
+def _turn_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """`<s>` and the ids of each text, which begins with `[INST]` and in which `<s>` or `</s>` are mere letters."""
     if not texts:
         return []
@@ -324,7 +302,7 @@ def _turn_ids(tokenizer: PreTrainedTokenizerBase | BareTokenizer, texts: list[st
     return [after_bos + ids[len(opening) :] for ids in encoded]
 
 
-def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase | BareTokenizer) -> list[list[int]]:
+def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of texts in which special tokens, spelled out, are mere letters."""
     if not texts:
         return []
@@ -335,23 +313,11 @@ def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase | BareTokeni
     return [ids if special.isdisjoint(ids) else _as_letters(ids, special, tokenizer) for ids in encoded]
 
 
-def _as_letters(ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBase | BareTokenizer) -> list[int]:
+def _as_letters(ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids with each special one replaced by those of its letters."""
     spelled: dict[int, Any] = {token: list(str(tokenizer.convert_ids_to_tokens(token))) for token in special & {*ids}}
     letters: dict[int, Any] = {token: tokenizer.convert_tokens_to_ids(parts) for token, parts in spelled.items()}
     return [part for token in ids for part in letters.get(token, [token])]
-
-
-def unknown_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase | BareTokenizer) -> tuple[int, int]:
-    """Tokens of texts, and how many stand for what the tokenizer cannot spell: a model learns to write them.
-
-    Nobody can read those. Tokenizers that fall back on bytes, such as Llama's, spell everything, and then both are 0
-    where that is known beforehand; T5's knows no line break and no Chinese.
-    """
-    if tokenizer.unk_token_id is None or (isinstance(tokenizer, BareTokenizer) and tokenizer.spells_all):
-        return 0, 0
-    ids = _plain_ids(texts, tokenizer)
-    return sum(map(len, ids)), sum(one.count(tokenizer.unk_token_id) for one in ids)
 
 
 # ---------------------------------------------------------------------------------------------------- encoder-decoder
@@ -366,10 +332,9 @@ class InstructionFormat(Format):
         """As `encode_answers`, the instructions drawn with the run's seed."""
         draw = random.Random(f"instructions {self.config.seed}") if training else None
         known, limit = self.instructions, self.config.max_seq_len
-        return Examples(
-            example
+        return hold_examples(
+            encode_answers(batch, self.tokenizer, known, max_seq_len=limit, draw=draw)
             for batch in batches(conversations)
-            for example in encode_answers(batch, self.tokenizer, known, max_seq_len=limit, draw=draw)
         )
 
     def record(self, run: RunDirectory) -> None:
@@ -398,19 +363,21 @@ class InstructionFormat(Format):
         return read_by_encoder([text], self.tokenizer, limit)[0]
 
     def last_answer(self, conversation: Conversation) -> Encoded:
-        """The last of its examples."""
-        return self.examples([conversation], training=False)[-1]
+        """Return the last of its examples."""
+        limit = self.config.max_seq_len
+        return encode_answers([conversation], self.tokenizer, self.instructions, max_seq_len=limit)[-1]
 
     def measured(self, conversations: Sequence[Conversation]) -> Measured:
-        """Every answer begins at the decoder's first token."""
-        encoded = encode_answers(conversations, self.tokenizer, self.instructions)
-        answers = [example.labels[:-1] for example in encoded]
-        unknown = self.tokenizer.unk_token_id
-        return Measured(
-            [(len(example.input_ids), len(example.labels)) for example in encoded],
-            [True] * len(conversations),
-            *(0, 0) if unknown is None else (sum(map(len, answers)), sum(ids.count(unknown) for ids in answers)),
-        )
+        """Measure pairs of what is read and what is written; every answer begins at the decoder's first token."""
+        following = iter(encode_answers(conversations, self.tokenizer, self.instructions))
+        lengths: list[list[tuple[int, ...]]] = []
+        answer_tokens, unknown = [], []
+        for conversation in conversations:
+            examples = list(islice(following, len(conversation.turns)))
+            lengths.append([(len(one.input_ids), len(one.labels)) for one in examples])
+            answer_tokens.append(sum(len(one.labels) - 1 for one in examples))
+            unknown.append(sum(one.labels[:-1].count(self.tokenizer.unk_token_id) for one in examples))
+        return Measured(lengths, [True] * len(conversations), answer_tokens, unknown)
 
     def marked(self, example: Encoded) -> list[tuple[int, str]]:
         """`read` for what the encoder is given."""
@@ -424,7 +391,7 @@ class InstructionFormat(Format):
 
 def encode_answers(
     conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase | BareTokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     instructions: Instructions,
     *,
     max_seq_len: int | None = None,
@@ -452,9 +419,7 @@ def encode_answers(
     return [Encoded(source, answer) for source, answer in zip(read, written, strict=True)]
 
 
-def read_by_encoder(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase | BareTokenizer, max_seq_len: int | None
-) -> list[list[int]]:
+def read_by_encoder(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_seq_len: int | None) -> list[list[int]]:
     """Token ids of texts, each closed by `</s>` and at most `max_seq_len` long, cut at its start."""
     ids = _plain_ids(texts, tokenizer)
     kept = ids if max_seq_len is None else [one[max(0, len(one) - max_seq_len + 1) :] for one in ids]

@@ -167,10 +167,10 @@ VALUES = st.recursive(
 OBJECTS = st.dictionaries(st.text(), VALUES, max_size=3)
 
 
-@given(st.lists(OBJECTS, max_size=6), st.sampled_from([None, 1]), st.booleans(), st.integers(1, 9))
+@given(st.lists(OBJECTS, max_size=6), st.sampled_from([None, 1]), st.booleans(), st.booleans())
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_json_file_is_read_block_by_block_as_it_is_read_whole(tmp_path, monkeypatch, values, indent, wrapped, block):
-    monkeypatch.setattr(sources, "_BLOCK", block)
+def test_a_json_file_is_read_value_by_value_as_it_is_read_whole(tmp_path, monkeypatch, values, indent, wrapped, large):
+    monkeypatch.setattr(sources, "LARGE_JSON", 0 if large else 2**26)
     whole = {"version": 1.25, "rows": values, "by": {"name": [1, 2]}} if wrapped else values
     found = read_json(tmp_path / "rows.json", json.dumps(whole, indent=indent))
     assert found == [(value, None) for value in values]
@@ -187,11 +187,26 @@ def test_a_json_file_is_read_block_by_block_as_it_is_read_whole(tmp_path, monkey
         ('{"a": 1, 3: []}', "Expecting property name"),
     ],
 )
-@pytest.mark.parametrize("block", [1, 5, 2**16])
-def test_a_broken_json_file_is_refused_with_its_line(tmp_path, monkeypatch, text, message, block):
-    monkeypatch.setattr(sources, "_BLOCK", block)
+@pytest.mark.parametrize("large", [False, True])
+def test_a_broken_json_file_is_refused_with_its_line(tmp_path, monkeypatch, text, message, large):
+    monkeypatch.setattr(sources, "LARGE_JSON", 0 if large else 2**26)
     with pytest.raises(DataError, match=message):
         read_json(tmp_path / "rows.json", text)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_json_file_holds_what_python_reads_whatever_its_size(tmp_path, monkeypatch, mark, large):
+    monkeypatch.setattr(sources, "LARGE_JSON", 0 if large else 2**26)
+    rows = [
+        '{"a": 1}',
+        r'{"a": "\ud800"}',
+        '{"a": NaN, "b": -Infinity}',
+        '{"a": 1e5}',
+        '{"a": 12345678901234567890123}',
+    ]
+    found = read_json(tmp_path / "rows.json", f"{mark}[{', '.join(rows)}]")
+    assert [str(columns) for columns, _ in found] == [str(json.loads(row)) for row in rows]
 
 
 def test_a_line_that_breaks_the_parser_is_a_bad_row(tmp_path):
@@ -204,6 +219,7 @@ def test_a_line_that_breaks_the_parser_is_a_bad_row(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sources, "LARGE_JSON", 2**20)
     monkeypatch.setitem(globals(), "PAIRS", [{"question": "q" * 500, "answer": f"{i}"} for i in range(20_000)])
     rows = sources.read_source(str(write_source(tmp_path, kind)))["train"]
     next(iter(rows))

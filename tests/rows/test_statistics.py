@@ -6,11 +6,11 @@ import pytest
 from conftest import BOTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_runs import measured_table, report_on
 
 from qlora_utils.config import RunConfig
 from qlora_utils.rows import statistics as measures
 from qlora_utils.rows.conversations import Conversation, Turn
-from qlora_utils.rows.held_out import leakage
 from qlora_utils.tokens.formats import format_of
 
 
@@ -19,11 +19,10 @@ def test_words_keep_the_marks_of_their_script():
     assert measures.normalise("กิน") != measures.normalise("กัน")
 
 
-def test_leakage_and_duplicates_are_found(config, tokenizer):
+def test_duplicates_are_found(config, tokenizer):
     one = Conversation((Turn("What is IT?", "It is."),))
     same = Conversation((Turn("what is  it", "it is"),))
-    assert leakage([one], [same]) == [same]
-    report = measures.data_report([one, one, same], format_of(tokenizer, config))
+    report = report_on([one, one, same], format_of(tokenizer, config))
     assert (report["exact_duplicates"], report["normalised_duplicates"]) == (1, 2)
 
 
@@ -43,11 +42,10 @@ def test_a_share_of_what_is_padded_is_none_only_if_nothing_is(length, longer):
 @pytest.mark.parametrize("cut", [0, 1, 30_000])
 def test_one_that_is_cut_among_many_thousands_is_counted_and_its_share_is_not_none(preset, tokenizer, cut):
     form = format_of(tokenizer, RunConfig.from_preset(preset))
-    size, sums = (9,) * (2 if preset == "pocket-t5" else 1), measures.Sums()
-    for length in (sums.lengths, sums.within):
-        length.extend([sum(size)] * 30_000)
-    sums.cut, sums.unknown, sums.answer_tokens = cut, cut, 30_000
-    report = measures.report_of(sums, form)
+    row = {"turns": 1, "shape": "s", "script": "Latin", "text": b"", "plain_text": b"", "blank": False,
+           "unanswered": False, "lengths": [9], "within": [9], "answer_tokens": 1}  # fmt: skip
+    rows = [{**row, "cut": number < cut, "unknown": number < cut} for number in range(30_000)]
+    report = measures.report_of(measured_table({name: [one[name] for one in rows] for name in rows[0]}), form)
     assert report["truncated"] == cut
     for name in ("truncated_share", "unknown_share"):
         assert report[name] == pytest.approx(cut / 30_000, abs=1e-4)
@@ -83,15 +81,17 @@ CONVERSATIONS = st.builds(Conversation, st.lists(TURNS, min_size=1, max_size=3).
 @BOTH
 @given(st.lists(CONVERSATIONS, max_size=8), st.integers(0, 8))
 @settings(max_examples=50, deadline=None)
-def test_sums_of_parts_are_the_sum_of_the_whole(preset, tokenizer, conversations, cut):
+def test_a_report_on_batches_is_the_report_on_the_whole(preset, tokenizer, conversations, cut):
     form = format_of(tokenizer, RunConfig.from_preset(preset))
-    first, rest, whole = measures.Sums(), measures.Sums(), measures.Sums()
-    first.take(conversations[:cut], form)
-    rest.take(conversations[cut:], form)
-    whole.take(conversations, form)
-    first.add(rest)
-    assert first == whole
+    parts = [measures.measure(part, form) for part in (conversations[:cut], conversations[cut:])]
+    joined = {name: parts[0][name] + parts[1][name] for name in parts[0]}
+    report = measures.report_of(measured_table(joined), form)
+    assert report == report_on(conversations, form)
     texts = [conversation.text for conversation in conversations]
-    assert measures.different(whole.texts) == len(set(texts))
-    assert measures.different(whole.plain_texts) == len({measures.normalise(text) or text for text in texts})
-    assert measures.report_of(first, form) == measures.data_report(conversations, form)
+    assert report["exact_duplicates"] == len(texts) - len(set(texts))
+    plain = {measures.normalise(text) or text for text in texts}
+    assert report["normalised_duplicates"] == len(texts) - len(plain)
+    examples = form.examples(conversations, training=False) if max(joined["cut"], default=0) == 0 else None
+    if examples is not None:
+        sizes = [len(one.input_ids) + (len(one.labels) if preset == "pocket-t5" else 0) for one in examples]
+        assert [size for row in joined["lengths"] for size in row] == sizes

@@ -14,7 +14,6 @@ from qlora_utils.rows import conversations
 from qlora_utils.rows.conversations import MARKS, Conversation, Turn, parse, prompt_text, render
 from qlora_utils.rows.files import Row
 from qlora_utils.tokens import formats
-from qlora_utils.tokens.bare_tokenizer import bare
 from qlora_utils.tokens.formats import IGNORED, format_of
 from qlora_utils.tokens.instructions import known_instructions, read_instructions
 from qlora_utils.tokens.packing import Collator, PairCollator, StepCollator
@@ -49,7 +48,8 @@ def test_lengths_are_those_of_examples_that_are_not_cut(config, tokenizer):
     form = format_of(tokenizer, config)
     measured = form.measured([TWO, THREE])
     assert measured.answered == [True, True]
-    for size, example in zip(measured.lengths, form.examples([TWO, THREE], training=False), strict=True):
+    sizes = [size for row in measured.lengths for size in row]
+    for size, example in zip(sizes, form.examples([TWO, THREE], training=False), strict=True):
         assert size == (len(example.input_ids), len(example.labels))[: len(size)]
         assert sum(mark == "answer" for _, mark in form.marked(example)) == sum(x != IGNORED for x in example.labels)
 
@@ -182,7 +182,6 @@ def test_a_vocabulary_that_finds_its_special_tokens_among_letters_is_told_better
         assert ids.index(tokenizer.eos_token_id) == len(ids) - 1
         assert not ({*tokenizer.all_special_ids} - {tokenizer.eos_token_id, tokenizer.unk_token_id}) & {*ids}
         assert tokenizer.decode(ids[:-1]) == text
-        assert formats.read_by_encoder([text], bare(tokenizer), None) == [ids]
 
 
 def test_a_tokenizer_that_drops_the_joiner_is_refused(tokenizer, monkeypatch):
@@ -229,16 +228,11 @@ def test_examples_are_a_list_of_what_each_batch_makes(config, tokenizer, prepare
 
 
 def test_examples_take_little_memory():
-    import tracemalloc
-
     one = formats.Encoded(list(range(1000, 1500)), [IGNORED] * 500)
-    tracemalloc.start()
-    held = formats.Examples(one for _ in range(2000))
-    size, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert len(held) == 2000
-    assert size < 9 * 1000 * 2000  # of 8 bytes for each id with its label
-    assert peak < 16 * 1000 * 2000
+    found = formats.hold_examples([one] * 20 for _ in range(100))
+    assert len(found) == 2000
+    assert found.dataset.data.nbytes < 9 * 500 * 2000  # 8 bytes for each id with its label
+    assert found[1234] == one
 
 
 # ------------------------------------------------------------------------------------------------ causal
@@ -302,18 +296,31 @@ def test_without_response_only_all_but_bos_carries_loss(tokenizer):
     assert ignored == [tokenizer.bos_token_id] * 2
 
 
-def test_what_a_tokenizer_cannot_spell_is_counted(tokenizer):
+def test_what_a_tokenizer_cannot_spell_is_counted(config, tokenizer):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    few = Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1, "no": 2}, unk_token="<unk>"))
-    few.pre_tokenizer = pre_tokenizers.Whitespace()
-    whole = PreTrainedTokenizerFast(tokenizer_object=few, unk_token="<unk>")
-    for one in (whole, bare(whole)):
-        assert formats.unknown_tokens(["yes no", "yes 好"], one) == (4, 1)
-        assert formats.unknown_tokens([], one) == (0, 0)
-    assert formats.unknown_tokens(["yes 好"], tokenizer)[1] == 0  # falls back on bytes
-    assert formats.unknown_tokens(["yes 好"], bare(tokenizer)) == (0, 0)
+    words = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "yes", "no"]
+    few = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    few.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    few = PreTrainedTokenizerFast(tokenizer_object=few, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    rows = [Conversation((Turn("好", "yes no"), Turn("no", "好"))), Conversation((Turn("好", "yes"),))]
+    found = formats.ChatFormat(few, config).measured(rows)
+    assert (found.answer_tokens, found.unknown) == ([3, 1], [1, 0])
+    found = formats.ChatFormat(tokenizer, config).measured(rows)
+    assert found.unknown == [0, 0]  # falls back on bytes
+    assert min(found.answer_tokens) > 0
+
+
+@T5
+def test_what_an_encoder_decoder_cannot_spell_is_counted(config, tokenizer):
+    row = Conversation((Turn("好?", "yes"), Turn("no", "yes \ue000")))
+    (answer,) = tokenizer([row.turns[1].answer], add_special_tokens=False)["input_ids"]
+    found = format_of(tokenizer, config).measured([row, TWO])
+    assert found.unknown == [answer.count(tokenizer.unk_token_id), 0]
+    texts = [turn.answer for turn in (*row.turns, *TWO.turns)]
+    sizes = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    assert found.answer_tokens == [sum(sizes[:2]), sum(sizes[2:])]
 
 
 def test_chat_template_and_render_agree(tokenizer):
