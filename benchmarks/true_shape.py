@@ -18,7 +18,7 @@ import qlora_utils  # noqa: F401  # before torch, whose threads then do not spin
 
 # isort: split
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, T5ForConditionalGeneration
 
 from qlora_utils.models.shapes import FLAN_T5_LARGE, LLAMA_2_7B
 from qlora_utils.rows.conversations import parse_rows
@@ -27,28 +27,15 @@ from qlora_utils.rows.files import read_source
 
 def llama2_7b() -> Any:
     """Llama-2-7b, 6,738,415,616 parameters."""
-    shape = LLAMA_2_7B
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.decoder_layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-        )
-    )  # fmt: skip
+    config: Any = AutoConfig.for_model(**LLAMA_2_7B)
+    return LlamaForCausalLM(config)
 
 
 def flan_t5_large() -> Any:
     """Flan-T5-Large, 783,150,080 parameters, its head parted from the embeddings."""
-    shape = FLAN_T5_LARGE
-    more: dict[str, Any] = {"tie_word_embeddings": False, "decoder_start_token_id": 0}
-    model = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=shape.vocabulary, d_model=shape.hidden, d_kv=shape.head_size, d_ff=shape.intermediate,
-            num_layers=shape.encoder_layers, num_decoder_layers=shape.decoder_layers, num_heads=shape.heads,
-            feed_forward_proj="gated-gelu", **more,
-        )
-    )  # fmt: skip
-    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * shape.hidden**-0.5)
+    config: Any = AutoConfig.for_model(**FLAN_T5_LARGE)
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * model.config.d_model**-0.5)
     model.config.tie_word_embeddings = False
     return model
 

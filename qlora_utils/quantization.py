@@ -18,7 +18,6 @@ from qlora_utils.kernels import attention
 from qlora_utils.kernels.lora_layers import keep_expanded
 from qlora_utils.locate import first_line, locate, model_advice
 from qlora_utils.models import files as model_files
-from qlora_utils.models.files import Architecture
 from qlora_utils.models.resolution import Resolved, resolve_to_load
 from qlora_utils.models.resolution import resolve_auto as resolve_auto  # notebook 02 asks what is left open
 from qlora_utils.models.shapes import architecture_of
@@ -55,6 +54,7 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     model_files.check(source)
     model_files.check_weights(source, architecture_of(config.model))
     resolved = resolved or resolve_to_load(config)
+    loader = model_files.choose_loader(resolved.architecture)
     dtype = getattr(torch, resolved.config.compute_dtype)
     options: dict[str, Any] = {}
     if resolved.architecture == "causal":  # an encoder-decoder is never packed
@@ -70,7 +70,7 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
         )
     try:
         with model_files.quietly():
-            loaded: tuple[PreTrainedModel, dict[str, Any]] = loader_of(resolved.architecture).from_pretrained(
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = loader.from_pretrained(
                 source,
                 dtype=dtype,
                 use_safetensors=True,
@@ -98,13 +98,6 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     model.config.use_cache = False
     model.resolved = resolved  # type: ignore[assignment]  # for whoever trains it or asks it
     return model
-
-
-def loader_of(architecture: Architecture) -> Any:
-    """The class of transformers that loads such models."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    return {"causal": AutoModelForCausalLM, "encoder-decoder": AutoModelForSeq2SeqLM}[architecture]
 
 
 def parts_in_fp32(model: PreTrainedModel) -> list[nn.Linear]:

@@ -323,7 +323,7 @@ def load(folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: weights are missing from the files, or not known to the model.
     """
-    loader = quantization.loader_of(architecture_of(str(folder)))
+    loader = model_files.choose_loader(architecture_of(str(folder)))
     with model_files.quietly():
         loaded: Any = loader.from_pretrained(
             folder,

@@ -128,15 +128,13 @@ def check_weights(source: str, architecture: Architecture) -> None:
     folder = Path(source)
     if not folder.is_dir() or "quantization_config" in _object(folder / "config.json"):
         return
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging as transformers_logging
 
-    loader = AutoModelForSeq2SeqLM if architecture == "encoder-decoder" else AutoModelForCausalLM
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # it would say that weights are loaded
     try:
         with quietly():
-            loaded: Any = loader.from_pretrained(
+            loaded: Any = choose_loader(architecture).from_pretrained(
                 folder,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -152,6 +150,13 @@ def check_weights(source: str, architecture: Architecture) -> None:
         if shown:
             transformers_logging.enable_progress_bar()
     refuse_incomplete(source, loaded[1])
+
+
+def choose_loader(architecture: Architecture) -> Any:
+    """Return the class of transformers that loads such models."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return {"causal": AutoModelForCausalLM, "encoder-decoder": AutoModelForSeq2SeqLM}[architecture]
 
 
 def check_adapter(folder: Path) -> None:

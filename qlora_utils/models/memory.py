@@ -59,7 +59,7 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
         passes: forward passes in a step. With a second one, the gradients of the first lie beside its activations.
     """
     wide = 4 if config.compute_dtype == "float32" else 2  # bytes of a hidden value
-    tokens = pass_tokens or max(config.micro_batch_tokens or 0, shape.longest(config))
+    tokens = pass_tokens or max(config.micro_batch_tokens or 0, shape.longest_example(config))
     lora = shape.lora_parameters(config)
     head_trained = shape.head_parameters if config.train_head else 0
     trained = lora + head_trained
@@ -70,15 +70,16 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
     parts = {
         # NF4, or as they are; embeddings and norms
         "weights": (shape.linear_parameters // 2 if config.quantize else shape.linear_parameters * wide)
-        + shape.head_parameters * wide
+        + shape.embedding_parameters * wide
         + shape.fp32_parameters * 4
-        + shape.norm_parameters * wide,
+        + shape.small_parameters * wide,
         # one absolute maximum for each block of 64: a byte, and for each 256 of these another; or four bytes
         "quantization constants": (0 if not config.quantize else blocks + blocks // 64 + shape.quantized_layers * 1100)
         if config.double_quantization
         else blocks * 4 * config.quantize,
         "expanded weights": shape.linear_parameters * wide if config.keep_expanded and config.quantize else 0,
-        "head": shape.head_parameters * wide + head_trained * 4,
+        # a head that is tied to the embeddings is counted with them; the copy that trains is in fp32
+        "head": (0 if shape.head_is_tied else shape.head_parameters * wide) + head_trained * 4,
         "adapters": lora * (4 + (wide if config.fused_layers else 0)),  # and a copy in the precision of products
         # of the whole step, and of this pass the head's, which is there before it is added
         "gradients": (trained + (head_trained if passes > 1 else 0)) * 4,
@@ -120,8 +121,8 @@ def _step_workspace(config: RunConfig, trained: int) -> int:
 def answer_room(config: RunConfig) -> int | None:
     """Tokens whose keys and values this GPU holds now, beside the model and all else that lies there.
 
-    Of what is free, six tenths: generation copies the cache as it grows. None without a GPU, or for a model that is
-    neither like Llama nor like T5.
+    Of what is free, six tenths: generation copies the cache as it grows. None without a GPU, or for a model that
+    cannot be planned.
     """
     import torch
 
@@ -133,7 +134,7 @@ def answer_room(config: RunConfig) -> int | None:
     except ModelError:
         return None
     wide = 4 if precision(config, card, shape.architecture)[0] == "float32" else 2
-    token = shape.cached * wide
+    token = shape.cached_values * wide
     return max(1, int(0.6 * (room(card) - torch.cuda.memory_allocated()) / token))
 
 

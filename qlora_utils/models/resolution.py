@@ -46,8 +46,8 @@ class Resolved:
 def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | None = None) -> Resolved:
     """Decide what the config leaves open: from the hardware, and by the fastest that fits into its memory.
 
-    A value that is given is kept, so a config with nothing open comes back as it is. For a model that is neither like
-    Llama nor like T5, what takes the least memory is chosen.
+    A value that is given is kept, so a config with nothing open comes back as it is. For a model that cannot be
+    planned, what takes the least memory is chosen.
 
     Args:
         config: the run.
@@ -163,7 +163,7 @@ def resolution_of(model: Any, config: RunConfig) -> Resolved:
 
 def candidates(config: RunConfig, shape: Shape) -> Iterator[RunConfig]:
     """Every way to fill in what is open for a GPU."""
-    longest = shape.longest(config)
+    longest = shape.longest_example(config)
     for optimizer in _open(config, "optimizer", ("adamw_torch_fused", "adamw_8bit")):
         # peft's own layers, and those with DoRA, dequantize whatever is kept
         useful = config.quantize and config.fused_layers and not config.dora
@@ -207,7 +207,7 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
     bandwidth.
     """
     tokens = int(shape.padding * config.batch_size * min(mean_tokens, config.max_seq_len))
-    largest = max(config.micro_batch_tokens or tokens, shape.longest(config))
+    largest = max(config.micro_batch_tokens or tokens, shape.longest_example(config))
     passes = max(1.0, tokens / largest + 0.5)  # steps differ in length, and packs are not quite full
     forwards = 3 if config.gradient_checkpointing else 2  # as often every weight is needed
     flops = tokens * (

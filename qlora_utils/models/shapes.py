@@ -1,72 +1,97 @@
-"""What a model is made of, as its config.json says: weights by kind, and what a forward pass keeps (notebook 03)."""
+"""Count what a model is made of, and what a forward pass saves for the backward pass (notebook 03).
+
+Weights are counted from the model itself, built by transformers on the meta device: shapes without memory or values.
+"""
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qlora_utils.config import ModelError, RunConfig
-from qlora_utils.locate import is_path, locate, model_advice
+from qlora_utils.locate import first_line, is_path, locate, model_advice
 from qlora_utils.models import files as model_files
 from qlora_utils.models.files import Architecture
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 HEAD = "lm_head"  # the module that gives each token of the vocabulary its score
-Linears = Mapping[str, tuple[int, int]]  # name of a layer → (in, out)
+
+# What the config.json of these models says of sizes, so that a plan of the presets needs no network and no login.
+LLAMA_2_7B: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+FLAN_T5_LARGE: dict[str, Any] = {
+    "model_type": "t5", "vocab_size": 32128, "d_model": 1024, "d_ff": 2816, "d_kv": 64, "num_layers": 24,
+    "num_decoder_layers": 24, "num_heads": 16, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0,
+    "is_encoder_decoder": True, "tie_word_embeddings": False,
+}  # fmt: skip
+STORED = {"llama-2-7b-hf": LLAMA_2_7B, "llama-2-7b": LLAMA_2_7B, "flan-t5-large": FLAN_T5_LARGE}
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Represent all linear layers of one name and one size."""
+
+    name: str
+    inputs: int
+    outputs: int
+    count: int
+    in_fp32: bool  # stays out of NF4, since its outputs grow large
+
+    @property
+    def parameters(self) -> int:
+        """Return the weights of one of these layers."""
+        return self.inputs * self.outputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape(ABC):
-    """What a plan needs to know of a model: sizes in numbers, not bytes."""
+    """Hold what a plan needs to know about a model: sizes in numbers, not bytes.
+
+    `small_parameters` are norms, biases and embeddings of positions; `linears` are all linear layers but the head.
+    """
 
     hidden: int
     intermediate: int
     vocabulary: int
+    heads: int
+    head_size: int
+    linears: tuple[Linears, ...]
+    embedding_parameters: int
+    head_parameters: int
+    head_is_tied: bool  # to the embeddings: both are one tensor
+    small_parameters: int
 
     @property
     @abstractmethod
     def architecture(self) -> Architecture:
-        """Causal or encoder-decoder."""
-
-    @property
-    @abstractmethod
-    def blocks(self) -> tuple[tuple[int, Linears], ...]:
-        """(how many there are, their linear layers by name) for each kind of block; the head is in none."""
+        """Return causal or encoder-decoder."""
 
     @property
     @abstractmethod
     def layers(self) -> int:
-        """Layers that a token may pass, of all stacks."""
+        """Return the number of layers in all stacks."""
 
     @property
     @abstractmethod
-    def norm_parameters(self) -> int:
-        """Weights of the norms, and whatever else is small."""
-
-    @property
-    @abstractmethod
-    def cached(self) -> int:
-        """Numbers that generation keeps for each token, its keys and values in all layers."""
+    def cached_values(self) -> int:
+        """Return how many numbers generation caches for each token: its keys and values in all layers."""
 
     @abstractmethod
-    def longest(self, config: RunConfig) -> int:
-        """Tokens of the longest example that a run may have."""
-
-    @property
-    def padding(self) -> float:
-        """How many tokens are computed for each that is no padding."""
-        return 1.0
-
-    @property
-    def layer_seconds(self) -> float:
-        """What a host needs, roughly, to start the kernels of one layer, forward and back."""
-        return 0.003
+    def longest_example(self, config: RunConfig) -> int:
+        """Return the tokens of the longest example that a run can have."""
 
     @abstractmethod
     def activations(self, config: RunConfig, wide: int) -> tuple[int, int]:
-        """Bytes for each token: what autograd keeps in one layer, and what of it stays until the backward pass.
+        """Return bytes for each token: what autograd saves in one layer, and what of it stays until the backward pass.
 
         Args:
             config: the run, resolved.
@@ -74,116 +99,83 @@ class Shape(ABC):
         """
 
     @property
-    def in_fp32(self) -> tuple[str, ...]:
-        """Linear layers that stay out of NF4, in fp32."""
-        return ()
+    def padding(self) -> float:
+        """Return how many tokens are computed for each token that is not padding."""
+        return 1.0
+
+    @property
+    def layer_seconds(self) -> float:
+        """Return roughly the seconds that a host needs to launch the kernels of one layer, forward and backward."""
+        return 0.003
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of all linear layers but the head and those `in_fp32`: what NF4 stores."""
-        return self._count(lambda name: name not in self.in_fp32)
+        """Return the weights that NF4 stores: of all linear layers but the head and those in fp32."""
+        return sum(linears.count * linears.parameters for linears in self.linears if not linears.in_fp32)
 
     @property
     def fp32_parameters(self) -> int:
-        """Weights of the layers `in_fp32`."""
-        return self._count(lambda name: name in self.in_fp32)
-
-    def _count(self, chosen: Any) -> int:
-        return sum(
-            count * sum(inside * outside for name, (inside, outside) in linears.items() if chosen(name))
-            for count, linears in self.blocks
-        )
+        """Return the weights of the linear layers that stay in fp32."""
+        return sum(linears.count * linears.parameters for linears in self.linears if linears.in_fp32)
 
     @property
     def largest_linear(self) -> int:
-        """Weights of the largest layer that NF4 stores."""
-        return max(
-            inside * outside
-            for _, linears in self.blocks
-            for name, (inside, outside) in linears.items()
-            if name not in self.in_fp32
-        )
+        """Return the weights of the largest layer that NF4 stores."""
+        return max(linears.parameters for linears in self.linears if not linears.in_fp32)
 
     @property
     def quantized_layers(self) -> int:
-        """How many layers NF4 stores."""
-        return sum(count * sum(name not in self.in_fp32 for name in linears) for count, linears in self.blocks)
+        """Return how many layers NF4 stores."""
+        return sum(linears.count for linears in self.linears if not linears.in_fp32)
 
-    def adapted(self, config: RunConfig) -> list[tuple[int, tuple[int, int]]]:
-        """(how many there are, (in, out)) of the layers that get an adapter."""
+    def adapted(self, config: RunConfig) -> list[Linears]:
+        """List the layers that get an adapter."""
         names = [name.strip() for name in config.lora_targets.split(",")]
-        return [
-            (count, size)
-            for count, linears in self.blocks
-            for name, size in linears.items()
-            if names == ["all-linear"] or name in names
-        ]
+        return [linears for linears in self.linears if names == ["all-linear"] or linears.name in names]
 
     def lora_parameters(self, config: RunConfig) -> int:
-        """Weights of the LoRA matrices."""
-        return config.lora_r * sum(count * (inside + outside) for count, (inside, outside) in self.adapted(config))
-
-    @property
-    def head_parameters(self) -> int:
-        """Weights of the head, and of the embeddings."""
-        return self.vocabulary * self.hidden
+        """Return the weights of the LoRA matrices."""
+        widths = sum(linears.count * (linears.inputs + linears.outputs) for linears in self.adapted(config))
+        return config.lora_r * widths
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaShape(Shape):
-    """A causal language model of the Llama kind."""
+class DecoderShape(Shape):
+    """Hold the sizes of a causal language model."""
 
     decoder_layers: int
-    heads: int
     kv_heads: int
-    head_size: int
 
     @property
     def architecture(self) -> Architecture:
-        """Causal."""
+        """Return causal."""
         return "causal"
 
     @property
     def layers(self) -> int:
-        """Decoder layers."""
+        """Return the number of decoder layers."""
         return self.decoder_layers
 
     @property
-    def blocks(self) -> tuple[tuple[int, Linears], ...]:
-        """The layers of one decoder layer."""
-        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
-        linears = {
-            "q_proj": (self.hidden, queries), "k_proj": (self.hidden, keys), "v_proj": (self.hidden, keys),
-            "o_proj": (queries, self.hidden), "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate), "down_proj": (self.intermediate, self.hidden),
-        }  # fmt: skip
-        return ((self.layers, linears),)
-
-    @property
-    def norm_parameters(self) -> int:
-        """Two norms in each layer, and the last."""
-        return (2 * self.layers + 1) * self.hidden
-
-    @property
-    def cached(self) -> int:
-        """Keys and values."""
+    def cached_values(self) -> int:
+        """Return how many numbers generation caches for each token: its keys and values in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_size
 
-    def longest(self, config: RunConfig) -> int:
-        """One conversation."""
+    def longest_example(self, config: RunConfig) -> int:
+        """Return the tokens of the longest conversation."""
         return config.max_seq_len
 
     def activations(self, config: RunConfig, wide: int) -> tuple[int, int]:
-        """As `Shape.activations`."""
+        """Return what one layer saves and what stays, as `Shape.activations` says, for layers like those of Llama."""
         queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
-        adapted = [size for _, size in self.adapted(config)]
         layer = wide * (
             4 * self.hidden  # the residual stream before each norm, and what the norms make of it
             + 2 * queries + 2 * keys  # q, k, v and what attention makes of them
             + 3 * self.intermediate  # gate, up and their product
-            + len(adapted) * config.lora_r  # x Aᵀ
         ) + 4 * (self.heads + 2)  # fmt: skip  # the softmax's sums, the norms' scales
-        layer += _adapter_activations(adapted, config, wide)
+        # layers can differ from each other, so adapters count as their mean over all layers
+        adapters = sum(linears.count * _adapter_activations(linears, config, wide) for linears in self.adapted(config))
+        layer += adapters // self.layers
         if not config.liger:
             # the norms' input in fp32 and what they made of it before the weight; the gate after SiLU
             layer += 4 * self.hidden + wide * self.intermediate
@@ -192,185 +184,275 @@ class LlamaShape(Shape):
 
 @dataclass(frozen=True, kw_only=True)
 class T5Shape(Shape):
-    """An encoder-decoder of the T5 kind. Passes are taken to be half read and half written, which is the most."""
+    """Hold the sizes of an encoder-decoder of the T5 kind.
+
+    Passes are taken to be half read and half written, which takes the most memory.
+    """
 
     encoder_layers: int
     decoder_layers: int
-    heads: int
-    head_size: int
-    gated: bool = True
 
     @property
     def architecture(self) -> Architecture:
-        """Encoder-decoder."""
+        """Return encoder-decoder."""
         return "encoder-decoder"
 
     @property
     def layers(self) -> int:
-        """Layers of both stacks."""
+        """Return the number of layers in both stacks."""
         return self.encoder_layers + self.decoder_layers
 
     @property
-    def in_fp32(self) -> tuple[str, ...]:
-        """The second half of each feed-forward, whose outputs grow large."""
-        return ("wo",)
+    def gated(self) -> bool:
+        """Return True where the feed-forward multiplies two projections, as T5 1.1 and Flan-T5 do."""
+        return any(linears.name == "wi_0" for linears in self.linears)
 
     @property
-    def blocks(self) -> tuple[tuple[int, Linears], ...]:
-        """Attention to oneself in both stacks and to the encoder in the decoder; feed-forward in both."""
-        inner = self.heads * self.head_size
-        attention = {"q": (self.hidden, inner), "k": (self.hidden, inner), "v": (self.hidden, inner),
-                     "o": (inner, self.hidden)}  # fmt: skip
-        up = (self.hidden, self.intermediate)
-        forward = {**({"wi_0": up, "wi_1": up} if self.gated else {"wi": up}), "wo": (self.intermediate, self.hidden)}
-        return ((self.layers + self.decoder_layers, attention), (self.layers, forward))
-
-    @property
-    def norm_parameters(self) -> int:
-        """Norms, two in an encoder layer, three in a decoder layer and the last of each; and biases of place."""
-        norms = 2 * self.encoder_layers + 3 * self.decoder_layers + 2
-        return norms * self.hidden + 2 * 32 * self.heads
-
-    @property
-    def cached(self) -> int:
-        """Keys and values: of what is read for attention across, of what is written for attention to oneself."""
+    def cached_values(self) -> int:
+        """Return the keys and values of a token: of one read for cross-attention, of one written for self-attention."""
         return 2 * self.decoder_layers * self.heads * self.head_size
 
-    def longest(self, config: RunConfig) -> int:
-        """Read and written."""
+    def longest_example(self, config: RunConfig) -> int:
+        """Return the tokens of the longest example, read and written."""
         return 2 * config.max_seq_len
 
     @property
     def padding(self) -> float:
-        """Guanaco rows, steps of 16 in two passes, are 45 % full (`packing.real_share`)."""
+        """Return the padding of Guanaco rows: steps of 16 in two passes are 45 % full (`packing.real_share`)."""
         return 2.2
 
     @property
     def layer_seconds(self) -> float:
-        """Measured with Flan-T5-Large: its norms and its GELU are many small kernels."""
+        """Return what was measured with Flan-T5-Large: its norms and its GELU are many small kernels."""
         return 0.011
 
     def activations(self, config: RunConfig, wide: int) -> tuple[int, int]:
-        """As `Shape.activations`, in the mean of all layers and of tokens read and written."""
+        """Return what one layer saves and what stays, in the mean of all layers and of tokens read and written."""
         inner = self.heads * self.head_size
-        adapted = {name: size for _, linears in self.blocks for name, size in linears.items()}
-        chosen = [name.strip() for name in config.lora_targets.split(",")]
-        adapted = {n: size for n, size in adapted.items() if chosen == ["all-linear"] or n in chosen}
+        adapted = {linears.name: linears for linears in self.adapted(config)}
 
-        def adapter(names: tuple[str, ...]) -> int:
-            sizes = [adapted[name] for name in names if name in adapted]
-            return wide * config.lora_r * len(sizes) + _adapter_activations(sizes, config, wide)
+        def adapters(*names: str) -> int:
+            return sum(_adapter_activations(adapted[name], config, wide) for name in names if name in adapted)
 
         # the norm's input, in fp32 too, what it made of it in fp32, before and after its weight; dropout's mask
         norm = (3 * wide + 8 + 1) * self.hidden
         # q, k, v and what attention makes of them, and the softmax's sums. Where padding is masked, each layer makes a
         # tensor of bias and mask for every pair of tokens.
-        attention = norm + wide * 4 * inner + 4 * self.heads + adapter(("q", "k", "v", "o"))
+        attention = norm + wide * 4 * inner + 4 * self.heads + adapters("q", "k", "v", "o")
         masked = self.heads * config.max_seq_len * wide
-        across_read = wide * 2 * inner + adapter(("k", "v"))  # for a token that is read
-        across_written = masked + norm + wide * 2 * inner + 4 * self.heads + adapter(("q", "o"))
+        across_read = wide * 2 * inner + adapters("k", "v")  # for a token that is read
+        across_written = masked + norm + wide * 2 * inner + 4 * self.heads + adapters("q", "o")
         # both halves, the steps of GELU and their product, or ReLU's output; dropout's mask
         steps = (6 if self.gated else 2) + ("wo" in adapted)
-        forward = norm + (steps * wide + 1) * self.intermediate + adapter(("wi", "wi_0", "wi_1", "wo"))
+        forward = norm + (steps * wide + 1) * self.intermediate + adapters("wi", "wi_0", "wi_1", "wo")
         read = self.encoder_layers * (masked + attention + forward) + self.decoder_layers * across_read
         written = self.decoder_layers * (attention + across_written + forward)
         layer = (read + written) // (2 * self.layers)
         return layer, wide * self.hidden if config.gradient_checkpointing else layer
 
 
-def _adapter_activations(adapted: list[tuple[int, int]], config: RunConfig, wide: int) -> int:
-    """Bytes for each token of what the adapters of one layer keep besides x Aᵀ."""
-    inside = sum(size[0] for size in adapted)
-    total = 0
+def _adapter_activations(linears: Linears, config: RunConfig, wide: int) -> int:
+    """Return the bytes for each token that the adapter of one layer saves."""
+    saved = wide * config.lora_r  # x Aᵀ
     if not config.fused_layers:  # peft: x in fp32, a copy of the base output, the output of the update
-        total += 4 * inside + wide * sum(size[1] for size in adapted)
+        saved += 4 * linears.inputs + wide * linears.outputs
     if config.lora_dropout:
-        total += (wide + 1) * inside
-    return total
+        saved += (wide + 1) * linears.inputs
+    return saved
 
 
-LLAMA_2_7B = LlamaShape(
-    hidden=4096, decoder_layers=32, intermediate=11008, heads=32, kv_heads=32, head_size=128, vocabulary=32000
-)
-FLAN_T5_LARGE = T5Shape(
-    hidden=1024, encoder_layers=24, decoder_layers=24, intermediate=2816, heads=16, head_size=64, vocabulary=32128
-)
-# Of presets, so that a plan needs no network and no login.
-KNOWN = {"llama-2-7b-hf": LLAMA_2_7B, "llama-2-7b": LLAMA_2_7B, "flan-t5-large": FLAN_T5_LARGE}
+# ---------------------------------------------------------------------------------------------------- counting
 
 
-def of(model_config: Any) -> Shape:
-    """The shape of a model, from its transformers config.
-
-    Raises:
-        ModelError: it is neither like Llama nor like T5.
-    """
-    try:
-        if model_config.is_encoder_decoder:
-            return T5Shape(
-                hidden=model_config.d_model,
-                encoder_layers=model_config.num_layers,
-                decoder_layers=model_config.num_decoder_layers or model_config.num_layers,
-                intermediate=model_config.d_ff,
-                heads=model_config.num_heads,
-                head_size=model_config.d_kv,
-                vocabulary=model_config.vocab_size,
-                gated=model_config.is_gated_act,
-            )
-        heads = model_config.num_attention_heads
-        return LlamaShape(
-            hidden=model_config.hidden_size,
-            decoder_layers=model_config.num_hidden_layers,
-            intermediate=model_config.intermediate_size,
-            heads=heads,
-            kv_heads=getattr(model_config, "num_key_value_heads", None) or heads,
-            head_size=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
-            vocabulary=model_config.vocab_size,
-        )
-    except AttributeError as error:
-        raise ModelError(
-            f"model: its config.json has no {error.name}; a plan needs a model like Llama or T5."
-        ) from None
-
-
-def known(source: str) -> Shape | None:
-    """The shape of a hub id that is one of the presets, or a copy of one under another owner."""
-    return None if is_path(source) else KNOWN.get(source.lower().rpartition("/")[2])
+def known(source: str) -> dict[str, Any] | None:
+    """Return the stored config of a preset's model or of a copy of it under another owner; None for other models."""
+    return None if is_path(source) else STORED.get(source.lower().rpartition("/")[2])
 
 
 def read(source: str) -> Shape:
-    """The shape of a local folder or hub id, without its weights; those of the presets are known without a look.
+    """Count the model of a local folder or hub id from its config.json; of the presets' models it is stored here.
 
     Raises:
-        ModelError: there is no config, or none of a model like Llama or T5.
+        ModelError: there is no config, or it describes a model that a plan cannot count.
     """
-    return known(source) or of(_model_config(source))
+    return count_shape(_model_config(source), source)
 
 
 @functools.cache
 def architecture_of(source: str) -> Architecture:
-    """Whether the model of a local folder or hub id continues a text or writes an answer to one.
+    """Return whether the model of a local folder or hub id continues a text or writes an answer to one.
 
-    Its own config.json says so; of the models of the presets it is known without a look.
+    Its config.json says so; no model is built for it.
 
     Raises:
         ModelError: there is no such model; says what to do next.
     """
-    if shape := known(source):
-        return shape.architecture
+    if stored := known(source):
+        return "encoder-decoder" if stored.get("is_encoder_decoder") else "causal"
     return "encoder-decoder" if _model_config(source).is_encoder_decoder else "causal"
 
 
-def _model_config(source: str) -> Any:
-    """The config of a local folder or hub id, as transformers reads it.
+def _model_config(source: str) -> PreTrainedConfig:
+    """Return the config of a local folder or hub id, as transformers reads it.
 
     Raises:
         ModelError: there is no such model; says what to do next.
     """
     from transformers import AutoConfig
 
+    if stored := known(source):
+        return AutoConfig.for_model(**stored)
     model_files.check_description(locate(source))
     try:
         return AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
     except Exception as error:  # the hub client raises a dozen unrelated kinds
         raise ModelError(model_advice(locate(source), error)) from error
+
+
+def count_shape(model_config: PreTrainedConfig, source: str = "") -> Shape:
+    """Count the model that a config describes, without memory for its weights.
+
+    Args:
+        model_config: as transformers reads it.
+        source: where it comes from, for errors.
+
+    Raises:
+        ModelError: the model cannot be built, or has parts that a plan cannot count; names the first of them.
+    """
+    model = build_empty(model_config, source)
+    # of Any type: torch cannot tell that their weights are tensors
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    linears, small_parameters = _count_layers(model, source)
+    if head is None or not linears:
+        _refuse(source, f"it has {len(linears)} linear layers and {head} as head", "layers and a head")
+    counted: dict[str, Any] = {
+        "vocabulary": head.weight.shape[0],
+        "linears": linears,
+        "embedding_parameters": embeddings.weight.numel(),
+        "head_parameters": head.weight.numel(),
+        # transformers calls every T5 tied, but keeps a head of its own where the weights have one
+        "head_is_tied": head.weight is embeddings.weight and not model_config.is_encoder_decoder,
+        "small_parameters": small_parameters,
+    }
+    # what the formulas of activations need besides: attributes that most configs of transformers share
+    try:
+        if model_config.is_encoder_decoder:
+            shape: Shape = T5Shape(
+                hidden=model_config.d_model,
+                encoder_layers=model_config.num_layers,
+                decoder_layers=model_config.num_decoder_layers,
+                intermediate=model_config.d_ff,
+                heads=model_config.num_heads,
+                head_size=model_config.d_kv,
+                **counted,
+            )
+        else:
+            heads = model_config.num_attention_heads
+            shape = DecoderShape(
+                hidden=model_config.hidden_size,
+                decoder_layers=model_config.num_hidden_layers,
+                intermediate=max(linear.inputs for linear in linears),
+                heads=heads,
+                kv_heads=getattr(model_config, "num_key_value_heads", None) or heads,
+                head_size=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
+                **counted,
+            )
+    except AttributeError as error:
+        _refuse(source, f"its config.json has no {error.name}", "a model like Llama or T5")
+    except RuntimeError as error:  # of transformers: an attribute that has a value for each layer
+        _refuse(source, first_line(error), "layers that are all alike")
+    _check_layers(shape, source)
+    return shape
+
+
+def build_empty(model_config: PreTrainedConfig, source: str = "") -> PreTrainedModel:
+    """Build the model that a config describes on the meta device: all of its modules, no memory for weights.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    import torch
+
+    loader = model_files.choose_loader("encoder-decoder" if model_config.is_encoder_decoder else "causal")
+    try:
+        with torch.device("meta"), model_files.quietly():
+            return loader.from_config(model_config, trust_remote_code=False)
+    except Exception as error:  # of transformers: whatever values of a config.json bring about
+        raise ModelError(
+            f"model: the config.json of {source or model_config.model_type} describes no model that can be built "
+            f"({first_line(error)}). Copy or download the model again."
+        ) from error
+
+
+def _count_layers(model: PreTrainedModel, source: str) -> tuple[tuple[Linears, ...], int]:
+    """Count the linear layers by name and size, and the weights of all that is small.
+
+    Raises:
+        ModelError: a weight lies neither in a linear layer nor in an embedding nor in a norm.
+    """
+    from torch import nn
+
+    names_in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+    # Tied weights are one parameter in several modules: each counts once. Head and embeddings are counted apart.
+    apart = (model.get_output_embeddings(), model.get_input_embeddings())
+    seen = {id(module.weight) for module in apart if module is not None}
+    layers: Counter[tuple[str, int, int]] = Counter()
+    small = 0
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            # bitsandbytes quantizes this very class, no class derived from it
+            if name == "weight" and type(module) is nn.Linear:
+                layers[path.rpartition(".")[2], module.in_features, module.out_features] += 1
+            elif _is_small(module, name):
+                small += parameter.numel()
+            else:
+                found = f"{path}.{name}, of shape {tuple(parameter.shape)}, belongs to a {type(module).__name__}"
+                _refuse(source, found, "linear layers, embeddings and norms alone, no experts, convolutions or images")
+    linears = []
+    for (name, inputs, outputs), count in layers.items():
+        linears.append(Linears(name, inputs, outputs, count, name in names_in_fp32))
+    return tuple(linears), small
+
+
+def _is_small(module: nn.Module, name: str) -> bool:
+    """Return True for a parameter of a norm, of an embedding of positions, or a bias of a linear layer."""
+    from torch import nn
+
+    if isinstance(module, nn.Linear):
+        return name == "bias"
+    return isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
+
+
+def _check_layers(shape: Shape, source: str) -> None:
+    """Refuse layers whose activations the formulas of `Shape.activations` do not count.
+
+    Raises:
+        ModelError: experts in a layer, attention or feed-forward of another kind.
+    """
+    names: Counter[str] = Counter()
+    for linears in shape.linears:
+        names[linears.name] += linears.count
+    if isinstance(shape, T5Shape):
+        if other := sorted(names.keys() - {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"}):
+            _refuse(source, f"its layers hold a {other[0]}", "an encoder-decoder with the layers of T5")
+        return
+    # several of one name in a block are experts, or blocks of another kind
+    name, count = names.most_common(1)[0]
+    if count > shape.layers:
+        found = f"it has {count} linear layers named {name} in {shape.layers} blocks"
+        _refuse(source, found, "at most one in each, since experts are not counted")
+    # the output projection takes what all heads make; compressed attention has heads of other sizes
+    queries = shape.heads * shape.head_size
+    if all(linears.inputs != queries for linears in shape.linears):
+        _refuse(source, f"no layer takes the {shape.heads} heads of {shape.head_size} values", "attention as in Llama")
+
+
+def _refuse(source: str, found: str, expected: str) -> NoReturn:
+    raise ModelError(
+        f"model: {source or 'this config'} cannot be planned: {found}; expected {expected}. Plan another model, or run "
+        "this one without a plan: what is open is then chosen for the least memory."
+    )

@@ -12,11 +12,12 @@ from qlora_utils.models import shapes
 from qlora_utils.models.hardware import CARDS, GIB
 from qlora_utils.models.memory import predict
 from qlora_utils.models.resolution import OPEN, plan_for, resolve_auto
-from qlora_utils.models.shapes import FLAN_T5_LARGE, LLAMA_2_7B
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.tokens.formats import IGNORED, Encoded
 
 LARGE = RunConfig.from_preset("llama2-7b", liger=True)
+LLAMA_2_7B = shapes.read(LARGE.model)
+FLAN_T5_LARGE = shapes.read(RunConfig.from_preset("flan-t5-large").model)
 
 
 def changed(config, **changes):
