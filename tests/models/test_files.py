@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +51,30 @@ def test_an_adapter_of_several_ranks_passes(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4}))
     with pytest.raises(ModelError, match=r"says rank 4, which does not fit the weights beside it, of rank 8"):
         model_files.check_adapter(tmp_path)
+
+
+def test_shapes_of_weights_are_read_without_the_weights():
+    shapes = model_files.read_weight_shapes(Path(POCKET) / "model.safetensors")
+    assert len(shapes) == 39
+    assert shapes["lm_head.weight"] == [2048, 192]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda whole: b"", "too small"),
+        (lambda whole: whole[:7], "too small"),
+        (lambda whole: whole[:50], "invalid header length"),
+        (lambda whole: whole[:-1], "not fully covered"),
+        (lambda whole: whole + b"x", "not fully covered"),
+        (lambda whole: struct.pack("<Q", 20) + b"x" * 20, "invalid JSON"),
+        (lambda whole: struct.pack("<Q", 200_000) + b"[" * 200_000, "invalid JSON"),
+        (lambda whole: struct.pack("<Q", 8) + b'{"a":{}}', "missing field"),
+    ],
+)
+def test_damaged_weights_are_refused_with_size_and_reason(tmp_path, spoil, why):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(spoil((Path(POCKET) / "model.safetensors").read_bytes()))
+    size = f"{path.stat().st_size:,} bytes"
+    with pytest.raises(ModelError, match=rf"model: {path} is damaged .*{size}; expected a header .*{why}.*Copy or"):
+        model_files.read_weight_shapes(path)
