@@ -46,5 +46,5 @@ def main(options: argparse.Namespace) -> int:
     print(resolved.text(), end="\n\n")
     print(memory.plan_table(predicted, cards[0]))
     if not predicted.fits(cards[0]):
-        raise ConfigError(memory.too_large(config, cards[0], predicted.peak))
+        raise ConfigError(memory.explain_too_large(config, cards[0], predicted.peak))
     return 0

@@ -1,4 +1,4 @@
-"""A local model folder looked at before anything is loaded: is all that a base model needs there, and whole?"""
+"""Check a local model folder before anything is loaded: is everything there that a base model needs, and whole?"""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ Architecture = Literal["causal", "encoder-decoder"]
 EXPECTED = "Expected a folder as save_pretrained or `hf download` leaves it: config.json, tokenizer, *.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 INDEX = "model.safetensors.index.json"
-_POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that was not fetched
-_AGAIN = "Copy or download the model again."
+# The first bytes of what git leaves in place of a large file that was not fetched.
+_POINTER = b"version https://git-lfs"
+_REMEDY = "Copy or download the model again."
 
 
 def check(source: str) -> None:
-    """Refuse a local folder from which no base model can be loaded; a hub id is left to the hub. Loads nothing.
+    """Refuse a local folder from which no base model can be loaded; leave a hub id to the hub. Loads nothing.
 
     Args:
         source: local folder or hub id, as `locate.locate` gives it.
@@ -39,7 +40,7 @@ def check(source: str) -> None:
 
 
 def check_description(source: str) -> None:
-    """The same for what says what the model is, its config.json.
+    """Refuse a local folder whose config.json is missing, damaged or of no language model.
 
     Raises:
         ModelError: as `check`.
@@ -50,14 +51,14 @@ def check_description(source: str) -> None:
     if not folder.is_dir():
         return
     if not any(folder.iterdir()):
-        raise ModelError(f"model: {folder} is empty. {EXPECTED}. {_AGAIN}")
+        raise ModelError(f"model: {folder} is empty. {EXPECTED}. {_REMEDY}")
     if not (folder / "config.json").is_file():
-        _without_config(folder)
+        _refuse_without_config(folder)
     _check_config(folder / "config.json")
 
 
 def check_tokenizer(source: str) -> None:
-    """The same for the tokenizer.
+    """Refuse a local folder that holds no tokenizer or a damaged one.
 
     Raises:
         ModelError: as `check`.
@@ -65,18 +66,20 @@ def check_tokenizer(source: str) -> None:
     folder = Path(source)
     if not folder.is_dir():
         return
+    # which file it is depends on the family; transformers finds the right one by itself
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise ModelError(
             f"model: {folder} holds no tokenizer. Expected tokenizer.json or one of {', '.join(TOKENIZERS[1:])}; copy "
             "it there from where the model comes from."
         )
+    # a damaged one would end in an error of the tokenizers library that names no file
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            _object(folder / name)
+            _read_object(folder / name)
 
 
 def refuse_tokenizer(source: str, error: Exception) -> None:
-    """Say of which folder the tokenizer could not be loaded, if it was one.
+    """Name the local folder whose tokenizer could not be loaded; do nothing for a hub id.
 
     Args:
         source: as `check`.
@@ -85,15 +88,16 @@ def refuse_tokenizer(source: str, error: Exception) -> None:
     Raises:
         ModelError: `source` is a local folder.
     """
-    if Path(source).is_dir() and "trust_remote_code" not in str(error):  # of which `model_advice` speaks
+    # of code that comes with a tokenizer `model_advice` speaks
+    if Path(source).is_dir() and "trust_remote_code" not in str(error):
         raise ModelError(
             f"model: the tokenizer in {source} could not be loaded ({type(error).__name__}: {first_line(error)[:120]})."
-            f" Expected a tokenizer.json of the tokenizers library. {_AGAIN}"
+            f" Expected a tokenizer.json of the tokenizers library. {_REMEDY}"
         ) from error
 
 
 def check_vocabulary(source: str, tokenizer: Any) -> None:
-    """Refuse a tokenizer that gives tokens for which the model of the same folder has no embedding.
+    """Refuse a tokenizer that produces tokens for which the model of the same folder has no embedding.
 
     Args:
         source: as `check`.
@@ -102,8 +106,9 @@ def check_vocabulary(source: str, tokenizer: Any) -> None:
     Raises:
         ModelError: names both sizes.
     """
+    # a hub id has no folder here, and some configs have no size: there the model itself will say
     path = Path(source) / "config.json"
-    size = _object(path).get("vocab_size") if path.is_file() else None
+    size = _read_object(path).get("vocab_size") if path.is_file() else None
     largest = max(tokenizer.get_vocab().values(), default=0)
     if isinstance(size, int) and largest >= size:
         raise ModelError(
@@ -125,13 +130,15 @@ def check_weights(source: str, architecture: Architecture) -> None:
     Raises:
         ModelError: names the first weight that is missing or has another shape.
     """
+    # weights that were stored quantized have other names and shapes
     folder = Path(source)
-    if not folder.is_dir() or "quantization_config" in _object(folder / "config.json"):
+    if not folder.is_dir() or "quantization_config" in _read_object(folder / "config.json"):
         return
     from transformers.utils import logging as transformers_logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # it would say that weights are loaded
+    # its bar would say that weights are loaded
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         with quietly():
             loaded: Any = choose_loader(architecture).from_pretrained(
@@ -144,10 +151,10 @@ def check_weights(source: str, architecture: Architecture) -> None:
             )
     except Exception as error:  # of transformers: whatever values of a config.json bring about
         raise ModelError(
-            f"model: {folder / 'config.json'} describes no model that can be built ({first_line(error)}). {_AGAIN}"
+            f"model: {folder / 'config.json'} describes no model that can be built ({first_line(error)}). {_REMEDY}"
         ) from error
     finally:
-        if shown:
+        if had_bars:
             transformers_logging.enable_progress_bar()
     refuse_incomplete(source, loaded[1])
 
@@ -165,13 +172,15 @@ def check_adapter(folder: Path) -> None:
     Raises:
         ModelError: names the file, what is wrong with it and what to do next.
     """
-    again = f"Train one with notebook 04 ({run_command('NAME', start='04', fresh=True)}), or give another folder."
+    remedy = f"Train one with notebook 04 ({run_command('NAME', start='04', fresh=True)}), or give another folder."
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             pickled = "What lies there is pickled (.bin), and is not opened. " if any(folder.glob("*.bin")) else ""
-            raise ModelError(f"adapter: {folder / name} is missing. {pickled}{again}")
-    described = _object(folder / "adapter_config.json", "adapter", again)
-    shapes = read_weight_shapes(folder / "adapter_model.safetensors", "adapter", again)
+            raise ModelError(f"adapter: {folder / name} is missing. {pickled}{remedy}")
+    described = _read_object(folder / "adapter_config.json", "adapter", remedy)
+    shapes = read_weight_shapes(folder / "adapter_model.safetensors", "adapter", remedy)
+
+    # a rank other than that of the weights means that files of two adapters were mixed; peft would list every weight
     rank = described.get("r")
     if described.get("rank_pattern") or not isinstance(rank, int):
         return
@@ -179,60 +188,62 @@ def check_adapter(folder: Path) -> None:
         if name.endswith("lora_A.weight") and shape[0] != rank:
             raise ModelError(
                 f"adapter: {folder / 'adapter_config.json'} says rank {rank}, which does not fit the weights beside "
-                f"it, of rank {shape[0]}: the two belong to different adapters. {again}"
+                f"it, of rank {shape[0]}: the two belong to different adapters. {remedy}"
             )
 
 
 def refuse_incomplete(source: str, found: Mapping[str, Any]) -> None:
-    """Refuse a model of which weights are missing: transformers would only warn, and go on with random ones.
+    """Refuse a model with missing weights: transformers would only warn, and put random ones in their place.
 
     Args:
         source: local folder or hub id.
         found: the loading info of transformers.
 
     Raises:
-        ModelError: names the first of them.
+        ModelError: names the first weight that is missing or has another shape.
     """
-    for name, there, wanted in sorted(found["mismatched_keys"]):
+    for name, stored, expected in sorted(found["mismatched_keys"]):
         raise ModelError(
-            f"model: {source}: the weight {name} has shape {tuple(there)}, and its config.json asks for "
-            f"{tuple(wanted)}: the two belong to different models. {_AGAIN}"
+            f"model: {source}: the weight {name} has shape {tuple(stored)}, and its config.json asks for "
+            f"{tuple(expected)}: the two belong to different models. {_REMEDY}"
         )
     missing = sorted(found["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(
             f"model: {source} lacks the weight {missing[0]}{more}, which its config.json asks for. Expected all "
-            f"weights of the model in *.safetensors. {_AGAIN}"
+            f"weights of the model in *.safetensors. {_REMEDY}"
         )
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without what transformers logs of a load, whose findings `refuse_incomplete` tells in a line.
+    """Silence what transformers logs while it loads a model; `refuse_incomplete` says in one line what it found.
 
-    Among it: transformers 5 takes every T5 for one whose head is tied to its embeddings, and says at length if not.
+    Silenced too: transformers 5 takes every T5 for one whose head is tied to its embeddings, and says at length if not.
     """
     logger = logging.getLogger("transformers.modeling_utils")
 
-    def quiet(record: logging.LogRecord) -> bool:
-        return not any(words in record.getMessage() for words in ("NOT tie them", "LOAD REPORT"))
+    def is_wanted(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return "NOT tie them" not in message and "LOAD REPORT" not in message
 
-    logger.addFilter(quiet)
+    logger.addFilter(is_wanted)
     try:
         yield
     finally:
-        logger.removeFilter(quiet)
+        logger.removeFilter(is_wanted)
 
 
-def _without_config(folder: Path) -> NoReturn:
+def _refuse_without_config(folder: Path) -> NoReturn:
+    # the folder of an adapter is easily mistaken for that of its base model
     if (folder / "adapter_config.json").is_file():
-        base = _object(folder / "adapter_config.json").get("base_model_name_or_path") or "…"
+        base = _read_object(folder / "adapter_config.json").get("base_model_name_or_path") or "…"
         raise ModelError(
             f"model: {folder} holds an adapter, not a base model. Give the model that it was trained on: "
             f"-p model={base}"
         )
-    raise ModelError(f"model: {folder / 'config.json'} is missing. {EXPECTED}. {_AGAIN}")
+    raise ModelError(f"model: {folder / 'config.json'} is missing. {EXPECTED}. {_REMEDY}")
 
 
 def _check_config(path: Path) -> None:
@@ -241,16 +252,18 @@ def _check_config(path: Path) -> None:
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
 
-    described = _object(path)
+    described = _read_object(path)
     kind = described.get("model_type")
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
     if kind is None:
-        raise ModelError(f'model: {path} has no model_type. Expected one, as "model_type": "llama". {_AGAIN}')
+        raise ModelError(f'model: {path} has no model_type. Expected one, as "model_type": "llama". {_REMEDY}')
+    # code that comes with a model is never run, so it cannot help with a kind that transformers does not know
     if kind not in known and described.get("auto_map"):
         raise ModelError(
             f"model: {path.parent} brings Python code of its own (auto_map in its config.json), which is never run "
             "here. Take a model that transformers knows by itself."
         )
+    # often a letter is wrong
     if kind not in known:
         near = difflib.get_close_matches(str(kind), known, n=1, cutoff=0.75)
         raise ModelError(
@@ -259,32 +272,51 @@ def _check_config(path: Path) -> None:
         )
 
 
-def _object(path: Path, what: str = "model", again: str = _AGAIN) -> dict[str, Any]:
-    """The object that a JSON file of a model folder holds."""
-    _no_pointer(path, what)
+def _read_object(path: Path, subject: str = "model", remedy: str = _REMEDY) -> dict[str, Any]:
+    """Return the object in a JSON file of a model folder.
+
+    Args:
+        path: of the file.
+        subject: what the file belongs to, in a word: model or adapter.
+        remedy: what to do if it is damaged, a sentence.
+
+    Raises:
+        ModelError: the file holds no JSON object, or is a pointer of Git LFS.
+    """
+    _refuse_pointer(path, subject)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ModelError(f"{what}: {path} is damaged: no valid JSON in line {error.lineno}. {again}") from error
+        raise ModelError(f"{subject}: {path} is damaged: no valid JSON in line {error.lineno}. {remedy}") from error
     except (UnicodeDecodeError, RecursionError) as error:
-        raise ModelError(f"{what}: {path} is damaged: no JSON text. {again}") from error
+        raise ModelError(f"{subject}: {path} is damaged: no JSON text. {remedy}") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{what}: {path} is damaged: expected an object, {{…}}, found {type(value).__name__}. {again}")
+        raise ModelError(
+            f"{subject}: {path} is damaged: expected an object, {{…}}, found {type(value).__name__}. {remedy}"
+        )
     return value
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """List the files that hold the weights of a model.
+
+    Raises:
+        ModelError: there are none, or one that the index lists is missing.
+    """
+    # several files come with an index, which says what each of them holds
     if (folder / INDEX).is_file():
-        files = _object(folder / INDEX).get("weight_map")
+        files = _read_object(folder / INDEX).get("weight_map")
         if not (isinstance(files, dict) and files and all(isinstance(name, str) for name in files.values())):
-            raise ModelError(f"model: {folder / INDEX} has no weight_map from weights to files. {_AGAIN}")
-        for name in sorted(set(files.values())):
+            raise ModelError(f"model: {folder / INDEX} has no weight_map from weights to files. {_REMEDY}")
+        names = sorted(set(files.values()))
+        for name in names:
             if not (folder / name).is_file():
                 raise ModelError(
-                    f"model: {folder / name} is missing, and {INDEX} lists it. Expected all {len(set(files.values()))} "
-                    f"files that are listed there. {_AGAIN}"
+                    f"model: {folder / name} is missing, and {INDEX} lists it. Expected all {len(names)} files that "
+                    f"are listed there. {_REMEDY}"
                 )
-        return [folder / name for name in sorted(set(files.values()))]
+        return [folder / name for name in names]
+    # a pickle can run code when it is opened, so it counts as absent
     found = sorted(folder.glob("*.safetensors"))
     if not found and list(folder.glob("*.bin")):
         raise ModelError(
@@ -292,24 +324,24 @@ def _weight_files(folder: Path) -> list[Path]:
             "that has them."
         )
     if not found:
-        raise ModelError(f"model: {folder} holds no weights. Expected model.safetensors there. {_AGAIN}")
+        raise ModelError(f"model: {folder} holds no weights. Expected model.safetensors there. {_REMEDY}")
     return found
 
 
-def read_weight_shapes(path: Path, what: str = "model", again: str = _AGAIN) -> dict[str, list[int]]:
+def read_weight_shapes(path: Path, subject: str = "model", remedy: str = _REMEDY) -> dict[str, list[int]]:
     """Return the shape of each weight in a safetensors file, by name. No weight is read.
 
     Args:
         path: of the file.
-        what: it belongs to, in a word.
-        again: what to do if it is damaged.
+        subject: what the file belongs to, in a word: model or adapter.
+        remedy: what to do if it is damaged, a sentence.
 
     Raises:
         ModelError: the file is damaged, or cut off.
     """
     from safetensors import SafetensorError, safe_open
 
-    _no_pointer(path, what)
+    _refuse_pointer(path, subject)
     shapes = {}
     try:
         with safe_open(path, framework="np") as file:
@@ -317,15 +349,15 @@ def read_weight_shapes(path: Path, what: str = "model", again: str = _AGAIN) -> 
                 shapes[name] = file.get_slice(name).get_shape()
     except SafetensorError as error:
         raise ModelError(
-            f"{what}: {path} is damaged or was cut off: it has {path.stat().st_size:,} bytes; expected a header of "
-            f"safetensors and all weights that it lists ({first_line(error)}). {again}"
+            f"{subject}: {path} is damaged or was cut off: it has {path.stat().st_size:,} bytes; expected a header of "
+            f"safetensors and all weights that it lists ({first_line(error)}). {remedy}"
         ) from error
     return shapes
 
 
-def _no_pointer(path: Path, what: str) -> None:
+def _refuse_pointer(path: Path, subject: str) -> None:
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise ModelError(
-                f"{what}: {path} is a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`."
+                f"{subject}: {path} is a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`."
             )

@@ -1,4 +1,4 @@
-"""What this machine can do: its GPU, if it has one, the precision and the kernels that follow (notebooks 02 and 03)."""
+"""Find out what this machine can do: its GPU, and the precision and kernels that follow (notebooks 02 and 03)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as far as a plan needs to know it. Rates are the vendor's, for 16-bit products; they only rank choices.
+    """Hold what a plan needs to know about a GPU.
 
-    `memory` is what a program can see, in bytes; `capability` the CUDA compute capability; `matrix_rate` in FLOP/s,
-    `bandwidth` in bytes/s.
+    `memory` is what a program can see, in bytes; `capability` is the CUDA compute capability. `matrix_rate`, in FLOP/s
+    of 16-bit products, and `bandwidth`, in bytes/s, are the vendor's: they only rank choices.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Card:
 
     @property
     def bf16(self) -> bool:
-        """Whether it multiplies in bf16: from Ampere on. PyTorch also says yes where that is emulated, as on a T4."""
+        """Return True if it multiplies in bf16, from Ampere on. PyTorch says yes for emulation too, as on a T4."""
         return self.capability[0] >= 8
 
 
@@ -51,10 +51,10 @@ CARDS = {
 
 
 def find_card(name: str) -> Card:
-    """The card of that name, in whatever case.
+    """Return the card of a name, in upper or lower case.
 
     Raises:
-        ConfigError: not in `CARDS`; lists those that are.
+        ConfigError: no card in `CARDS` has this name; lists those that are there.
     """
     for card in CARDS.values():
         if card.name.lower() == name.lower():
@@ -63,26 +63,28 @@ def find_card(name: str) -> Card:
 
 
 def this_card() -> Card | None:
-    """The first GPU of this machine, None if there is none. A kind that is not in `CARDS` gets a near one's rates."""
+    """Return the first GPU of this machine, or None. A kind that is not in `CARDS` gets the rates of a similar one."""
     import torch
 
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
     capability = (properties.major, properties.minor)
-    alike = sorted(
-        CARDS.values(),
-        key=lambda card: (
+
+    # cards of one generation are more alike than cards of one size
+    def distance(card: Card) -> tuple[bool, bool, int]:
+        return (
             card.capability[0] != capability[0],
             card.name.split("-")[0] not in properties.name,
             abs(card.memory - properties.total_memory),
-        ),
-    )[0]
-    return Card(properties.name, properties.total_memory, capability, alike.matrix_rate, alike.bandwidth)
+        )
+
+    similar = min(CARDS.values(), key=distance)
+    return Card(properties.name, properties.total_memory, capability, similar.matrix_rate, similar.bandwidth)
 
 
 def precision(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[str, str]:
-    """The dtype of matrix products by its name, and why.
+    """Choose the dtype of matrix products by its name, with a reason.
 
     bf16 where the GPU has it in silicon, fp16 on older ones such as the T4, fp32 on a CPU, where small models gain
     nothing from less. T5 and its kin were trained in bf16 and leave the range of fp16, so they get fp32 on a T4.
@@ -90,6 +92,7 @@ def precision(config: RunConfig, card: Card | None, architecture: Architecture =
     Raises:
         ConfigError: fp16 was asked for with an encoder-decoder.
     """
+    # refused even if it was given: the training would only fail later, with a loss of NaN
     if architecture == "encoder-decoder" and config.compute_dtype == "float16":
         raise ConfigError(
             "compute_dtype: float16 does not hold what an encoder-decoder such as Flan-T5 computes, and its loss would "
@@ -97,6 +100,7 @@ def precision(config: RunConfig, card: Card | None, architecture: Architecture =
         )
     if config.compute_dtype != "auto":
         return config.compute_dtype, "as given"
+    # what is left open follows from the hardware
     if card is None:
         return "float32", "a CPU gains nothing from less on small models"
     if card.bf16:
@@ -107,11 +111,12 @@ def precision(config: RunConfig, card: Card | None, architecture: Architecture =
 
 
 def attention_kernel(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[str, str]:
-    """The kernel for packs by the name that `RunConfig.attention_kernel` has for it, and why."""
+    """Choose the kernel for packs by its name in `RunConfig.attention_kernel`, with a reason."""
     if config.attention_kernel != "auto":
         return config.attention_kernel, "as given"
     if architecture == "encoder-decoder":
         return "dense", "padded batches with a bias for each distance: there are no packs to split"
+    # a mask over a whole pack costs memory and time for pairs of tokens that never attend to each other
     if card is None:
         return "split", "on a CPU one call for each conversation costs far less than a mask over the whole pack"
     if not card.bf16:
@@ -126,7 +131,7 @@ def _torch_has_varlen() -> bool:
 
 
 def liger_kernels(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[bool, str]:
-    """Whether to take Liger's fused kernels for norms, rotation and SwiGLU, and why."""
+    """Choose whether Liger's fused kernels compute norms, rotation and SwiGLU, with a reason."""
     if config.liger is not None:
         return config.liger, "as given"
     if architecture == "encoder-decoder":
@@ -142,21 +147,25 @@ def liger_kernels(config: RunConfig, card: Card | None, architecture: Architectu
 
 
 class OutOfMemoryError(RuntimeError):
-    """No memory even for the smallest pass; the message says what would take less."""
+    """Say that there is no memory even for the smallest pass, and what would take less."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: torch's own, Python's, or those of CUDA's libraries."""
+    """Return True if an error says that memory ran out: torch's own, Python's, or those of CUDA's libraries."""
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
+    # CUDA's libraries have no error type for it
     words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def free_memory() -> None:
-    """Give back what nobody holds any more. Not in an `except` block, whose traceback holds the tensors of a pass."""
+    """Free memory that nothing refers to.
+
+    Call it outside of `except` blocks: there the traceback still refers to the tensors of a pass.
+    """
     import torch
 
     gc.collect()

@@ -1,6 +1,6 @@
-"""The memory of a training before it runs, part by part, and what was learned where it ran out (notebook 03).
+"""Predict the memory of a training before it runs, and learn where it ran out all the same (notebook 03).
 
-Every part is counted from the model's shape: what is stored, and what autograd keeps of one forward pass of our layers.
+Every part is counted from the model's shape: what is stored, and what autograd saves in one forward pass of our layers.
 `tests/models/test_memory.py` holds the result against peaks measured on a GPU.
 """
 
@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import ModelError, RunConfig
 from qlora_utils.models import shapes
@@ -26,176 +26,222 @@ if TYPE_CHECKING:
 
 PARTS = ("weights", "quantization constants", "expanded weights", "head", "adapters", "gradients", "optimizer",
          "activations", "logits", "workspace")  # fmt: skip
-# What is frozen is blue, what training adds orange, what a pass keeps gray; lighter and darker tell the parts apart.
+# What is frozen is blue, what training adds is orange, what a pass saves is gray; shades tell the parts apart.
 PART_COLORS = ("#08519c", "#6baed6", "#c6dbef", "#7f2704", "#d94801", "#fd8d3c", "#fdd0a2",
                "#8c8c8c", "#bdbdbd", "#e3e3e3")  # fmt: skip
-CHUNK = 2**27  # bytes of fp32 logits held at a time: `loss.CHUNK_BYTES["cuda"]`
+# Bytes of fp32 logits that exist at a time: `loss.CHUNK_BYTES["cuda"]`.
+CHUNK = 2**27
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a configuration takes at its peak: bytes by part, of which some are never there together."""
+    """Hold the memory of a configuration in bytes: each part, and the peak.
+
+    Some parts never exist together, so their sum is more than the peak.
+    """
 
     parts: dict[str, int]
     peak: int
 
     def fits(self, card: Card) -> bool:
-        """Whether the peak leaves the card room for what no plan sees: the CUDA context, fragmentation."""
-        return self.peak <= room(card)
+        """Return True if the peak leaves space on the card for what no plan sees: the CUDA context, fragmentation."""
+        return self.peak <= usable_memory(card)
 
 
-def room(card: Card) -> int:
-    """Bytes of a card that tensors may take: its memory less 0.7 GiB for the CUDA context and 4 % for fragmentation."""
+def usable_memory(card: Card) -> int:
+    """Return the bytes of a card that tensors can take.
+
+    That is its memory less 0.7 GiB for the CUDA context and 4 % for fragmentation.
+    """
     return int(card.memory * 0.96 - 0.7 * GIB)
 
 
 def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, passes: int = 2) -> MemoryPlan:
-    """The memory that PyTorch will have allocated at most while this configuration trains.
+    """Predict the most memory that PyTorch will have allocated at a time while this configuration trains.
 
     Args:
         shape: of the base model.
         config: the run, resolved: nothing in it left open.
         pass_tokens: of the largest forward pass; None: `micro_batch_tokens`, or one example that is longer.
-        passes: forward passes in a step. With a second one, the gradients of the first lie beside its activations.
+        passes: forward passes in a step. From the second one on, the gradients of the first exist beside activations.
     """
     wide = 4 if config.compute_dtype == "float32" else 2  # bytes of a hidden value
     tokens = pass_tokens or max(config.micro_batch_tokens or 0, shape.longest_example(config))
     lora = shape.lora_parameters(config)
     head_trained = shape.head_parameters if config.train_head else 0
     trained = lora + head_trained
-    blocks = shape.linear_parameters // 64
-    layer, kept_per_layer = shape.activations(config, wide)
-    largest = shape.largest_linear
-    logits_rows = min(tokens, CHUNK // (4 * shape.vocabulary))
+    layer, saved_per_layer = shape.activations(config, wide)
+    # with checkpointing one layer at a time is computed again, and saved whole
+    recomputed = tokens * layer if config.gradient_checkpointing else 0
     parts = {
-        # NF4, or as they are; embeddings and norms
-        "weights": (shape.linear_parameters // 2 if config.quantize else shape.linear_parameters * wide)
-        + shape.embedding_parameters * wide
-        + shape.fp32_parameters * 4
-        + shape.small_parameters * wide,
-        # one absolute maximum for each block of 64: a byte, and for each 256 of these another; or four bytes
-        "quantization constants": (0 if not config.quantize else blocks + blocks // 64 + shape.quantized_layers * 1100)
-        if config.double_quantization
-        else blocks * 4 * config.quantize,
+        "weights": _weight_bytes(shape, config, wide),
+        "quantization constants": _constant_bytes(shape, config),
         "expanded weights": shape.linear_parameters * wide if config.keep_expanded and config.quantize else 0,
         # a head that is tied to the embeddings is counted with them; the copy that trains is in fp32
         "head": (0 if shape.head_is_tied else shape.head_parameters * wide) + head_trained * 4,
-        "adapters": lora * (4 + (wide if config.fused_layers else 0)),  # and a copy in the precision of products
-        # of the whole step, and of this pass the head's, which is there before it is added
+        # in fp32, and a copy in the precision of products
+        "adapters": lora * (4 + (wide if config.fused_layers else 0)),
+        # of the whole step; the head's gradient of this pass too, which exists before it is added to them
         "gradients": (trained + (head_trained if passes > 1 else 0)) * 4,
         "optimizer": _optimizer_bytes(config, trained),
-        # and weights kept in fp32, as the products of this pass see them
-        "activations": tokens * (kept_per_layer * shape.layers + (layer if config.gradient_checkpointing else 0))
-        + (0 if config.gradient_checkpointing or wide == 4 else shape.fp32_parameters * wide),
-        # of a chunk: logits as they come, in fp32, their softmax, which becomes the gradient; the head in the
-        # precision of products; hidden states of the last norm, of answers alone, and their gradient
-        "logits": logits_rows * shape.vocabulary * (wide + 4 + 4 + (wide if wide < 4 else 0))
-        + shape.head_parameters * wide * config.train_head
-        + 4 * tokens * shape.hidden * wide,
-        # one weight dequantized, what flows backward through a layer
-        "workspace": (0 if config.keep_expanded else largest * wide)
+        "activations": tokens * saved_per_layer * shape.layers + recomputed + _cast_bytes(shape, config, wide),
+        "logits": _logit_bytes(shape, config, tokens, wide),
+        # one dequantized weight, and what flows backward through a layer
+        "workspace": (0 if config.keep_expanded else shape.largest_linear * wide)
         + tokens * wide * (shape.intermediate + shape.hidden),
     }
-    kept = parts["activations"] - (tokens * layer if config.gradient_checkpointing else 0)
+
+    # the peak is at one of three moments: parts of one are freed before the next
     fixed = sum(parts[name] for name in PARTS[:5]) + parts["optimizer"]
     gradients_before = 4 * trained if passes > 1 else 0
     head_gradient = 4 * head_trained
-    moments = (
-        fixed + gradients_before + kept + parts["logits"] + head_gradient,  # the loss
-        fixed + gradients_before + parts["activations"] + head_gradient + parts["workspace"],  # the last layer
-        fixed + 4 * trained + _step_workspace(config, trained),  # the optimizer's step
-    )
-    return MemoryPlan(parts, max(moments))
+    in_loss = fixed + gradients_before + parts["activations"] - recomputed + parts["logits"] + head_gradient
+    in_last_layer = fixed + gradients_before + parts["activations"] + head_gradient + parts["workspace"]
+    in_step = fixed + 4 * trained + _step_workspace(config, trained)
+    return MemoryPlan(parts, max(in_loss, in_last_layer, in_step))
+
+
+def _weight_bytes(shape: Shape, config: RunConfig, wide: int) -> int:
+    """Return the bytes of all frozen weights but the head: NF4 or as they are, embeddings and norms."""
+    linear = shape.linear_parameters // 2 if config.quantize else shape.linear_parameters * wide
+    return linear + (shape.embedding_parameters + shape.small_parameters) * wide + shape.fp32_parameters * 4
+
+
+def _constant_bytes(shape: Shape, config: RunConfig) -> int:
+    """Return the bytes of the quantization constants.
+
+    Each block of 64 weights has one absolute maximum of four bytes; with double quantization it is a byte, and each 256
+    of these have another maximum.
+    """
+    blocks = shape.linear_parameters // 64
+    if not config.quantize:
+        return 0
+    return blocks + blocks // 64 + shape.quantized_layers * 1100 if config.double_quantization else blocks * 4
+
+
+def _cast_bytes(shape: Shape, config: RunConfig, wide: int) -> int:
+    """Return the bytes that autograd saves of fp32 weights, cast to the precision of products."""
+    return 0 if config.gradient_checkpointing or wide == 4 else shape.fp32_parameters * wide
+
+
+def _logit_bytes(shape: Shape, config: RunConfig, tokens: int, wide: int) -> int:
+    """Return the bytes of the loss: logits exist for one chunk of answer tokens at a time.
+
+    Of a chunk: logits as they are computed, in fp32, their softmax, which becomes the gradient, and a cast of them.
+    Besides: the head in the precision of products, hidden states of the last norm, of answers alone, their gradient.
+    """
+    rows = min(tokens, CHUNK // (4 * shape.vocabulary))
+    chunk = rows * shape.vocabulary * (wide + 4 + 4 + (wide if wide < 4 else 0))
+    return chunk + shape.head_parameters * wide * config.train_head + 4 * tokens * shape.hidden * wide
 
 
 def _optimizer_bytes(config: RunConfig, trained: int) -> int:
+    # two moments of a byte and a scale for each block of 256, or two moments in fp32
     if config.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
-        return 2 * trained + 2 * 4 * trained // 256  # two moments of a byte, a scale for each block of 256
+        return 2 * trained + 2 * 4 * trained // 256
     return 8 * trained
 
 
 def _step_workspace(config: RunConfig, trained: int) -> int:
+    # optimizers that are not fused into one kernel make a temporary copy of all that trains
     return 0 if config.optimizer in ("adamw_8bit", "paged_adamw_8bit", "adamw_torch_fused") else 4 * trained
 
 
 def answer_room(config: RunConfig) -> int | None:
-    """Tokens whose keys and values this GPU holds now, beside the model and all else that lies there.
+    """Return how many tokens' keys and values fit into this GPU now, beside the model and whatever else is there.
 
-    Of what is free, six tenths: generation copies the cache as it grows. None without a GPU, or for a model that
-    cannot be planned.
+    Only six tenths of what is free, since generation copies the cache as it grows. None without a GPU, or for a model
+    that cannot be planned.
     """
     import torch
 
     card = this_card()
     if card is None:
         return None
+    # a model that no plan counts can still be asked: batches then are as large as the config says
     try:
         shape = shapes.read(config.model)
     except ModelError:
         return None
     wide = 4 if precision(config, card, shape.architecture)[0] == "float32" else 2
-    token = shape.cached_values * wide
-    return max(1, int(0.6 * (room(card) - torch.cuda.memory_allocated()) / token))
+    token_bytes = shape.cached_values * wide
+    return max(1, int(0.6 * (usable_memory(card) - torch.cuda.memory_allocated()) / token_bytes))
 
 
-def too_large(config: RunConfig, card: Card, least: int) -> str:
-    """What to say when even the smallest plan, of `least` bytes, does not fit, and what to change."""
+def explain_too_large(config: RunConfig, card: Card, smallest: int) -> str:
+    """Explain that even the smallest plan, in bytes, does not fit a card, and list what to change."""
     return (
-        f"{card.name} has room for {room(card) / GIB:.1f} GiB, and this takes {least / GIB:.1f} GiB at the least. Take "
-        f"{_ways(config)}. `qlora plan` shows each part."
+        f"{card.name} has room for {usable_memory(card) / GIB:.1f} GiB, and this takes {smallest / GIB:.1f} GiB at the "
+        f"least. Take {_list_remedies(config)}. `qlora plan` shows each part."
     )
 
 
-def _ways(config: RunConfig) -> str:
-    ways = [f"shorter examples (max_seq_len={config.max_seq_len // 2})"]
-    ways += ["a frozen head (train_head=false)"] if config.train_head else []
-    ways += ["gradient_checkpointing=true"] if not config.gradient_checkpointing else []
-    ways += [f"a lower rank (lora_r={config.lora_r // 2})"] if config.lora_r > 8 else []
-    return f"{', '.join(ways)} or a smaller model"
+def _list_remedies(config: RunConfig) -> str:
+    remedies = [f"shorter examples (max_seq_len={config.max_seq_len // 2})"]
+    if config.train_head:
+        remedies.append("a frozen head (train_head=false)")
+    if not config.gradient_checkpointing:
+        remedies.append("gradient_checkpointing=true")
+    if config.lora_r > 8:
+        remedies.append(f"a lower rank (lora_r={config.lora_r // 2})")
+    return f"{', '.join(remedies)} or a smaller model"
 
 
-# ---------------------------------------------------------------------------------------------------- what was learned
+# ---------------------------------------------------------------------------------------------------- learned
 
-_ALIKE = ("model", "quantize", "train_head", "lora_r", "lora_targets", "compute_dtype", "optimizer", "keep_expanded",
-          "gradient_checkpointing", "attention_kernel", "fused_layers", "liger")  # fmt: skip
+# What memory depends on: a pass that ran out says something about runs that are equal in these.
+_MEMORY_FIELDS = ("model", "quantize", "train_head", "lora_r", "lora_targets", "compute_dtype", "optimizer",
+                  "keep_expanded", "gradient_checkpointing", "attention_kernel", "fused_layers", "liger")  # fmt: skip
 
 
 def learn(config: RunConfig, tokens: int) -> None:
-    """Note that a pass of so many tokens ran out of memory on this machine, for this run and those that come.
+    """Record that a pass of so many tokens ran out of memory on this machine, for this run and later ones.
 
     Args:
         config: the run, resolved.
         tokens: of the pass, padding included.
     """
     path = Path(config.output_dir) / LEARNED
-    line = {"machine": _machine(), "tokens": tokens, **{name: getattr(config, name) for name in _ALIKE}}
+    case = _describe_case(config)
+    line = {"machine": case["machine"], "tokens": tokens, **case}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def within_learned(config: RunConfig, tokens: int) -> int:
-    """The bound for a pass, or half of the smallest that is known to have run out of memory here, if that is less."""
+    """Return the bound for a pass: `tokens`, or less where passes ran out of memory on this machine.
+
+    Half of the smallest pass that ran out is taken to fit.
+    """
     path = Path(config.output_dir) / LEARNED
     if not path.is_file():
         return tokens
-    alike = {"machine": _machine(), **{name: getattr(config, name) for name in _ALIKE}}
-    failed = [line["tokens"] for line in read_jsonl(path) if {n: line.get(n) for n in alike} == alike]
-    return max(1, min([tokens, *(size // 2 for size in failed)]))
+    case = _describe_case(config)
+    bound = tokens
+    for line in read_jsonl(path):
+        if {name: line.get(name) for name in case} == case:
+            bound = min(bound, line["tokens"] // 2)
+    return max(1, bound)
 
 
-def _machine() -> str:
+def _describe_case(config: RunConfig) -> dict[str, Any]:
+    return {"machine": _describe_machine(), **{name: getattr(config, name) for name in _MEMORY_FIELDS}}
+
+
+def _describe_machine() -> str:
     card = this_card()
     return f"{card.name}, {card.memory} bytes" if card else "CPU"
 
 
 def too_large_at_last(config: RunConfig) -> str:
-    """What to change when not even one example at a time fits into memory."""
+    """Explain that not even one example at a time fits into memory, and list what to change."""
     card = this_card()
-    return f"{'This machine' if card is None else card.name} has too little memory for this. Take {_ways(config)}."
+    machine = "This machine" if card is None else card.name
+    return f"{machine} has too little memory for this. Take {_list_remedies(config)}."
 
 
-# ---------------------------------------------------------------------------------------------------- shown
+# ---------------------------------------------------------------------------------------------------- displayed
 
 
 def plan_table(plan: MemoryPlan, card: Card | None = None) -> str:
@@ -205,23 +251,26 @@ def plan_table(plan: MemoryPlan, card: Card | None = None) -> str:
     lines.append(f"{'at the peak':<24}{plan.peak / size_of:>8.2f} {unit}")
     if card is not None:
         verdict = "fits" if plan.fits(card) else "DOES NOT FIT"
-        lines.append(f"{'room on ' + card.name:<24}{room(card) / GIB:>8.2f} GiB  {verdict}")
+        lines.append(f"{'room on ' + card.name:<24}{usable_memory(card) / GIB:>8.2f} GiB  {verdict}")
     return "\n".join(lines)
 
 
 def plot_plan(plans: Mapping[str, MemoryPlan], ax: Axes, card: Card | None = None) -> Figure:
-    """A bar for each plan, its parts stacked, its peak and the card's room marked. Parts can be more than the peak."""
+    """Draw a bar for each plan, its parts stacked; mark the peak, less than their sum, and the card's memory."""
     for position, plan in enumerate(plans.values()):
         left = 0.0
         for number, name in enumerate(PARTS):
             size = plan.parts[name] / GIB
-            ax.barh(position, size, left=left, color=PART_COLORS[number], label=name if position == 0 else None)
+            # once is enough for the legend
+            label = name if position == 0 else None
+            ax.barh(position, size, left=left, color=PART_COLORS[number], label=label)
             left += size
+        # parts that never exist together make the bar longer than the peak
         ax.plot([plan.peak / GIB] * 2, [position - 0.45, position + 0.45], color="black", linewidth=2)
         end = max(left, plan.peak / GIB)
         ax.annotate(f" {plan.peak / GIB:.1f} GiB", (end, position), va="center", fontsize="small")
     if card is not None:
-        ax.axvline(room(card) / GIB, color="black", linestyle="--", label=f"room on {card.name}")
+        ax.axvline(usable_memory(card) / GIB, color="black", linestyle="--", label=f"room on {card.name}")
     ax.set_yticks(range(len(plans)), list(plans))
     ax.invert_yaxis()
     ax.margins(x=0.12)

@@ -1,7 +1,8 @@
-"""What a config leaves open, decided by the hardware and by the fastest that fits its memory (notebooks 02, 03)."""
+"""Decide what a config leaves open: by the hardware, and by the fastest that fits its memory (notebooks 02, 03)."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,21 +12,32 @@ from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.models import shapes
 from qlora_utils.models.files import Architecture
 from qlora_utils.models.hardware import CARDS, GIB, Card, attention_kernel, liger_kernels, precision, this_card
-from qlora_utils.models.memory import MemoryPlan, plan_table, plot_plan, predict, room, too_large, within_learned
+from qlora_utils.models.memory import (
+    MemoryPlan,
+    explain_too_large,
+    plan_table,
+    plot_plan,
+    predict,
+    usable_memory,
+    within_learned,
+)
 from qlora_utils.models.shapes import Shape, architecture_of
 
 if TYPE_CHECKING:
     from ipywidgets import Widget
 
-MEAN_TOKENS = 460  # of a conversation where nothing is known of the data: the mean of the Guanaco rows
+# Tokens of a conversation where nothing is known about the data: the mean of the Guanaco rows.
+MEAN_TOKENS = 460
 PASS_TOKENS = (32768, 24576, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024, 512)
+# Fields that a config can leave open.
 OPEN = ("compute_dtype", "attention_kernel", "liger", "keep_expanded", "gradient_checkpointing", "micro_batch_tokens",
         "optimizer")  # fmt: skip
+_BY_HARDWARE = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels}
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config with nothing left open, as it was `given`, and why each open value became what it is.
+    """Hold a config with nothing left open, the config as it was `given`, and a reason for each value that was open.
 
     It is made once, when the base model is loaded, and handed on with the model, as its attribute `resolved`.
     """
@@ -36,18 +48,31 @@ class Resolved:
     reasons: dict[str, str]
 
     def text(self) -> str:
-        """One line for each value that was open."""
-        width = max((len(name) for name in self.reasons), default=0)
+        """Format one line for each value that was open: name, value and reason in columns."""
         values = {name: str(getattr(self.config, name)) for name in self.reasons}
-        wide = max((len(value) for value in values.values()), default=0)
-        return "\n".join(f"{name:<{width}}  {values[name]:<{wide}}  {why}" for name, why in self.reasons.items())
+        name_width = max(map(len, values), default=0)
+        value_width = max(map(len, values.values()), default=0)
+        lines = []
+        for name, reason in self.reasons.items():
+            lines.append(f"{name:<{name_width}}  {values[name]:<{value_width}}  {reason}")
+        return "\n".join(lines)
+
+
+def is_open(config: RunConfig, name: str) -> bool:
+    """Return True if a config leaves a field open: None or auto."""
+    return getattr(config, name) in (None, "auto")
+
+
+def _fill_open(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return the config with these values where it leaves a field open."""
+    return config.model_copy(update={name: value for name, value in values.items() if is_open(config, name)})
 
 
 def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | None = None) -> Resolved:
     """Decide what the config leaves open: from the hardware, and by the fastest that fits into its memory.
 
-    A value that is given is kept, so a config with nothing open comes back as it is. For a model that cannot be
-    planned, what takes the least memory is chosen.
+    Values that are given stay, so a config with nothing open is returned as it is. For a model that cannot be planned
+    the values are chosen that take the least memory.
 
     Args:
         config: the run.
@@ -57,34 +82,40 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
     Raises:
         ConfigError: nothing fits; names the smallest plan and what to change.
     """
-    given, here = config, card is None
-    architecture = shape.architecture if shape else _architecture(config)
-    precision(config, card, architecture)  # refuses what the model cannot be computed in, given or not
-    if all(getattr(config, name) not in (None, "auto") for name in OPEN):
+    given, on_this_machine = config, card is None
+    architecture = shape.architecture if shape else _read_architecture(config)
+    # refuses a precision that the model cannot be computed in, given or not
+    precision(config, card, architecture)
+    if not any(is_open(config, name) for name in OPEN):
         return Resolved(config, given, architecture, {})
+
+    # precision and kernels follow from the hardware alone, and the plan depends on them
     card = card or this_card()
     values: dict[str, Any] = {}
     reasons: dict[str, str] = {}
-    by_hardware = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels}
-    for name, choose in by_hardware.items():
-        if getattr(config, name) in (None, "auto"):
+    for name, choose in _BY_HARDWARE.items():
+        if is_open(config, name):
             values[name], reasons[name] = choose(config, card, architecture)
     config = config.model_copy(update=values)
-    if all(getattr(config, name) not in (None, "auto") for name in OPEN):
+    if not any(is_open(config, name) for name in OPEN):
         return Resolved(config, given, architecture, reasons)
+
+    # the rest follows from memory
     if card is None:
-        chosen = _on_cpu(config)
-        why = dict.fromkeys(OPEN, "on a CPU, where main memory is plenty, the fastest")
+        chosen = _resolve_on_cpu(config)
+        explained = dict.fromkeys(OPEN, "on a CPU, where main memory is plenty, the fastest")
     else:
         try:
             shape = shape or shapes.read(config.model)
-            chosen = fastest(config, card, shape)
-            why = _reasons(chosen, card, shape)
+            chosen = choose_fastest(config, card, shape)
+            explained = _explain_choices(chosen, card, shape)
         except ModelError as error:
-            chosen = cautious(config)
-            why = dict.fromkeys(OPEN, f"the least memory, since nothing can be planned: {error}")
-    reasons |= {name: why[name] for name in OPEN if getattr(config, name) in (None, "auto")}
-    if here and "micro_batch_tokens" in reasons:
+            chosen = use_least_memory(config)
+            explained = dict.fromkeys(OPEN, f"the least memory, since nothing can be planned: {error}")
+    reasons |= {name: explained[name] for name in OPEN if is_open(config, name)}
+
+    # a plan can be wrong: what ran out of memory on this machine before is not tried again
+    if on_this_machine and "micro_batch_tokens" in reasons:
         planned = chosen.micro_batch_tokens or chosen.max_seq_len
         fits = within_learned(chosen, planned)
         if fits < planned:
@@ -95,98 +126,105 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
     return Resolved(chosen, given, architecture, reasons)
 
 
-def _architecture(config: RunConfig) -> Architecture:
-    """The model's own; of one that cannot be read, which loading it will say, the commoner one."""
+def _read_architecture(config: RunConfig) -> Architecture:
+    """Return the model's architecture, or causal for a model that cannot be read: loading it will say why."""
     try:
         return architecture_of(config.model)
     except ModelError:
         return "causal"
 
 
-def _reasons(chosen: RunConfig, card: Card, shape: Shape) -> dict[str, str]:
-    """Why the plan chose each value, in numbers."""
+def _explain_choices(chosen: RunConfig, card: Card, shape: Shape) -> dict[str, str]:
+    """Explain in numbers why the plan chose each value."""
 
     def peak(**changes: Any) -> str:
         return f"{predict(shape, chosen.model_copy(update=changes)).peak / GIB:.1f} GiB"
 
     unit = "conversations" if shape.architecture == "causal" else "examples"
-    space = f"{room(card) / GIB:.1f} GiB of {card.name}"
+    space = f"{usable_memory(card) / GIB:.1f} GiB of {card.name}"
     step = f"a step of {chosen.batch_size} {unit}"
-    return {
-        "keep_expanded": f"saves dequantizing every weight in every pass, and {peak()} fit into the {space}"
-        if chosen.keep_expanded
-        else f"kept dequantized they would make it {peak(keep_expanded=True)}: more than {space}, or than it saves",
-        "gradient_checkpointing": f"without it a pass would take {peak(gradient_checkpointing=False)} of the {space}"
-        if chosen.gradient_checkpointing
-        else f"{peak()} fit into the {space}: nothing needs to be computed twice",
-        "micro_batch_tokens": f"enough for {step}, or close to it; {peak()} of the {space}",
-        "optimizer": "moments in 32 bits, all weights in a few kernels"
-        if chosen.optimizer == "adamw_torch_fused"
-        else f"moments in 8 bits: in 32 they would make it {peak(optimizer='adamw_torch_fused')} of the {space}",
-    }
+    reasons = {"micro_batch_tokens": f"enough for {step}, or close to it; {peak()} of the {space}"}
+    if chosen.keep_expanded:
+        reasons["keep_expanded"] = f"saves dequantizing every weight in every pass, and {peak()} fit into the {space}"
+    else:
+        more = peak(keep_expanded=True)
+        reasons["keep_expanded"] = f"kept dequantized they would make it {more}: more than {space}, or than it saves"
+    if chosen.gradient_checkpointing:
+        more = peak(gradient_checkpointing=False)
+        reasons["gradient_checkpointing"] = f"without it a pass would take {more} of the {space}"
+    else:
+        reasons["gradient_checkpointing"] = f"{peak()} fit into the {space}: nothing needs to be computed twice"
+    if chosen.optimizer == "adamw_torch_fused":
+        reasons["optimizer"] = "moments in 32 bits, all weights in a few kernels"
+    else:
+        more = peak(optimizer="adamw_torch_fused")
+        reasons["optimizer"] = f"moments in 8 bits: in 32 they would make it {more} of the {space}"
+    return reasons
 
 
-def _on_cpu(config: RunConfig) -> RunConfig:
-    given = {"keep_expanded": False, "gradient_checkpointing": False, "micro_batch_tokens": 2048,
-             "optimizer": "adamw_torch"}  # fmt: skip
-    return config.model_copy(update={n: v for n, v in given.items() if getattr(config, n) in (None, "auto")})
+def _resolve_on_cpu(config: RunConfig) -> RunConfig:
+    """Return the config with what is fastest on a CPU in place of all that a plan would decide."""
+    fast = {"keep_expanded": False, "gradient_checkpointing": False, "micro_batch_tokens": 2048,
+            "optimizer": "adamw_torch"}  # fmt: skip
+    return _fill_open(config, fast)
 
 
-def cautious(config: RunConfig) -> RunConfig:
-    """What takes the least memory, in place of all that a plan would decide."""
-    given = {"keep_expanded": False, "gradient_checkpointing": True, "micro_batch_tokens": config.max_seq_len,
+def use_least_memory(config: RunConfig) -> RunConfig:
+    """Return the config with what takes the least memory in place of all that a plan would decide."""
+    small = {"keep_expanded": False, "gradient_checkpointing": True, "micro_batch_tokens": config.max_seq_len,
              "optimizer": "adamw_8bit"}  # fmt: skip
-    return config.model_copy(update={n: v for n, v in given.items() if getattr(config, n) in (None, "auto")})
+    return _fill_open(config, small)
 
 
 def resolve_to_load(config: RunConfig) -> Resolved:
-    """Resolve a config for a model that is only to be loaded: where a training would not fit, answers may."""
+    """Resolve a config for a model that is only to be loaded: answers can fit where a training does not."""
     try:
         return resolve_auto(config)
     except ConfigError:
-        return resolve_auto(cautious(config))
+        return resolve_auto(use_least_memory(config))
 
 
 def resolution_of(model: Any, config: RunConfig) -> Resolved:
-    """Return what was resolved when a model was loaded; resolve anew where that was for another config.
+    """Return what was resolved when a model was loaded, or resolve anew if that was for another config.
 
     Args:
         model: base or tuned, from `quantization.load`.
         config: the run.
 
     Raises:
-        ConfigError: as `resolve_auto`; so a model that was loaded where no training fits is refused for one.
+        ConfigError: nothing fits. So a model that was loaded where no training fits is refused for one.
     """
     resolved = getattr(model, "resolved", None)
-    return resolved if isinstance(resolved, Resolved) and resolved.given == config else resolve_auto(config)
+    if isinstance(resolved, Resolved) and resolved.given == config:
+        return resolved
+    return resolve_auto(config)
 
 
 def candidates(config: RunConfig, shape: Shape) -> Iterator[RunConfig]:
-    """Every way to fill in what is open for a GPU."""
+    """List every way to fill in what is open for a GPU."""
+    # peft's own layers, and those with DoRA, dequantize weights that are stored expanded all the same
+    useful = config.quantize and config.fused_layers and not config.dora
+    # a pass is no smaller than an example, and hardly larger than a step can be
     longest = shape.longest_example(config)
-    for optimizer in _open(config, "optimizer", ("adamw_torch_fused", "adamw_8bit")):
-        # peft's own layers, and those with DoRA, dequantize whatever is kept
-        useful = config.quantize and config.fused_layers and not config.dora
-        for kept in _open(config, "keep_expanded", (False, True) if useful else (False,)):
-            for checkpointing in _open(config, "gradient_checkpointing", (False, True)):
-                # hardly larger than a step can be, no smaller than an example
-                sizes = [tokens for tokens in PASS_TOKENS if longest <= tokens < 1.5 * config.batch_size * longest]
-                for tokens in _open(config, "micro_batch_tokens", tuple(sizes) or (longest,)):
-                    yield config.model_copy(
-                        update={"optimizer": optimizer, "keep_expanded": kept, "micro_batch_tokens": tokens,
-                                "gradient_checkpointing": checkpointing}
-                    )  # fmt: skip
+    sizes = tuple(tokens for tokens in PASS_TOKENS if longest <= tokens < 1.5 * config.batch_size * longest)
+    choices: dict[str, tuple[Any, ...]] = {
+        "optimizer": ("adamw_torch_fused", "adamw_8bit"),
+        "keep_expanded": (False, True) if useful else (False,),
+        "gradient_checkpointing": (False, True),
+        "micro_batch_tokens": sizes or (longest,),
+    }
+    # a value that is given is the only choice
+    for name in choices:
+        if not is_open(config, name):
+            choices[name] = (getattr(config, name),)
+    for values in itertools.product(*choices.values()):
+        yield config.model_copy(update=dict(zip(choices, values, strict=True)))
 
 
-def _open(config: RunConfig, name: str, choices: tuple[Any, ...]) -> tuple[Any, ...]:
-    value = getattr(config, name)
-    return choices if value in (None, "auto") else (value,)
+def choose_fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
+    """Choose the fastest candidate that fits into memory; of equally fast ones the one that takes the least memory.
 
-
-def fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
-    """The candidate that takes the least time of those that fit; of those as fast, the one that takes least memory.
-
-    Moments in 8 bits, which are rounded, are taken only where those in 32 do not fit or cost time.
+    Moments in 8 bits, which are rounded, are chosen only where those in 32 do not fit or cost time.
 
     Raises:
         ConfigError: none fits.
@@ -194,43 +232,55 @@ def fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
     plans = [(candidate, predict(shape, candidate)) for candidate in candidates(config, shape)]
     fitting = [(candidate, plan) for candidate, plan in plans if plan.fits(card)]
     if not fitting:
-        raise ConfigError(too_large(config, card, min(plan.peak for _, plan in plans)))
+        raise ConfigError(explain_too_large(config, card, min(plan.peak for _, plan in plans)))
+    # times within 1 % count as equal: they are estimates
     times = [step_seconds(shape, candidate, card) for candidate, _ in fitting]
-    good = [pair for pair, seconds in zip(fitting, times, strict=True) if seconds <= 1.01 * min(times)]
-    return min(good, key=lambda pair: ("8bit" in pair[0].optimizer, pair[1].peak))[0]
+    limit = 1.01 * min(times)
+    fast = [pair for pair, seconds in zip(fitting, times, strict=True) if seconds <= limit]
+    return min(fast, key=lambda pair: ("8bit" in pair[0].optimizer, pair[1].peak))[0]
 
 
 def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: int = MEAN_TOKENS) -> float:
-    """A rough time of one optimizer step, in seconds: good enough to rank configurations of one card, no promise.
+    """Estimate the seconds of one optimizer step: good enough to rank configurations of one card, no promise.
 
-    Products at two thirds of the vendor's rate; bytes of dequantization and of the optimizer at two thirds of its
+    Products run at two thirds of the vendor's rate; dequantization and the optimizer move bytes at two thirds of its
     bandwidth.
+
+    Args:
+        shape: of the base model.
+        config: the run, resolved.
+        card: that it runs on.
+        mean_tokens: of a conversation.
     """
     tokens = int(shape.padding * config.batch_size * min(mean_tokens, config.max_seq_len))
     largest = max(config.micro_batch_tokens or tokens, shape.longest_example(config))
-    passes = max(1.0, tokens / largest + 0.5)  # steps differ in length, and packs are not quite full
-    forwards = 3 if config.gradient_checkpointing else 2  # as often every weight is needed
+    # half a pass more, since steps differ in length and packs are not quite full
+    passes = max(1.0, tokens / largest + 0.5)
+    # every weight is needed twice in a pass, and once more where layers are computed again
+    forwards = 3 if config.gradient_checkpointing else 2
     flops = tokens * (
         2 * (shape.linear_parameters + shape.fp32_parameters) * forwards + 6 * shape.lora_parameters(config)
     )
     flops += tokens * 6 * shape.head_parameters
+    # bytes: weights dequantized in each pass; all that trains, by one kernel for many weights or by one for each
     expanding = 0 if config.keep_expanded or not config.quantize else 2.5 * shape.linear_parameters * forwards * passes
     trained = shape.lora_parameters(config) + shape.head_parameters * config.train_head
-    # read and written by one kernel for many weights, or by one for each
     stepping = trained * (28 if config.optimizer == "adamw_torch_fused" else 150)
     busy = flops / (card.matrix_rate * 2 / 3) + (expanding + stepping) / (card.bandwidth * 2 / 3)
+    # small kernels are done before the host has launched the next
     starting = passes * shape.layer_seconds * shape.layers * forwards / 2 * (1 if expanding == 0 else 1.3)
-    return max(busy, starting) + min(busy, starting) / 4  # the one mostly runs beside the other
+    # launching and computing mostly overlap
+    return max(busy, starting) + min(busy, starting) / 4
 
 
 def plan_for(config: RunConfig, card: Card | None, shape: Shape) -> tuple[Resolved, MemoryPlan]:
-    """What a run would be on a card, and what it would take."""
+    """Resolve a config for a card, and predict the memory that it takes there."""
     resolved = resolve_auto(config, card, shape)
     return resolved, predict(shape, resolved.config)
 
 
 def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> str:
-    """The choice for each card as a table: precision, attention, checkpointing, tokens for each pass, memory."""
+    """Format the choice for each card as a table: precision, attention, checkpointing, tokens for each pass, memory."""
     lines = [
         f"{'GPU':<9}{'compute':<10}{'attention':<11}{'recompute':<11}{'weights kept':<14}{'tokens/pass':>11}  "
         f"{'optimizer':<19}{'GiB':>6}{'room':>7}"
@@ -246,13 +296,13 @@ def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> str:
             f"{card.name:<9}{chosen.compute_dtype:<10}{chosen.attention_kernel:<11}"
             f"{'yes' if chosen.gradient_checkpointing else 'no':<11}"
             f"{'dequantized' if chosen.keep_expanded else 'in NF4':<14}{chosen.micro_batch_tokens or 0:>11,}  "
-            f"{chosen.optimizer:<19}{plan.peak / GIB:>6.1f}{room(card) / GIB:>7.1f}"
+            f"{chosen.optimizer:<19}{plan.peak / GIB:>6.1f}{usable_memory(card) / GIB:>7.1f}"
         )
     return "\n".join(lines)
 
 
 def recorded_plan(config: RunConfig, gpu: Mapping[str, Any] | None, shape: Shape) -> MemoryPlan | None:
-    """What a run was planned to take on the machine that its `config.json` names, wherever we are now.
+    """Predict the memory of a stored run on the machine that its `config.json` names, whatever this machine is.
 
     Args:
         config: as it was stored.
@@ -260,25 +310,26 @@ def recorded_plan(config: RunConfig, gpu: Mapping[str, Any] | None, shape: Shape
         shape: of the base model.
 
     Returns:
-        None for a GPU that is in none of `CARDS`.
+        The plan; None for a GPU that is not in `CARDS`.
 
     Raises:
         ConfigError: nothing fits that GPU.
     """
     if gpu is not None:
+        # cards of one name differ in memory: A100 with 40 or 80 GB
         words = re.split(r"[^A-Za-z0-9]+", str(gpu["name"]))
-        alike = [card for card in CARDS.values() if card.name.split("-")[0] in words]
-        if not alike:
+        similar = [card for card in CARDS.values() if card.name.split("-")[0] in words]
+        if not similar:
             return None
-        nearest = min(alike, key=lambda card: abs(card.memory - gpu["memory_bytes"]))
+        nearest = min(similar, key=lambda card: abs(card.memory - gpu["memory_bytes"]))
         return plan_for(config, replace(nearest, name=str(gpu["name"]), memory=gpu["memory_bytes"]), shape)[1]
-    by_hardware = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels}
-    resolved = {name: choose(config, None, shape.architecture)[0] for name, choose in by_hardware.items()}
-    return predict(shape, _on_cpu(config.model_copy(update=resolved)))
+    # not `resolve_auto`, which would ask this machine for a GPU
+    resolved = {name: choose(config, None, shape.architecture)[0] for name, choose in _BY_HARDWARE.items()}
+    return predict(shape, _resolve_on_cpu(config.model_copy(update=resolved)))
 
 
 def explorer(config: RunConfig, cards: Sequence[Card], shape: Shape) -> Widget:
-    """Controls for what memory depends on, and under them the plan that follows, drawn anew at every change."""
+    """Build controls for what memory depends on, and under them the plan, drawn anew at every change."""
     import ipywidgets as widgets
     from IPython.display import display
     from matplotlib import pyplot as plt
@@ -286,12 +337,12 @@ def explorer(config: RunConfig, cards: Sequence[Card], shape: Shape) -> Widget:
     def choice(label: str, options: Any, value: Any) -> Any:
         return widgets.Dropdown(options=options, value=value, description=label, style={"description_width": "initial"})
 
+    card_choices = [(card.name, card) for card in cards]
+    pass_choices = [("fastest", None), *[(f"{tokens:,}", tokens) for tokens in reversed(PASS_TOKENS)]]
     controls = {
-        "card": choice("GPU", [(card.name, card) for card in cards], cards[0]),
+        "card": choice("GPU", card_choices, cards[0]),
         "max_seq_len": choice("max_seq_len", sorted({512, 1024, 2048, 4096, config.max_seq_len}), config.max_seq_len),
-        "micro_batch_tokens": choice(
-            "tokens per pass", [("fastest", None), *[(f"{n:,}", n) for n in reversed(PASS_TOKENS)]], None
-        ),
+        "micro_batch_tokens": choice("tokens per pass", pass_choices, None),
         "lora_r": choice("rank", sorted({8, 16, 64, 256, config.lora_r}), config.lora_r),
         "train_head": choice("head", [("trained", True), ("frozen", False)], config.train_head),
         "gradient_checkpointing": choice("checkpointing", [("fastest", None), ("on", True), ("off", False)], None),
