@@ -1,4 +1,4 @@
-"""The base model in 4-bit NF4: loading it, what each part then takes, and what rounding did to a weight (notebook 02).
+"""Load the base model in 4-bit NF4, measure its parts, and look at what rounding did to a weight (notebook 02).
 
 NF4 and double quantization: Dettmers et al., QLoRA, 2023, https://arxiv.org/abs/2305.14314.
 """
@@ -37,12 +37,12 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     """Load the base model, every linear layer but the head in NF4 unless `config.quantize` is off.
 
     Safetensors only, no remote code. On return all weights are frozen and the model is ready for adapters: nothing is
-    upcast here, so no memory is spent on copies in fp32. Its attribute `resolved` says what the config left open, how
+    upcast here, so no memory is spent on copies in fp32. Its attribute `resolved` holds what the config left open, how
     that was decided, and why.
 
     Args:
         config: the run.
-        resolved: of this config, from `resolve_auto`, where that was asked for already.
+        resolved: of this config, from `resolve_auto`, if it was resolved before.
 
     Raises:
         ModelError: absent, gated, not safetensors, or not loadable; says what to do next.
@@ -50,6 +50,7 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     import bitsandbytes
     from transformers import BitsAndBytesConfig
 
+    # a damaged folder is refused before anything is loaded: transformers would name neither file nor remedy
     source = locate(config.model)
     model_files.check(source)
     model_files.check_weights(source, architecture_of(config.model))
@@ -57,7 +58,8 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     loader = model_files.choose_loader(resolved.architecture)
     dtype = getattr(torch, resolved.config.compute_dtype)
     options: dict[str, Any] = {}
-    if resolved.architecture == "causal":  # an encoder-decoder is never packed
+    # kernels for packs; an encoder-decoder is never packed
+    if resolved.architecture == "causal":
         attention.register()
         options["attn_implementation"] = KERNELS[resolved.config.attention_kernel]
     if config.quantize:
@@ -83,6 +85,8 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
         raise ModelError(model_advice(source, error)) from error
     model, found = loaded
     model_files.refuse_incomplete(source, found)
+
+    # what the loader leaves otherwise than training needs it
     for linear in parts_in_fp32(model):
         linear.float()
     for layer in model.modules():
@@ -96,18 +100,23 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     # With a key-value cache transformers builds no block-diagonal mask, and packed conversations would see each other.
     # Generation asks for its cache itself.
     model.config.use_cache = False
-    model.resolved = resolved  # type: ignore[assignment]  # for whoever trains it or asks it
+    # training and generation read from it what was resolved, and need not resolve it again
+    model.resolved = resolved  # type: ignore[assignment]
     return model
 
 
 def parts_in_fp32(model: PreTrainedModel) -> list[nn.Linear]:
-    """The layers that stay out of NF4 and in fp32, as the model's own class asks: of T5 `wo`, whose outputs grow large.
+    """List the layers that stay out of NF4 and in fp32, as the model's own class asks.
 
-    Flan-T5 overflows in fp16 there; `hardware.precision` therefore never picks fp16 for an encoder-decoder.
+    In T5 that is `wo`, whose outputs grow large. Flan-T5 overflows in fp16 there; `hardware.precision` therefore never
+    chooses fp16 for an encoder-decoder.
     """
     names = getattr(model, "_keep_in_fp32_modules", None) or []
-    found = (layer for path, layer in model.named_modules() if path.rpartition(".")[2] in names)
-    return [layer for layer in found if isinstance(layer, nn.Linear)]
+    layers = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in names:
+            layers.append(module)
+    return layers
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -115,7 +124,7 @@ def parts_in_fp32(model: PreTrainedModel) -> list[nn.Linear]:
 
 @dataclass(frozen=True)
 class PartMemory:
-    """Bytes of one part of the model: as its tensors would be in fp32 and bf16, and as they lie in memory now."""
+    """Hold the bytes of one part of the model: what it would take in fp32 and bf16, and what it takes as loaded."""
 
     part: str
     parameters: int
@@ -126,33 +135,30 @@ class PartMemory:
 
 
 def memory_by_part(model: nn.Module) -> list[PartMemory]:
-    """Bytes of each part, read off the tensors themselves.
+    """Measure the bytes of each part from the tensors themselves.
 
-    The fp32 and bf16 columns are the sizes of tensors of the unquantized shapes, made on the meta device, which holds
-    shapes without data. The `loaded` column sums the stored tensors, for NF4 the packed nibbles together with every
-    quantization constant: block scales, their own scales and offset, and both code books.
+    `fp32` and `bf16` are what the weights would take before quantization, four and two bytes each. `loaded` is what is
+    stored: for NF4 the packed nibbles and every quantization constant, that is block scales, their own scales and
+    offset, and both code books.
     """
+    members: dict[str, list[torch.Tensor]] = {part: [] for part in PARTS}
+    for name, tensor in model.named_parameters():
+        members[find_part(name)].append(tensor)
+
     rows = []
-    for part in PARTS:
-        members = [(name, tensor) for name, tensor in model.named_parameters() if part_of(name) == part]
-        if not members:
+    for part, tensors in members.items():
+        if not tensors:
             continue
-        shapes = [unquantized_shape(tensor) for _, tensor in members]
+        parameters = sum(unquantized_shape(tensor).numel() for tensor in tensors)
+        loaded = sum(map(stored_bytes, tensors))
         rows.append(
-            PartMemory(
-                part,
-                parameters=sum(shape.numel() for shape in shapes),
-                fp32=sum(torch.empty(shape, dtype=torch.float32, device="meta").nbytes for shape in shapes),
-                bf16=sum(torch.empty(shape, dtype=torch.bfloat16, device="meta").nbytes for shape in shapes),
-                loaded=sum(stored_bytes(tensor) for _, tensor in members),
-                quantized=any(is_quantized(tensor) for _, tensor in members),
-            )
+            PartMemory(part, parameters, 4 * parameters, 2 * parameters, loaded, any(map(is_quantized, tensors)))
         )
     return rows
 
 
-def part_of(name: str) -> str:
-    """The part that a parameter of a model like Llama or T5 belongs to, by its name."""
+def find_part(name: str) -> str:
+    """Return the part that a parameter belongs to, by its name in a model like Llama or T5."""
     lower = name.lower()
     if "lm_head" in lower:
         return "head"
@@ -164,23 +170,24 @@ def part_of(name: str) -> str:
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:
-    """Whether a parameter is stored in 4 bits."""
+    """Return True if a parameter is stored in 4 bits."""
     return getattr(tensor, "quant_state", None) is not None
 
 
 def unquantized_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape before 4-bit packing."""
+    """Return the shape of a parameter before 4-bit packing."""
     return tensor.quant_state.shape if is_quantized(tensor) else tensor.shape  # type: ignore[attr-defined]
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """Bytes that a parameter takes as stored, its quantization constants included."""
+    """Return the bytes that a parameter takes as stored, with its quantization constants."""
     constants = _constants(tensor.quant_state) if is_quantized(tensor) else ()  # type: ignore[attr-defined]
     return tensor.nbytes + sum(constant.nbytes for constant in constants)
 
 
 def _constants(state: Any) -> Iterator[torch.Tensor]:
-    """All tensors of a bitsandbytes quantization state, those of double quantization included."""
+    """List all tensors of a bitsandbytes quantization state, those of double quantization included."""
+    # the offset is a tensor with double quantization only
     for value in (state.absmax, state.code, state.offset):
         if isinstance(value, torch.Tensor):
             yield value
@@ -209,7 +216,7 @@ def memory_table(rows: list[PartMemory]) -> str:
 
 
 def plot_memory(rows: list[PartMemory], ax: Axes) -> Figure:
-    """Bars of stacked parts: fp32, bf16 and as loaded. What was quantized is drawn in one family of colours."""
+    """Draw bars of stacked parts: fp32, bf16 and as loaded. Quantized parts share one family of colours."""
     colors = {"embeddings": GRAY, "attention": BLUE, "feed-forward": SKY, "norms": YELLOW, "head": "silver"}
     lefts = [0.0, 0.0, 0.0]
     for row in rows:
@@ -231,7 +238,7 @@ def plot_memory(rows: list[PartMemory], ax: Axes) -> Figure:
 
 
 class Checkpoint:
-    """Base weights read from the base model's own files, one at a time.
+    """Read base weights from the base model's own files, one at a time.
 
     Raises:
         ModelError: no safetensors at the source, or, when called, a weight that is not in them in its full shape.
@@ -240,13 +247,15 @@ class Checkpoint:
     def __init__(self, source: str) -> None:
         self.source = source
         folder = Path(source)
-        if not folder.is_dir():  # a hub id: the loader of the base model has fetched it by now
+        # a hub id: the loader of the base model has fetched it before
+        if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
             try:
                 folder = Path(snapshot_download(source, local_files_only=True))
             except OSError as error:
                 raise ModelError(f"model: the files of {source} cannot be found ({first_line(error)}).") from error
+        # which file holds which weight
         self.files: dict[str, Path] = {}
         if (index := folder / "model.safetensors.index.json").is_file():
             files = read_json(index)["weight_map"]
@@ -262,13 +271,14 @@ class Checkpoint:
             raise ModelError(f"model: {folder} holds no model.safetensors and no model.safetensors.index.json.")
 
     def __call__(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
-        """The weight of that name, on the CPU, in the precision that it was published in."""
+        """Return the weight of a name, on the CPU, in the precision that it was published in."""
         from safetensors import safe_open
 
         weight = None
         if name in self.files:
             with safe_open(self.files[name], framework="pt") as file:
                 weight = file.get_tensor(name)
+        # published in 4 bits, or of another model
         if weight is None or weight.shape != unquantized_shape(parameter):
             found = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"
             raise ModelError(
@@ -279,7 +289,7 @@ class Checkpoint:
 
 
 def original_weight(config: RunConfig, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-    """A 4-bit weight as it was before, shape (out, in); None where the model's files hold it in 4 bits only."""
+    """Return a 4-bit weight as it was before, shape (out, in); None if the model's files hold it in 4 bits only."""
     try:
         return Checkpoint(locate(config.model))(name, tensor)
     except ModelError:
@@ -290,10 +300,10 @@ def original_weight(config: RunConfig, name: str, tensor: torch.Tensor) -> torch
 
 
 def first_quantized(model: nn.Module) -> tuple[str, torch.Tensor]:
-    """Name and parameter of the first weight stored in 4 bits.
+    """Return name and parameter of the first weight that is stored in 4 bits.
 
     Raises:
-        ValueError: the model holds none.
+        ValueError: the model holds no such weight.
     """
     for name, tensor in model.named_parameters():
         if is_quantized(tensor):
@@ -302,64 +312,70 @@ def first_quantized(model: nn.Module) -> tuple[str, torch.Tensor]:
 
 
 def dequantize(tensor: torch.Tensor) -> torch.Tensor:
-    """A 4-bit weight as the floats that matrix products see, shape (out, in)."""
+    """Return a 4-bit weight as the floats that matrix products see, shape (out, in)."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(tensor.data, tensor.quant_state)  # type: ignore[attr-defined]
 
 
 def nf4_levels(tensor: torch.Tensor) -> torch.Tensor:
-    """The 16 values, in [-1, 1], that a weight is rounded to after division by its block's largest magnitude."""
+    """Return the 16 values in [-1, 1] to which weights are rounded, divided by their block's largest magnitude."""
     return tensor.quant_state.code.float().cpu()  # type: ignore[attr-defined]
 
 
-def level_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Which of the 16 levels each weight was rounded to, 0 to 15, shape (weights,), block after block."""
+def find_levels(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the level that each weight was rounded to, 0 to 15, shape (weights,), block after block."""
+    # two weights share a byte, the first in its upper half
     packed = tensor.data.view(-1)
     return torch.stack([packed >> 4, packed & 0x0F], dim=1).flatten().long().cpu()
 
 
-def in_blocks(values: torch.Tensor, largest: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Values of the shape of a 4-bit weight, divided by the largest magnitude of their block, shape (weights,).
+def scale_by_block(values: torch.Tensor, weights: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Divide one value for each weight by the largest magnitude in the weight's block, shape (weights,).
 
     Args:
         values: one for each weight.
-        largest: the weights whose blocks' magnitudes count.
+        weights: those whose largest magnitudes divide.
         tensor: the 4-bit weight, for the size of its blocks.
     """
     size = tensor.quant_state.blocksize  # type: ignore[attr-defined]
-    flat = torch.nn.functional.pad(largest.detach().float().cpu().flatten(), (0, -largest.numel() % size))
+    # the last block can be shorter; zeros change no largest magnitude
+    flat = torch.nn.functional.pad(weights.detach().float().cpu().flatten(), (0, -weights.numel() % size))
     peaks = flat.view(-1, size).abs().amax(dim=1).clamp_min(1e-12).repeat_interleave(size)[: values.numel()]
     return values.detach().float().cpu().flatten() / peaks
 
 
 def rounding_errors(tensor: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    """Mean distance between a weight and what became of it, by level, shape (16,); 1 is the block's largest weight.
+    """Average the distance between weights and their rounded values by level, shape (16,).
+
+    A distance of 1 is the largest weight of a block.
 
     Args:
         tensor: the 4-bit weight.
-        original: the same before, shape (out, in).
+        original: the weight before rounding, shape (out, in).
     """
-    off = in_blocks(dequantize(tensor).cpu() - original.detach().float().cpu(), original, tensor).abs()
-    levels = level_of(tensor)[: off.numel()]
+    errors = scale_by_block(dequantize(tensor).cpu() - original.detach().float().cpu(), original, tensor).abs()
+    levels = find_levels(tensor)[: errors.numel()]
     counts = torch.bincount(levels, minlength=16).clamp_min(1)
-    return torch.bincount(levels, weights=off, minlength=16) / counts
+    return torch.bincount(levels, weights=errors, minlength=16) / counts
 
 
 def plot_rounding(tensor: torch.Tensor, original: torch.Tensor, axes: Sequence[Axes]) -> Figure:
-    """A weight before and after NF4, and how far rounding moved it, level by level.
+    """Draw a weight before and after NF4, and how far rounding moved it, level by level.
 
     Args:
         tensor: the 4-bit weight.
-        original: the same before, shape (out, in).
+        original: the weight before rounding, shape (out, in).
         axes: three, one above the other, which should share the horizontal scale.
     """
     levels = nf4_levels(tensor).numpy()
-    before = in_blocks(original, original, tensor).numpy()
-    used = torch.bincount(level_of(tensor)[: before.size], minlength=16).numpy() / before.size
+    before = scale_by_block(original, original, tensor).numpy()
+    used = torch.bincount(find_levels(tensor)[: before.size], minlength=16).numpy() / before.size
+    # above: weights pile up near zero, which is why NF4's levels are closer together there
     axes[0].hist(before, bins=201, range=(-1, 1), color=GRAY)
     axes[0].set_title(f"Before: {before.size:,} weights, each divided by the largest of its block", loc="left")
     axes[0].set(ylabel="weights")
+    # in the middle: so each level is used about as often as any other
     axes[1].bar(levels, used, width=0.03, color=BLUE)
     axes[1].axhline(1 / 16, color=GRAY, linestyle="--", linewidth=1)
     axes[1].annotate(
@@ -367,6 +383,7 @@ def plot_rounding(tensor: torch.Tensor, original: torch.Tensor, axes: Sequence[A
     )
     axes[1].set_title("After: one of 16 levels", loc="left")
     axes[1].set(ylabel="share of weights")
+    # below: the outer levels, further apart, round more coarsely
     axes[2].bar(levels, rounding_errors(tensor, original).numpy(), width=0.03, color=ORANGE)
     axes[2].set_title("Mean rounding error at each level", loc="left")
     axes[2].set(ylabel="error", xlabel="1 is the largest weight of a block of "

@@ -210,9 +210,9 @@ def test_rounding_goes_to_the_nearest_level_and_its_error_is_half_a_gap_at_most(
     original = quantization.original_weight(config, name, weight)
     assert quantization.original_weight(config, f"{name}.not", weight) is None
     levels = quantization.nf4_levels(weight)
-    scaled = quantization.in_blocks(original, original, weight)
+    scaled = quantization.scale_by_block(original, original, weight)
     nearest = (scaled[:, None] - levels).abs().argmin(dim=1)
-    assert (nearest == quantization.level_of(weight)).float().mean() > 0.999  # but for ties
+    assert (nearest == quantization.find_levels(weight)).float().mean() > 0.999  # but for ties
     errors = quantization.rounding_errors(weight, original)
     gaps = levels.diff()
     widest = torch.maximum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]])) / 2
