@@ -56,6 +56,7 @@ def find_card(name: str) -> Card:
     Raises:
         ConfigError: no card in `CARDS` has this name; lists those that are there.
     """
+    # names are typed by hand, as `--gpu h100`
     for card in CARDS.values():
         if card.name.lower() == name.lower():
             return card
@@ -134,6 +135,7 @@ def liger_kernels(config: RunConfig, card: Card | None, architecture: Architectu
     """Choose whether Liger's fused kernels compute norms, rotation and SwiGLU, with a reason."""
     if config.liger is not None:
         return config.liger, "as given"
+    # never a requirement: without them training is slower, and computes the same
     if architecture == "encoder-decoder":
         return False, "it has none for T5"
     if card is None:

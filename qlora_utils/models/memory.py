@@ -70,25 +70,29 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
     lora = shape.lora_parameters(config)
     head_trained = shape.head_parameters if config.train_head else 0
     trained = lora + head_trained
+
+    # what is stored: a head that is tied to the embeddings is counted with them, weights can be stored expanded as well
+    head = 0 if shape.head_is_tied else shape.head_parameters * wide
+    expanded = shape.linear_parameters * wide if config.keep_expanded and config.quantize else 0
+    adapter_copy = lora * wide if config.fused_layers else 0  # in the precision of products
+    # what a pass adds: the head's gradient exists before it is added to that of earlier passes
+    head_twice = head_trained if passes > 1 else 0
     layer, saved_per_layer = shape.activations(config, wide)
     # with checkpointing one layer at a time is computed again, and saved whole
     recomputed = tokens * layer if config.gradient_checkpointing else 0
+    dequantized = 0 if config.keep_expanded else shape.largest_linear * wide
+    flowing_back = tokens * wide * (shape.intermediate + shape.hidden)
     parts = {
         "weights": _weight_bytes(shape, config, wide),
         "quantization constants": _constant_bytes(shape, config),
-        "expanded weights": shape.linear_parameters * wide if config.keep_expanded and config.quantize else 0,
-        # a head that is tied to the embeddings is counted with them; the copy that trains is in fp32
-        "head": (0 if shape.head_is_tied else shape.head_parameters * wide) + head_trained * 4,
-        # in fp32, and a copy in the precision of products
-        "adapters": lora * (4 + (wide if config.fused_layers else 0)),
-        # of the whole step; the head's gradient of this pass too, which exists before it is added to them
-        "gradients": (trained + (head_trained if passes > 1 else 0)) * 4,
+        "expanded weights": expanded,
+        "head": head + head_trained * 4,  # what trains is in fp32
+        "adapters": lora * 4 + adapter_copy,
+        "gradients": (trained + head_twice) * 4,
         "optimizer": _optimizer_bytes(config, trained),
         "activations": tokens * saved_per_layer * shape.layers + recomputed + _cast_bytes(shape, config, wide),
         "logits": _logit_bytes(shape, config, tokens, wide),
-        # one dequantized weight, and what flows backward through a layer
-        "workspace": (0 if config.keep_expanded else shape.largest_linear * wide)
-        + tokens * wide * (shape.intermediate + shape.hidden),
+        "workspace": dequantized + flowing_back,
     }
 
     # the peak is at one of three moments: parts of one are freed before the next
@@ -113,10 +117,13 @@ def _constant_bytes(shape: Shape, config: RunConfig) -> int:
     Each block of 64 weights has one absolute maximum of four bytes; with double quantization it is a byte, and each 256
     of these have another maximum.
     """
-    blocks = shape.linear_parameters // 64
     if not config.quantize:
         return 0
-    return blocks + blocks // 64 + shape.quantized_layers * 1100 if config.double_quantization else blocks * 4
+    blocks = shape.linear_parameters // 64
+    if not config.double_quantization:
+        return blocks * 4
+    # each layer has its own code books and offset
+    return blocks + blocks // 64 + shape.quantized_layers * 1100
 
 
 def _cast_bytes(shape: Shape, config: RunConfig, wide: int) -> int:
@@ -131,8 +138,10 @@ def _logit_bytes(shape: Shape, config: RunConfig, tokens: int, wide: int) -> int
     Besides: the head in the precision of products, hidden states of the last norm, of answers alone, their gradient.
     """
     rows = min(tokens, CHUNK // (4 * shape.vocabulary))
-    chunk = rows * shape.vocabulary * (wide + 4 + 4 + (wide if wide < 4 else 0))
-    return chunk + shape.head_parameters * wide * config.train_head + 4 * tokens * shape.hidden * wide
+    cast = wide if wide < 4 else 0
+    chunk = rows * shape.vocabulary * (wide + 4 + 4 + cast)
+    head = shape.head_parameters * wide * config.train_head
+    return chunk + head + 4 * tokens * shape.hidden * wide
 
 
 def _optimizer_bytes(config: RunConfig, trained: int) -> int:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-HEAD = "lm_head"  # the module that gives each token of the vocabulary its score
+# The module that gives each token of the vocabulary its score.
+HEAD = "lm_head"
 
 # What the config.json of these models says of sizes, so that a plan of the presets needs no network and no login.
 LLAMA_2_7B: dict[str, Any] = {
@@ -44,7 +45,8 @@ class Linears:
     inputs: int
     outputs: int
     count: int
-    in_fp32: bool  # stays out of NF4, since its outputs grow large
+    # such layers stay out of NF4, since their outputs grow large
+    in_fp32: bool
 
     @property
     def parameters(self) -> int:
@@ -67,7 +69,8 @@ class Shape(ABC):
     linears: tuple[Linears, ...]
     embedding_parameters: int
     head_parameters: int
-    head_is_tied: bool  # to the embeddings: both are one tensor
+    # tied to the embeddings: both are one tensor
+    head_is_tied: bool
     small_parameters: int
 
     @property
@@ -130,6 +133,7 @@ class Shape(ABC):
 
     def adapted(self, config: RunConfig) -> list[Linears]:
         """List the layers that get an adapter."""
+        # peft adapts layers by the last part of their name, in all blocks alike
         names = [name.strip() for name in config.lora_targets.split(",")]
         return [linears for linears in self.linears if names == ["all-linear"] or linears.name in names]
 
@@ -412,6 +416,7 @@ def _count_layers(model: PreTrainedModel, source: str) -> tuple[tuple[Linears, .
             else:
                 found = f"{path}.{name}, of shape {tuple(parameter.shape)}, belongs to a {type(module).__name__}"
                 _refuse(source, found, "linear layers, embeddings and norms alone, no experts, convolutions or images")
+    # layers of one name differ in size where blocks differ
     linears = []
     for (name, inputs, outputs), count in layers.items():
         linears.append(Linears(name, inputs, outputs, count, name in names_in_fp32))
@@ -436,6 +441,7 @@ def _check_layers(shape: Shape, source: str) -> None:
     names: Counter[str] = Counter()
     for linears in shape.linears:
         names[linears.name] += linears.count
+    # the formulas for T5 add up its layers by name
     if isinstance(shape, T5Shape):
         if other := sorted(names.keys() - {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"}):
             _refuse(source, f"its layers hold a {other[0]}", "an encoder-decoder with the layers of T5")
