@@ -333,10 +333,10 @@ def test_columns_of_the_history_are_told_of(tmp_path):
 
 def test_fields_of_a_preference_are_told_of():
     from qlora_utils.evaluation.generation import Sampling
-    from qlora_utils.playground import Exchange, Said
+    from qlora_utils.playground import Exchange, StreamedAnswer
 
     section = (ROOT / "docs" / "run_directory.md").read_text().split("## preferences.jsonl", 1)[1].split("\n## ", 1)[0]
-    said = {model: Said() for model in ("base", "tuned")}
+    said = {model: StreamedAnswer() for model in ("base", "tuned")}
     one = Exchange(
         run="a", question="q", system="", history=(), left_out=0, prompt="", sampling=Sampling(), asked_at="",
         answers=said, preferred="base",

@@ -21,7 +21,7 @@ from qlora_utils.evaluation.asker import Asker, Piece
 from qlora_utils.evaluation.generation import Sampling
 from qlora_utils.evaluation.next_token import next_tokens
 from qlora_utils.lora import base_alone
-from qlora_utils.playground import Exchange, Playground, Said
+from qlora_utils.playground import Exchange, Playground, StreamedAnswer
 from qlora_utils.rows.conversations import Turn
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_jsonl
@@ -115,7 +115,7 @@ def test_the_newest_stands_on_top_with_both_answers_their_speed_and_the_prompt(r
     play = opened(run)
     asked(play, "First?")
     asked(play, "Second?")
-    newest, oldest = play.said.children
+    newest, oldest = play.transcript.children
     question, answers, choice, prompt = newest.children
     assert "Second?" in question.value
     assert "First?" in oldest.children[0].value
@@ -137,7 +137,7 @@ def test_enter_asks(run):
 def test_a_question_beyond_what_was_trained_on_is_asked_and_said_to_be(run):
     play = opened(run)
     asked(play, "Why? " * 30)
-    assert "<small>too long</small>" in play.said.children[0].children[0].value
+    assert "<small>too long</small>" in play.transcript.children[0].children[0].value
 
 
 def test_a_blank_question_is_not_asked_and_the_page_says_why(run):
@@ -184,7 +184,7 @@ def test_answers_are_streamed_and_stop_ends_them(run):
     play.question.value = "Why?"
     play.ask_button.click()
     assert began.wait(10)
-    answers = play.said.children[0].children[1].children
+    answers = play.transcript.children[0].children[1].children
     assert all("word word" in answer.value for answer in answers), "it can be read while it comes"
     assert not idle(play)
     play.ask_button.click()  # while one is under way
@@ -192,7 +192,7 @@ def test_answers_are_streamed_and_stop_ends_them(run):
     play.clear_button.click()
     play.stop_button.click()
     play.wait(10)
-    assert len(play.exchanges) == len(play.said.children) == 1
+    assert len(play.exchanges) == len(play.transcript.children) == 1
     assert all("stopped" in answer.value for answer in answers)
     assert not any(said.ended for said in play.exchanges[0].answers.values())
     assert "Stopped." in play.status.value
@@ -335,8 +335,8 @@ def test_a_follow_up_is_told_what_was_said_and_builds_on_what_was_preferred(run)
     assert [turn.answer.split()[0] for turn in third.history] == ["tuned", "base"]
     fourth = asked(play, "Five?")
     assert (len(fourth.history), fourth.left_out) == (2, 1)  # no more than `recent` says
-    assert "left out" in play.said.children[0].children[0].value
-    assert "follows up on: Four?" in play.said.children[0].children[0].value
+    assert "left out" in play.transcript.children[0].children[0].value
+    assert "follows up on: Four?" in play.transcript.children[0].children[0].value
     assert first.history == ()
 
 
@@ -361,10 +361,10 @@ def test_answers_that_are_none_or_the_same_are_no_choice(run):
 
     play = opened(run, Same())
     asked(play, "One?")
-    assert "Both say the same: nothing to choose" in play.said.children[0].children[2].value
+    assert "Both say the same: nothing to choose" in play.transcript.children[0].children[2].value
     Same.said = ""
     asked(play, "Two?")
-    assert "nothing to choose" in play.said.children[0].children[2].value
+    assert "nothing to choose" in play.transcript.children[0].children[2].value
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -374,7 +374,7 @@ def test_other_lines_of_the_file_of_choices_stay_to_the_letter(run, end):
     run.preferences.write_bytes(by_hand.encode())
     play = opened(run)
     asked(play, "One?")
-    base, tuned = play.said.children[0].children[2].children
+    base, tuned = play.transcript.children[0].children[2].children
     base.click()
     tuned.click()
     lines = run.preferences.read_bytes().decode().split("\n")
@@ -389,7 +389,7 @@ def test_a_choice_is_kept_as_messages_and_may_be_changed(run):
     asked(play, "One?")
     play.follow_up.value = True
     exchange = asked(play, "Two?")
-    base, tuned = play.said.children[0].children[2].children
+    base, tuned = play.transcript.children[0].children[2].children
     tuned.click()
     (line,) = read_jsonl(run.preferences)
     roles = ["system", "user", "assistant", "system", "user"]
@@ -406,7 +406,7 @@ def test_a_choice_is_kept_as_messages_and_may_be_changed(run):
     assert line["chosen_model"] == "base"
     assert "✓" not in tuned.description
     asked(play, "Three?")
-    play.said.children[0].children[2].children[0].click()
+    play.transcript.children[0].children[2].children[0].click()
     assert len(read_jsonl(run.preferences)) == 2
 
 
@@ -418,7 +418,7 @@ def test_a_choice_that_cannot_be_saved_is_a_message(run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(playground, "write_text", full)
-    play.said.children[0].children[2].children[0].click()
+    play.transcript.children[0].children[2].children[0].click()
     assert "not saved" in play.problem.value
     assert "No space left" in play.problem.value
 
@@ -427,7 +427,7 @@ def test_one_answer_alone_is_not_a_choice(run):
     play = opened(run)
     play.models.value = "tuned"
     asked(play, "One?")
-    assert len(play.said.children[0].children) == 3
+    assert len(play.transcript.children[0].children) == 3
 
 
 def test_what_was_said_can_be_saved_as_json_and_cleared(run):
@@ -443,20 +443,20 @@ def test_what_was_said_can_be_saved_as_json_and_cleared(run):
     assert (saved["preferred"], saved["run"], saved["prompt"]) == ("tuned", "one", exchange.prompt)
     assert saved["sampling"]["temperature"] == 0
     play.clear_button.click()
-    assert (play.exchanges, play.said.children, play.export.value) == ([], (), "")
+    assert (play.exchanges, play.transcript.children, play.export.value) == ([], (), "")
 
 
 def exchange_of(text):
-    said = {model: Said(text, 1, 1.0, True) for model in ("base", "tuned")}
+    said = {model: StreamedAnswer(text, 1, 1.0, True) for model in ("base", "tuned")}
     turns = (Turn(text, text, text),)
     return Exchange(text, text, text, turns, 1, text, playground.Sampling(), text, text, text, said)
 
 
 def pages(text):
     exchange = exchange_of(text)
-    answers = [playground.answer_page(model, said) for model, said in exchange.answers.items()]
-    status, problem = playground.status_page(text), playground.problem_page(text)
-    return [playground.question_page(exchange), *answers, playground.prompt_page(exchange), status, problem]
+    answers = [playground.answer_html(model, said) for model, said in exchange.answers.items()]
+    status, problem = playground.status_html(text), playground.problem_html(text)
+    return [playground.question_html(exchange), *answers, playground.prompt_html(exchange), status, problem]
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", "<img src=x onerror=y>", "a & b"])
@@ -469,7 +469,7 @@ def test_questions_and_answers_are_escaped(text):
 @pytest.mark.parametrize("text", MARKUP)
 def test_nothing_that_is_said_becomes_an_element_or_an_attribute(text):
     assert made_of(pages(text)) == made_of(pages("plain"))
-    assert made_of([playground.download_page([exchange_of(text)])]) == [("a", ["class", "download", "href"])]
+    assert made_of([playground.download_html([exchange_of(text)])]) == [("a", ["class", "download", "href"])]
 
 
 def made_of(pages):
@@ -507,7 +507,7 @@ def test_with_the_real_model(run, config, tuned_model, tokenizer):
     assert exchange.answers["tuned"].text == exchange.answers["base"].text != ""
     assert all(0 < said.tokens <= 8 and said.ended for said in exchange.answers.values())
     play.follow_up.value = True
-    assert exchange.kept in asked(play, "And its currency?").prompt
+    assert exchange.chosen_answer in asked(play, "And its currency?").prompt
 
 
 class Slow(Spelled):
@@ -529,7 +529,7 @@ def test_an_answer_belongs_to_the_run_whose_model_gave_it_whatever_is_picked_mea
     play.question.value = "Why?"
     play.ask_button.click()
     assert slow.building.wait(10)
-    assert play.busy == "Still answering: wait, or press Stop."
+    assert play.busy_message == "Still answering: wait, or press Stop."
     play.run.value = "two"
     slow.go_on.set()
     play.wait(30)
@@ -571,7 +571,7 @@ def test_more_tokens_than_the_field_takes_are_not_taken_for_what_a_person_typed(
 def test_a_choice_that_could_not_be_saved_is_none_until_it_is(run, monkeypatch):
     play = opened(run)
     exchange = asked(play, "Why?")
-    _, tuned = play.said.children[0].children[2].children
+    _, tuned = play.transcript.children[0].children[2].children
 
     def full(*_):
         raise OSError(28, "No space left on device")
