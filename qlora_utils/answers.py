@@ -1,4 +1,4 @@
-"""What base and tuned model say to the same questions, and what that is worth (notebook 06)."""
+"""Ask base and tuned model the same questions, and score their answers (notebook 06)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -50,11 +50,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GROUPS = ("split", "turn", "domain", "kind")
-MAX_LOSS = 700.0  # nats per token; its exp is the largest perplexity that a float can hold
+# Nats per token; the exponential of a larger loss, the perplexity, would overflow a float.
+MAX_LOSS = 700.0
 
 
 def load(config: RunConfig, run: RunDirectory) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load the tuned model of a run, base model and adapter, and its tokenizer.
+    """Load the tuned model of a run (base model and adapter) and its tokenizer.
 
     Raises:
         FileNotFoundError: nothing was trained there.
@@ -69,59 +70,74 @@ def load(config: RunConfig, run: RunDirectory) -> tuple[PeftModel, PreTrainedTok
 def ask_both(
     question: Question, tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> dict[str, Answer]:
-    """Ask base and tuned model one question, greedily; they are one model, with its adapter off and on.
+    """Ask base and tuned model one question, with greedy decoding.
+
+    Both are the same loaded model, once with its adapter disabled and once with it enabled.
 
     Args:
         question: asked with the turns before it.
         tuned_model: of the run, from `load`.
         tokenizer: of the base model.
-        config: the run; its `max_new_tokens` bound the answer.
+        config: the run; an answer has at most its `max_new_tokens`.
+
+    Returns:
+        The answers of `base` and `tuned`.
     """
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
     ask = partial(answer_all, tuned_model, tokenizer, [question], config, sampling=sampling, batch_size=1)
     with base_alone(tuned_model):
-        answers = {"base": ask()[0]}
-    return {**answers, "tuned": ask()[0]}
+        base_answer = ask()[0]
+    return {"base": base_answer, "tuned": ask()[0]}
 
 
 def score(answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict[str, Any]]:
-    """Each answer with its scores, all in [0, 1].
+    """Score each answer against the expected one; all scores lie in [0, 1].
 
-    `names_fact` only where the question is tagged with its `fact`, and neither it nor a turn before it holds that fact.
+    `names_fact` is scored only if the question is tagged with its `fact` and the prompt does not
+    contain that fact, since a model could copy it from there.
     """
-    return [
-        {
+    rows = []
+    for answer, question in zip(answers, questions, strict=True):
+        row: dict[str, Any] = {
             "answer": answer.text,
             "stopped": answer.stopped,
             "exact_match": exact_match(answer.text, question.expected),
             "f1": round(token_f1(answer.text, question.expected), 4),
             "rouge_l": round(rouge_l(answer.text, question.expected), 4),
-            **({"names_fact": names_fact(answer.text, question.tags["fact"])} if _names_can_tell(question) else {}),
         }
-        for answer, question in zip(answers, questions, strict=True)
-    ]
+        if _can_score_fact(question):
+            row["names_fact"] = names_fact(answer.text, question.tags["fact"])
+        rows.append(row)
+    return rows
 
 
-def _names_can_tell(question: Question) -> bool:
+def _can_score_fact(question: Question) -> bool:
+    """Return True if a question is tagged with a fact that its prompt does not contain."""
     fact = question.tags.get("fact", "")
-    turns = [part for turn in question.history for part in (turn.system, turn.question, turn.answer)]
-    said = [*turns, question.system, question.text]
-    return bool(fact.strip()) and not any(names_fact(text, fact) for text in said)
+    if not fact.strip():
+        return False
+    prompt_texts = [question.system, question.text]
+    for turn in question.history:
+        prompt_texts += [turn.system, turn.question, turn.answer]
+    return not any(names_fact(text, fact) for text in prompt_texts)
 
 
 def perplexity(losses: Sequence[float], counts: Sequence[int]) -> tuple[float, list[float]]:
-    """Perplexity of the right answers, the exponential of the mean loss per token, and its 95 % interval.
+    """Return the perplexity of the expected answers and its 95 % interval.
+
+    Perplexity is the exponential of the mean loss per token.
 
     Args:
-        losses: summed loss of each row, nats (`loss.row_losses`).
+        losses: summed loss of each row, in nats (`loss.row_losses`).
         counts: answer tokens of each row.
 
     Raises:
-        FloatingPointError: the losses are not numbers, or beyond any use.
+        FloatingPointError: the mean loss is NaN, infinite or larger than `MAX_LOSS`.
     """
     import numpy
 
     mean = sum(losses) / sum(counts)
+    # A comparison with NaN is False, so `not <` refuses NaN too.
     if not mean < MAX_LOSS:
         raise FloatingPointError(
             f"the loss on held-out answers is {mean:.4g} nats per token: the weights are broken, by a training that "
@@ -133,15 +149,22 @@ def perplexity(losses: Sequence[float], counts: Sequence[int]) -> tuple[float, l
 def choose_questions(
     prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> tuple[list[Question], list[Question]]:
-    """What is asked: held-out questions, at most `score_rows` of each split, and as many of the training rows.
+    """Choose the questions to ask: at most `score_rows` of each split, and of the training rows.
 
-    Held-out rows that were measured during training helped to choose the adapter and are not asked
-    (`held_out.scored_rows`).
+    Held-out rows that were measured during training helped to choose the adapter, so they are not
+    asked (`held_out.scored_rows`).
+
+    Returns:
+        Questions from held-out rows, and questions from training rows.
     """
-    held, train = scored_rows(prepared.held_out, config), prepared.train
-    if {_split(row) for row in held} & {_split(row) for row in train}:  # then the column means something else
-        held, train = _without_split(held), _without_split(train)
-    return questions_of(held, tokenizer, config), questions_of(train, tokenizer, config, split="training rows")
+    held_out, train = scored_rows(prepared.held_out, config), prepared.train
+    # If held-out and training rows share a value of their column `split`, it does not name kinds of
+    # tests. Drop it, or questions of both would be counted as one split.
+    if _splits_of(held_out) & _splits_of(train):
+        held_out, train = _without_split(held_out), _without_split(train)
+    held_out_questions = questions_of(held_out, tokenizer, config)
+    train_questions = questions_of(train, tokenizer, config, split="training rows")
+    return held_out_questions, train_questions
 
 
 def evaluate(
@@ -153,135 +176,224 @@ def evaluate(
     *,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Ask base and tuned model the same questions; write `answers.jsonl` and the scores in `metrics.json`.
+    """Ask base and tuned model the same questions, and write their answers and scores.
 
-    Both are the one loaded model: with the adapter disabled it is the base model again, original head included. The
-    sections `base`, `tuned` and `paired` speak of the held-out questions alone, and so do all `groups` but `split`.
-    Where the one row held out helped to choose the adapter, `held_out.chosen_on` says so.
+    The answers go to `answers.jsonl`, the scores to `metrics.json`.
+
+    Both are the same loaded model: with its adapter disabled it is the base model again, original
+    head included. In `metrics.json` the sections `base`, `tuned` and `paired` cover the held-out
+    questions alone, and so do all `groups` but `split`. If the only held-out row also helped to
+    choose the adapter, `held_out.chosen_on` is true.
+
+    Args:
+        config: the run.
+        tuned_model: of the run, from `load`.
+        tokenizer: of the base model.
+        prepared: the rows of the run.
+        run: where to write.
+        on_batch: called after each batch with the number of its answers.
 
     Returns:
-        The rows of `answers.jsonl`: `split`, `text` of the question, `history`, `expected`, `where` and `number` of
-        the row, `tags`, `guess` (whether the commonest fact of its kind in training would have been right; only where
-        fact and kind are tagged), and `base` and `tuned` with answer and scores.
+        The rows of `answers.jsonl`: `split`, `text` of the question, `history`, `expected`, `where`
+        and `number` of the row, `tags`, `base` and `tuned` with answer and scores, and `guess` where
+        fact and kind are tagged: 1 if the commonest fact of its kind in training would have been
+        right, else 0.
+
+    Raises:
+        FloatingPointError: the loss on held-out answers is NaN, infinite or too large.
     """
-    held, trained = choose_questions(prepared, tokenizer, config)
-    questions = held + trained
+    held_out_questions, train_questions = choose_questions(prepared, tokenizer, config)
+    questions = held_out_questions + train_questions
     rows = scored_rows(prepared.held_out, config)
-    form = format_of(tokenizer, config)
-    encoded = form.examples(rows, training=False)
-    made = [form.count(row) for row in rows]
-    collator = make_collator(tokenizer, config)
-    sampling = Sampling(max_new_tokens=config.max_new_tokens)
-    size = config.answer_batch_size
-    pass_rows = micro_batch_size(resolution_of(tuned_model, config).config, [collator.tokens(one) for one in encoded])
-    room = answer_room(config)
+    base, tuned = _measure_both(config, tuned_model, tokenizer, questions, rows, on_batch)
 
-    def measure() -> tuple[list[dict[str, Any]], list[float], list[int]]:
-        answers = answer_all(
-            tuned_model, tokenizer, questions, config, sampling=sampling, batch_size=size, batch_tokens=room,
-            on_batch=on_batch,
-        )  # fmt: skip
-        losses, counts = row_losses(tuned_model, encoded, collator, batch_size=pass_rows)
-        return score(answers, questions), _by_row(losses, made), _by_row(counts, made)
-
-    with base_alone(tuned_model):
-        measured = {"base": measure()}
-    measured["tuned"] = measure()
+    # Write one line for each question, held-out questions first.
     guesses = commonest_facts(prepared.train)
-    scored = zip(questions, measured["base"][0], measured["tuned"][0], strict=True)
-    lines = [_line(question, base, tuned, guesses) for question, base, tuned in scored]
-    overall = _group_scores(lines[: len(held)])
-    for model, (_, losses, counts) in measured.items():
-        overall[model]["perplexity"], overall[model]["intervals"]["perplexity"] = perplexity(losses, counts)
-    groups = {by: group(lines if by == "split" else lines[: len(held)], by) for by in GROUPS}
-    run.comparison.unlink(missing_ok=True)  # what was made of the answers before these
+    lines = []
+    for question, base_score, tuned_score in zip(questions, base.scores, tuned.scores, strict=True):
+        lines.append(_answer_line(question, base_score, tuned_score, guesses))
+    held_out_lines = lines[: len(held_out_questions)]
+
+    # The scores over all held-out questions, and those group by group.
+    overall = _group_scores(held_out_lines)
+    for model, results in (("base", base), ("tuned", tuned)):
+        value, interval = perplexity(results.losses, results.counts)
+        overall[model]["perplexity"], overall[model]["intervals"]["perplexity"] = value, interval
+    groups = {}
+    for by in GROUPS:
+        # Only groups by split include training questions, to compare them with held-out ones.
+        members = group(lines if by == "split" else held_out_lines, by)
+        if members:
+            groups[by] = members
+
+    # A comparison with other runs was made from earlier answers, so delete it.
+    run.comparison.unlink(missing_ok=True)
     write_jsonl(run.answers, lines)
     run.record_answers(config)
     run.add_metrics(
         held_out={
             "rows": len(rows),
-            "questions": len(held),
-            "answer_tokens": sum(counts),
+            "questions": len(held_out_questions),
+            "answer_tokens": sum(tuned.counts),
             "chosen_on": config.keep == "best" and len(prepared.held_out) == 1,
         },
-        **{name: overall[name] for name in ("base", "tuned", "paired")},
-        groups={by: members for by, members in groups.items() if members},
+        base=overall["base"],
+        tuned=overall["tuned"],
+        paired=overall["paired"],
+        groups=groups,
     )
     return lines
 
 
-def _by_row(values: Sequence[Any], made: Sequence[int]) -> list[Any]:
-    """Values of examples summed up for each row, of which each made some: its answers are not independent."""
-    left = iter(values)
-    return [sum(islice(left, count)) for count in made]
+@dataclass(frozen=True)
+class _Results:
+    """Hold the results of one model: scores of each answer, loss and answer tokens of each row."""
+
+    scores: list[dict[str, Any]]
+    losses: list[float]
+    counts: list[int]
 
 
-def _line(
+def _measure_both(
+    config: RunConfig,
+    tuned_model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    rows: Sequence[Conversation],
+    on_batch: Callable[[int], None] | None,
+) -> tuple[_Results, _Results]:
+    """Let base and tuned model answer all questions, and measure their loss on the rows.
+
+    Returns:
+        The results of the base model, and those of the tuned model.
+    """
+    # Encode the rows once: both models are measured on the same examples, in the same batches.
+    form = format_of(tokenizer, config)
+    encoded = form.examples(rows, training=False)
+    examples_per_row = [form.count(row) for row in rows]
+    collator = make_collator(tokenizer, config)
+    lengths = [collator.tokens(example) for example in encoded]
+    loss_batch_size = micro_batch_size(resolution_of(tuned_model, config).config, lengths)
+    sampling = Sampling(max_new_tokens=config.max_new_tokens)
+    max_batch_tokens = answer_room(config)
+
+    def measure() -> _Results:
+        answers = answer_all(
+            tuned_model, tokenizer, questions, config, sampling=sampling,
+            batch_size=config.answer_batch_size, batch_tokens=max_batch_tokens, on_batch=on_batch,
+        )  # fmt: skip
+        losses, counts = row_losses(tuned_model, encoded, collator, batch_size=loss_batch_size)
+        return _Results(
+            scores=score(answers, questions),
+            losses=_sum_by_row(losses, examples_per_row),
+            counts=_sum_by_row(counts, examples_per_row),
+        )
+
+    with base_alone(tuned_model):
+        base = measure()
+    return base, measure()
+
+
+def _sum_by_row(values: Sequence[Any], examples_per_row: Sequence[int]) -> list[Any]:
+    """Add up the values of all examples of a row.
+
+    Answers of one row are not independent, so the bootstrap has to draw whole rows.
+    """
+    remaining = iter(values)
+    return [sum(islice(remaining, count)) for count in examples_per_row]
+
+
+def _answer_line(
     question: Question, base: Mapping[str, Any], tuned: Mapping[str, Any], guesses: Mapping[str, str]
 ) -> dict[str, Any]:
-    """A row of `answers.jsonl`."""
-    tags = {name: value for name, value in question.tags.items() if name != "split"}
-    known = bool(tags.get("fact")) and "kind" in tags
-    guess = {"guess": float(guesses.get(_kind(tags)) == tags["fact"])} if known else {}
-    return {"split": question.tags["split"], **asdict(question), "tags": tags, **guess, "base": base, "tuned": tuned}
+    """Return a row of `answers.jsonl`."""
+    tags = dict(question.tags)
+    split = tags.pop("split")
+    line = {"split": split, **asdict(question), "tags": tags}
+    # Guessing needs a kind to guess by, and a fact to compare the guess with.
+    if tags.get("fact") and "kind" in tags:
+        line["guess"] = float(guesses.get(_kind_of(tags)) == tags["fact"])
+    return {**line, "base": base, "tuned": tuned}
 
 
-def _split(row: Conversation) -> str | None:
-    return row.tags_of(0).get("split")
+def _splits_of(rows: Sequence[Conversation]) -> set[str | None]:
+    """Return the values of the column `split`; None is among them if a row has no such column."""
+    return {row.tags_of(0).get("split") for row in rows}
 
 
 def _without_split(rows: Sequence[Conversation]) -> list[Conversation]:
-    return [replace(row, tags={name: value for name, value in row.tags.items() if name != "split"}) for row in rows]
+    """Return the rows without their column `split`."""
+    result = []
+    for row in rows:
+        tags = dict(row.tags)
+        tags.pop("split", None)
+        result.append(replace(row, tags=tags))
+    return result
 
 
-def _kind(tags: Mapping[str, str]) -> str:
-    """A kind of question by its domain, where it has one."""
+def _kind_of(tags: Mapping[str, str]) -> str:
+    """Return the kind of a question, with its domain if it has one."""
     return f"{tags['domain']}: {tags['kind']}" if "domain" in tags else tags["kind"]
 
 
 def commonest_facts(train: Sequence[Conversation]) -> dict[str, str]:
-    """The fact that training rows give most often for each kind of question: what a guess would say."""
-    facts: dict[str, Counter[str]] = {}
+    """Return the most frequent fact of each kind of question in the training rows.
+
+    A model that has learned nothing else would guess it, so scores are compared with this guess.
+    """
+    counters: dict[str, Counter[str]] = {}
     for row in train:
-        for tags in (row.tags_of(index) for index in range(len(row.turns))):
+        for index in range(len(row.turns)):
+            tags = row.tags_of(index)
             if tags.get("fact") and "kind" in tags:
-                facts.setdefault(_kind(tags), Counter())[tags["fact"]] += 1
-    return {kind: counter.most_common(1)[0][0] for kind, counter in facts.items()}
+                counters.setdefault(_kind_of(tags), Counter())[tags["fact"]] += 1
+    return {kind: counter.most_common(1)[0][0] for kind, counter in counters.items()}
 
 
 def group(lines: Sequence[Mapping[str, Any]], by: str) -> dict[str, dict[str, Any]]:
-    """The scores of the answers that share a tag: `{value: {questions, guess, base, tuned, paired}}`.
+    """Score the answers separately for each value of a tag.
 
     Args:
-        lines: of `answers.jsonl`.
-        by: `split` or the name of a tag; answers without it are left out. A `kind` goes by its `domain` too.
+        lines: rows of `answers.jsonl`.
+        by: `split` or the name of a tag; answers without that tag are skipped. Kinds of different
+            domains are different groups, even if they have the same name.
+
+    Returns:
+        `{value: {questions, guess, base, tuned, paired}}`, sorted by value.
     """
     members: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines:
         tags = {"split": line["split"], **line["tags"]}
         if by in tags:
-            members.setdefault(_kind(tags) if by == "kind" else tags[by], []).append(line)
+            value = _kind_of(tags) if by == "kind" else tags[by]
+            members.setdefault(value, []).append(line)
     return {value: _group_scores(members[value]) for value in sorted(members)}
 
 
 def _group_scores(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    clusters = clusters_of(lines)
+    """Return the mean scores of both models with intervals, and a paired test of the two."""
+    scores: dict[str, Any] = {"questions": len(lines)}
     guesses = [line["guess"] for line in lines if "guess" in line]
-    return {
-        "questions": len(lines),
-        **({"guess": round(sum(guesses) / len(guesses), 4)} if guesses else {}),
-        **{model: means([line[model] for line in lines], clusters) for model in ("base", "tuned")},
-        "paired": _paired(lines),
-    }
+    if guesses:
+        scores["guess"] = round(sum(guesses) / len(guesses), 4)
+    # Questions about one entity are right or wrong together, which the intervals must respect.
+    clusters = clusters_of(lines)
+    for model in ("base", "tuned"):
+        scores[model] = means([line[model] for line in lines], clusters)
+    scores["paired"] = _compare_exact_match(lines)
+    return scores
 
 
-def _paired(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """McNemar's test of tuned against base on exact match."""
-    right = {model: [line[model]["exact_match"] for line in lines] for model in ("base", "tuned")}
-    return mcnemar(right["base"], right["tuned"])
+def _compare_exact_match(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Compare exact match of base and tuned model by McNemar's test."""
+    base, tuned = [], []
+    for line in lines:
+        base.append(line["base"]["exact_match"])
+        tuned.append(line["tuned"]["exact_match"])
+    return mcnemar(base, tuned)
 
 
-# ---------------------------------------------------------------------------------------------------- shown
+# ------------------------------------------------------------------------------- tables and figures
 
 
 def score_table(metrics: Mapping[str, Any]) -> str:
@@ -318,66 +430,99 @@ def group_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def side_by_side(lines: Sequence[Mapping[str, Any]], count: int = 6, *, seed: int = 0, width: int = 160) -> str:
-    """Some questions with the expected, the base and the tuned answer, long ones cut to `width` characters.
+    """Format some questions with the expected, the base and the tuned answer.
 
     A follow-up question stands under the turn before it; `✓` marks an exact match.
+
+    Args:
+        lines: rows of `answers.jsonl`.
+        count: how many to choose at random.
+        seed: of the choice.
+        width: characters; longer texts are cut.
     """
-    shown = random.Random(seed).sample(list(lines), min(count, len(lines)))
+    chosen = random.Random(seed).sample(list(lines), min(count, len(lines)))
     blocks = []
-    for line in shown:
+    for line in chosen:
+        block = ""
+        if line["history"]:
+            turn = line["history"][-1]
+            previous = f"{turn['question']} → {turn['answer']}"
+            block += f"  before    {cut(previous, width)}\n"
         mark = "✓" if line["tuned"]["exact_match"] else " "
-        before = [cut(f"{turn['question']} → {turn['answer']}", width) for turn in line["history"][-1:]]
-        blocks.append(
-            "".join(f"  before    {text}\n" for text in before)
-            + f"  question  {cut(line['text'], width)}\n  expected  {cut(line['expected'], width)}\n"
-            f"  base      {cut(line['base']['answer'], width)}\n{mark} tuned     {cut(line['tuned']['answer'], width)}"
+        block += (
+            f"  question  {cut(line['text'], width)}\n"
+            f"  expected  {cut(line['expected'], width)}\n"
+            f"  base      {cut(line['base']['answer'], width)}\n"
+            f"{mark} tuned     {cut(line['tuned']['answer'], width)}"
         )
+        blocks.append(block)
     return "\n\n".join(blocks)
 
 
 def plot_groups(groups: Mapping[str, Mapping[str, Any]], ax: Axes, *, score: str = "exact_match") -> Figure:
-    """One score of base and tuned, group by group, with 95 % intervals, and what a guess would get.
+    """Draw one score of both models for each group, with 95 % intervals and the score of a guess.
 
     Args:
         groups: one of `metrics["groups"]`.
         ax: to draw on; its height should grow with the number of groups.
         score: a key of `SCORES`.
     """
+    # Both models: a dot with its interval, one row for each group.
     places = range(len(groups))
     for model, color in (("base", BASE), ("tuned", TUNED)):
-        values = [members[model][score] for members in groups.values()]
-        bounds = [members[model]["intervals"][score] for members in groups.values()]
-        ax.errorbar(
-            values, places, xerr=_whiskers(values, bounds), fmt="o", color=color, capsize=3, markersize=6, label=model
-        )
+        values, bounds = [], []
+        for members in groups.values():
+            values.append(members[model][score])
+            bounds.append(members[model]["intervals"][score])
+        whiskers = _whiskers(values, bounds)
+        ax.errorbar(values, places, xerr=whiskers, fmt="o", color=color, capsize=3, markersize=6, label=model)
+
+    # A pale line joins the two dots of a group; a bar marks what a guess would score.
+    guesses, guess_places = [], []
     for place, members in zip(places, groups.values(), strict=True):
-        ax.plot([members[m][score] for m in ("base", "tuned")], [place, place], color=BASE, alpha=0.25, zorder=0)
-    known = [(members["guess"], place) for place, members in enumerate(groups.values()) if "guess" in members]
-    if known and score == "exact_match":
-        ax.plot(*zip(*known, strict=True), "|", color=ORANGE, markersize=12, markeredgewidth=2, label="a guess")
-    labels = [in_figure(f"{cut(value, 80)} ({members['questions']})") for value, members in groups.items()]
+        pair = [members["base"][score], members["tuned"][score]]
+        ax.plot(pair, [place, place], color=BASE, alpha=0.25, zorder=0)
+        if "guess" in members:
+            guesses.append(members["guess"])
+            guess_places.append(place)
+    # A guess is counted by exact match, so it has no place beside another score.
+    if guesses and score == "exact_match":
+        ax.plot(guesses, guess_places, "|", color=ORANGE, markersize=12, markeredgewidth=2, label="a guess")
+
+    labels = []
+    for value, members in groups.items():
+        labels.append(in_figure(f"{cut(value, 80)} ({members['questions']})"))
     ax.set_yticks(places, labels)
     ax.set(xlim=(-0.03, 1.03), ylim=(len(groups) - 0.5, -0.5), xlabel=SCORES[score])
     unframed(ax, grid="x")
-    ax.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 0.995))  # a title goes above, by its pad
+    # The legend stands above the axes; a title goes above the legend, by its pad.
+    ax.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 0.995))
     return ax.get_figure()  # type: ignore[return-value]
 
 
 def _whiskers(values: Sequence[float], bounds: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Lengths of error bars below and above, as matplotlib wants them."""
-    below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]
-    above = [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)]
+    """Return the lengths of error bars below and above the values, as matplotlib takes them."""
+    below, above = [], []
+    for value, (low, high) in zip(values, bounds, strict=True):
+        # A rounded value may lie just outside its interval, and matplotlib refuses negative lengths.
+        below.append(max(0.0, value - low))
+        above.append(max(0.0, high - value))
     return [below, above]
 
 
 def plot_scores(metrics: Mapping[str, Any], ax: Axes) -> Figure:
-    """Base and tuned scores as bars with their 95 % intervals."""
+    """Draw the scores of base and tuned model as bars with their 95 % intervals."""
+    # Scores that no question could be scored by are missing from the metrics.
     names = [name for name in SCORES if name in metrics["base"]]
+    # Two bars for each score, side by side, each with its value above the interval.
     for offset, model, color in ((-0.2, "base", BASE), (0.2, "tuned", TUNED)):
-        values = [metrics[model][name] for name in names]
-        bounds = [metrics[model]["intervals"][name] for name in names]
-        places = [index + offset for index in range(len(names))]
-        ax.bar(places, values, width=0.38, yerr=_whiskers(values, bounds), capsize=4, color=color, label=model)
+        places, values, bounds = [], [], []
+        for index, name in enumerate(names):
+            places.append(index + offset)
+            values.append(metrics[model][name])
+            bounds.append(metrics[model]["intervals"][name])
+        whiskers = _whiskers(values, bounds)
+        ax.bar(places, values, width=0.38, yerr=whiskers, capsize=4, color=color, label=model)
         for place, value, (_, high) in zip(places, values, bounds, strict=True):
             ax.annotate(f"{value:.2f}", (place, max(value, high) + 0.02), ha="center", va="bottom", fontsize="small")
     ax.set_xticks(range(len(names)), [SCORES[name] for name in names])
