@@ -1,13 +1,14 @@
-"""Adapters: LoRA matrices on every linear layer, the head trained in full, and what then trains (notebook 03).
+"""Attach adapters: LoRA matrices on every linear layer, and the head trained in full (notebook 03).
 
-LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685. rsLoRA: Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732.
+LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685.
+rsLoRA: Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732.
 DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,14 @@ if TYPE_CHECKING:
 
 
 def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
-    """Put a fresh adapter on a frozen base model, ready to train.
+    """Put a new adapter on a frozen base model, ready to train.
 
-    LoRA matrices go on the layers of `lora_targets`, by default on all linear ones but the head. With `train_head` the
-    head gets a trainable copy of its own (`modules_to_save`), never a LoRA: fused losses skip the adapter of a head and
-    leave it frozen unnoticed. All that trains is fp32, the master weights that AdamW needs beside low-precision matrix
-    products; nothing else is upcast.
+    LoRA matrices go on the layers of `lora_targets`, by default on all linear layers but the head.
+    With `train_head` the head gets a trainable copy of its own (`modules_to_save`), never a LoRA:
+    fused losses skip the adapter of a head, which would then stay untrained without an error.
+
+    All trainable weights are fp32, since AdamW needs precise master weights beside low-precision
+    matrix products. Nothing else is upcast.
 
     Args:
         base_model: from `quantization.load`; it is changed in place.
@@ -56,39 +59,45 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
     resolved = resolution_of(base_model, config)
+    # The matrices A start with random numbers; the same seed gives the same adapter.
     torch.manual_seed(config.seed)
     lora_config = LoraConfig(
         task_type="SEQ_2_SEQ_LM" if resolved.architecture == "encoder-decoder" else "CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft says int, and divides
         lora_dropout=config.lora_dropout,
-        target_modules=targets(config, base_model),
+        target_modules=target_modules(config, base_model),
         modules_to_save=[HEAD] if config.train_head else None,
         use_rslora=config.rslora,
         use_dora=config.dora,
     )
-    with _without_needless_warnings(base_model):
+    with _ignore_harmless_warnings(base_model):
         tuned_model = get_peft_model(base_model, lora_config)
-    _hold_in_fp32(tuned_model)
-    speed_up(tuned_model, config)
+    _cast_trainable_to_fp32(tuned_model)
+    enable_fused_layers(tuned_model, config)
     if resolved.config.gradient_checkpointing:
-        # The reentrant kind finds no gradient to follow from frozen embeddings and trains nothing.
-        with _without_needless_warnings(base_model):
+        # The reentrant kind finds no gradient to follow from frozen embeddings, and trains nothing.
+        with _ignore_harmless_warnings(base_model):
             base_model.gradient_checkpointing_enable({"use_reentrant": False})
     return tuned_model  # type: ignore[return-value]
 
 
-def targets(config: RunConfig, base_model: nn.Module) -> str | list[str]:
-    """The layers that get LoRA matrices, as peft takes them.
+def target_modules(config: RunConfig, base_model: nn.Module) -> str | list[str]:
+    """Return the names of the layers that get LoRA matrices, as peft's `target_modules`.
 
     Raises:
-        ConfigError: a name that no linear layer has. peft would pass over it, as long as another name fits.
+        ConfigError: no linear layer has one of the names. peft ignores such a name if another fits.
     """
     names = [name.strip() for name in config.lora_targets.split(",")]
     if names == ["all-linear"]:
         return names[0]
-    linear = (path.rpartition(".")[2] for path, m in base_model.named_modules() if isinstance(m, nn.Linear))
-    known = [name for name in dict.fromkeys(linear) if name != HEAD]
+
+    # Layers of all blocks share their last name, such as q_proj; list each name once.
+    known: list[str] = []
+    for path, module in base_model.named_modules():
+        name = path.rpartition(".")[2]
+        if isinstance(module, nn.Linear) and name != HEAD and name not in known:
+            known.append(name)
     for name in names:
         if name not in known:
             raise ConfigError(
@@ -98,8 +107,14 @@ def targets(config: RunConfig, base_model: nn.Module) -> str | list[str]:
     return names
 
 
-def speed_up(tuned_model: PeftModel, config: RunConfig) -> None:
-    """Where the config says so, compute the same in fewer operations: layers and their adapters, and the loss."""
+def enable_fused_layers(tuned_model: PeftModel, config: RunConfig) -> None:
+    """Compute the same results in fewer operations, if `config.fused_layers` is true.
+
+    A layer and its adapter become one operation, and the loss is computed without all logits.
+
+    Raises:
+        ModelError: the model's head is more than a matrix product, so its loss needs all logits.
+    """
     if config.fused_layers:
         fuse(tuned_model)
         model: Any = tuned_model.get_base_model()
@@ -116,42 +131,48 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
     Args:
         base_model: from `quantization.load`, loaded as it was in training.
         adapter: folder with adapter_config.json and adapter_model.safetensors.
-        trainable: whether to go on training it.
+        trainable: True to resume its training; by default it is frozen and in eval mode.
         fused: compute each layer and its adapter as one operation.
 
     Raises:
-        ModelError: the folder holds no adapter in safetensors, or one that does not fit the base model.
+        ModelError: the folder has no adapter in safetensors, or one that does not fit.
     """
     from peft import PeftModel
 
+    # peft would not notice another base model of the same shape.
     check_adapter(adapter)
     _check_base(base_model, adapter)
     try:
-        with _without_needless_warnings(base_model):
+        with _ignore_harmless_warnings(base_model):
             tuned_model = PeftModel.from_pretrained(base_model, str(adapter), is_trainable=trainable)
         _check_complete(tuned_model, adapter)
     except ModelError:
         raise
-    except Exception as error:  # of peft, safetensors, json and torch: whatever a damaged folder brings about
+    # A damaged folder makes peft, safetensors, json or torch raise almost any error.
+    except Exception as error:
         raise ModelError(
             f"adapter: {adapter} is damaged or does not fit this base model ({type(error).__name__}: "
             f"{first_line(error)[:200]}). Train it again, or give another folder."
         ) from error
-    _hold_in_fp32(tuned_model)
+    _cast_trainable_to_fp32(tuned_model)
     if fused:
         fuse(tuned_model)
     return tuned_model.eval() if not trainable else tuned_model
 
 
-BASE_RECORD = "base.json"  # in an adapter's folder: the base model that it was trained on
-_SAMPLE = 256  # of the embeddings' weights, to tell one base model from another
+BASE_RECORD = "base.json"  # in an adapter's folder: describes the base model that it was trained on
+_SAMPLE_SIZE = 256  # embedding weights that are compared to recognize a base model
 
 
 def describe_base(model: Any) -> dict[str, Any]:
-    """What tells a base model from others: its name, its vocabulary and width, and some weights of its embeddings."""
-    embeddings = model.get_input_embeddings().weight.detach()
+    """Describe a base model by its name, vocabulary, width and a sample of its embedding weights.
+
+    The sample tells apart models of the same shape, for example two versions of one model.
+    """
+    embeddings = model.get_input_embeddings().weight.detach()  # (vocabulary, hidden)
     flat = embeddings.flatten()
-    sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].float().cpu().tolist()
+    step = max(1, flat.numel() // _SAMPLE_SIZE)
+    sample = flat[::step][:_SAMPLE_SIZE].float().cpu().tolist()
     return {
         "model": model.config.name_or_path,
         "vocabulary": embeddings.shape[0],
@@ -161,46 +182,61 @@ def describe_base(model: Any) -> dict[str, Any]:
 
 
 def record_base(tuned_model: PeftModel, folder: Path) -> None:
-    """Leave beside an adapter what its base model is."""
+    """Write the description of an adapter's base model into the adapter's folder."""
     write_json(folder / BASE_RECORD, describe_base(tuned_model.get_base_model()))
 
 
 def _check_base(base_model: PreTrainedModel, adapter: Path) -> None:
-    """Refuse a base model other than the one an adapter was trained on, as far as the adapter says.
+    """Check that an adapter was trained on this base model.
 
-    Names may differ, since folders move and mirrors exist; weights may not, but for rounding to another precision.
+    Names may differ, since folders move and mirrors exist. Weights may differ only by rounding to
+    another precision.
 
     Raises:
-        ModelError: names both, and what differs.
+        ModelError: it was trained on another base model; names both and what differs.
     """
+    # Adapters of other tools come without the record.
     if not (adapter / BASE_RECORD).is_file():
         return
     try:
         trained_on, here = read_json(adapter / BASE_RECORD), describe_base(base_model)
-        pairs = list(zip(trained_on["embeddings"], here["embeddings"], strict=False))
-        # bf16 keeps 8 bits of a weight: two roundings of one differ by less than 1 %
-        apart = sum(abs(then - now) > 0.01 * max(abs(then), abs(now)) + 1e-6 for then, now in pairs)
-        differing = [f"{what} {trained_on[what]:,} and {here[what]:,}" for what in ("vocabulary", "hidden")
-                     if trained_on[what] != here[what]]  # fmt: skip
-        if not differing and apart > len(pairs) // 20:
-            differing = [f"{apart} of {len(pairs)} weights compared"]
+        differences = _list_differences(trained_on, here)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"adapter: {adapter / BASE_RECORD} is damaged; expected what tells the base model of this adapter from "
             "others. Restore it from a copy, or train the adapter again."
         ) from error
-    if differing:
+    if differences:
         raise ModelError(
             f"adapter: {adapter} was trained on {trained_on['model']}, and the base model here is {here['model']}, "
-            f"another one ({', '.join(differing)} differ). Give the base model that it was trained on."
+            f"another one ({', '.join(differences)} differ). Give the base model that it was trained on."
         )
 
 
+def _list_differences(trained_on: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """List how two descriptions of base models differ; empty if the models are the same."""
+    pairs = list(zip(trained_on["embeddings"], here["embeddings"], strict=False))
+    apart = 0
+    for then, now in pairs:
+        # bf16 has 8 bits of precision: two roundings of one weight differ by less than 1 %.
+        if abs(then - now) > 0.01 * max(abs(then), abs(now)) + 1e-6:
+            apart += 1
+
+    sizes = [name for name in ("vocabulary", "hidden") if trained_on[name] != here[name]]
+    differences = [f"{name} {trained_on[name]:,} and {here[name]:,}" for name in sizes]
+    # Samples of different sizes hold different weights, so only those of equal sizes are compared.
+    if not differences and apart > len(pairs) // 20:
+        differences.append(f"{apart} of {len(pairs)} weights compared")
+    return differences
+
+
 def _check_complete(tuned_model: PeftModel, adapter: Path) -> None:
-    """Refuse an adapter that lacks weights this model has, or has some it lacks; peft would only warn.
+    """Check that an adapter has all weights that this model expects, and no others.
+
+    peft would only warn, and leave missing weights as they were initialised.
 
     Raises:
-        ModelError: names the first of them.
+        ModelError: some are missing or unexpected; the message names the first.
     """
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
@@ -216,8 +252,8 @@ def _check_complete(tuned_model: PeftModel, adapter: Path) -> None:
             )
 
 
-def _hold_in_fp32(tuned_model: PeftModel) -> None:
-    """Hold LoRA matrices and the trained head in fp32, and let the head take inputs of any precision."""
+def _cast_trainable_to_fp32(tuned_model: PeftModel) -> None:
+    """Convert LoRA matrices and trained head to fp32, and let the head take inputs of any dtype."""
     for name, parameter in tuned_model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             parameter.data = parameter.data.float()
@@ -227,7 +263,11 @@ def _hold_in_fp32(tuned_model: PeftModel) -> None:
 
 
 def _to_dtype_of_weight(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    """The base model hands its head bf16 or fp16. Under autocast, as in training, that is taken care of already."""
+    """Convert the inputs of the head to the dtype of its weight, before each forward pass.
+
+    The base model computes in bf16 or fp16 and the trained head in fp32, which torch multiplies
+    only under autocast. Training uses autocast, so there is nothing to convert there.
+    """
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     if torch.is_autocast_enabled(weight.device.type):
@@ -236,14 +276,15 @@ def _to_dtype_of_weight(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> 
 
 
 @contextmanager
-def _without_needless_warnings(base_model: PreTrainedModel) -> Iterator[None]:
-    """Transformers 5.23 renames gradient to activation checkpointing; peft and earlier versions know the old name.
-
-    And it calls the head of every T5 tied to the embeddings, of which peft warns; here it is looked at.
-    """
+def _ignore_harmless_warnings(base_model: PreTrainedModel) -> Iterator[None]:
+    """Silence two warnings of transformers and peft, where they do not apply."""
     head, embeddings = base_model.get_output_embeddings(), base_model.get_input_embeddings()
     with warnings.catch_warnings():
+        # Transformers 5.23 renamed gradient checkpointing to activation checkpointing; peft and
+        # earlier versions of transformers know the old name only.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        # Transformers declares the head of every T5 tied to the embeddings, of which peft warns. The
+        # weights themselves tell if it is.
         if head is not None and head.weight is not embeddings.weight:
             warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*", category=UserWarning)
         yield
@@ -251,14 +292,16 @@ def _without_needless_warnings(base_model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def base_alone(tuned_model: PeftModel) -> Iterator[PeftModel]:
-    """Within this context the model answers as the base model, its original head included.
+    """Disable the adapter inside this context: the model answers as the base model, head included.
 
-    Only the switches of peft's layers are turned. Its own `disable_adapter` goes through every parameter's
-    `requires_grad` as well, which between two tokens of a 7-billion model takes nearly as long as a token.
+    This sets only the flags of peft's layers. peft's own `disable_adapter` also sets `requires_grad`
+    of every parameter. The playground switches between two tokens, and in a 7-billion model that
+    takes nearly as long as a token.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    # Layers that are disabled already have to stay so afterwards, so they are left out.
     switched: list[Any] = [
         module
         for module in tuned_model.modules()
@@ -273,14 +316,14 @@ def base_alone(tuned_model: PeftModel) -> Iterator[PeftModel]:
             module._disable_adapters = False
 
 
-# ---------------------------------------------------------------------------------------------------- what trains
+# ----------------------------------------------------------------------------- trainable parameters
 
 
 def first_adapted(tuned_model: PeftModel) -> tuple[str, nn.Module]:
-    """Name and module of the first layer that has an adapter.
+    """Return the name and the module of the first layer that has an adapter.
 
     Raises:
-        ValueError: none has.
+        ValueError: no layer has one.
     """
     for path, module in tuned_model.get_base_model().named_modules():
         if hasattr(module, "lora_A"):
@@ -290,7 +333,14 @@ def first_adapted(tuned_model: PeftModel) -> tuple[str, nn.Module]:
 
 @dataclass(frozen=True)
 class ModuleParameters:
-    """Parameters of all modules of one name, over all layers: how many there are, and how many of them train."""
+    """Hold the parameter counts of all modules of one name, summed over all layers.
+
+    Attributes:
+        module: their common name, such as `q_proj`.
+        frozen: parameters of the base model, which get no gradient.
+        lora: parameters of LoRA matrices.
+        in_full: parameters of modules that are trained in full, such as the head.
+    """
 
     module: str
     frozen: int
@@ -299,16 +349,17 @@ class ModuleParameters:
 
     @property
     def trainable(self) -> int:
-        """Parameters that get a gradient."""
+        """Return the number of parameters that get a gradient."""
         return self.lora + self.in_full
 
 
 def trainable_by_module(model: nn.Module) -> list[ModuleParameters]:
-    """Count parameters by the last name of the module they belong to, in the order of the model."""
+    """Count parameters by the name of their module, in the order of the model."""
     counts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
-        module = _module_of(name)
+        module = _module_name(name)
         frozen, lora, in_full = counts.setdefault(module, [0, 0, 0])
+        # Two 4-bit weights share a byte, so the stored shape does not tell their number.
         size = unquantized_shape(parameter).numel()
         if "lora_" in name:
             lora += size
@@ -320,8 +371,13 @@ def trainable_by_module(model: nn.Module) -> list[ModuleParameters]:
     return [ModuleParameters(module, *sizes) for module, sizes in counts.items()]
 
 
-def _module_of(name: str) -> str:
-    """`…layers.0.self_attn.q_proj.lora_A.default.weight` → `q_proj`; the layer norms of all layers come as one."""
+def _module_name(name: str) -> str:
+    """Return the name of the module that a parameter belongs to.
+
+    `…layers.0.self_attn.q_proj.lora_A.default.weight` belongs to `q_proj`. All layer norms are
+    counted as one module, `norms`.
+    """
+    # These are names that torch and peft add.
     skip = {"weight", "bias", "default", "original_module", "modules_to_save", "base_layer"}
     parts = [part for part in name.split(".") if part not in skip and not part.startswith("lora_")]
     return "norms" if "norm" in parts[-1] else parts[-1]
@@ -340,15 +396,22 @@ def trainable_table(rows: list[ModuleParameters]) -> str:
 
 
 def plot_trainable(rows: list[ModuleParameters], ax: Axes) -> Figure:
-    """Where the trainable parameters sit: a bar for each module, LoRA and full training apart."""
-    shown = [row for row in rows if row.trainable]
-    names, whole = [row.module for row in shown], sum(row.trainable for row in shown)
-    ax.barh(names, [row.lora for row in shown], color=BLUE, label="LoRA")
-    ax.barh(names, [row.in_full for row in shown], left=[row.lora for row in shown], color=ORANGE, label="in full")
-    for place, row in enumerate(shown):
-        ax.annotate(f" {row.trainable:,} ({row.trainable / whole:.0%})", (row.trainable, place), va="center")
+    """Draw a bar for each module that has trainable parameters, LoRA and full training apart."""
+    names, lora, in_full, totals = [], [], [], []
+    for row in rows:
+        if row.trainable:
+            names.append(row.module)
+            lora.append(row.lora)
+            in_full.append(row.in_full)
+            totals.append(row.trainable)
+
+    ax.barh(names, lora, color=BLUE, label="LoRA")
+    ax.barh(names, in_full, left=lora, color=ORANGE, label="in full")
+    for place, total in enumerate(totals):
+        ax.annotate(f" {total:,} ({total / sum(totals):.0%})", (total, place), va="center")
+    # The first module of the model stands on top, and the longest bar leaves space for its label.
     ax.invert_yaxis()
-    ax.set(xlabel="trainable parameters, all layers together", xlim=(0, 1.3 * max(row.trainable for row in shown)))
+    ax.set(xlabel="trainable parameters, all layers together", xlim=(0, 1.3 * max(totals)))
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.set_title("Where the trainable parameters sit", loc="left")
     ax.legend(frameon=False)
@@ -356,7 +419,7 @@ def plot_trainable(rows: list[ModuleParameters], ax: Axes) -> Figure:
     return ax.get_figure()  # type: ignore[return-value]
 
 
-# ---------------------------------------------------------------------------------------------------- will it fit?
+# ------------------------------------------------------------------------------- memory plans
 
 
 def memory_plan(config: RunConfig) -> str:
@@ -373,13 +436,13 @@ def memory_plan(config: RunConfig) -> str:
 
 
 def real_preset(config: RunConfig) -> RunConfig:
-    """Return the preset of a model of real size that is built like the one of this run."""
+    """Return the preset of a model of real size with the same architecture as this run's."""
     presets = {"causal": "llama2-7b", "encoder-decoder": "flan-t5-large"}
     return RunConfig.from_preset(presets[shapes.architecture_of(config.model)])
 
 
 def plan_for_cards(config: RunConfig, names: Sequence[str] = tuple(CARDS)) -> str:
-    """Choose for each of these GPUs what a training leaves open, as a table: precision, recomputation, memory."""
+    """Plan a training on each of these GPUs: precision, recomputation and memory, as a table."""
     return overview(config, [CARDS[name] for name in names], shapes.read(config.model))
 
 
@@ -390,5 +453,5 @@ def plot_plans(config: RunConfig, names: Sequence[str], ax: Axes) -> Figure:
 
 
 def plan_explorer(config: RunConfig) -> Widget:
-    """Show controls for what memory depends on, and under them the plan that follows."""
+    """Return widgets for the settings that memory depends on, with the plan that follows."""
     return explorer(config, list(CARDS.values()), shapes.read(config.model))
