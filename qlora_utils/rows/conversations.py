@@ -1,9 +1,12 @@
-"""Rows of any known shape read into conversations (notebook 01).
+"""Read rows of any known shape into conversations (notebook 01).
 
-A *turn* is one question and its answer, a *conversation* a row of one or more turns. Every row shape is read into
-conversations, and conversations are rendered in one way only, the Llama-2 chat format
-`<s>[INST] question [/INST] answer </s>`. Only the format writes its marks: where an author spells one, as in a question
-about `[/INST]`, it is defused, and looks the same to people but not to a tokenizer.
+A *turn* is one question and its answer. A *conversation* is a row of one or more turns. Every row
+shape is read into conversations, and conversations are rendered in one format only, that of
+Llama-2: `<s>[INST] question [/INST] answer </s>`.
+
+Only the format may write its marks. Where an author spells one, as in a question about `[/INST]`,
+the mark is *defused*: it looks the same to people, but a tokenizer reads other tokens. Otherwise
+the author of a row could end a turn, or begin one, in the middle of a text.
 """
 
 from __future__ import annotations
@@ -16,24 +19,37 @@ from typing import Any
 
 from qlora_utils.rows.files import NAME_COLUMNS, DataError, Row
 
-JOINER = "\u2060"  # WORD JOINER: no width, no break, and no part of any mark
+JOINER = "\u2060"  # WORD JOINER: invisible, and not part of any mark
 MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-ENDS = ("<s>", "</s>", "<unk>")  # in a rendered text; in tokens they are ids, and as letters no danger
+# Special tokens as a rendered text spells them. Where we tokenize ourselves they are ids, and these
+# letters are harmless.
+ENDS = ("<s>", "</s>", "<unk>")
 
 
 def jinja_defused(
     text: str, marks: Sequence[str] = MARKS + ENDS, tokens: Sequence[str] = ("bos_token", "eos_token")
 ) -> str:
-    """An expression of a chat template that is `text`, another one, with marks `defused`, and the tokens of that name.
+    """Return a Jinja expression that defuses the value of another one, for a chat template.
 
-    Servers tokenize what a template gives, and take a special token that an author spelled for one.
+    Servers tokenize the output of a template, where a special token that an author spelled would
+    become the real one.
+
+    Args:
+        text: a Jinja expression, such as `message['content']`.
+        marks: texts to defuse.
+        tokens: names of template variables whose values are special tokens, to defuse too.
     """
-    filters = [f" | replace('{mark}', '{mark[0]}{JOINER}{mark[1:]}')" for mark in marks]
-    filters += [f" | replace({token}, {token}[:1] + '{JOINER}' + {token}[1:])" for token in tokens]
-    return f"({text}{''.join(filters)})"
+    expression = text
+    for mark in marks:
+        expression += f" | replace('{mark}', '{mark[0]}{JOINER}{mark[1:]}')"
+    # The template knows the tokenizer's own special tokens only by the names of variables.
+    for token in tokens:
+        expression += f" | replace({token}, {token}[:1] + '{JOINER}' + {token}[1:])"
+    return f"({expression})"
 
 
-# The Llama-2 chat format as a tokenizer's chat template; `render` gives the same text (a test compares them).
+# The Llama-2 chat format as a tokenizer's chat template. `render` returns the same text: a test
+# compares the two.
 CHAT_TEMPLATE = (
     "{%- set system = '' -%}{%- set said = messages -%}"
     "{%- if messages and messages[0]['role'] == 'system' -%}{%- set said = messages[1:] -%}"
@@ -53,7 +69,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer, as plain text without any special token, and what the system was told before."""
+    """Hold a question, its answer and the system prompt before it, as text without marks."""
 
     question: str
     answer: str
@@ -61,14 +77,14 @@ class Turn:
 
     @property
     def blank(self) -> bool:
-        """Whether question or answer holds nothing but white space."""
+        """Return True if question or answer is empty or only white space."""
         return not (self.question.strip() and self.answer.strip())
 
 
 def defused(text: str, marks: Sequence[str] = MARKS) -> str:
-    """An author's text with an invisible character in each mark that it spells, so that the letters are no mark.
+    """Return a text with an invisible character inside each mark, so that it is no mark any longer.
 
-    A mark that holds such characters already gets one more: `restored` gives back the very text.
+    A mark that contains such characters already gets one more, so `restored` can undo this exactly.
     """
     return _first_letters(tuple(marks)).sub(rf"\g<0>{JOINER}", text)
 
@@ -81,80 +97,95 @@ def _first_letters(marks: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def restored(text: str, marks: Sequence[str] = MARKS + ENDS) -> str:
-    """The text that `defused` was given."""
+    """Undo `defused`: return the text that it was given."""
     joiners = (f"(?<={re.escape(mark[0])}){JOINER}(?={JOINER}*{re.escape(mark[1:])})" for mark in marks)
     return re.sub("|".join(joiners), "", text)
 
 
 def prompt_text(question: str, system: str = "") -> str:
-    """What the model reads before it answers, without the leading `<s>`."""
+    """Return the prompt for a question in Llama-2 format, without the leading `<s>`."""
     before = f"<<SYS>>\n{defused(system)}\n<</SYS>>\n\n" if system else ""
     return f"[INST] {before}{defused(question)} [/INST]"
 
 
 def turn_text(turn: Turn) -> str:
-    """A whole turn without `<s>` and `</s>`; it begins with `prompt_text(turn.question, turn.system)`."""
+    """Return a turn in Llama-2 format without `<s>` and `</s>`, beginning with its prompt."""
     return f"{prompt_text(turn.question, turn.system)} {defused(turn.answer)} "
 
 
 def render(turns: Iterable[Turn]) -> str:
-    """A conversation in Llama-2 chat format, special tokens written out; `parse` reads it back."""
+    """Return a conversation as text in Llama-2 format, which `parse` reads back."""
     return "".join(f"<s>{defused(turn_text(turn), ENDS)}</s>" for turn in turns)
 
 
 class UnusableRowError(ValueError):
-    """One row that cannot be used; the message is the reason."""
+    """Report a row that cannot be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns of one row, in order, and where the row came from."""
+    """Hold the turns of one row and the place where the row was found.
+
+    Attributes:
+        turns: in order.
+        where: file or split of the row.
+        number: of the row there, from 0.
+        shape: name of the row shape it was read from.
+        tags: the row's other text columns. A text, such as `domain`, is about the whole row; a list
+            of texts, such as `kind`, has one for each turn.
+        unanswered: the row ended with a question without an answer, which is not among `turns`.
+    """
 
     turns: tuple[Turn, ...]
     where: str = ""
     number: int = 0
     shape: str = ""
-    # The row's other text columns, e.g. domain; a list of texts, one per turn, speaks of each turn, e.g. kind.
     tags: Mapping[str, str | list[str]] = field(default_factory=dict)
-    unanswered: bool = False  # the row ended with a question that nobody answered; that turn is not among `turns`
+    unanswered: bool = False
 
     @property
     def text(self) -> str:
-        """The conversation in Llama-2 chat format."""
+        """Return the conversation in Llama-2 format."""
         return render(self.turns)
 
     def tags_of(self, turn: int) -> dict[str, str]:
-        """The tags of one turn, by its index."""
-        return {name: value if isinstance(value, str) else value[turn] for name, value in self.tags.items()}
+        """Return the tags of the turn with this index."""
+        tags = {}
+        for name, value in self.tags.items():
+            tags[name] = value if isinstance(value, str) else value[turn]
+        return tags
 
 
 def record_of(conversation: Conversation) -> dict[str, Any]:
-    """A conversation as a JSON value; `conversation_of` undoes it."""
+    """Return a conversation as a JSON value; `conversation_of` undoes this."""
     return {**vars(conversation), "turns": [vars(turn) for turn in conversation.turns]}
 
 
 def conversation_of(record: Mapping[str, Any]) -> Conversation:
-    """A conversation from its JSON value.
+    """Return a conversation from its JSON value.
 
     Raises:
-        TypeError, KeyError: the value is none of a conversation.
+        TypeError, KeyError: the value does not describe a conversation.
     """
     turns = tuple(Turn(**turn) for turn in record["turns"])
-    if not turns or not all(isinstance(text, str) for turn in turns for text in vars(turn).values()):
+    if not turns:
         raise TypeError("no turns of text")
+    for turn in turns:
+        if not all(isinstance(text, str) for text in vars(turn).values()):
+            raise TypeError("no turns of text")
     return Conversation(**{**record, "turns": turns})
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that was left out, and why."""
+    """Hold the place of a row that was rejected, and the reason."""
 
     where: str
     number: int
     reason: str
 
 
-# ---------------------------------------------------------------------------------------------------- row shapes
+# --------------------------------------------------------------------------------------- row shapes
 
 _PAIRS = (
     ("instruction", "output"),
@@ -165,30 +196,38 @@ _PAIRS = (
 )
 _LISTS = ("messages", "conversations")
 _SHAPED = frozenset({*_LISTS, "text", "input", *(name for pair in _PAIRS for name in pair)})
-TAGS = ("split", "domain", "kind", "fact", "entity")  # that scores are told by, or answers measured by
-_BESIDE = frozenset({"input", *TAGS})  # what may stand beside any shape
+# Columns by which scores are grouped, or against which answers are scored.
+TAGS = ("split", "domain", "kind", "fact", "entity")
+_EXTRA = frozenset({"input", *TAGS})  # fields that a row of any shape can have as well
 _QUESTION_ROLES = {"user", "human", "prompter"}
 _ANSWER_ROLES = {"assistant", "gpt", "bot", "model"}
-_SYSTEM = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>(?:\n\n|\s*)", re.DOTALL)  # at the start of the first question
+# The system prompt in Llama-2 format: a block at the start of the first question.
+_SYSTEM = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>(?:\n\n|\s*)", re.DOTALL)
 
 
 def parse(row: Row) -> Conversation:
     """Read one row of any known shape.
 
-    Known are `text` in Llama-2 chat format or with `### Human:` / `### Assistant:` marks, `messages` or
-    `conversations`, and `instruction` / `input` / `output` (`question` / `answer` and `prompt` / `response` alike).
-    Case and outer spaces of a field's name do not matter; a shape that is there to the letter is read first.
-    Blank turns are kept here; `usable` drops them. A last question without an answer is dropped and marked.
+    Known shapes are `text` in Llama-2 format or with the marks `### Human:` and `### Assistant:`,
+    `messages` or `conversations`, and `instruction` / `input` / `output` (also `question` /
+    `answer`, `prompt` / `response` and similar pairs). Case and outer spaces of a field's name do
+    not matter, but a shape whose fields are spelled exactly is preferred.
+
+    Blank turns are among the result; `usable` drops them. A last question without an answer is
+    dropped, and `unanswered` is set.
 
     Raises:
         UnusableRowError: the row has none of these shapes, or no answered turn.
     """
     if row.columns is None:
         raise UnusableRowError(row.fault or "empty row")
-    columns = _named(row.columns, _BESIDE)
+
+    # Other spellings of extra fields are always read; those of a shape's fields only if the exact
+    # spellings make no shape. A row may hold prose under "text", and its question under "Question".
+    columns = _rename_fields(row.columns, _EXTRA)
     found = _shape_and_parts(columns)
     if found is None:
-        columns = _named(columns, _SHAPED)
+        columns = _rename_fields(columns, _SHAPED)
         found = _shape_and_parts(columns)
     if found is None:
         raise UnusableRowError(_no_shape(columns, row))
@@ -196,62 +235,87 @@ def parse(row: Row) -> Conversation:
     turns, unanswered = _pair_up(parts)
     if not turns:
         raise UnusableRowError("no answered turn" if unanswered else "no turn")
+
+    # All other columns of text are tags. Check all texts now, since half a character in one of them
+    # would stop a file from being written much later.
     tags = {n: value for n, value in columns.items() if n not in _SHAPED and _is_tag(value, len(turns))}
-    said = [part for turn in turns for part in (turn.system, turn.question, turn.answer)]
-    tagged = [text for value in tags.values() for text in ([value] if isinstance(value, str) else value)]
-    for text in (*said, *tags, *tagged):
-        _check_encodable(text)
+    for turn in turns:
+        _check_encodable(turn.system)
+        _check_encodable(turn.question)
+        _check_encodable(turn.answer)
+    for name in tags:
+        _check_encodable(name)
+    for value in tags.values():
+        for text in [value] if isinstance(value, str) else value:
+            _check_encodable(text)
     return Conversation(turns, row.where, row.number, shape, tags, unanswered)
 
 
-def _named(columns: Mapping[str, Any], known: frozenset[str]) -> Mapping[str, Any]:
-    """The columns, those that are one of the known names up to case and outer spaces under that name."""
-    other = _spellings(tuple(columns), known)
-    return {other.get(name, name): value for name, value in columns.items()} if other else columns
+def _rename_fields(columns: Mapping[str, Any], known: frozenset[str]) -> Mapping[str, Any]:
+    """Return the columns; fields that spell a known name differently are renamed to it."""
+    renamed = _find_spellings(tuple(columns), known)
+    if not renamed:
+        return columns
+    return {renamed.get(name, name): value for name, value in columns.items()}
 
 
-@functools.lru_cache(maxsize=256)  # rows of a file mostly have the same fields
-def _spellings(names: tuple[str, ...], known: frozenset[str]) -> Mapping[str, str]:
-    """The known name of each field that is one, spelled otherwise, and not there to the letter.
+# Most rows of a file have the same fields.
+@functools.lru_cache(maxsize=256)
+def _find_spellings(names: tuple[str, ...], known: frozenset[str]) -> Mapping[str, str]:
+    """Map each field that is a known name in another spelling to that name.
+
+    A known name that is also spelled exactly is skipped: that field is the one to read.
 
     Raises:
-        UnusableRowError: several fields are the same known name.
+        UnusableRowError: several fields are spellings of the same known name.
     """
-    spelled: dict[str, list[str]] = {}
+    spellings: dict[str, list[str]] = {}
     for name in names:
-        spelled.setdefault(_plain(name), []).append(name)
-    other = {}
-    for name, fields in spelled.items():
+        spellings.setdefault(_normalise_name(name), []).append(name)
+    renamed = {}
+    for name, fields in spellings.items():
         if name in known and name not in fields:
             if len(fields) > 1:
-                told = " and ".join(map(repr, fields))
-                raise UnusableRowError(f"{told} both read as {name}; rename or remove one")
-            other[fields[0]] = name
-    return other
+                both = " and ".join(map(repr, fields))
+                raise UnusableRowError(f"{both} both read as {name}; rename or remove one")
+            renamed[fields[0]] = name
+    return renamed
 
 
-def _plain(name: str) -> str:
-    """A field's name without what does not matter in it; a byte order mark may stand before the first of a file."""
+def _normalise_name(name: str) -> str:
+    """Return a field's name in lower case, without outer spaces and byte order mark.
+
+    A file may begin with a byte order mark, which then stands before its first field.
+    """
     return name.strip().lstrip("\ufeff").strip().casefold()
 
 
 def _shape_and_parts(columns: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]] | None:
-    """The shape's name and the row's texts in order, each with the role `system`, `question` or `answer`, if any."""
+    """Find the shape of a row; return None if it has none.
+
+    Returns:
+        The name of the shape, and the texts of the row in order, each with its role: `system`,
+        `question` or `answer`.
+    """
     for name in _LISTS:
         if columns.get(name) is not None:
             return name, _parts_of_messages(name, columns[name])
     for question_name, answer_name in _PAIRS:
         if columns.get(question_name) is not None and answer_name in columns:
             question = _text(columns, question_name)
-            context = _text(columns, "input") if columns.get("input") is not None else ""
-            question = f"{question}\n\n{context}" if context.strip() else question
+            # An instruction may come with an input to apply it to.
+            if columns.get("input") is not None:
+                context = _text(columns, "input")
+                if context.strip():
+                    question = f"{question}\n\n{context}"
             parts = [("question", question)]
             if columns[answer_name] is not None:
                 parts.append(("answer", _text(columns, answer_name)))
             return f"{question_name}/{answer_name}", parts
     if columns.get("text") is not None:
         text = _text(columns, "text")
-        first = re.search(r"\[INST\]|### Human:", text)  # the other one may be something that somebody says
+        # The first mark decides: an author may mention the other one.
+        first = re.search(r"\[INST\]|### Human:", text)
         if first and first[0] == "[INST]":
             return "llama-2 chat", _parts_of_llama2(text)
         if first:
@@ -260,53 +324,71 @@ def _shape_and_parts(columns: Mapping[str, Any]) -> tuple[str, list[tuple[str, s
 
 
 def _no_shape(columns: Mapping[str, Any], row: Row) -> str:
-    """Why a row, of these columns, is not read; short, since a message has room for 150 characters of it."""
+    """Explain why a row with these columns has no known shape.
+
+    The explanation is short: the message that lists such rows cuts it at 150 characters.
+    """
     if columns.get("text") is not None:
         return "text has neither [INST] … [/INST] nor ### Human: … ### Assistant:"
+
+    # One column only: the file may use a separator other than a comma.
     names = [str(name).encode(errors="backslashreplace").decode() for name in row.columns or ()]
     if len(names) == 1 and (mark := re.search(r"[;\t|]", names[0])):
         return f"one column, {_short(names[0], 40)}: its fields seem to lie between {mark[0]!r}, expected commas"
+
+    # A CSV whose first line is no header: it is blank, or already a row.
     is_csv = row.where.lower().endswith(".csv")
     if is_csv and not any(map(str.strip, names)):
         return f"the first line is blank; it {NAME_COLUMNS}"
     if is_csv and not _SHAPED.intersection(columns) and any(map(_is_prose, names)):
         read = ", ".join(f"'{_short(name, 24)}'" for name in names[:2])
         return f"the first line {NAME_COLUMNS}; it reads {read}{', …' if len(names) > 2 else ''}"
+
     found = _short(", ".join(_short(name, 40) for name in names), 48) or "none"
     expected = f"in the first line {_expected()}" if is_csv else _expected(*_LISTS)
     return f"columns {found}: expected {expected}"
 
 
 def _expected(*lists: str) -> str:
-    """The fields of every shape, in words; of those that are lists, which no cell of a CSV holds, these."""
+    """List the fields of all shapes in words.
+
+    Args:
+        lists: fields that hold lists of messages; none for a CSV, whose cells cannot hold lists.
+    """
     answers: dict[str, list[str]] = {}
     for question, answer in _PAIRS:
         answers.setdefault(question, []).append(answer)
+    # A question's name is written once, with its other answer fields in brackets.
     pairs = []
     for question, (first, *more) in answers.items():
-        pairs.append(f"{question}/{first}" + (f" (or {', '.join(more)})" if more else ""))
+        alternatives = f" (or {', '.join(more)})" if more else ""
+        pairs.append(f"{question}/{first}{alternatives}")
     return f"{', '.join((*pairs, *lists))} or text"
 
 
-def _short(text: str, room: int) -> str:
-    return text if len(text) <= room else f"{text[: room - 1]}…"
+def _short(text: str, length: int) -> str:
+    """Cut a text to this many characters, the last of which is then an ellipsis."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def _is_prose(name: str) -> bool:
-    """Whether what stands where a field is named rather says something."""
+    """Return True if the name of a field reads like a sentence, as in a CSV without a header."""
     words = name.split()
-    said = name.rstrip().endswith((".", "?", "!", "…")) and len(words) > 1  # not as in No. or Correct?
-    return said or name.rstrip().endswith(("。", "？", "！", "؟")) or len(words) > 4 or len(name) > 40
+    text = name.rstrip()
+    # A single word may end with such a mark and still be a name: "No." or "Correct?".
+    is_sentence = text.endswith((".", "?", "!", "…")) and len(words) > 1
+    return is_sentence or text.endswith(("。", "？", "！", "؟")) or len(words) > 4 or len(name) > 40
 
 
 def _is_tag(value: Any, turns: int) -> bool:
-    """Whether a column holds one text, or a list of as many texts as there are turns, one for each."""
+    """Return True if a value is one text, or a list with one text for each turn."""
     if isinstance(value, list):
         return len(value) == turns and all(isinstance(member, str) for member in value)
     return isinstance(value, str)
 
 
 def _check_encodable(text: str) -> None:
+    """Raise UnusableRowError if a text has half a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -315,35 +397,44 @@ def _check_encodable(text: str) -> None:
 
 
 def _text(columns: Mapping[str, Any], name: str) -> str:
+    """Return the text of a column; raise UnusableRowError if it holds something else."""
     if not isinstance(columns[name], str):
         raise UnusableRowError(f"{name} is {type(columns[name]).__name__}, expected text")
     return columns[name]
 
 
 def _parts_of_llama2(text: str) -> list[tuple[str, str]]:
-    # Exactly one space on either side belongs to the format; any more is the author's and kept.
+    """Split a text in Llama-2 format into its parts, each with its role."""
+    # The next turn begins at <s>[INST] or, in a text without <s> and </s>, at any [INST].
     next_turn = r"(?=<s>\s*\[INST\])" if "<s>" in text or "</s>" in text else r"(?=\[INST\])"
     pattern = re.compile(rf"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:(</s>)|{next_turn}|\Z)", re.DOTALL)
     parts: list[tuple[str, str]] = []
     end = 0
     while match := pattern.match(text, end):
+        # Exactly one space on either side belongs to the format; any more are the author's.
         question = match[1].removeprefix(" ").removesuffix(" ")
-        if not parts and (told := _SYSTEM.match(question)):
-            parts.append(("system", restored(told[1])))
-            question = question[told.end() :]
+        if not parts and (system := _SYSTEM.match(question)):
+            parts.append(("system", restored(system[1])))
+            question = question[system.end() :]
         parts.append(("question", restored(question)))
-        if match[2].strip() or match[3]:  # closed by </s>: an answer, if only a blank one
+        # </s> closes an answer, even a blank one.
+        if match[2].strip() or match[3]:
             parts.append(("answer", restored(match[2].removeprefix(" ").removesuffix(" "))))
         end = match.end()
-    if text[end:].strip():
+
+    # The rest is an error, unless the text was cut off in the middle of a question.
+    rest = text[end:]
+    if rest.strip():
         excerpt = text[end : end + 40].strip()
-        if not (parts and "[/INST]" not in text[end:] and "[INST]" in text[end:]):
+        if not (parts and "[/INST]" not in rest and "[INST]" in rest):
             raise UnusableRowError(f"text outside [INST] … [/INST] … </s> at character {end}: {excerpt!r}")
-        parts.append(("question", restored(text[end:].split("[INST]", 1)[1])))  # cut off in mid-question
+        parts.append(("question", restored(rest.split("[INST]", 1)[1])))
     return parts
 
 
 def _parts_of_marks(text: str) -> list[tuple[str, str]]:
+    """Split a text with `### Human:` and `### Assistant:` into its parts, each with its role."""
+    # The pieces are: the text before the first mark, then a role and its text in turn.
     pieces = re.split(r"### (Human|Assistant):", text)
     if pieces[0].strip():
         raise UnusableRowError(f"text before the first ### Human: {pieces[0].strip()[:40]!r}")
@@ -352,17 +443,19 @@ def _parts_of_marks(text: str) -> list[tuple[str, str]]:
 
 
 def _parts_of_messages(name: str, messages: Any) -> list[tuple[str, str]]:
+    """Return the parts of a list of messages, each with its role."""
     if not isinstance(messages, list):
         raise UnusableRowError(f"{name} is {type(messages).__name__}, expected a list")
     parts = []
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise UnusableRowError(f"{name}[{index}] is {type(message).__name__}, expected role and content")
-        # A table that mixes both spellings fills up what a row lacks with None.
+        # In a table with both spellings, role/content and from/value, the missing ones are None.
         role = message.get("role") or message.get("from")
         content = message["content"] if message.get("content") is not None else message.get("value")
+        # An empty last message stands for an answer that nobody has given.
         if content is None and role in _ANSWER_ROLES and index == len(messages) - 1:
-            break  # the last question is still unanswered
+            break
         if not isinstance(content, str):
             raise UnusableRowError(f"{name}[{index}] has no text under content or value")
         if role in _QUESTION_ROLES:
@@ -377,7 +470,7 @@ def _parts_of_messages(name: str, messages: Any) -> list[tuple[str, str]]:
 
 
 def _pair_up(parts: Sequence[tuple[str, str]]) -> tuple[tuple[Turn, ...], bool]:
-    """Questions with their answers, and whether a last question went unanswered."""
+    """Return the turns, and True if the last question has no answer."""
     turns: list[Turn] = []
     system, question = "", None
     for role, text in parts:
@@ -396,25 +489,33 @@ def _pair_up(parts: Sequence[tuple[str, str]]) -> tuple[tuple[Turn, ...], bool]:
 
 
 def usable(conversation: Conversation) -> Conversation:
-    """The conversation without its blank turns.
+    """Return a conversation without its blank turns.
 
     Raises:
-        UnusableRowError: no turn is left.
+        UnusableRowError: all turns are blank.
     """
-    kept = [index for index, turn in enumerate(conversation.turns) if not turn.blank]
-    turns = tuple(conversation.turns[index] for index in kept)
+    indices, turns = [], []
+    for index, turn in enumerate(conversation.turns):
+        if not turn.blank:
+            indices.append(index)
+            turns.append(turn)
     if not turns:
-        what = "question" if not conversation.turns[0].question.strip() else "answer"
-        raise UnusableRowError(f"every turn is blank (the first has no {what})")
-    tags = {n: v if isinstance(v, str) else [v[index] for index in kept] for n, v in conversation.tags.items()}
-    return replace(conversation, turns=turns, tags=tags)
+        missing = "question" if not conversation.turns[0].question.strip() else "answer"
+        raise UnusableRowError(f"every turn is blank (the first has no {missing})")
+    # Tags that are lists have one text for each turn: drop those of blank turns.
+    tags: dict[str, str | list[str]] = {}
+    for name, value in conversation.tags.items():
+        tags[name] = value if isinstance(value, str) else [value[index] for index in indices]
+    return replace(conversation, turns=tuple(turns), tags=tags)
 
 
 def first_readable(source: Mapping[str, Iterable[Row]]) -> tuple[Row, Conversation]:
-    """The first row that can be used, as it was found and as it was read; of the training part, if it has one.
+    """Return the first usable row, as it was found and as it was read.
+
+    The training part is searched first, if there is one.
 
     Raises:
-        DataError: no row can be used; says why the first cannot.
+        DataError: no row can be used; the message says why the first cannot.
     """
     reason = "it has no rows"
     for part in sorted(source, key=lambda part: part != "train"):
@@ -427,7 +528,7 @@ def first_readable(source: Mapping[str, Iterable[Row]]) -> tuple[Row, Conversati
 
 
 def parse_rows(rows: Iterable[Row]) -> tuple[list[Conversation], list[Rejected]]:
-    """All rows that have a known shape, and the rest with the reason."""
+    """Return the conversations of all rows with a known shape, and the rejected rows."""
     conversations, rejected = [], []
     for row in rows:
         try:
@@ -437,17 +538,20 @@ def parse_rows(rows: Iterable[Row]) -> tuple[list[Conversation], list[Rejected]]
     return conversations, rejected
 
 
-ROOM = 2**18  # characters of conversations encoded at a time: lists of ids are large while they last
+ROOM = 2**18  # characters encoded at a time, since lists of token ids take much memory
 
 
 def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
-    """Conversations in order, as many at a time as have room in memory when they are encoded."""
-    batch, held = [], 0
+    """Yield the conversations in order, in batches of about `ROOM` characters."""
+    batch, characters = [], 0
     for conversation in conversations:
         batch.append(conversation)
-        held += sum(len(turn.question) + len(turn.answer) for turn in conversation.turns) + 16
-        if held >= ROOM:
+        # Even a conversation without text takes some memory: count 16 characters for it.
+        characters += 16
+        for turn in conversation.turns:
+            characters += len(turn.question) + len(turn.answer)
+        if characters >= ROOM:
             yield batch
-            batch, held = [], 0
+            batch, characters = [], 0
     if batch:
         yield batch
