@@ -19,7 +19,7 @@ from torch import nn
 
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.kernels.lora_layers import fuse
-from qlora_utils.kernels.loss import without_logits
+from qlora_utils.kernels.loss import use_chunked_loss
 from qlora_utils.locate import first_line
 from qlora_utils.models import shapes
 from qlora_utils.models.files import check_adapter
@@ -118,7 +118,7 @@ def enable_fused_layers(tuned_model: PeftModel, config: RunConfig) -> None:
     if config.fused_layers:
         fuse(tuned_model)
         model: Any = tuned_model.get_base_model()
-        if not without_logits(model):
+        if not use_chunked_loss(model):
             raise ModelError(
                 "model: its head does more than a matrix product, so the loss must be computed from all logits: "
                 "-p fused_layers=false."

@@ -1,4 +1,6 @@
-"""Attention over packs: every conversation sees itself alone, and no masked block is computed (notebook 04).
+"""Compute attention over packs: each conversation attends to itself alone (notebook 04).
+
+No block of the attention matrix that a mask would hide is ever computed.
 
 FlashAttention: Dao, 2023, https://arxiv.org/abs/2307.08691.
 """
@@ -14,13 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-VARLEN, SPLIT, DENSE = "packed_varlen", "packed_split", "sdpa"  # names that transformers knows them by
+# The names under which transformers finds the kernels (`attn_implementation`).
+VARLEN, SPLIT, DENSE = "packed_varlen", "packed_split", "sdpa"
 
 
 def register() -> None:
-    """Make the two kernels for packs known to transformers, under `VARLEN` and `SPLIT`; harmless to repeat.
+    """Register the two kernels for packs with transformers, as `VARLEN` and `SPLIT`.
 
-    The mask of a pack is never built. Padded batches, as in generation, get the masks and the kernel of `sdpa`.
+    Repeating it is harmless. The mask of a pack is never built. Padded batches, as in generation,
+    get the masks and the kernel of `sdpa`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -30,37 +34,60 @@ def register() -> None:
 
 
 def varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float, lengths: Sequence[int], starts: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    lengths: Sequence[int],
+    starts: Any,
 ) -> torch.Tensor:
-    """One FlashAttention kernel for the whole pack, told where each conversation starts. GPUs from Ampere on.
+    """Run one FlashAttention kernel over the whole pack.
+
+    It needs a GPU of the Ampere generation or later.
 
     Args:
-        query: (1, heads, tokens, head size), 16 bit; `key` and `value` alike.
+        query: (1, heads, tokens, head size), 16 bit; `key` and `value` have the same shape.
         key: see `query`.
         value: see `query`.
-        scale: of the scores, before the softmax.
+        scale: factor on the scores before the softmax.
         lengths: tokens of each conversation.
-        starts: int32 tensor (conversations + 1), the first token of each and the end; None: made from `lengths`.
+        starts: int32 tensor (conversations + 1) with the index of each conversation's first token
+            and, last, the number of all tokens; None: computed from `lengths`.
+
+    Returns:
+        The attended values, (1, tokens, heads, head size).
     """
     if starts is None:
         starts = torch.tensor([0, *lengths]).cumsum(0).to(query.device, torch.int32)
     longest = max(lengths)
-    # (1, heads, tokens, size) → (tokens, heads, size), a view: transformers made it from that layout
+    # The kernel wants (tokens, heads, size). This is a view, because transformers made
+    # (1, heads, tokens, size) from that very layout.
     flat = [tensor.transpose(1, 2)[0] for tensor in (query, key, value)]
     attended: torch.Tensor = _varlen_attn()(*flat, starts, starts, longest, longest, scale=scale)
-    return attended.unsqueeze(0)  # (1, tokens, heads, size)
+    return attended.unsqueeze(0)
 
 
 @functools.cache
 def _varlen_attn() -> Any:
-    """Torch's own entry to FlashAttention over packs, causal; how that is said changed between its versions."""
+    """Return torch's FlashAttention over packs, with causal attention switched on.
+
+    The options differ between versions of torch: that for causal attention was renamed, and the one
+    for the scale was added later.
+
+    Raises:
+        ImportError: torch is older than 2.10.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "scale" in known:
+    options = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"is_causal": True}
+    if "window_size" in options:
+        causal = {"window_size": (-1, 0)}
+    if "scale" in options:
         return functools.partial(varlen_attn, **causal)
 
+    # Without the option for the scale the kernel divides by the root of the head size: undone here.
     def scaled(query: torch.Tensor, *rest: Any, scale: float) -> torch.Tensor:
         attended: Any = varlen_attn(query * (scale * query.shape[-1] ** 0.5), *rest, **causal)
         return attended  # type: ignore[no-any-return]
@@ -78,24 +105,38 @@ def split(
     starts: Any,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """One causal kernel call for each conversation: on every device, and on a CPU far cheaper than a mask.
+    """Run one causal kernel for each conversation of a pack.
 
-    Args and result: as `varlen`, in any precision, and with dropout on the attention's weights.
+    This works on every device, and on a CPU it costs far less than attention with a mask.
+
+    Args:
+        query: (1, heads, tokens, head size), any precision; `key` and `value` have the same shape.
+        key: see `query`.
+        value: see `query`.
+        scale: factor on the scores before the softmax.
+        lengths: tokens of each conversation.
+        starts: not used; the argument is there because both kernels are called in the same way.
+        dropout: probability with which an attention weight is set to zero.
+
+    Returns:
+        The attended values, (1, tokens, heads, head size).
     """
-    attended = [
-        nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
-        for q, k, v in zip(*(tensor.split(list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
-    ]
+    sizes = list(lengths)
+    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+    attend = functools.partial(
+        nn.functional.scaled_dot_product_attention, dropout_p=dropout, is_causal=True, scale=scale
+    )
+    attended = [attend(q, k, v) for q, k, v in zip(queries, keys, values, strict=True)]
     return torch.cat(attended, dim=2).transpose(1, 2)
 
 
 def has_varlen() -> bool:
-    """Whether this GPU and this torch have the kernel of `varlen`."""
+    """Return whether this GPU and this version of torch can run `varlen`."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8:
         return False
     try:
         _varlen_attn()
-    except ImportError:  # before torch 2.10
+    except ImportError:
         return False
     return True
 
@@ -112,41 +153,63 @@ def _attend(
     lengths: Sequence[int] | None = None,
     starts: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-    **others: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls: the pack's kernel for a pack, `sdpa` for everything else."""
+    """Compute attention for transformers: by `kernel` for a pack, by `sdpa` for everything else.
+
+    Raises:
+        ValueError: `lengths` do not add up to the tokens of the pack.
+    """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-    pack = attention_mask is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]
-    if pack and lengths is None and position_ids is not None:  # a pack of somebody else's making
+    # A pack is one sequence without a mask and without a cache of earlier tokens. Packs that our
+    # collator did not make have no `lengths`; their positions begin again at each conversation.
+    is_pack = attention_mask is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]
+    if is_pack and lengths is None and position_ids is not None:
         lengths = lengths_of(position_ids)
-    if not pack or lengths is None:
+    if not is_pack or lengths is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )  # type: ignore[return-value]
-    if sum(lengths) != query.shape[2]:  # without a mask they would see each other
-        raise ValueError(f"lengths: they add up to {sum(lengths)}, and the pack holds {query.shape[2]} tokens")
+
+    # With wrong lengths, conversations would attend to each other in silence: there is no mask.
+    if sum(lengths) != query.shape[2]:
+        total, tokens = sum(lengths), query.shape[2]
+        raise ValueError(f"lengths: they add up to {total}, and the pack holds {tokens} tokens")
+
+    # In grouped-query attention several query heads share one key head; the kernels want as many.
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # grouped-query attention
+    if groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    # FlashAttention over packs has no dropout and takes 16-bit numbers only.
     if dropout or (kernel is varlen and query.dtype not in (torch.bfloat16, torch.float16)):
         kernel = functools.partial(split, dropout=dropout)
     return kernel(query, key, value, scale=scale, lengths=lengths, starts=starts), None
 
 
 def lengths_of(position_ids: torch.Tensor) -> list[int]:
-    """Tokens of each conversation of a pack, from its `position_ids` (1, tokens), which begin at 0 with each."""
+    """Return the tokens of each conversation in a pack.
+
+    Args:
+        position_ids: (1, tokens), which begin again at 0 with each conversation.
+    """
     flat = position_ids.reshape(-1)
     starts = [*torch.nonzero(flat == flat[0]).flatten().tolist(), len(flat)]
     return [end - start for start, end in pairwise(starts)]
 
 
 def _mask(**options: Any) -> Any:
-    """The mask of `sdpa`, except for a pack, which transformers marks by forbidding the causal short cut."""
+    """Return the mask of `sdpa`, or None for a pack.
+
+    transformers marks a pack by forbidding the shortcut for causal masks (`allow_is_causal_skip`).
+    A sliding window (`local_size`) always gets its mask: the kernels for packs know no windows.
+    """
     from transformers.masking_utils import sdpa_mask
 
-    windowed = options.get("local_size") is not None  # what the kernels for packs do not know
-    if options.get("attention_mask") is None and not options.get("allow_is_causal_skip", True) and not windowed:
+    windowed = options.get("local_size") is not None
+    may_skip = options.get("allow_is_causal_skip", True)
+    if options.get("attention_mask") is None and not may_skip and not windowed:
         return None
     return sdpa_mask(**options)

@@ -1,9 +1,9 @@
-"""Linear layers with their adapters as one operation: NF4 product and low-rank update together (notebook 03).
+"""Compute a linear layer and its LoRA adapter in one operation (notebook 03).
 
-What is computed is peft's `y = x Wᵀ + s (x Aᵀ) Bᵀ`. What is saved: casts of the input to fp32 and back, a copy of the
-output, the update as a tensor of its own, and a third of the kernels: layers that read the same input, such as q, k and
-v, share one product with all their A, and their input's gradients are summed as they are made. Measured in
-docs/experiments.md.
+The result is peft's `y = x Wᵀ + s (x Aᵀ) Bᵀ`. But the input is not cast to fp32 and back, the
+output is not copied, the update is no tensor of its own, and a third fewer kernels run: layers that
+read the same input, such as q, k and v, share one product with all their A, and the gradients of
+their input are summed while they are computed. Measured in docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -18,166 +18,239 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 # Layers that read the same input, by the names that Llama and T5 have for them.
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q", "k", "v"), ("wi_0", "wi_1"))
-CROSS_SIBLINGS = (("k", "v"),)  # where a decoder looks at what the encoder read, its q reads something else
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q", "k", "v"),
+    ("wi_0", "wi_1"),
+)
+# In cross-attention k and v read the encoder's output, q the decoder's.
+CROSS_SIBLINGS = (("k", "v"),)
 
 
 def fuse(tuned_model: PeftModel) -> int:
-    """Turn every plain LoRA layer into its fused form, in place; returns how many.
+    """Turn every plain LoRA layer into its fused form, in place.
 
-    Layers with DoRA or another variant stay as peft made them, and so does what is saved: the fused form has the same
-    weights under the same names.
+    Layers with DoRA or another variant stay as peft made them. Saved adapters do not change: the
+    fused form has the same weights under the same names.
+
+    Returns:
+        The number of layers that were fused.
+    """
+    forms = _fused_forms()
+    groups: list[LayerGroup] = []
+    for path, parent in tuned_model.named_modules():
+        children = parent.named_children()
+        layers = {name: m for name, m in children if type(m) in forms and not _is_special(m)}
+        for members in _group_siblings(path, layers):
+            for layer in members:
+                layer.__class__ = forms[type(layer)]
+            groups.append(LayerGroup(members))
+
+    # The copies of A and B are refreshed once per pass through the model, not once per layer. Of an
+    # encoder-decoder the encoder runs first.
+    if groups:
+        model: Any = tuned_model.get_base_model()
+        first = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+        first.register_forward_pre_hook(_Refresh(groups), with_kwargs=True)
+    return sum(len(group.layers) for group in groups)
+
+
+def _group_siblings(path: str, layers: dict[str, Any]) -> list[list[Any]]:
+    """Group the layers of one module: those that read the same input together, the others alone.
+
+    Args:
+        path: of the module in the model.
+        layers: its layers by name.
+    """
+    left = dict(layers)
+    groups = []
+    for names in CROSS_SIBLINGS if path.endswith("EncDecAttention") else SIBLINGS:
+        members = [left.get(name) for name in names]
+        if _can_share(members):
+            groups.append(members)
+            for name in names:
+                del left[name]
+    return groups + [[layer] for layer in left.values()]
+
+
+def _fused_forms() -> dict[type, type[nn.Module]]:
+    """Return the fused form of each of peft's LoRA layer classes.
+
+    4-bit layers are among them if bitsandbytes is installed.
     """
     from peft.tuners.lora import Linear
 
     forms: dict[type, type[nn.Module]] = {Linear: _fused_form(Linear)}
     try:
         from peft.tuners.lora.bnb import Linear4bit
-
-        forms[Linear4bit] = _fused_form(Linear4bit)
-    except ImportError:  # without bitsandbytes there are no 4-bit layers
-        pass
-    together: list[Together] = []
-    for path, parent in tuned_model.named_modules():
-        siblings = CROSS_SIBLINGS if path.endswith("EncDecAttention") else SIBLINGS
-        layers = {n: m for n, m in parent.named_children() if type(m) in forms and not _is_special(m)}
-        groups = [[layers.pop(n) for n in names] for names in siblings if _alike([layers.get(n) for n in names])]
-        for group in [*groups, *([layer] for layer in layers.values())]:
-            for layer in group:
-                layer.__class__ = forms[type(layer)]
-            together.append(Together(group))
-    if together:
-        # Once for each pass through the model, not once for each layer; an encoder runs before its decoder.
-        model: Any = tuned_model.get_base_model()
-        first = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
-        first.register_forward_pre_hook(_Refresh(together), with_kwargs=True)
-    return sum(len(group.layers) for group in together)
+    except ImportError:
+        return forms
+    forms[Linear4bit] = _fused_form(Linear4bit)
+    return forms
 
 
 def _is_special(layer: Any) -> bool:
-    """Whether a layer computes something else: DoRA and its like, or with a weight stored the other way round."""
+    """Return whether a layer is no plain LoRA, such as DoRA, or stores its weight transposed."""
     return bool(layer.lora_variant) or layer.fan_in_fan_out
 
 
-def _alike(layers: Sequence[Any]) -> bool:
-    """Whether layers can share a product: there, of one kind, with one adapter of one rank and scale, no dropout."""
-    if any(layer is None for layer in layers):
-        return False
-    forms = {
-        (
-            type(layer),
-            layer.in_features,
-            tuple(layer.scaling.items()),
-            tuple(layer.r.items()),
-            all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values()),
-        )
-        for layer in layers
-    }
-    return len(forms) == 1 and next(iter(forms))[-1]
+def _can_share(layers: Sequence[Any]) -> bool:
+    """Return whether layers can share one product with all their A.
+
+    They can if all are there (not None), of one class and input size, with one adapter of the same
+    rank and scale, and without dropout, which would give each layer an input of its own.
+    """
+    traits = set()
+    for layer in layers:
+        if layer is None:
+            return False
+        if not all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values()):
+            return False
+        scales, ranks = tuple(layer.scaling.items()), tuple(layer.r.items())
+        traits.add((type(layer), layer.in_features, scales, ranks))
+    return len(traits) == 1
 
 
-class Together:
-    """Layers that read the same input, with their A and B in the precision of the products.
+class LayerGroup:
+    """Hold layers that read the same input, with copies of their A and B as products take them.
 
-    transformers calls one layer after the other; the first call computes all, the others find their output waiting.
+    transformers calls one layer after the other. The first call computes the outputs of all; the
+    calls of the others return what is pending for them.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = list(layers)
         self.name = next(iter(layers[0].lora_A))
         self.scale: float = layers[0].scaling[self.name]
+        # The weights as they are trained, A (rank, in) and B (out, rank), one of each per layer.
         self.a: list[torch.Tensor] = [layer.lora_A[self.name].weight for layer in layers]
         self.b: list[torch.Tensor] = [layer.lora_B[self.name].weight for layer in layers]
         self.bases = [layer.base_layer for layer in layers]
-        self.small_a: torch.Tensor | None = None  # (layers · rank, in), times the scale
-        self.small_b: list[torch.Tensor] = []
-        self.waiting: dict[int, torch.Tensor] = {}
-        self.read: tuple[torch.Tensor, bool] | None = None
-        for number, layer in enumerate(layers):
-            layer.together = self
-            layer.number = number
+        # Their copies: all A as one tensor (layers · rank, in), times the scale, and each B.
+        self.cast_a: torch.Tensor | None = None
+        self.cast_b: list[torch.Tensor] = []
+        # Outputs by the layer's index, and for which input and mode they were computed.
+        self.pending: dict[int, torch.Tensor] = {}
+        self.pending_for: tuple[torch.Tensor, bool] | None = None
+        for index, layer in enumerate(layers):
+            layer.layer_group = self
+            layer.index_in_group = index
 
-    def copies(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(A and B as they are trained, the places for their copies in the precision of the products)."""
+    def copy_pairs(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return all A and B as they are trained, and the tensors of `dtype` to copy them into."""
         device = self.a[0].device
-        if self.small_a is None or self.small_a.dtype is not dtype or self.small_a.device != device:
-            rank, inside = self.a[0].shape
-            self.small_a = torch.empty(len(self.a) * rank, inside, dtype=dtype, device=device)
-            self.small_b = [torch.empty_like(b, dtype=dtype) for b in self.b]
-        return [*self.a, *self.b], [*self.small_a.split(len(self.a[0])), *self.small_b]
+        if self.cast_a is None or self.cast_a.dtype is not dtype or self.cast_a.device != device:
+            rank, inputs = self.a[0].shape
+            self.cast_a = torch.empty(len(self.a) * rank, inputs, dtype=dtype, device=device)
+            self.cast_b = [torch.empty_like(b, dtype=dtype) for b in self.b]
+        each_a = self.cast_a.split(len(self.a[0]))
+        return [*self.a, *self.b], [*each_a, *self.cast_b]
 
-    def output(self, number: int, x: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
-        """What layer `number` of these makes of `x`, (…, in) → (…, out)."""
+    def output(self, index: int, x: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+        """Return the output (…, out) of one of the layers.
+
+        Args:
+            index: of the layer in this group.
+            x: the input, (…, in).
+            dropped: the same after dropout, which the adapter reads; None: without dropout.
+        """
+        # A pending output counts only for the very same tensor, with or without gradients as now.
         graded = torch.is_grad_enabled()
-        if self.read is None or self.read[0] is not x or self.read[1] != graded or number not in self.waiting:
-            self.waiting = dict(enumerate(self._all(x, dropped)))
-            self.read = (x, graded)
-        mine = self.waiting.pop(number)
-        if not self.waiting:
-            self.read = None  # it would keep the graph that made it alive, and with it what checkpointing frees
-        return mine
+        pending_for = self.pending_for
+        is_same = pending_for is not None and pending_for[0] is x and pending_for[1] == graded
+        if not is_same or index not in self.pending:
+            self.pending = dict(enumerate(self._all_outputs(x, dropped)))
+            self.pending_for = (x, graded)
+        output = self.pending.pop(index)
 
-    def _all(self, x: torch.Tensor, dropped: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        # The input would keep the graph that made it alive, and with it what checkpointing frees.
+        if not self.pending:
+            self.pending_for = None
+        return output
+
+    def _all_outputs(self, x: torch.Tensor, dropped: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        """Return the outputs (…, out) of all layers. Args: see `output`."""
         dtype = product_dtype(self.bases[0], x)
-        if self.small_a is None or self.small_a.dtype is not dtype or self.small_a.device != x.device:
+        if self.cast_a is None or self.cast_a.dtype is not dtype or self.cast_a.device != x.device:
             refresh([self], dtype)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        low = flat if dropped is None else dropped.reshape(flat.shape).to(dtype)
+        lora_x = flat if dropped is None else dropped.reshape(flat.shape).to(dtype)
+        # Without gradients nothing need be saved for a backward pass.
         if torch.is_grad_enabled():
-            outputs = _AdaptedLinears.apply(flat, low, dropped is None, self, *self.a, *self.b)
+            outputs = _AdaptedLinears.apply(flat, lora_x, dropped is None, self, *self.a, *self.b)
         else:
-            outputs = _products(flat, low, self)[0]
+            outputs = _products(flat, lora_x, self)[0]
         return [y.view(*x.shape[:-1], -1).to(x.dtype) for y in outputs]
 
 
 class _Refresh:
-    """A hook before the decoder: brings the copies of A and B up to date, in two kernels for all of them."""
+    """Refresh the copies of A and B before the first layer runs, in two kernels for all groups."""
 
-    def __init__(self, together: list[Together]) -> None:
-        self.together = together
+    def __init__(self, groups: list[LayerGroup]) -> None:
+        self.groups = groups
 
     def __call__(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Refresh, unless this pass generates the next token: weights stay until the answer ends."""
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        if torch.is_grad_enabled() or inputs is None or inputs.shape[1] > 1:  # else the next token of an answer
-            first = self.together[0]
-            refresh(self.together, product_dtype(first.bases[0], first.a[0]))
+        if torch.is_grad_enabled() or inputs is None or inputs.shape[1] > 1:
+            first = self.groups[0]
+            refresh(self.groups, product_dtype(first.bases[0], first.a[0]))
 
 
 @torch.no_grad()
-def refresh(together: Sequence[Together], dtype: torch.dtype) -> None:
-    """Copy A, times its scale, and B into the precision of the products. Optimizers move weights behind one's back."""
-    pairs = [group.copies(dtype) for group in together]
-    sources = [source for trained, _ in pairs for source in trained]
-    torch._foreach_copy_([place for _, places in pairs for place in places], sources)
-    for scale in {group.scale for group in together} - {1.0}:
-        torch._foreach_mul_([g.small_a for g in together if g.scale == scale and g.small_a is not None], scale)
+def refresh(groups: Sequence[LayerGroup], dtype: torch.dtype) -> None:
+    """Copy A, times its scale, and B into `dtype`, the precision of the products.
+
+    Copies cannot know by themselves that they are outdated: bitsandbytes' optimizers change weights
+    without autograd noticing.
+    """
+    sources: list[torch.Tensor] = []
+    copies: list[torch.Tensor] = []
+    for group in groups:
+        group_sources, group_copies = group.copy_pairs(dtype)
+        sources += group_sources
+        copies += group_copies
+    torch._foreach_copy_(copies, sources)
+
+    # One kernel per scale; a run has one scale, or a few with patterns of ranks.
+    scales = {group.scale for group in groups} - {1.0}
+    for scale in scales:
+        scaled = [g.cast_a for g in groups if g.scale == scale and g.cast_a is not None]
+        torch._foreach_mul_(scaled, scale)
 
 
 def _fused_form(plain: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of one of peft's layers whose forward pass is one operation wherever that is the same."""
+    """Return a subclass of one of peft's layers that computes layer and adapter in one operation."""
 
     class Fused(plain):  # type: ignore[valid-type, misc]
-        together: Together
-        number: int
+        layer_group: LayerGroup
+        index_in_group: int
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if self.merged or args or kwargs or [*self.active_adapters] != [self.together.name]:
+            # Merged weights, further arguments and other adapters are peft's to compute.
+            if self.merged or args or kwargs or [*self.active_adapters] != [self.layer_group.name]:
                 return super().forward(x, *args, **kwargs)
+            # The base model alone, but with the dequantized weight where one is saved.
             if self.disable_adapters:
-                kept = getattr(self.base_layer, "kept_weight", None)
-                if kept is None:
+                weight = getattr(self.base_layer, "dequantized_weight", None)
+                if weight is None:
                     return super().forward(x)
-                return nn.functional.linear(x.to(kept.dtype), kept, self.base_layer.bias).to(x.dtype)
-            dropout = self.lora_dropout[self.together.name]
+                cast_x = x.to(weight.dtype)
+                return nn.functional.linear(cast_x, weight, self.base_layer.bias).to(x.dtype)
+            dropout = self.lora_dropout[self.layer_group.name]
             drops = self.training and not isinstance(dropout, nn.Identity)
-            return self.together.output(self.number, x, dropout(x) if drops else None)
+            return self.layer_group.output(self.index_in_group, x, dropout(x) if drops else None)
 
     Fused.__name__ = Fused.__qualname__ = f"Fused{plain.__name__}"
     return Fused
 
 
 def product_dtype(layer: Any, x: torch.Tensor) -> torch.dtype:
-    """The dtype of a layer's products: what a 4-bit layer computes in, autocast's choice, or the weight's own."""
+    """Return the dtype of a layer's products.
+
+    A 4-bit layer has a compute dtype; for others it is autocast's, or that of the weight.
+    """
     if hasattr(layer, "compute_dtype"):
         return layer.compute_dtype or x.dtype
     if torch.is_autocast_enabled(x.device.type):
@@ -185,11 +258,14 @@ def product_dtype(layer: Any, x: torch.Tensor) -> torch.dtype:
     return layer.weight.dtype
 
 
-def expanded(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The layer's weight (out, in) as products see it: dequantized now, or kept dequantized (`keep_expanded`)."""
-    kept = getattr(layer, "kept_weight", None)
-    if kept is not None:
-        return kept
+def product_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return a layer's weight (out, in) as products take it, dequantized if it is stored in 4 bits.
+
+    A weight that `keep_expanded` has dequantized is returned as it was saved.
+    """
+    saved = getattr(layer, "dequantized_weight", None)
+    if saved is not None:
+        return saved
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         return layer.weight.to(dtype)
@@ -199,32 +275,52 @@ def expanded(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def keep_expanded(model: nn.Module) -> int:
-    """Keep every 4-bit weight beside its dequantized form, where memory is plenty; returns the bytes that takes.
+    """Save the dequantized form of every 4-bit weight beside it, where memory is plenty.
 
-    The numbers are those that every product would otherwise dequantize anew, so nothing but time changes.
+    These are the numbers that every product would otherwise dequantize again, so that nothing
+    changes but the time.
+
+    Returns:
+        The bytes that the dequantized weights take.
     """
     from bitsandbytes.nn import Linear4bit
 
     total = 0
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
-            layer.kept_weight = expanded(layer, layer.compute_dtype or torch.float32)
-            total += layer.kept_weight.nbytes
+            layer.dequantized_weight = product_weight(layer, layer.compute_dtype or torch.float32)
+            total += layer.dequantized_weight.nbytes
     return total
 
 
-def _products(x: torch.Tensor, low: torch.Tensor, group: Together) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The outputs (tokens, out) of a group's layers, and `low` times all their A: (tokens, layers · rank)."""
-    assert group.small_a is not None
-    inner = low @ group.small_a.T
+def _products(
+    x: torch.Tensor,
+    lora_x: torch.Tensor,
+    group: LayerGroup,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Compute the layers of a group.
+
+    Args:
+        x: input of the base layers, (tokens, in).
+        lora_x: input of the adapters, (tokens, in).
+        group: the layers.
+
+    Returns:
+        The output (tokens, out) of each layer, and `lora_x` times all A, (tokens, layers · rank).
+    """
+    assert group.cast_a is not None
+    inner = lora_x @ group.cast_a.T
+    parts = inner.split(len(group.a[0]), dim=1)
     outputs = []
-    for part, b, base in zip(inner.split(len(group.a[0]), dim=1), group.small_b, group.bases, strict=True):
-        if len(x) == 1 and x.is_cuda and not hasattr(base, "kept_weight"):
-            y = base(x)  # one token: bitsandbytes multiplies by the 4-bit weight without writing it out
+    for part, b, base in zip(parts, group.cast_b, group.bases, strict=True):
+        if len(x) == 1 and x.is_cuda and not hasattr(base, "dequantized_weight"):
+            # One token: bitsandbytes multiplies by the 4-bit weight without dequantizing it first.
+            y = base(x)
             y = torch.addmm(y, part, b.T)
         else:
-            y = part @ b.T  # first, so that the large product adds to it, instead of a pass over both
-            y.addmm_(x, expanded(base, x.dtype).T)
+            # The small product comes first and the large one adds to it, without a pass over both.
+            y = part @ b.T
+            y.addmm_(x, product_weight(base, x.dtype).T)
             if base.bias is not None:
                 y += base.bias
         outputs.append(y)
@@ -232,48 +328,72 @@ def _products(x: torch.Tensor, low: torch.Tensor, group: Together) -> tuple[list
 
 
 class _AdaptedLinears(torch.autograd.Function):
-    """The layers of a group. W is frozen: no gradient is computed for it, and nothing but x and x Aᵀ is kept for it.
+    """Compute the layers of a group, with gradients for their input, A and B.
 
-    Inputs: `x` (tokens, in); `low`, the same after dropout; whether they are the same; the group; all A, all B.
+    W is frozen: no gradient is computed for it. Of all intermediate results only the adapters'
+    input and its product with A are saved for the backward pass.
+
+    Inputs: `x` (tokens, in); `lora_x`, the same after dropout; whether they are the same; the
+    group; all A, all B.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, low: torch.Tensor, same: bool, group: Together, *weights: Any) -> Any:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        lora_x: torch.Tensor,
+        same: bool,
+        group: LayerGroup,
+        *weights: Any,
+    ) -> Any:
         with torch.autocast(x.device.type, enabled=False):
-            outputs, inner = _products(x, low, group)
-        ctx.save_for_backward(low, inner)
+            outputs, inner = _products(x, lora_x, group)
+        ctx.save_for_backward(lora_x, inner)
         ctx.group, ctx.same = group, same
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        low, inner = ctx.saved_tensors
-        group: Together = ctx.group
-        assert group.small_a is not None
+        lora_x, inner = ctx.saved_tensors
+        group: LayerGroup = ctx.group
+        assert group.cast_a is not None
         rank = len(group.a[0])
-        wants_x, wants_low = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not ctx.same
-        x_grad = low_grad = None
-        with torch.autocast(low.device.type, enabled=False):
-            through = torch.empty_like(inner)  # (tokens, layers · rank)
-            for place, gradient, b in zip(through.split(rank, dim=1), gradients, group.small_b, strict=True):
+        wants_x, wants_lora_x = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not ctx.same
+        x_grad = lora_x_grad = None
+        with torch.autocast(lora_x.device.type, enabled=False):
+            # d loss / d inner, for all layers in one tensor: (tokens, layers · rank)
+            inner_grad = torch.empty_like(inner)
+            places = inner_grad.split(rank, dim=1)
+            for place, gradient, b in zip(places, gradients, group.cast_b, strict=True):
                 torch.mm(gradient, b, out=place)
-            a_grads = _product(through.T, low, group.a[0].dtype, group.scale).split(rank)
-            b_grads = [
-                _product(gradient.T, part, b.dtype)
-                for gradient, part, b in zip(gradients, inner.split(rank, dim=1), group.b, strict=True)
-            ]
-            if wants_x or wants_low:
-                update = through @ group.small_a
-                low_grad = update if wants_low else None
+
+            # The gradients of A, in one product for all layers, and of each B.
+            a_grads = _product(inner_grad.T, lora_x, group.a[0].dtype, group.scale).split(rank)
+            parts = inner.split(rank, dim=1)
+            triples = zip(gradients, parts, group.b, strict=True)
+            b_grads = [_product(gradient.T, part, b.dtype) for gradient, part, b in triples]
+
+            # The gradient of the input: through the adapters, then each base layer adds its own.
+            if wants_x or wants_lora_x:
+                update = inner_grad @ group.cast_a
+                lora_x_grad = update if wants_lora_x else None
                 if wants_x:
-                    x_grad = update if ctx.same else torch.zeros_like(low)
+                    x_grad = update if ctx.same else torch.zeros_like(lora_x)
                     for gradient, base in zip(gradients, group.bases, strict=True):
-                        x_grad.addmm_(gradient, expanded(base, low.dtype))
-        return x_grad, low_grad, None, None, *a_grads, *b_grads
+                        x_grad.addmm_(gradient, product_weight(base, lora_x.dtype))
+        return x_grad, lora_x_grad, None, None, *a_grads, *b_grads
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    """`scale · left @ right` in `dtype`; fp32 out of 16-bit factors without rounding in between where a kernel can."""
+def _product(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    dtype: torch.dtype,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """Return `scale · left @ right` in `dtype`.
+
+    On a GPU, fp32 comes out of 16-bit factors without rounding in between.
+    """
     if left.is_cuda and left.dtype != dtype and dtype is torch.float32:
         product = torch.mm(left, right, out_dtype=dtype)
     else:

@@ -125,16 +125,16 @@ def test_nothing_waits_once_a_pass_is_over(config, batch, checkpointing):
     """An input or output held back would hold the graph that made it, and with it all that checkpointing frees."""
     _, model = pair(config, gradient_checkpointing=checkpointing)
     loss_and_gradients(model, batch)
-    groups = {id(m.together): m.together for m in model.modules() if hasattr(m, "together")}
+    groups = {id(m.layer_group): m.layer_group for m in model.modules() if hasattr(m, "layer_group")}
     each = 11 if model.config.is_encoder_decoder else 4
     assert len(groups) == each * model.config.num_hidden_layers
-    assert all(group.read is None and not group.waiting for group in groups.values())
+    assert all(group.pending_for is None and not group.pending for group in groups.values())
 
 
 def test_kept_weights_are_the_dequantized_ones(config):
     model = quantization.load(changed(config, keep_expanded=True))
     layer = model.model.layers[0].mlp.up_proj
-    torch.testing.assert_close(layer.kept_weight, quantization.dequantize(layer.weight), rtol=0, atol=0)
+    torch.testing.assert_close(layer.dequantized_weight, quantization.dequantize(layer.weight), rtol=0, atol=0)
 
 
 @BOTH
