@@ -29,7 +29,7 @@ from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions
 from qlora_utils.loop.history import HistoryWriter, peak_memory_bytes
 from qlora_utils.loop.live import Progress
-from qlora_utils.loop.trainer import TRAINERS, Steps, Traced, training_arguments
+from qlora_utils.loop.trainer import TRAINERS, StepTrainer, TraceResult, training_arguments
 from qlora_utils.lora import record_base
 from qlora_utils.models.hardware import OutOfMemoryError, is_out_of_memory
 from qlora_utils.models.memory import answer_room, too_large_at_last, within_learned
@@ -110,7 +110,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     prepared: Prepared,
     run: RunDirectory,
-) -> Steps:
+) -> StepTrainer:
     """The Trainer of a run: rows encoded, optimizer and schedule set, history and progress attached.
 
     Raises:
@@ -149,7 +149,7 @@ def make_trainer(
         data_collator=StepCollator(collator, tokens, config.micro_batch_size),
         callbacks=[history, progress],
     )
-    trainer.rows = prepared.digest
+    trainer.rows_digest = prepared.digest
     trainer.progress = progress
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -166,7 +166,7 @@ def all_steps(config: RunConfig, prepared: Prepared, tokenizer: PreTrainedTokeni
 
 def make_trace(
     held_out: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: RunConfig
-) -> Callable[[PeftModel], Traced]:
+) -> Callable[[PeftModel], TraceResult]:
     """A function from the model to how it answers `trace_rows` held-out questions, always the same ones."""
     known = questions_of(measured_rows(held_out, config), tokenizer, config, count=config.trace_rows)
     traced = random.Random(config.seed).sample(known, min(config.trace_rows, len(known)))
@@ -174,15 +174,15 @@ def make_trace(
     # one that can be read without the turns before it, if there is one
     one = next((index for index, asked in enumerate(traced) if not asked.history), 0)
 
-    def trace(model: PeftModel) -> Traced:
+    def trace(model: PeftModel) -> TraceResult:
         size, room = config.answer_batch_size, answer_room(config)
         answers = answer_all(model, tokenizer, traced, config, sampling=sampling, batch_size=size, batch_tokens=room)
         right = [exact_match(answer.text, asked.expected) for answer, asked in zip(answers, traced, strict=True)]
         if not right:
-            return Traced(0.0)
+            return TraceResult(0.0)
         texts = {"question": traced[one].text, "expected": traced[one].expected, "answer": answers[one].text}
         sample = {name: cut(text, SAMPLE) for name, text in texts.items()}
-        return Traced(sum(right) / len(right), {**sample, "right": bool(right[one])})
+        return TraceResult(sum(right) / len(right), {**sample, "right": bool(right[one])})
 
     return trace
 
@@ -225,7 +225,7 @@ def train(
                 shutil.rmtree(run.path / half, ignore_errors=True)
         begun_here = getattr(tuned_model, BEGUN, None)
         fresh = config.fresh and begun_here != str(run.path)  # the same cell again goes on with what it has begun
-        last = None if fresh else checkpoints.newest(run.checkpoints)
+        last = None if fresh else checkpoints.find_newest(run.checkpoints)
         total = all_steps(config, prepared, tokenizer)
         finished = None if fresh else run.finished()
         done = Trained(**finished) if finished else None
@@ -255,7 +255,7 @@ def train(
                 "the model here has been trained already, and there is no checkpoint to go on from. Run this again "
                 "from the cell that attaches the adapter (lora.attach), so that it begins with fresh weights."
             )
-        with checkpoints.explained_if_full(run.path, "what the training leaves"):
+        with checkpoints.explain_full_disk(run.path, "what the training leaves"):
             return _go_on(config, tuned_model, tokenizer, prepared, run, last)
 
 
@@ -360,15 +360,15 @@ def _as_now(form: Format, run: RunDirectory) -> Iterator[None]:
 class _TakePlace(TrainerCallback):
     """Hands a training that goes on what its checkpoint says, when the Trainer has reset its own sums."""
 
-    def __init__(self, trainer: Steps, record: Mapping[str, Any]) -> None:
+    def __init__(self, trainer: StepTrainer, record: Mapping[str, Any]) -> None:
         self.trainer, self.record = trainer, record
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Once, before the first step."""
-        self.trainer.take_place(self.record)
+        self.trainer.restore_record(self.record)
 
 
-def _check_room(trainer: Steps, run: RunDirectory) -> None:
+def _check_room(trainer: StepTrainer, run: RunDirectory) -> None:
     """Refuse to begin what the disk has no room for; checkpoints that are there make room for those to come.
 
     Raises:
@@ -379,10 +379,10 @@ def _check_room(trainer: Steps, run: RunDirectory) -> None:
     moments = 2 if "8bit" in trainer.config.optimizer else 8
     there = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
     needed = checkpoints.needed_bytes(trained, trainer.config.save_total_limit, moment_bytes=moments)
-    checkpoints.check_room(run.path, max(0, needed - there), "this training")
+    checkpoints.check_free_space(run.path, max(0, needed - there), "this training")
 
 
-def _run(trainer: Steps, run: RunDirectory, last: Path | None) -> None:
+def _run(trainer: StepTrainer, run: RunDirectory, last: Path | None) -> None:
     """Let the Trainer run from a checkpoint, or from the beginning.
 
     Raises:
@@ -394,9 +394,9 @@ def _run(trainer: Steps, run: RunDirectory, last: Path | None) -> None:
     if last is not None:
         print(f"going on from step {step_of(last)}, {last}")
         trainer.add_callback(_TakePlace(trainer, read_json(last / checkpoints.RECORD)))
-    leave = interruptions.LeaveWhenAsked()
+    leave = interruptions.StopOnSignal()
     trainer.add_callback(leave)
-    with leave.listening(), trainer.progress.watching() if trainer.progress else nullcontext():
+    with leave.handle_signals(), trainer.progress.watching() if trainer.progress else nullcontext():
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except Exception as error:
@@ -407,13 +407,13 @@ def _run(trainer: Steps, run: RunDirectory, last: Path | None) -> None:
                 f"({first_line(error)}). {too_large_at_last(trainer.config)}"
             ) from error
     step = trainer.state.global_step
-    if leave.asked is not None and step < trainer.state.max_steps:
-        there = checkpoints.newest(run.checkpoints)
+    if leave.received is not None and step < trainer.state.max_steps:
+        there = checkpoints.find_newest(run.checkpoints)
         raise interruptions.Interrupted(step, trainer.state.max_steps, there, saved=step_of(there) == step)
 
 
 def _trained(
-    trainer: Steps, history: Sequence[Mapping[str, Any]], kept_step: int, wall_s: float, *, resumed_at: int
+    trainer: StepTrainer, history: Sequence[Mapping[str, Any]], kept_step: int, wall_s: float, *, resumed_at: int
 ) -> Trained:
     """What a training left behind, from its `history.jsonl`; `wall_s` counts from step `resumed_at`."""
     lines = [line for line in history if "loss" in line]
@@ -449,13 +449,13 @@ def step_of(checkpoint: Path | None) -> int:
     return checkpoints.step_of(checkpoint) if checkpoint else 0
 
 
-def keep_adapter(trainer: Steps, tuned_model: PeftModel) -> int:
+def keep_adapter(trainer: StepTrainer, tuned_model: PeftModel) -> int:
     """Give the adapter, head included, the weights that `config.keep` asks for; return the step they come from."""
     last_step, best = trainer.state.global_step, trainer.state.best_global_step
     if trainer.config.keep == "last" or not best or best == last_step:
         return last_step
     checkpoint = Path(str(trainer.args.output_dir)) / f"checkpoint-{best}"
-    if wrong := checkpoints.fault(checkpoint):
+    if wrong := checkpoints.find_damage(checkpoint):
         print(f"the adapter of step {best} had the lowest held-out loss and cannot be used ({wrong}); the last is kept")
         return last_step
     _take_weights(tuned_model, checkpoint)
@@ -481,7 +481,7 @@ def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, fol
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with checkpoints.explained_if_full(folder.parent, "the adapter"):
+        with checkpoints.explain_full_disk(folder.parent, "the adapter"):
             tuned_model.save_pretrained(str(temporary), safe_serialization=True)
             (temporary / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form, with a local path
             tokenizer.save_pretrained(str(temporary))

@@ -54,7 +54,7 @@ with pytest.raises(checkpoints.DiskError) as during:
     train(config, FillAt())
 found["during"] = str(during.value)
 run = RunDirectory(config.run_dir)
-newest = checkpoints.newest(run.checkpoints, say=lambda text: None)
+newest = checkpoints.find_newest(run.checkpoints, report=lambda text: None)
 found["newest_after"] = newest and newest.name
 found["left"] = [str(p) for p in run.path.rglob(".*")]
 shutil.copytree(run.path, LARGE / "a")

@@ -286,7 +286,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, tokenizer, prepare
         with pytest.raises(OSError, match="machine lost"):
             train(lost, tokenizer, prepared, CrashAt(crash))
         run = RunDirectory(lost.run_dir)
-        assert checkpoints.step_of(checkpoints.newest(run.checkpoints)) == resumed_from
+        assert checkpoints.step_of(checkpoints.find_newest(run.checkpoints)) == resumed_from
         assert not run.adapter.exists()
     seconds_before = sum(line["tokens"] / line["tokens_per_s"] for line in read_jsonl(run.history)[1:2])
     parts, _, parts_history = train(changed(dropout, run_name="parts"), tokenizer, prepared)
@@ -492,7 +492,7 @@ def test_asked_to_stop_it_saves_first(config, tokenizer, prepared, number, reque
     with pytest.raises(interruptions.Interrupted, match=r"after step 3 of 8.*Run the same again"):
         train(sparse, tokenizer, prepared, SignalAt(3, number))
     run = RunDirectory(sparse.run_dir)
-    assert checkpoints.newest(run.checkpoints).name == "checkpoint-3"
+    assert checkpoints.find_newest(run.checkpoints).name == "checkpoint-3"
     assert signal.getsignal(number) == usual
     again = lora.attach(quantization.load(sparse), sparse)
     with pytest.raises(interruptions.Interrupted, match="after step 5 of 8"):
@@ -640,7 +640,7 @@ def test_on_a_plateau_the_rate_of_every_group_is_reduced_and_a_resumed_training_
     _, run, parts = train(changed(rising, run_name="parts"), tokenizer, prepared, Spoil(2))
     assert [line["lr"] for line in parts if "lr" in line] == rates
     assert losses(parts) == losses(whole)
-    state = torch.load(checkpoints.newest(run.checkpoints) / "optimizer.pt", weights_only=True)
+    state = torch.load(checkpoints.find_newest(run.checkpoints) / "optimizer.pt", weights_only=True)
     lora_rate, head_rate = (group["lr"] for group in state["param_groups"])
     assert head_rate == pytest.approx(lora_rate / 10)
     falling = changed(rising, run_name="falling", steps=3)
@@ -665,7 +665,7 @@ def test_the_newest_checkpoint_is_kept_beside_the_best(config, tokenizer, prepar
         config, keep=keep, lr_scheduler="reduce_lr_on_plateau", eval_steps=2, save_steps=2, save_total_limit=1
     )
     _, run, _ = train(few, tokenizer, prepared, Spoil(3))
-    assert checkpoints.newest(run.checkpoints).name == "checkpoint-8"
+    assert checkpoints.find_newest(run.checkpoints).name == "checkpoint-8"
 
 
 @pytest.mark.parametrize("limit", [1, 3])
@@ -675,9 +675,9 @@ def test_the_best_adapter_survives_an_interruption(config, tokenizer, prepared, 
         train(variant, tokenizer, prepared, Spoil(5), CrashAt(6))
     run = RunDirectory(variant.run_dir)
     assert {p.name for p in run.checkpoints.iterdir()} >= {"checkpoint-4", "checkpoint-6"}
-    assert checkpoints.newest(run.checkpoints).name == "checkpoint-6"
+    assert checkpoints.find_newest(run.checkpoints).name == "checkpoint-6"
     _, run, history = train(variant, tokenizer, prepared, Spoil(5))
-    assert checkpoints.newest(run.checkpoints).name == "checkpoint-8"
+    assert checkpoints.find_newest(run.checkpoints).name == "checkpoint-8"
     measured = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line and line["step"]}
     assert min(measured, key=measured.get) == 4
     assert read_json(run.metrics)["train"]["kept_step"] == 4

@@ -360,7 +360,7 @@ def _what_is_saved(path: Path, run: RunDirectory, failure: BaseException | None)
     """
     if path.stem != "04_training":
         return ""
-    last = checkpoints.newest(run.checkpoints)
+    last = checkpoints.find_newest(run.checkpoints)
     name = getattr(failure, "ename", type(failure).__name__)
     there = f"the last checkpoint is {last}" if last else "no checkpoint yet"
     if name == INTERRUPTED:

@@ -1,8 +1,9 @@
-"""Checkpoints, there whole or not at all: written aside and renamed, checked before a training goes on (notebook 04).
+"""Write checkpoints whole or not at all, and check them before a training resumes (notebook 04).
 
-A checkpoint is a folder `checkpoint-STEP` with adapter, head, optimizer, schedule, random states and the trainer's
-state (its place in the data among it), and `checkpoint.json`, written last, which lists every file with its bytes.
-`trainer.Steps._save_into` puts the files in.
+A checkpoint is a folder `checkpoint-STEP` with adapter, head, optimizer, schedule, random states
+and the trainer's state, its position in the data included. It is written under another name and
+renamed when it is whole. The file that is written last, `checkpoint.json`, lists all others with
+their sizes. `trainer.StepTrainer._save_into` writes the files.
 """
 
 from __future__ import annotations
@@ -18,20 +19,24 @@ from typing import Any
 from qlora_utils.runs.files import read_json, write_json
 
 RECORD = "checkpoint.json"
-_NEW, _OLD = ".new-", ".old-"  # prefixes of folders that are being written, or removed
+# Prefixes of folders that are being written, and that are being removed.
+_NEW, _OLD = ".new-", ".old-"
 
 
 class DiskError(OSError):
-    """Too little room on the disk; the message names the folder, what is needed and what is free."""
+    """Report too little space on the disk: folder, bytes needed and bytes free."""
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written, by its name."""
+    """Return the step after which a checkpoint was written, from its name."""
     return int(checkpoint.name.split("-")[1])
 
 
-def fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, None if it is whole: every file there, with as many bytes as were written."""
+def find_damage(checkpoint: Path) -> str | None:
+    """Return in words what is damaged in a checkpoint, None if it is whole.
+
+    It is whole if every file of its record is there with as many bytes as were written.
+    """
     if not (checkpoint / RECORD).is_file():
         return f"{RECORD} is missing"
     try:
@@ -47,40 +52,46 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def newest(folder: Path, *, say: Callable[[str], None] = print) -> Path | None:
-    """The newest whole checkpoint, None if there is none.
+def find_newest(folder: Path, *, report: Callable[[str], None] = print) -> Path | None:
+    """Return the newest whole checkpoint, None if there is none.
 
     Args:
-        folder: of the checkpoints; need not be there.
-        say: told of each one that is passed over, and why.
+        folder: with the checkpoints; it need not exist.
+        report: called with a line of text for each damaged checkpoint.
     """
     found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
     for path in sorted(found, key=step_of, reverse=True):
-        wrong = fault(path)
-        if wrong is None:
+        damage = find_damage(path)
+        if damage is None:
             return path
-        say(f"passing over {path}: {wrong}")
+        report(f"passing over {path}: {damage}")
     return None
 
 
 def write(folder: Path, step: int, save: Callable[[Path], None], record: Mapping[str, Any]) -> Path:
-    """Write a checkpoint so that it is there whole or not at all, even if the power fails.
+    """Write a checkpoint whole or not at all, even if the power fails.
 
     Args:
-        folder: of the checkpoints.
-        step: that it belongs to. One of the same step is replaced.
-        save: puts the files into the folder that it is given.
-        record: what `checkpoint.json` says besides the files.
+        folder: with the checkpoints.
+        step: the number of optimizer steps so far. A checkpoint of the same step is replaced.
+        save: function that writes the files into the folder that it is given.
+        record: fields of `checkpoint.json` besides the list of files.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
-        DiskError: the disk is full; what was written of this checkpoint is gone again, earlier ones are untouched.
+        DiskError: the disk is full. What was written of this checkpoint is removed; earlier
+            checkpoints are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary, final = folder / f"{_NEW}{step}", folder / f"checkpoint-{step}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+
+    # A folder cannot be replaced in one operation: the old one is renamed first, and removed last.
     try:
-        with explained_if_full(folder, f"checkpoint-{step}"):
+        with explain_full_disk(folder, f"checkpoint-{step}"):
             save(temporary)
             seal(temporary, {**record, "step": step})
             if final.exists():
@@ -95,8 +106,10 @@ def write(folder: Path, step: int, save: Callable[[Path], None], record: Mapping
 
 
 def seal(checkpoint: Path, record: Mapping[str, Any]) -> None:
-    """Write `checkpoint.json` when all else is on the disk: what makes a folder a whole checkpoint."""
-    files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
+    """Write `checkpoint.json` when all else is on the disk; it marks the checkpoint as whole."""
+    paths = [path for path in checkpoint.rglob("*") if path.is_file()]
+    files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in paths}
+    # Every file first: otherwise a power failure could leave a record whose files are empty.
     for name in files:
         _flush(checkpoint / name)
     write_json(checkpoint / RECORD, {**record, "files": dict(sorted(files.items()))})
@@ -104,11 +117,12 @@ def seal(checkpoint: Path, record: Mapping[str, Any]) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have the system put a file or folder on the disk."""
+    """Make the system write a file or folder from its buffers to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some network and FUSE mounts have no such thing, for folders above all
+    except OSError as error:
+        # Some network and FUSE mounts have no fsync, above all none for folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
             raise
     finally:
@@ -116,59 +130,76 @@ def _flush(path: Path) -> None:
 
 
 def prune(folder: Path, limit: int, best: int | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, never the newest whole one, nor that of step `best`."""
-    whole = sorted((path for path in folder.glob("checkpoint-*") if fault(path) is None), key=step_of)
-    kept = {path for path in whole if step_of(path) == best} | set(whole[-1:])
-    spare = [path for path in whole if path not in kept]
-    for path in spare[: max(0, len(whole) - max(limit, len(kept)))]:
+    """Remove the oldest whole checkpoints, until `limit` are left.
+
+    The newest is never removed, nor is that of the step `best`, even if more than `limit` are left.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if find_damage(path) is None]
+    whole = sorted(found, key=step_of)
+    protected = {path for path in whole if step_of(path) == best} | set(whole[-1:])
+    removable = [path for path in whole if path not in protected]
+    excess = len(whole) - max(limit, len(protected))
+    for path in removable[: max(0, excess)]:
         remove(path)
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; killed in the middle of it, nothing is left that looks like one."""
-    aside = checkpoint.with_name(f"{_OLD}{step_of(checkpoint)}")
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Remove a checkpoint.
+
+    It is renamed first: if the process is killed, no half-removed folder looks like a checkpoint.
+    """
+    renamed = checkpoint.with_name(f"{_OLD}{step_of(checkpoint)}")
+    shutil.rmtree(renamed, ignore_errors=True)
+    checkpoint.rename(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
-def sweep(folder: Path, *, say: Callable[[str], None] = print) -> None:
-    """Remove what a process that was killed left half-written or half-removed."""
+def sweep(folder: Path, *, report: Callable[[str], None] = print) -> None:
+    """Remove what a killed process left half-written or half-removed.
+
+    Args:
+        folder: with the checkpoints; it need not exist.
+        report: called with a line of text for each half-written checkpoint.
+    """
     for path in sorted(folder.glob(".*-*")):
         if path.name.startswith((_NEW, _OLD)):
             if path.name.startswith(_NEW):
-                say(f"passing over {path.name} in {folder}: it was not written to the end")
+                report(f"passing over {path.name} in {folder}: it was not written to the end")
             shutil.rmtree(path, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------------- room on the disk
+# ---------------------------------------------------------------------------------------------------- space on the disk
 
 
 def needed_bytes(trained: int, checkpoints: int, *, moment_bytes: int = 8) -> int:
-    """Bytes that a training leaves on the disk at most: its checkpoints, one more while it is written, and the adapter.
+    """Return the bytes that a training needs on the disk at most.
+
+    These are its checkpoints, one more while it is written, and the adapter twice, because the new
+    one is written before the old one is removed.
 
     Args:
-        trained: parameters that train, held in fp32.
-        checkpoints: kept at a time.
-        moment_bytes: of the optimizer's two moments, for each parameter.
+        trained: number of parameters that train, stored in fp32.
+        checkpoints: number of checkpoints on the disk at a time.
+        moment_bytes: bytes of the optimizer's two moments for each parameter.
     """
-    small = 4 * 2**20  # schedule, random states, tokenizer, history, figures
+    # Schedule, random states, tokenizer, history and figures.
+    small = 4 * 2**20
     return (checkpoints + 1) * trained * (4 + moment_bytes) + 2 * trained * 4 + small
 
 
-def check_room(folder: Path, needed: int, what: str) -> None:
-    """Refuse to begin what the disk has no room for.
+def check_free_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to start if the disk has too little free space.
 
     Args:
-        folder: where it will be written; the nearest folder above that is there is looked at.
+        folder: folder to write to; if it does not exist, the nearest folder above it is asked.
         needed: bytes.
-        what: needs them, in words.
+        what: name of what needs them, for the message.
 
     Raises:
-        DiskError: less is free.
+        DiskError: fewer bytes are free.
     """
-    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise DiskError(
             f"{folder}: {free:,} bytes are free on this disk, and {what} will need about {needed:,}. Free some, keep "
@@ -177,8 +208,12 @@ def check_room(folder: Path, needed: int, what: str) -> None:
 
 
 @contextmanager
-def explained_if_full(folder: Path, what: str) -> Iterator[None]:
-    """Turn what the writers of torch, safetensors and Python raise on a full disk into one clear error.
+def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
+    """Turn the errors of torch, safetensors and Python on a full disk into one clear error.
+
+    Args:
+        folder: folder that is written to.
+        what: name of what is written, for the message.
 
     Raises:
         DiskError: the disk is full.
@@ -198,10 +233,14 @@ def explained_if_full(folder: Path, what: str) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether an error came of a full disk. torch says so in no code and no words, so the disk itself is asked too."""
+    """Return whether an error was caused by a full disk."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
+
+    # Errors of safetensors' Rust code have no errno; their text has the system's words or number.
     text = str(error)
     if "No space left on device" in text or "os error 28" in text:
         return True
+
+    # torch names neither, only the writer that failed: the disk itself is asked.
     return "PytorchStreamWriter" in text and shutil.disk_usage(folder).free < 2**20

@@ -1,4 +1,4 @@
-"""What a training does when something goes wrong: memory runs out, numbers are none any more, someone stops it."""
+"""Handle NaN losses and requests to stop during training."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-BAD_STEPS = 3  # without a finite loss and gradient, one after another, after which a training is given up
+# After so many steps in a row without a finite loss and gradient a training gives up.
+BAD_STEPS = 3
 
 
 class DivergedError(RuntimeError):
-    """A training whose numbers are none any more; the message names the step, likely causes and what is left."""
+    """Report that loss or gradient is NaN or infinite: the step, likely causes, what to do next."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training that was asked to stop and saved first; the message says how to resume it.
+    """Report that a training stopped on request, after saving; the message says how to resume it.
 
     Attributes:
-        step: after which it stopped.
-        steps: of the whole training.
-        checkpoint: the newest whole one, None if there is none.
-        saved: whether that is of `step`; it is not where a weight was no finite number.
+        step: number of optimizer steps that were done.
+        steps: number of steps of the whole training.
+        checkpoint: the newest whole checkpoint, None if there is none.
+        saved: whether that checkpoint is of `step`. It is not if a weight was NaN or infinite.
     """
 
     def __init__(self, step: int, steps: int, checkpoint: Path | None, *, saved: bool) -> None:
@@ -39,69 +40,95 @@ class Interrupted(KeyboardInterrupt):
 # ---------------------------------------------------------------------------------------------------- numbers
 
 
-class Watch:
-    """Counts the steps whose loss or gradient was no finite number, and gives up after `BAD_STEPS` in a row."""
+class DivergenceWatch:
+    """Count the steps that were skipped because their loss or gradient was NaN or infinite.
+
+    Attributes:
+        skipped: number of skipped steps in the whole training.
+        since_log: number of skipped steps since the last logged step.
+        in_a_row: number of skipped steps since the last good one.
+    """
 
     def __init__(self) -> None:
         self.skipped = 0
         self.since_log = 0
         self.in_a_row = 0
 
-    def good(self) -> None:
-        """A step as it should be."""
+    def count_good(self) -> None:
+        """Count a step with finite loss and gradient."""
         self.in_a_row = 0
 
-    def bad(self) -> bool:
-        """One that is skipped; whether it is one too many."""
+    def count_skipped(self) -> bool:
+        """Count a skipped step; return whether there were `BAD_STEPS` of them in a row."""
         self.skipped += 1
         self.since_log += 1
         self.in_a_row += 1
         return self.in_a_row >= BAD_STEPS
 
 
-def diverged(step: int, loss: float, norm: float, *, learning_rate: float, dtype: str, kept: str) -> DivergedError:
-    """The error of a training that is given up.
+def diverged_error(
+    step: int,
+    loss: float,
+    norm: float,
+    *,
+    learning_rate: float,
+    dtype: str,
+    advice: str,
+) -> DivergedError:
+    """Return the error of a training that diverged.
 
     Args:
-        step: the last one tried.
+        step: the last step that was tried.
         loss: of that step.
         norm: of its gradient.
-        learning_rate: as given.
+        learning_rate: of the config.
         dtype: of matrix products.
-        kept: what is left to go on from, in words.
+        advice: sentence about the checkpoints that the training can be resumed from.
     """
     narrow = f"or {dtype} compute, whose range ends at 65,504; " if dtype == "float16" else ""
     return DivergedError(
         f"the loss is {loss:.4g} and the gradient norm {norm:.4g} at step {step}: no finite numbers for {BAD_STEPS} "
         f"steps in a row, which were skipped. Likely causes: a learning_rate too high ({learning_rate:g}), {narrow}"
         "or broken weights or rows. Take a lower learning_rate, a longer warm-up (warmup_ratio), or "
-        f"compute_dtype=float32: a training may go on with these. {kept}"
+        f"compute_dtype=float32: a training may go on with these. {advice}"
     )
 
 
 # ---------------------------------------------------------------------------------------------------- being stopped
 
 
-class LeaveWhenAsked(TrainerCallback):
-    """On SIGTERM or Ctrl-C the step under way is ended and saved before the training leaves; twice, at once."""
+class StopOnSignal(TrainerCallback):
+    """Stop a training on SIGTERM or Ctrl-C, after the current step is finished and saved.
+
+    A second signal stops it at once.
+
+    Attributes:
+        received: number of the signal that was received, None if there was none.
+    """
 
     def __init__(self) -> None:
-        self.asked: int | None = None
+        self.received: int | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save and stop, if asked."""
-        if self.asked is not None:
+        """Save and stop if a signal was received."""
+        if self.received is not None:
             control.should_save = control.should_training_stop = True
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals in this context. Only a main thread can; elsewhere they are whoever's they were."""
+    def handle_signals(self) -> Iterator[None]:
+        """Handle the signals within this context, and restore their handlers afterwards.
+
+        Only the main thread can set handlers; in another thread the signals stay as they are.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        # one that is ignored, as under nohup, stays so
-        taken = (number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN)
-        before = {number: signal.getsignal(number) for number in taken}
+        # A signal that is ignored, as in a background job, stays ignored.
+        before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler != signal.SIG_IGN:
+                before[number] = handler
         try:
             for number in before:
                 signal.signal(number, self._on_signal)
@@ -111,7 +138,8 @@ class LeaveWhenAsked(TrainerCallback):
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self.asked is not None:
+        """Note the first signal, and raise on the second."""
+        if self.received is not None:
             raise KeyboardInterrupt("left at once, as asked twice; the last checkpoint is what there is to go on from")
-        self.asked = number
+        self.received = number
         print("\nstopping: this step is ended and saved first; once more to leave at once", file=sys.stderr, flush=True)

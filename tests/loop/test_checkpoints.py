@@ -22,13 +22,13 @@ def make(folder, step, size=100):
 
 def said(folder):
     lines = []
-    return checkpoints.newest(folder, say=lines.append), lines
+    return checkpoints.find_newest(folder, report=lines.append), lines
 
 
 def test_a_checkpoint_is_written_whole_with_its_record(tmp_path):
     assert said(tmp_path / "none") == (None, [])
     path = make(tmp_path, 5)
-    assert (path.name, checkpoints.step_of(path), checkpoints.fault(path)) == ("checkpoint-5", 5, None)
+    assert (path.name, checkpoints.step_of(path), checkpoints.find_damage(path)) == ("checkpoint-5", 5, None)
     assert read_json(path / "checkpoint.json") == {"a": 1, "step": 5, "files": {"weights": 100}}
     make(tmp_path, 10)
     assert said(tmp_path) == (tmp_path / "checkpoint-10", [])
@@ -74,7 +74,7 @@ def test_a_failed_write_leaves_the_earlier_ones_and_nothing_else(tmp_path):
         with pytest.raises(RuntimeError, match="lost"):
             checkpoints.write(tmp_path, step, fail, {})
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert checkpoints.fault(tmp_path / "checkpoint-1") is None
+    assert checkpoints.find_damage(tmp_path / "checkpoint-1") is None
 
 
 def test_what_a_killed_process_left_is_swept_away(tmp_path):
@@ -83,7 +83,7 @@ def test_what_a_killed_process_left_is_swept_away(tmp_path):
         (tmp_path / name / "half").touch()
     make(tmp_path, 1)
     lines = []
-    checkpoints.sweep(tmp_path, say=lines.append)
+    checkpoints.sweep(tmp_path, report=lines.append)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     assert len(lines) == 1
     assert ".new-3" in lines[0]
@@ -104,9 +104,9 @@ def test_the_newest_whole_and_the_best_are_never_removed(tmp_path, limit, best, 
 
 
 def test_too_little_room_is_refused_before_anything_is_written(tmp_path):
-    checkpoints.check_room(tmp_path / "not" / "there", 1, "this")
+    checkpoints.check_free_space(tmp_path / "not" / "there", 1, "this")
     with pytest.raises(checkpoints.DiskError, match=r"bytes are free.*this will need about 1,000,000,000,000,000\."):
-        checkpoints.check_room(tmp_path / "not" / "there", 10**15, "this")
+        checkpoints.check_free_space(tmp_path / "not" / "there", 10**15, "this")
     assert not list(tmp_path.iterdir())
 
 
@@ -116,7 +116,7 @@ def test_what_a_training_leaves_is_no_more_than_was_said(config, tokenizer, prep
     tuned_model, run, _ = train(config, tokenizer, prepared)
     trained = sum(p.numel() for p in tuned_model.parameters() if p.requires_grad)
     size = sum(p.stat().st_size for p in run.path.rglob("*") if p.is_file())
-    one = sum(p.stat().st_size for p in checkpoints.newest(run.checkpoints).rglob("*"))
+    one = sum(p.stat().st_size for p in checkpoints.find_newest(run.checkpoints).rglob("*"))
     needed = checkpoints.needed_bytes(trained, config.save_total_limit)
     assert size + one <= needed <= 1.5 * (size + one)
 

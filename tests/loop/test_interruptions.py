@@ -35,26 +35,34 @@ def test_what_really_runs_out_of_memory_is_seen():
 
 
 def test_bad_steps_are_counted_and_a_few_in_a_row_are_too_many():
-    watch = interruptions.Watch()
-    assert [watch.bad() for _ in range(interruptions.BAD_STEPS - 1)] == [False] * (interruptions.BAD_STEPS - 1)
-    watch.good()
-    assert [watch.bad() for _ in range(interruptions.BAD_STEPS)] == [False] * (interruptions.BAD_STEPS - 1) + [True]
+    watch = interruptions.DivergenceWatch()
+    assert [watch.count_skipped() for _ in range(interruptions.BAD_STEPS - 1)] == [False] * (
+        interruptions.BAD_STEPS - 1
+    )
+    watch.count_good()
+    assert [watch.count_skipped() for _ in range(interruptions.BAD_STEPS)] == [False] * (
+        interruptions.BAD_STEPS - 1
+    ) + [True]
     assert watch.skipped == 2 * interruptions.BAD_STEPS - 1
 
 
 def test_a_diverged_training_names_step_and_causes():
     text = str(
-        interruptions.diverged(7, float("nan"), 3.0, learning_rate=0.1, dtype="float16", kept="Checkpoint 4 is whole.")
+        interruptions.diverged_error(
+            7, float("nan"), 3.0, learning_rate=0.1, dtype="float16", advice="Checkpoint 4 is whole."
+        )
     )
     for part in ("nan", "step 7", "learning_rate too high (0.1)", "float16", "65,504", "Checkpoint 4 is whole."):
         assert part in text
-    assert "float16" not in str(interruptions.diverged(7, 1.0, 3.0, learning_rate=0.1, dtype="bfloat16", kept=""))
+    assert "float16" not in str(
+        interruptions.diverged_error(7, 1.0, 3.0, learning_rate=0.1, dtype="bfloat16", advice="")
+    )
 
 
 def test_the_first_signal_asks_and_the_second_leaves_at_once():
-    leave, control = interruptions.LeaveWhenAsked(), SimpleNamespace(should_save=False, should_training_stop=False)
+    leave, control = interruptions.StopOnSignal(), SimpleNamespace(should_save=False, should_training_stop=False)
     before = signal.getsignal(signal.SIGTERM)
-    with leave.listening():
+    with leave.handle_signals():
         leave.on_step_end(None, None, control)
         assert not control.should_training_stop
         os.kill(os.getpid(), signal.SIGTERM)
@@ -69,7 +77,7 @@ def test_the_first_signal_asks_and_the_second_leaves_at_once():
 def test_a_signal_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with interruptions.LeaveWhenAsked().listening():
+        with interruptions.StopOnSignal().handle_signals():
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
@@ -80,7 +88,7 @@ def test_in_another_thread_signals_are_left_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work():
-        with interruptions.LeaveWhenAsked().listening():
+        with interruptions.StopOnSignal().handle_signals():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

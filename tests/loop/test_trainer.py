@@ -9,7 +9,7 @@ from test_training import Spoil, changed, losses, train, trained_weights
 
 from qlora_utils.kernels import loss
 from qlora_utils.loop import interruptions
-from qlora_utils.loop.trainer import Steps
+from qlora_utils.loop.trainer import StepTrainer
 from qlora_utils.models.hardware import OutOfMemoryError
 from qlora_utils.models.memory import within_learned
 from qlora_utils.models.resolution import resolve_auto
@@ -23,7 +23,7 @@ from qlora_utils.tokens.packing import make_collator
 def test_a_step_whose_numbers_are_none_is_skipped_and_counted(config, tokenizer, prepared, monkeypatch, what):
     """The weights stay as they are in that step, and the next steps go on as if its rows had not been there."""
     seen = {}
-    original = Steps._forward_and_backward
+    original = StepTrainer._forward_and_backward
 
     def spoiled(self, model, inputs):
         loss = original(self, model, inputs)
@@ -34,13 +34,13 @@ def test_a_step_whose_numbers_are_none_is_skipped_and_counted(config, tokenizer,
             next(p for p in model.parameters() if p.grad is not None).grad[0] = math.inf
         return loss
 
-    monkeypatch.setattr(Steps, "_forward_and_backward", spoiled)
+    monkeypatch.setattr(StepTrainer, "_forward_and_backward", spoiled)
     _, run, history = train(changed(config, logging_steps=2), tokenizer, prepared)
     assert all(torch.equal(seen[3][name], seen[4][name]) for name in seen[3])
     assert any(not torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
     assert read_json(run.metrics)["train"]["skipped_steps"] == 1
     assert [line.get("skipped_steps") for line in history if "loss" in line] == [None, None, 1, 1, 1]
-    monkeypatch.setattr(Steps, "_forward_and_backward", original)
+    monkeypatch.setattr(StepTrainer, "_forward_and_backward", original)
     _, _, plain = train(changed(config, logging_steps=1, run_name="plain"), tokenizer, prepared)
     third = next(line["loss"] for line in history if line["step"] == 4 and "loss" in line)
     assert third == pytest.approx(losses(plain)[2], rel=1e-6)  # of steps 3 and 4 only the third counts
@@ -48,13 +48,13 @@ def test_a_step_whose_numbers_are_none_is_skipped_and_counted(config, tokenizer,
 
 def test_a_skipped_step_that_is_measured_may_still_be_the_best(config, tokenizer, prepared, monkeypatch):
     """Its weights are sound, so its checkpoint is written, and found at the end."""
-    original = Steps._forward_and_backward
+    original = StepTrainer._forward_and_backward
 
     def spoiled(self, model, inputs):
         value = original(self, model, inputs)
         return value * math.nan if self.state.global_step == 3 else value
 
-    monkeypatch.setattr(Steps, "_forward_and_backward", spoiled)
+    monkeypatch.setattr(StepTrainer, "_forward_and_backward", spoiled)
     variant = changed(config, eval_steps=2, save_steps=100)
     _, run, history = train(variant, tokenizer, prepared, Spoil(5))
     measured = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line and line["step"]}
@@ -75,7 +75,7 @@ class OutOfMemory:
     """Lets the second pass of some steps run out of memory, once each."""
 
     def __init__(self, monkeypatch, steps, always=False):
-        original, self.raised, calls = Steps._pass_loss, [], {}
+        original, self.raised, calls = StepTrainer._pass_loss, [], {}
 
         def failing(trainer, model, one, answers):
             step = trainer.state.global_step + 1
@@ -85,7 +85,7 @@ class OutOfMemory:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
             return original(trainer, model, one, answers)
 
-        monkeypatch.setattr(Steps, "_pass_loss", failing)
+        monkeypatch.setattr(StepTrainer, "_pass_loss", failing)
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_in_fp16_the_scaler_finds_its_scale_and_only_a_loss_that_is_none_counts(
     config, tokenizer, prepared, monkeypatch, what
 ):
     half = changed(config, compute_dtype="float16")
-    original = Steps._forward_and_backward
+    original = StepTrainer._forward_and_backward
 
     def spoiled(self, model, inputs):
         value = original(self, model, inputs)
@@ -157,7 +157,7 @@ def test_in_fp16_the_scaler_finds_its_scale_and_only_a_loss_that_is_none_counts(
             next(p for p in model.parameters() if p.grad is not None).grad[0] = math.inf
         return value
 
-    monkeypatch.setattr(Steps, "_forward_and_backward", spoiled)
+    monkeypatch.setattr(StepTrainer, "_forward_and_backward", spoiled)
     if what == "loss":
         with pytest.raises(interruptions.DivergedError, match="float16 compute"):
             train(half, tokenizer, prepared)
