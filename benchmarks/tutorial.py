@@ -16,7 +16,7 @@ from peft import get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from qlora_utils.tokens.packing import LikeLengths
+from qlora_utils.tokens.packing import LengthSampler
 
 PER_DEVICE = 4
 
@@ -44,7 +44,7 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     # Grouped by length as the Trainer does it, but in an order that `-p row_order=length` gives our own contender too.
     rows: Any = settings.rows("rows")  # a list of rows will do, whatever the annotation says
     lengths = [len(row["input_ids"]) for row in rows]
-    rows = [rows[index] for index in LikeLengths(lengths, settings.batch_size, settings.seed)]
+    rows = [rows[index] for index in LengthSampler(lengths, settings.batch_size, settings.seed)]
     trainer: Any = Trainer(
         model=tuned_model,
         args=TrainingArguments(**options, max_steps=settings.steps, train_sampling_strategy="sequential"),

@@ -42,7 +42,7 @@ from qlora_utils.runs.directory import LEARNED, RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_text
 from qlora_utils.style import BASE, TUNED, cut, in_figure, unframed
 from qlora_utils.tokens.formats import Encoded, Format, format_of
-from qlora_utils.tokens.packing import StepCollator, make_collator, passes_text
+from qlora_utils.tokens.packing import StepCollator, make_collator, format_passes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -508,7 +508,7 @@ def show_passes(
     bound = resolved.micro_batch_tokens or config.max_seq_len
     step = StepCollator(collator, bound, config.micro_batch_size)(examples[: config.batch_size])
     length = f"{config.epochs:g} epochs" if config.epochs else f"{config.steps} steps"
-    return f"{passes_text(step, collator)}\n{length} of {config.batch_size} examples"
+    return f"{format_passes(step, collator)}\n{length} of {config.batch_size} examples"
 
 
 def held_out_loss(

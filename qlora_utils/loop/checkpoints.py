@@ -37,6 +37,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
     It is whole if every file of its record is there with as many bytes as were written.
     """
+    # The record is written last: without it the checkpoint was not finished.
     if not (checkpoint / RECORD).is_file():
         return f"{RECORD} is missing"
     try:
@@ -59,6 +60,7 @@ def find_newest(folder: Path, *, report: Callable[[str], None] = print) -> Path 
         folder: with the checkpoints; it need not exist.
         report: called with a line of text for each damaged checkpoint.
     """
+    # A name without a step is no checkpoint.
     found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
     for path in sorted(found, key=step_of, reverse=True):
         damage = find_damage(path)
@@ -198,6 +200,7 @@ def check_free_space(folder: Path, needed: int, what: str) -> None:
     Raises:
         DiskError: fewer bytes are free.
     """
+    # Only a folder that exists lies on a disk whose free space can be asked for.
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -85,6 +85,7 @@ def diverged_error(
         dtype: of matrix products.
         advice: sentence about the checkpoints that the training can be resumed from.
     """
+    # Only fp16 has so narrow a range that it is itself a likely cause.
     narrow = f"or {dtype} compute, whose range ends at 65,504; " if dtype == "float16" else ""
     return DivergedError(
         f"the loss is {loss:.4g} and the gradient norm {norm:.4g} at step {step}: no finite numbers for {BAD_STEPS} "
@@ -118,8 +119,9 @@ class StopOnSignal(TrainerCallback):
     def handle_signals(self) -> Iterator[None]:
         """Handle the signals within this context, and restore their handlers afterwards.
 
-        Only the main thread can set handlers; in another thread the signals stay as they are.
+        In a thread other than the main one nothing is handled.
         """
+        # Python refuses to set a handler in any other thread.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -129,6 +131,8 @@ class StopOnSignal(TrainerCallback):
             handler = signal.getsignal(number)
             if handler != signal.SIG_IGN:
                 before[number] = handler
+
+        # The handlers of before are restored whatever happens: the training may be one cell of many.
         try:
             for number in before:
                 signal.signal(number, self._on_signal)

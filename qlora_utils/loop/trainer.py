@@ -31,7 +31,7 @@ from qlora_utils.models.memory import learn, too_large_at_last
 from qlora_utils.models.resolution import Resolved
 from qlora_utils.models.shapes import HEAD
 from qlora_utils.runs.directory import RunDirectory
-from qlora_utils.tokens.packing import LikeLengths
+from qlora_utils.tokens.packing import LengthSampler
 
 # The schedule that lowers the rate when the held-out loss stops falling, by transformers' name.
 PLATEAU = "reduce_lr_on_plateau"
@@ -179,7 +179,7 @@ class StepTrainer(Trainer):
         """
         collator = self._step_collator
         before, step = len(inputs["passes"]), self.state.global_step + 1
-        largest = max(self._collator().room(batch) for batch in inputs["passes"])
+        largest = max(self._collator().padded_tokens(batch) for batch in inputs["passes"])
         if not collator.halve(inputs):
             raise OutOfMemoryError(
                 f"out of memory at step {step}, with one example in each pass ({reason}). "
@@ -297,7 +297,7 @@ class StepTrainer(Trainer):
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         tokens = self._collator().tokens
         lengths = [tokens(row) for row in rows]
-        return LikeLengths(lengths, self.args.train_batch_size, self.config.seed)
+        return LengthSampler(lengths, self.args.train_batch_size, self.config.seed)
 
     def _collator(self) -> Any:
         """Return the collator of a single pass."""

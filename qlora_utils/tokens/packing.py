@@ -1,10 +1,10 @@
-"""Conversations laid end to end, or pairs padded: the passes of a step and their tensors (notebooks 01 and 04)."""
+"""Make tensors of examples: conversations packed end to end, or padded pairs (notebooks 01, 04)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import RunConfig
@@ -13,44 +13,18 @@ from qlora_utils.style import BLUE, PALE, SKY, unframed
 from qlora_utils.tokens.formats import IGNORED, Encoded
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
 
-def pack_first_fit(lengths: Sequence[int], tokens: int, conversations: int | None = None) -> list[list[int]]:
-    """Put conversations into as few packs as hold them, by first-fit decreasing; the longest pack comes first.
-
-    Args:
-        lengths: tokens of each conversation.
-        tokens: that a pack may hold; a conversation longer than that gets a pack of its own.
-        conversations: that a pack may hold (None: any number).
-
-    Returns:
-        The packs, each the indices of its conversations.
-    """
-    packs: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next(
-            (
-                number
-                for number, free in enumerate(room)
-                if lengths[index] <= free and (conversations is None or len(packs[number]) < conversations)
-            ),
-            None,
-        )
-        if place is None:
-            packs.append([])
-            room.append(max(tokens, lengths[index]))
-            place = len(packs) - 1
-        packs[place].append(index)
-        room[place] -= lengths[index]
-    return sorted(packs, key=lambda members: -sum(lengths[i] for i in members))
+# ---------------------------------------------------------------------------------- one pass
 
 
 def make_collator(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Collator | PairCollator:
-    """What makes tensors of the run's examples."""
+    """Return the collator for the run's architecture: it makes tensors of encoded examples."""
+    # Loading the tokenizer has made sure of a padding token.
     assert isinstance(tokenizer.pad_token_id, int)
     if architecture_of(config.model) == "encoder-decoder":
         return PairCollator(tokenizer.pad_token_id)
@@ -59,134 +33,240 @@ def make_collator(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Coll
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes the tensors of one forward pass out of encoded conversations.
+    """Make the tensors of one forward pass of a causal model out of encoded conversations.
 
-    With `packing` they are laid end to end in one sequence of shape (1, tokens) whose `position_ids` start again at
-    0 with each conversation; there is no padding and no mask: `lengths` and `starts` tell the attention kernel where
-    each begins. Otherwise they are padded on the right to (batch, seq). Either way what carries no label is marked by
-    length, never by the padding token's id.
+    With `packing` the conversations are laid end to end in one sequence of shape (1, tokens), whose
+    `position_ids` begin again at 0 with each conversation. There is no padding and no mask:
+    `lengths` and `starts` tell the attention kernel where each conversation begins. Otherwise they
+    are padded on the right to (batch, seq).
+
+    Padding is recognized by the lengths, never by the padding token's id, because that token may
+    also stand in a text.
     """
 
     pad_token_id: int
     packing: bool
 
     def tokens(self, example: Encoded) -> int:
-        """Tokens of an example, as a pass is bounded by them."""
+        """Return the tokens of an example that count against the bound of a pass."""
         return len(example.input_ids)
 
     def sizes(self, example: Encoded) -> tuple[int, ...]:
-        """Its lengths as they are padded."""
+        """Return the length of each dimension that is padded: (tokens,)."""
         return (len(example.input_ids),)
 
     def answer_tokens(self, example: Encoded) -> int:
-        """Tokens that carry loss. Nothing predicts the first."""
+        """Return the number of tokens that carry loss: never the first, which nothing predicts."""
         return sum(label != IGNORED for label in example.labels[1:])
 
-    def room(self, one: dict[str, Any]) -> int:
-        """Tokens of a pass, padding included."""
-        return int(one["input_ids"].numel())
+    def padded_tokens(self, batch: dict[str, Any]) -> int:
+        """Return the tokens of a pass, padding included."""
+        return int(batch["input_ids"].numel())
 
-    def text(self, one: dict[str, Any]) -> str:
-        """What lies in a pass, in words."""
-        rows, width = one["input_ids"].shape
+    def describe(self, batch: dict[str, Any]) -> str:
+        """Describe the content of a pass in words."""
+        rows, width = batch["input_ids"].shape
         if self.packing:
-            return f"{width} tokens, conversations of {list(one['lengths'])}"
-        return f"{rows} × {width} tokens, {int(one['attention_mask'].sum()) / (rows * width):.0%} not padding"
+            return f"{width} tokens, conversations of {list(batch['lengths'])}"
+        share = int(batch["attention_mask"].sum()) / (rows * width)
+        return f"{rows} × {width} tokens, {share:.0%} not padding"
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
-        """Tensors `input_ids` and `labels`, and with them either of two sets.
+        """Return the tensors of one pass.
 
-        Packed: `position_ids`, `starts` (int32: where each conversation begins, and the end) and the tuple `lengths`.
-        Padded: `attention_mask`. In both, `answer_positions` are the places, counted through the whole batch, whose
-        next token is labelled.
+        Returns:
+            `input_ids` and `labels`, both (1, tokens) or (batch, seq), and `answer_positions`, the
+            indices in the flattened batch whose next token carries loss. If packed, also
+            `position_ids` (1, tokens), `starts` (int32: where each conversation begins, and the
+            number of all tokens) and `lengths`, a tuple. If padded, also `attention_mask`.
         """
         import torch
 
-        labels = [(IGNORED, *e.labels[1:]) for e in examples]
-        lengths = [len(e.input_ids) for e in examples]
-        longest = max(lengths)
-        if self.packing:
-            tensors = {
-                "input_ids": torch.tensor([[i for e in examples for i in e.input_ids]]),
-                "labels": torch.tensor([[label for row in labels for label in row]]),
-                "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
-                "starts": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-            }
-        else:
-            tensors = {
-                "input_ids": torch.tensor([_pad(e.input_ids, self.pad_token_id, longest) for e in examples]),
-                "labels": torch.tensor([_pad([*row], IGNORED, longest) for row in labels]),
-                "attention_mask": torch.tensor([_pad([1] * length, 0, longest) for length in lengths]),
-            }
+        # Nothing predicts the first token of a conversation, least of all the one before it.
+        labels = [[IGNORED, *example.labels[1:]] for example in examples]
+        ids = [example.input_ids for example in examples]
+        tensors = self._packed(ids, labels) if self.packing else self._padded(ids, labels)
+        # The positions are found here, on the CPU: searching for them on a GPU would make it wait.
+        # The output at one position predicts the token at the next.
         labelled = torch.nonzero(tensors["labels"].flatten() != IGNORED).flatten()
-        return {**tensors, "answer_positions": labelled - 1, **({"lengths": tuple(lengths)} if self.packing else {})}
+        batch: dict[str, Any] = {**tensors, "answer_positions": labelled - 1}
+        if self.packing:
+            batch["lengths"] = tuple(map(len, ids))
+        return batch
+
+    def _packed(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, torch.Tensor]:
+        """Return conversations laid end to end."""
+        import torch
+
+        lengths = [len(row) for row in ids]
+        positions = [torch.arange(length) for length in lengths]
+        return {
+            "input_ids": torch.tensor([list(chain.from_iterable(ids))]),
+            "labels": torch.tensor([list(chain.from_iterable(labels))]),
+            "position_ids": torch.cat(positions).unsqueeze(0),
+            "starts": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        }
+
+    def _padded(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, torch.Tensor]:
+        """Return conversations padded on the right to the longest."""
+        return {
+            "input_ids": _padded_tensor(ids, self.pad_token_id),
+            "labels": _padded_tensor(labels, IGNORED),
+            "attention_mask": _padded_tensor([[1] * len(row) for row in ids], 0),
+        }
 
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Makes the tensors of one forward pass of an encoder-decoder.
+    """Make the tensors of one forward pass of an encoder-decoder.
 
-    What the encoder reads and what the decoder writes are both padded on the right, to the longest of each, and marked
-    by length. Relative positions know nothing of packs, so there are none.
+    The encoder's input and the decoder's labels are both padded on the right, to the longest of
+    each. Padding is recognized by the lengths. There are no packs: T5's relative positions do not
+    know where a conversation begins.
     """
 
     pad_token_id: int
     packing = False
 
     def tokens(self, example: Encoded) -> int:
-        """Tokens of an example, read and written."""
+        """Return the tokens of an example, encoder and decoder added."""
         return len(example.input_ids) + len(example.labels)
 
     def sizes(self, example: Encoded) -> tuple[int, ...]:
-        """Its lengths as they are padded: read, written."""
+        """Return the length of each dimension that is padded: (encoder, decoder)."""
         return len(example.input_ids), len(example.labels)
 
     def answer_tokens(self, example: Encoded) -> int:
-        """Tokens that carry loss: all that are written."""
+        """Return the number of tokens that carry loss: all that the decoder writes."""
         return len(example.labels)
 
-    def room(self, one: dict[str, Any]) -> int:
-        """Tokens of a pass, read and written, padding included."""
-        return int(one["input_ids"].numel() + one["labels"].numel())
+    def padded_tokens(self, batch: dict[str, Any]) -> int:
+        """Return the tokens of a pass, encoder and decoder added, padding included."""
+        return int(batch["input_ids"].numel() + batch["labels"].numel())
 
-    def text(self, one: dict[str, Any]) -> str:
-        """What lies in a pass, in words."""
-        (rows, read), written = one["input_ids"].shape, one["labels"].shape[1]
-        held = int(one["attention_mask"].sum()) + len(one["answer_positions"])
-        share = held / (rows * (read + written))
+    def describe(self, batch: dict[str, Any]) -> str:
+        """Describe the content of a pass in words."""
+        (rows, read), written = batch["input_ids"].shape, batch["labels"].shape[1]
+        real = int(batch["attention_mask"].sum()) + len(batch["answer_positions"])
+        share = real / (rows * (read + written))
         return f"{rows} × {read} tokens read, {rows} × {written} written, {share:.0%} not padding"
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
-        """`input_ids` and `attention_mask` (batch, seq), `labels` (batch, answer) and `answer_positions`.
+        """Return the tensors of one pass.
 
-        The last are the places, counted through all labels, that carry loss.
+        Returns:
+            `input_ids` and `attention_mask` (batch, seq), `labels` (batch, answer), and
+            `answer_positions`, the indices in the flattened labels that carry loss.
         """
         import torch
 
-        read = max(len(e.input_ids) for e in examples)
-        written = max(len(e.labels) for e in examples)
-        labels = torch.tensor([_pad(e.labels, IGNORED, written) for e in examples])
+        ids = [example.input_ids for example in examples]
+        labels = _padded_tensor([example.labels for example in examples], IGNORED)
         return {
-            "input_ids": torch.tensor([_pad(e.input_ids, self.pad_token_id, read) for e in examples]),
-            "attention_mask": torch.tensor([_pad([1] * len(e.input_ids), 0, read) for e in examples]),
+            "input_ids": _padded_tensor(ids, self.pad_token_id),
+            "attention_mask": _padded_tensor([[1] * len(row) for row in ids], 0),
             "labels": labels,
             "answer_positions": torch.nonzero(labels.flatten() != IGNORED).flatten(),
         }
 
 
-def _pad(values: list[int], filler: int, length: int) -> list[int]:
-    return values + [filler] * (length - len(values))
+def _padded_tensor(rows: Sequence[list[int]], filler: int) -> torch.Tensor:
+    """Return rows as a tensor (batch, longest), filled up on the right."""
+    import torch
+
+    longest = max(map(len, rows))
+    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+
+
+# ---------------------------------------------------------------------------------- the passes of a step
+
+
+def pack_first_fit(
+    lengths: Sequence[int],
+    tokens: int,
+    conversations: int | None = None,
+) -> list[list[int]]:
+    """Put conversations into few packs by first-fit decreasing; the longest pack comes first.
+
+    The longest pack comes first so that a training that does not fit into memory fails at once.
+
+    Args:
+        lengths: tokens of each conversation.
+        tokens: tokens that a pass may hold; a longer conversation gets a pack of its own.
+        conversations: number of conversations that a pack may hold; None: any number.
+
+    Returns:
+        The packs, each a list of indices of conversations.
+    """
+    # `free` holds the tokens that are left in each pack. Long conversations come first, because
+    # short ones fit into what these leave.
+    packs: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        # The first pack that has tokens left for this conversation, or else a new one.
+        for place, left in enumerate(free):
+            if length <= left and (conversations is None or len(packs[place]) < conversations):
+                break
+        else:
+            place = len(packs)
+            packs.append([])
+            free.append(max(tokens, length))
+        packs[place].append(index)
+        free[place] -= length
+    return sorted(packs, key=lambda members: -sum(lengths[i] for i in members))
+
+
+def group_by_size(
+    sizes: Sequence[tuple[int, ...]],
+    tokens: int,
+    examples: int | None = None,
+) -> list[list[int]]:
+    """Put examples of similar size into passes that are padded.
+
+    Each pass begins with the largest example left and takes in those most like it.
+
+    Args:
+        sizes: of each example, a length for each padded dimension: (tokens,) or (encoder, decoder).
+        tokens: tokens that a pass may hold, padding included; a larger example gets a pass of its
+            own.
+        examples: number of examples that a pass may hold; None: any number.
+
+    Returns:
+        The passes, each a list of indices of examples.
+    """
+    # Quadratic in the number of examples, of which a step has few.
+    left = sorted(range(len(sizes)), key=lambda i: -sum(sizes[i]))
+    passes = []
+    while left:
+        members = [left.pop(0)]
+        widths = list(sizes[members[0]])
+        while left and (examples is None or len(members) < examples):
+            # Take the example that widens the pass least, and of several the largest.
+            wider = [_widen(widths, sizes[index]) for index in left]
+            best = min(range(len(left)), key=lambda n: (sum(wider[n]), -sum(sizes[left[n]])))
+            if sum(wider[best]) * (len(members) + 1) > tokens:
+                break
+            widths = wider[best]
+            members.append(left.pop(best))
+        passes.append(members)
+    return passes
+
+
+def _widen(widths: Sequence[int], size: tuple[int, ...]) -> list[int]:
+    """Return the padded lengths of a pass after an example has joined it."""
+    return [max(pair) for pair in zip(widths, size, strict=True)]
 
 
 @dataclass
 class StepCollator:
-    """Makes the forward passes of one optimizer step out of its conversations.
+    """Make the forward passes of one optimizer step out of its conversations.
 
-    How a step is cut into passes changes memory and speed, and nothing else: the loss is summed over the answer tokens
-    of the whole step.
+    The cut into passes changes memory and speed, and nothing else: the loss is summed over the
+    answer tokens of the whole step.
 
-    `tokens` and `conversations` bound one pass, as in `pack_first_fit`, or, where it is padded, as in `groups`. Both
-    shrink where memory runs out (`halve`); the steps stay what they are.
+    `tokens` and `conversations` bound one pass, as in `pack_first_fit` or, if it is padded, in
+    `group_by_size`. Both shrink when memory runs out (`halve`); the steps remain the same.
     """
 
     collator: Collator | PairCollator
@@ -194,17 +274,24 @@ class StepCollator:
     conversations: int | None = None
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
-        """`passes`: what `Collator` makes of each; `tokens` and `answer_tokens` of the step, padding left out.
+        """Cut a step into passes.
 
-        And the `examples` themselves, with the `bounds` by which they were cut, in case they must be cut smaller.
+        Returns:
+            `passes`: tensors of each pass; `tokens` and `answer_tokens`: numbers of the whole step,
+            without padding; `examples` and `bounds`: the examples and the bounds by which they were
+            cut, in case they must be cut again.
         """
+        # A pack is bounded by the sum of its lengths, a padded pass by its longest example.
         lengths = [self.collator.tokens(example) for example in examples]
-        members = (
-            pack_first_fit(lengths, self.tokens, self.conversations)
-            if self.collator.packing
-            else groups([self.collator.sizes(example) for example in examples], self.tokens, self.conversations)
-        )
-        passes = [self.collator([examples[index] for index in group]) for group in members]
+        if self.collator.packing:
+            members = pack_first_fit(lengths, self.tokens, self.conversations)
+        else:
+            sizes = [self.collator.sizes(example) for example in examples]
+            members = group_by_size(sizes, self.tokens, self.conversations)
+        passes = []
+        for indices in members:
+            group = [examples[index] for index in indices]
+            passes.append(self.collator(group))
         return {
             "passes": passes,
             "tokens": sum(lengths),
@@ -214,8 +301,12 @@ class StepCollator:
         }
 
     def halve(self, step: dict[str, Any]) -> bool:
-        """Bound passes by half of what the largest of this step holds; False if each holds one example already."""
-        sizes = [self.collator.room(one) for one in step["passes"]]
+        """Bound passes by half of the tokens in the largest pass of this step.
+
+        Returns:
+            Whether that was possible: not if each pass holds a single example already.
+        """
+        sizes = [self.collator.padded_tokens(batch) for batch in step["passes"]]
         if len(step["passes"]) >= len(step["examples"]):
             return False
         self.tokens = max(1, min(self.tokens, max(sizes)) // 2)
@@ -224,116 +315,141 @@ class StepCollator:
         return True
 
 
-class LikeLengths:
-    """A sampler of rows: in random groups, within which rows of like length come one after another.
+class LengthSampler:
+    """Sample rows in random groups, within which rows of similar length follow each other.
 
-    As transformers groups them (`group_by_length`), but of one seed and epoch always the same, so that a resumed
-    training goes on as it would have.
+    transformers groups rows in the same way (`group_by_length`). But this order depends on seed and
+    epoch alone, so that a resumed training sees the rows that it would have seen uninterrupted.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
 
     def __len__(self) -> int:
-        """Rows of an epoch."""
+        """Return the number of rows in an epoch."""
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch, a resumed one too."""
+        """Set the epoch; the Trainer calls this before each epoch, also when it resumes one."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        """The rows of an epoch, by their index."""
+        """Iterate over the rows of an epoch, by their index."""
         import torch
         from transformers.trainer_pt_utils import get_length_grouped_indices
 
+        # A large factor, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-def groups(sizes: Sequence[tuple[int, ...]], tokens: int, examples: int | None = None) -> list[list[int]]:
-    """Put examples into passes that are padded: each begins with the largest left, and takes in what is most like it.
-
-    Args:
-        sizes: of each example, one length for each of its padded dimensions: (tokens,), or (read, written).
-        tokens: that a pass may hold, padding included; an example larger than that gets a pass of its own.
-        examples: that a pass may hold (None: any number).
-
-    Returns:
-        The passes, each the indices of its examples.
-    """
-    left = sorted(range(len(sizes)), key=lambda i: -sum(sizes[i]))
-    passes = []
-    while left:
-        members = [left.pop(0)]
-        widest = list(sizes[members[0]])
-        while left and (examples is None or len(members) < examples):
-            # what the pass would be as wide as, with each of those left; the narrowest, and of these the fullest
-            wider = [[max(pair) for pair in zip(widest, sizes[index], strict=True)] for index in left]
-            best = min(range(len(left)), key=lambda n: (sum(wider[n]), -sum(sizes[left[n]])))
-            if sum(wider[best]) * (len(members) + 1) > tokens:
-                break
-            widest = wider[best]
-            members.append(left.pop(best))
-        passes.append(members)
-    return passes
+# ---------------------------------------------------------------------------------- measured and drawn
 
 
 def real_share(sizes: Sequence[tuple[int, ...]], tokens: int, batch_size: int) -> float:
-    """Share of padded passes that is no padding, steps of `batch_size` taken in order. Args as `groups`."""
-    room = 0
+    """Return the share of tokens in padded passes that are not padding.
+
+    Args:
+        sizes: see `group_by_size`.
+        tokens: see `group_by_size`.
+        batch_size: examples of a step; steps are taken in order.
+    """
+    computed = 0
     for start in range(0, len(sizes), batch_size):
         step = sizes[start : start + batch_size]
-        for group in groups(step, tokens):
-            room += len(group) * sum(map(max, zip(*(step[index] for index in group), strict=True)))
-    return sum(map(sum, sizes)) / max(1, room)
+        for members in group_by_size(step, tokens):
+            computed += len(members) * sum(_padded_widths(step, members))
+    return sum(map(sum, sizes)) / max(1, computed)
 
 
-def passes_text(step: dict[str, Any], collator: Collator | PairCollator) -> str:
-    """The passes of a step, from `StepCollator`, as lines of text: what lies in each."""
-    return "\n".join(f"pass {number}: {collator.text(one)}" for number, one in enumerate(step["passes"], start=1))
+def _padded_widths(sizes: Sequence[tuple[int, ...]], members: Sequence[int]) -> list[int]:
+    """Return the padded lengths of a pass: in each dimension the longest of its members."""
+    chosen = [sizes[index] for index in members]
+    return [max(lengths) for lengths in zip(*chosen, strict=True)]
 
 
-def plot_padding(examples: Sequence[Encoded], collator: Collator | PairCollator, axes: Sequence[Axes]) -> Figure:
-    """What is computed of some examples: as one padded batch, and as they are laid out here, on the same scale.
+def format_passes(step: dict[str, Any], collator: Collator | PairCollator) -> str:
+    """Describe the passes of a step from `StepCollator`, one line of text for each."""
+    lines = [f"pass {n}: {collator.describe(batch)}" for n, batch in enumerate(step["passes"], start=1)]
+    return "\n".join(lines)
 
-    That is packed or, of an encoder-decoder, padded in groups of like length. Packs are drawn no longer than the batch.
+
+def plot_padding(
+    examples: Sequence[Encoded],
+    collator: Collator | PairCollator,
+    axes: Sequence[Axes],
+) -> Figure:
+    """Plot the tokens computed for some examples: in one padded batch, and as laid out here.
+
+    Here they are packed or, of an encoder-decoder, padded in groups of similar size. Both are drawn
+    on the same scale, and packs no longer than the batch.
 
     Args:
         examples: a dozen or two.
         collator: of the run.
         axes: two, which should share both scales.
     """
+    # One batch of all examples, and groups of about a quarter of its tokens.
     sizes = [collator.sizes(example) for example in examples]
-    whole = len(sizes) * sum(map(max, zip(*sizes, strict=True)))
-    padded, like = padded_rows(sizes, whole), padded_rows(sizes, whole // 4)
-    laid_out = packed_rows([sum(size) for size in sizes]) if collator.packing else like
-    for rows, ax in zip((padded, laid_out), axes, strict=True):
-        for place, row in enumerate(rows):
-            left, real = 0, 0
-            for length, filled in row:
-                ax.barh(place, length, left=left, height=0.85, color=(BLUE, SKY)[real % 2] if filled else PALE)
-                left, real = left + length, real + filled
-        ax.set(xlabel="tokens (gray: padding)")
-        unframed(ax)
-    share = {name: 1 - real_share(sizes, room, len(sizes)) for name, room in (("all", whole), ("like", whole // 4))}
-    axes[0].set_title(f"Padded: {share['all']:.0%} is padding", loc="left")
-    axes[1].set_title("Packed: none is" if collator.packing else f"Like with like: {share['like']:.0%} is", loc="left")
+    batch_tokens = len(sizes) * sum(_padded_widths(sizes, range(len(sizes))))
+    group_tokens = batch_tokens // 4
+    rows_here = padded_rows(sizes, group_tokens)
+    if collator.packing:
+        rows_here = packed_rows([sum(size) for size in sizes])
+    for rows, ax in zip((padded_rows(sizes, batch_tokens), rows_here), axes, strict=True):
+        _draw_rows(rows, ax)
+
+    # The titles say in numbers how much is padding.
+    padding = 1 - real_share(sizes, batch_tokens, len(sizes))
+    axes[0].set_title(f"Padded: {padding:.0%} is padding", loc="left")
+    title = "Packed: none is"
+    if not collator.packing:
+        padding = 1 - real_share(sizes, group_tokens, len(sizes))
+        title = f"Like with like: {padding:.0%} is"
+    axes[1].set_title(title, loc="left")
     axes[0].set(ylabel="rows of the batch", yticks=[], ylim=(len(sizes) - 0.4, -0.6))
     return axes[0].get_figure()  # type: ignore[return-value]
 
 
+def _draw_rows(rows: Sequence[Sequence[tuple[int, bool]]], ax: Axes) -> None:
+    """Draw rows of tokens as bars, the real parts of a row in two alternating colours."""
+    for place, row in enumerate(rows):
+        left, real_parts = 0, 0
+        for length, is_real in row:
+            color = (BLUE, SKY)[real_parts % 2] if is_real else PALE
+            ax.barh(place, length, left=left, height=0.85, color=color)
+            left += length
+            real_parts += is_real
+    ax.set(xlabel="tokens (gray: padding)")
+    unframed(ax)
+
+
 def packed_rows(lengths: Sequence[int]) -> list[list[tuple[int, bool]]]:
-    """Conversations laid end to end in packs as long as the longest: of each pack the lengths."""
-    return [[(lengths[index], True) for index in pack] for pack in pack_first_fit(lengths, max(lengths))]
+    """Lay conversations end to end in packs as long as the longest of them.
+
+    Returns:
+        For each pack the parts of its row, as in `padded_rows`; none is padding.
+    """
+    rows = []
+    for pack in pack_first_fit(lengths, max(lengths)):
+        row = [(lengths[index], True) for index in pack]
+        rows.append(row)
+    return rows
 
 
 def padded_rows(sizes: Sequence[tuple[int, ...]], tokens: int) -> list[list[tuple[int, bool]]]:
-    """Examples padded in `groups`: of each a length with True, what is real, and one with False, for each dimension."""
+    """Pad examples in the groups of `group_by_size`.
+
+    Returns:
+        For each example the parts of its row, as (length, whether it is real): in each dimension
+        the tokens of the example, then the padding.
+    """
     rows = []
-    for group in groups(sizes, tokens):
-        widths = [max(lengths) for lengths in zip(*(sizes[index] for index in group), strict=True)]
-        for index in group:
-            pairs = zip(sizes[index], widths, strict=True)
-            rows.append([part for real, width in pairs for part in ((real, True), (width - real, False))])
+    for members in group_by_size(sizes, tokens):
+        widths = _padded_widths(sizes, members)
+        for index in members:
+            row = []
+            for real, width in zip(sizes[index], widths, strict=True):
+                row += [(real, True), (width - real, False)]
+            rows.append(row)
     return rows

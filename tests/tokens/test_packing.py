@@ -9,15 +9,15 @@ from qlora_utils.style import PALE
 from qlora_utils.tokens.formats import IGNORED, Encoded, encode, format_of
 from qlora_utils.tokens.packing import (
     Collator,
-    LikeLengths,
+    LengthSampler,
     PairCollator,
     StepCollator,
-    groups,
+    format_passes,
+    group_by_size,
     make_collator,
     pack_first_fit,
     packed_rows,
     padded_rows,
-    passes_text,
     plot_padding,
     real_share,
 )
@@ -42,7 +42,7 @@ SIZES = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1
 @given(SIZES, st.integers(1, 2000), st.none() | st.integers(1, 5))
 def test_every_pair_is_in_one_pass_and_none_overflows_once_padded(sizes, tokens, limit):
     """What is read and what is written are padded apart: a long question beside a long answer takes room for both."""
-    passes = groups(sizes, tokens, limit)
+    passes = group_by_size(sizes, tokens, limit)
     assert sorted(index for members in passes for index in members) == list(range(len(sizes)))
     for members in passes:
         read, written = (max(sizes[i][side] for i in members) for side in (0, 1))
@@ -54,18 +54,18 @@ def test_every_pair_is_in_one_pass_and_none_overflows_once_padded(sizes, tokens,
 def test_a_pass_says_what_lies_in_it():
     collator = PairCollator(0)
     step = StepCollator(collator, tokens=100)([Encoded([7] * 10, [7] * 10), Encoded([7] * 10, [7])])
-    assert passes_text(step, collator) == "pass 1: 2 × 10 tokens read, 2 × 10 written, 78% not padding"
+    assert format_passes(step, collator) == "pass 1: 2 × 10 tokens read, 2 × 10 written, 78% not padding"
     packed = Collator(0, packing=True)
     assert (
-        passes_text(StepCollator(packed, 100)(rows_of([4, 2])), packed) == "pass 1: 6 tokens, conversations of [4, 2]"
+        format_passes(StepCollator(packed, 100)(rows_of([4, 2])), packed) == "pass 1: 6 tokens, conversations of [4, 2]"
     )
     padded = Collator(0, packing=False)
-    assert passes_text(StepCollator(padded, 100)(rows_of([4, 2])), padded) == "pass 1: 2 × 4 tokens, 75% not padding"
+    assert format_passes(StepCollator(padded, 100)(rows_of([4, 2])), padded) == "pass 1: 2 × 4 tokens, 75% not padding"
 
 
 def test_like_goes_with_like():
     asked, told = [(300, 10)] * 4, [(10, 300)] * 4
-    passes = groups([pair for two in zip(asked, told, strict=True) for pair in two], 4 * 310)
+    passes = group_by_size([pair for two in zip(asked, told, strict=True) for pair in two], 4 * 310)
     assert sorted(map(sorted, passes)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert real_share([*asked, *told], 4 * 310, 8) == 1
 
@@ -123,7 +123,7 @@ def test_a_pack_says_where_each_conversation_begins():
 
 def test_like_lengths_share_a_step_and_each_epoch_has_an_order_of_its_own():
     lengths = [(7 * n) % 101 for n in range(400)]
-    sampler = LikeLengths(lengths, batch_size=8, seed=3)
+    sampler = LengthSampler(lengths, batch_size=8, seed=3)
     first, again = list(sampler), list(sampler)
     assert sorted(first) == list(range(400))
     assert first == again
