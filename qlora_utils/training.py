@@ -1,6 +1,6 @@
-"""The training loop: begun, gone on with and brought to its end, and what it leaves (notebook 04).
+"""Train the adapter: start, resume and finish a training, and save its results (notebook 04).
 
-The loop itself is transformers' Trainer, with what `trainer.py` changes in it.
+The loop itself is transformers' Trainer, extended in `loop/trainer.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from qlora_utils.runs.directory import LEARNED, RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_text
 from qlora_utils.style import BASE, TUNED, cut, in_figure, unframed
 from qlora_utils.tokens.formats import Encoded, Format, format_of
-from qlora_utils.tokens.packing import StepCollator, make_collator, format_passes
+from qlora_utils.tokens.packing import StepCollator, format_passes, make_collator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,17 +51,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-SAMPLE = 500  # characters of a sample question and its answer that `history.jsonl` has, at most
-BEGUN = "begun_in"  # attribute of a model whose training has begun: the run directory
+# Characters of a sample question and of its answer that `history.jsonl` stores at most.
+SAMPLE = 500
+# Attribute of a model that is being trained, or was: the path of the run directory.
+BEGUN = "begun_in"
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a training left behind, as `metrics.json` has it under `train`.
+class TrainingSummary:
+    """Summarize a training, as `metrics.json` stores it under `train`.
 
-    `kept_step` is the step whose adapter was kept, `kept_loss` its held-out loss. `wall_s` is in seconds and, of a
-    resumed training, counts the steps before the resume too, as does `peak_memory_bytes`. `skipped_steps` had no finite
-    loss or gradient; `first_loss` and `final_loss` are of the first and last logged step that had one, if any had.
+    Of a resumed training all fields count the steps before it was resumed, too.
+
+    Attributes:
+        steps: number of optimizer steps.
+        kept_step: step whose adapter was saved.
+        first_loss: training loss of the first logged step with a finite loss, None without any.
+        final_loss: training loss of the last such step.
+        kept_loss: held-out loss of the saved adapter, None if it was not measured.
+        tokens: number of tokens that were trained on.
+        tokens_per_s: median speed.
+        wall_s: time in seconds.
+        peak_memory_bytes: peak memory.
+        skipped_steps: number of steps whose loss or gradient was NaN or infinite.
     """
 
     steps: int
@@ -76,22 +88,28 @@ class Trained:
     skipped_steps: int = 0
 
     def text(self) -> str:
-        """The same in words, a line each."""
-        kept = f", held-out loss {style.loss(self.kept_loss)}" if self.kept_loss is not None else ""
+        """Format the summary as lines of text."""
+        duration = style.duration(self.wall_s)
+        adapter = f"that of step {self.kept_step:,}"
+        if self.kept_loss is not None:
+            adapter += f", held-out loss {style.loss(self.kept_loss)}"
         lines = {
-            "trained": f"{self.steps:,} steps, {self.tokens:,} tokens, {style.duration(self.wall_s)}",
+            "trained": f"{self.steps:,} steps, {self.tokens:,} tokens, {duration}",
             "training loss": f"{style.loss(self.first_loss)} → {style.loss(self.final_loss)}",
-            "adapter kept": f"that of step {self.kept_step:,}{kept}",
+            "adapter kept": adapter,
             "speed": f"{self.tokens_per_s:,.0f} tokens/s",
             "peak memory": style.size(self.peak_memory_bytes),
         }
         if self.skipped_steps:
-            lines["skipped"] = f"{style.counted(self.skipped_steps, 'step')} without a finite loss or gradient"
-        return "\n".join(f"{name:<15}{said}" for name, said in lines.items())
+            skipped = style.counted(self.skipped_steps, "step")
+            lines["skipped"] = f"{skipped} without a finite loss or gradient"
+        return "\n".join(f"{name:<15}{value}" for name, value in lines.items())
 
 
 def micro_batch_size(config: RunConfig, lengths: Sequence[int]) -> int:
-    """Examples per forward pass where nothing is trained: as many of mean length as a training pass holds.
+    """Return the number of examples per forward pass where nothing is trained.
+
+    It is the number of examples of mean length that fit into a training pass.
 
     Args:
         config: the run, resolved.
@@ -111,7 +129,7 @@ def make_trainer(
     prepared: Prepared,
     run: RunDirectory,
 ) -> StepTrainer:
-    """The Trainer of a run: rows encoded, optimizer and schedule set, history and progress attached.
+    """Return the Trainer of a run, with encoded rows, history and progress.
 
     Raises:
         ConfigError: fp16 without a GPU.
@@ -130,35 +148,48 @@ def make_trainer(
         )
     eval_batch_size = micro_batch_size(config, [collator.tokens(row) for row in train_rows])
     arguments = training_arguments(resolved, run, eval_batch_size)
-    trainer_of, _ = TRAINERS[resolved.architecture]
-    bound = config.micro_batch_tokens or config.max_seq_len
-    tokens = within_learned(config, bound)
-    if tokens < bound:
-        print(f"at most {tokens:,} tokens in a pass instead of {bound:,}: more ran out of memory here before "
-              f"({Path(config.output_dir) / LEARNED}; remove it to forget)")  # fmt: skip
+    pass_tokens = _pass_tokens(config)
+
+    # `training=False`: the held-out loss is that of the answers alone, so that runs can be compared.
+    eval_rows = form.examples(measured_rows(prepared.held_out, config), training=False)
+    trace = make_trace(prepared.held_out, tokenizer, config) if config.trace_rows else None
     history = HistoryWriter(run.history)
     progress = Progress(history)
-    trainer = trainer_of(
+    trainer_class, _ = TRAINERS[resolved.architecture]
+    trainer = trainer_class(
         config=config,
         model=tuned_model,
         args=arguments,
         train_dataset=train_rows,
-        # The held-out loss is always that of the answers, so that runs can be compared.
-        eval_dataset=form.examples(measured_rows(prepared.held_out, config), training=False),
-        trace=make_trace(prepared.held_out, tokenizer, config) if config.trace_rows else None,
-        data_collator=StepCollator(collator, tokens, config.micro_batch_size),
+        eval_dataset=eval_rows,
+        trace=trace,
+        data_collator=StepCollator(collator, pass_tokens, config.micro_batch_size),
         callbacks=[history, progress],
     )
     trainer.rows_digest = prepared.digest
     trainer.progress = progress
+    # The live view replaces what transformers prints.
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def all_steps(config: RunConfig, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Optimizer steps of the whole training."""
+def _pass_tokens(config: RunConfig) -> int:
+    """Return how many tokens a pass may hold, fewer than configured if more ran out of memory."""
+    bound = config.micro_batch_tokens or config.max_seq_len
+    tokens = within_learned(config, bound)
+    if tokens < bound:
+        print(
+            f"at most {tokens:,} tokens in a pass instead of {bound:,}: more ran out of memory here before "
+            f"({Path(config.output_dir) / LEARNED}; remove it to forget)"
+        )
+    return tokens
+
+
+def total_steps(config: RunConfig, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of optimizer steps of the whole training."""
     if config.epochs is None:
         return config.steps
+    # A conversation is one example of a causal model, and one per answer of an encoder-decoder.
     form = format_of(tokenizer, config)
     examples = sum(form.count(row) for row in prepared.train)
     return math.ceil(config.epochs * math.ceil(examples / config.batch_size))
@@ -167,22 +198,43 @@ def all_steps(config: RunConfig, prepared: Prepared, tokenizer: PreTrainedTokeni
 def make_trace(
     held_out: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> Callable[[PeftModel], TraceResult]:
-    """A function from the model to how it answers `trace_rows` held-out questions, always the same ones."""
-    known = questions_of(measured_rows(held_out, config), tokenizer, config, count=config.trace_rows)
-    traced = random.Random(config.seed).sample(known, min(config.trace_rows, len(known)))
+    """Return a function that lets a model answer `trace_rows` held-out questions.
+
+    The questions are drawn once, so that the answers at different steps can be compared.
+    """
+    rows = measured_rows(held_out, config)
+    known = questions_of(rows, tokenizer, config, count=config.trace_rows)
+    questions = random.Random(config.seed).sample(known, min(config.trace_rows, len(known)))
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
-    # one that can be read without the turns before it, if there is one
-    one = next((index for index, asked in enumerate(traced) if not asked.history), 0)
+
+    # The sample is a question that can be read without earlier turns, if there is one.
+    shown = 0
+    for index, question in enumerate(questions):
+        if not question.history:
+            shown = index
+            break
 
     def trace(model: PeftModel) -> TraceResult:
-        size, room = config.answer_batch_size, answer_room(config)
-        answers = answer_all(model, tokenizer, traced, config, sampling=sampling, batch_size=size, batch_tokens=room)
-        right = [exact_match(answer.text, asked.expected) for answer, asked in zip(answers, traced, strict=True)]
+        answers = answer_all(
+            model,
+            tokenizer,
+            questions,
+            config,
+            sampling=sampling,
+            batch_size=config.answer_batch_size,
+            batch_tokens=answer_room(config),
+        )
+        pairs = zip(answers, questions, strict=True)
+        right = [exact_match(answer.text, question.expected) for answer, question in pairs]
         if not right:
             return TraceResult(0.0)
-        texts = {"question": traced[one].text, "expected": traced[one].expected, "answer": answers[one].text}
-        sample = {name: cut(text, SAMPLE) for name, text in texts.items()}
-        return TraceResult(sum(right) / len(right), {**sample, "right": bool(right[one])})
+        sample = {
+            "question": cut(questions[shown].text, SAMPLE),
+            "expected": cut(questions[shown].expected, SAMPLE),
+            "answer": cut(answers[shown].text, SAMPLE),
+            "right": bool(right[shown]),
+        }
+        return TraceResult(sum(right) / len(right), sample)
 
     return trace
 
@@ -193,160 +245,234 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     prepared: Prepared,
     run: RunDirectory,
-) -> Trained:
-    """Train the adapter; leave `history.jsonl`, `checkpoints/`, `adapter/`, `metrics.json` and `config.json` behind.
+) -> TrainingSummary:
+    """Train the adapter and write the results to the run directory.
 
-    A training that was begun goes on from its last whole checkpoint, one that is done is taken as it is; with
-    `config.fresh` it starts over. SIGTERM and Ctrl-C save before they stop it.
+    These are `history.jsonl`, `checkpoints/`, `adapter/`, `metrics.json` and `config.json`.
+
+    A training that was started before is resumed from its newest whole checkpoint. If it is
+    finished, its adapter is loaded and its summary returned. With `config.fresh` the training
+    starts over. On SIGTERM and Ctrl-C it saves before it stops.
 
     Args:
         config: the run.
         tuned_model: from `lora.attach`; trained in place.
         tokenizer: of the base model; saved beside the adapter.
-        prepared: rows to train on and rows held out.
+        prepared: rows to train on and held-out rows.
         run: the run directory.
 
     Raises:
-        ConfigError: a precision that this machine does not have, or values with which this training cannot go on.
-        DataError: other rows than those it was begun with, or none with a label.
-        DivergedError: loss or gradient were no numbers for several steps.
+        ConfigError: this machine lacks the precision, or this training cannot be resumed with these
+            values.
+        DataError: the training was started with other rows, or no row has a label.
+        DivergedError: the loss or gradient was NaN or infinite for several steps.
         OutOfMemoryError: there is no memory even for one example at a time.
-        DiskError: the disk has too little room; what was written before is whole.
+        DiskError: the disk has too little free space; files that were written before are whole.
         LockedError: another process trains in this run directory.
-        Interrupted: it was asked to stop, and has saved.
+        Interrupted: the training was asked to stop, and has saved.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    first = os.environ.get("RANK", "0") == "0"  # of several processes that train together
-    with locks.held(run.path / ".training.lock", "training", wait_s=10) if first else nullcontext():
-        if first:
-            run.sweep()
-            checkpoints.sweep(run.checkpoints)
-            for half in (".adapter.new", ".adapter.old"):
-                shutil.rmtree(run.path / half, ignore_errors=True)
-        begun_here = getattr(tuned_model, BEGUN, None)
-        fresh = config.fresh and begun_here != str(run.path)  # the same cell again goes on with what it has begun
+    # If several processes train together, the first of them locks the run and cleans up.
+    is_first = os.environ.get("RANK", "0") == "0"
+    lock_path = run.path / ".training.lock"
+    with locks.held(lock_path, "training", wait_s=10) if is_first else nullcontext():
+        if is_first:
+            _remove_leftovers(run)
+
+        # Even with `fresh`, running the same cell again resumes the training that it has started.
+        started_in = getattr(tuned_model, BEGUN, None)
+        fresh = config.fresh and started_in != str(run.path)
         last = None if fresh else checkpoints.find_newest(run.checkpoints)
-        total = all_steps(config, prepared, tokenizer)
+        total = total_steps(config, prepared, tokenizer)
         finished = None if fresh else run.finished()
-        done = Trained(**finished) if finished else None
+        done = TrainingSummary(**finished) if finished else None
+
+        # Only some fields may differ from those of the training that was started.
         if last is not None:
             record = read_json(last / checkpoints.RECORD)
-            allowed = DONE_FIELDS if done else GO_ON_FIELDS
-            _check_same(config, record["config"], record["rows"], run, prepared, allowed)
+            _check_config(config, record["config"], DONE_FIELDS if done else GO_ON_FIELDS, run)
+            _check_rows(prepared, record["rows"], run)
         if done:
             stored = read_json(run.config)["config"]
-            _check_same(config, stored, "", run, prepared, DONE_FIELDS)
-            another = last is not None and config.keep != stored["keep"]
-            if done.steps == total and not another:
-                return _taken_as_it_is(done, tuned_model, run)
-        at = max(step_of(last), done.steps if done else 0)
-        if at > total:
-            raise ConfigError(
-                f"steps: the training in {run.path} is at step {at} already, and this asks for {total}; nothing is "
-                f"left to do. To train on, ask for more: -p steps={2 * at}; fresh=true starts over."
-            )
-        if done and last is None:
-            raise ConfigError(
-                f"steps: the training in {run.path} is done, with {done.steps} steps, and its checkpoints are gone, so "
-                "it cannot go on. Give another run_name, or fresh=true to start over in its place."
-            )
-        if last is None and begun_here:
-            raise ConfigError(
-                "the model here has been trained already, and there is no checkpoint to go on from. Run this again "
-                "from the cell that attaches the adapter (lora.attach), so that it begins with fresh weights."
-            )
+            _check_config(config, stored, DONE_FIELDS, run)
+            # To select another of the saved adapters, no steps are needed but the checkpoints are.
+            selects_another = last is not None and config.keep != stored["keep"]
+            if done.steps == total and not selects_another:
+                return _reuse_finished(done, tuned_model, run)
+        _check_startable(run, last, done, total, is_trained=bool(started_in))
         with checkpoints.explain_full_disk(run.path, "what the training leaves"):
-            return _go_on(config, tuned_model, tokenizer, prepared, run, last)
+            return _train_from(last, config, tuned_model, tokenizer, prepared, run)
+
+
+def _remove_leftovers(run: RunDirectory) -> None:
+    """Remove what a killed process left half-written in the run directory."""
+    run.sweep()
+    checkpoints.sweep(run.checkpoints)
+    for name in (".adapter.new", ".adapter.old"):
+        shutil.rmtree(run.path / name, ignore_errors=True)
+
+
+def _check_startable(
+    run: RunDirectory,
+    last: Path | None,
+    done: TrainingSummary | None,
+    total: int,
+    *,
+    is_trained: bool,
+) -> None:
+    """Refuse a training that has nothing to do, or nothing to start from.
+
+    Args:
+        run: the run directory.
+        last: newest whole checkpoint, None if there is none.
+        done: summary of the finished training, None if there is none.
+        total: steps that this training asks for.
+        is_trained: whether the model in memory has been trained already.
+
+    Raises:
+        ConfigError: more steps are done than asked for, or there is no checkpoint to resume from.
+    """
+    at = max(_step_or_zero(last), done.steps if done else 0)
+    if at > total:
+        raise ConfigError(
+            f"steps: the training in {run.path} is at step {at} already, and this asks for {total}; nothing is "
+            f"left to do. To train on, ask for more: -p steps={2 * at}; fresh=true starts over."
+        )
+    if done and last is None:
+        raise ConfigError(
+            f"steps: the training in {run.path} is done, with {done.steps} steps, and its checkpoints are gone, so "
+            "it cannot go on. Give another run_name, or fresh=true to start over in its place."
+        )
+    # Training on from here would not be what the config describes.
+    if last is None and is_trained:
+        raise ConfigError(
+            "the model here has been trained already, and there is no checkpoint to go on from. Run this again "
+            "from the cell that attaches the adapter (lora.attach), so that it begins with fresh weights."
+        )
 
 
 def _start_over(run: RunDirectory) -> None:
-    """Take away what a training would go on from. The adapter stays until there is another."""
-    begun = sorted((path for path in run.checkpoints.glob("checkpoint-*")), key=lambda path: path.name)
-    if begun or run.adapter.is_dir():
-        left = [f"{len(begun)} checkpoints"] * bool(begun) + [
-            "the adapter, when there is a new one"
-        ] * run.adapter.is_dir()
-        print(f"starting over in {run.path}, in place of {' and '.join(left)}")
-    for checkpoint in begun:
+    """Remove checkpoints, history and metrics of an earlier training.
+
+    The adapter is left until there is a new one.
+    """
+    found = sorted(run.checkpoints.glob("checkpoint-*"), key=lambda path: path.name)
+    replaced = []
+    if found:
+        replaced.append(f"{len(found)} checkpoints")
+    if run.adapter.is_dir():
+        replaced.append("the adapter, when there is a new one")
+    if replaced:
+        print(f"starting over in {run.path}, in place of {' and '.join(replaced)}")
+
+    # History and metrics must not be taken for those of the training that starts now.
+    for checkpoint in found:
         shutil.rmtree(checkpoint, ignore_errors=True)
     run.history.unlink(missing_ok=True)
-    run.metrics.unlink(missing_ok=True)  # else these could pass for what is about to be trained
+    run.metrics.unlink(missing_ok=True)
 
 
-def _taken_as_it_is(done: Trained, tuned_model: PeftModel, run: RunDirectory) -> Trained:
-    """Give the model the adapter of a training that is done."""
-    _take_weights(tuned_model, run.adapter)
+def _reuse_finished(
+    done: TrainingSummary,
+    tuned_model: PeftModel,
+    run: RunDirectory,
+) -> TrainingSummary:
+    """Load the adapter of a finished training into the model, and return its summary."""
+    _load_weights(tuned_model, run.adapter)
     print(f"{run.path}: trained already, {done.steps} steps; nothing is left to do. fresh=true starts over.")
     return done
 
 
-def _check_same(
-    config: RunConfig, begun: Mapping[str, Any], rows: str, run: RunDirectory, prepared: Prepared, may: Sequence[str]
+def _check_config(
+    config: RunConfig,
+    stored: Mapping[str, Any],
+    allowed: Sequence[str],
+    run: RunDirectory,
 ) -> None:
-    """Refuse to go on with what would make it another training. Fields that `may` differ are passed over.
+    """Refuse to resume a training whose config differs in a field that is not `allowed` to differ.
 
     Raises:
-        ConfigError: names what differs.
-        DataError: the rows are others.
+        ConfigError: lists the fields that differ.
     """
-    decided = {name: value for name, value in begun.items() if "auto" not in (value, getattr(config, name, None))}
-    differing = config.others(decided, may)
+    # A field that is `auto` on either side is resolved later: it does not differ.
+    decided = {name: value for name, value in stored.items() if "auto" not in (value, getattr(config, name, None))}
+    differing = config.others(decided, allowed)
     if differing:
         raise ConfigError(
             f"{run.path} holds a training with other values ({'; '.join(differing)}). Give another run_name, or "
             "fresh=true to start over in its place."
         )
-    if rows and rows != prepared.digest:
+
+
+def _check_rows(prepared: Prepared, stored_digest: str, run: RunDirectory) -> None:
+    """Refuse to resume a training with other rows than those it was started with.
+
+    Raises:
+        DataError: the rows are others.
+    """
+    if stored_digest and stored_digest != prepared.digest:
         raise DataError(
             f"{run.path} holds a training on other rows than these. Give another run_name, or fresh=true to start over "
             "in its place."
         )
 
 
-def _go_on(
+def _train_from(
+    last: Path | None,
     config: RunConfig,
     tuned_model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prepared: Prepared,
     run: RunDirectory,
-    last: Path | None,
-) -> Trained:
-    """Train from the beginning, or from a checkpoint, to the end."""
-    if last is not None and config.optimizer == "auto":  # its moments lie in the checkpoint; another machine may differ
-        config = config.model_copy(update={"optimizer": read_json(last / checkpoints.RECORD)["config"]["optimizer"]})
+) -> TrainingSummary:
+    """Train to the end from a checkpoint or, if `last` is None, from the beginning."""
+    # The checkpoint holds the moments of one optimizer; this machine might resolve `auto` to another.
+    if last is not None and config.optimizer == "auto":
+        stored = read_json(last / checkpoints.RECORD)["config"]
+        config = config.model_copy(update={"optimizer": stored["optimizer"]})
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with _as_now(format_of(tokenizer, config), run) if last is None else nullcontext():
+
+    # Nothing of an earlier training is removed before this one is known to be possible.
+    form = format_of(tokenizer, config)
+    with _record_format(form, run) if last is None else nullcontext():
         trainer = make_trainer(config, tuned_model, tokenizer, prepared, run)
-        _check_room(trainer, run)
+        _check_disk(trainer, run)
     if last is None and trainer.is_world_process_zero():
         _start_over(run)
         run.record(config)
+
+    # A training may have been stopped after its last checkpoint, before the adapter was saved.
     began = time.perf_counter()
-    at = step_of(last)
-    if last is None or at < all_steps(config, prepared, tokenizer):
-        _run(trainer, run, last)
-    else:  # it was broken off after the last checkpoint, before the adapter was there
-        _take_weights(tuned_model, last)
+    resumed_at = _step_or_zero(last)
+    if last is None or resumed_at < total_steps(config, prepared, tokenizer):
+        _run_trainer(trainer, run, last)
+    else:
+        _load_weights(tuned_model, last)
         trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     wall_s = time.perf_counter() - began
-    kept_step = keep_adapter(trainer, tuned_model)
+
+    kept_step = select_adapter(trainer, tuned_model)
     trainer.accelerator.wait_for_everyone()
-    trained = _trained(trainer, read_jsonl(run.history), kept_step, wall_s, resumed_at=at)
+    history = read_jsonl(run.history)
+    summary = _summarize(trainer, history, kept_step, wall_s, resumed_at=resumed_at)
     if not trainer.is_world_process_zero():
-        return trained
+        return summary
+
+    # Answers, comparison and merged model are those of the adapter before. The metrics come last:
+    # they mark the training as finished.
     save_adapter(tuned_model, tokenizer, run.adapter)
     run.record(config)
-    run.answers.unlink(missing_ok=True)  # what was made of an adapter that is no more
+    run.answers.unlink(missing_ok=True)
     run.comparison.unlink(missing_ok=True)
     shutil.rmtree(run.merged, ignore_errors=True)
-    write_json(run.metrics, {"train": vars(trained)})
-    return trained
+    write_json(run.metrics, {"train": vars(summary)})
+    return summary
 
 
 @contextmanager
-def _as_now(form: Format, run: RunDirectory) -> Iterator[None]:
-    """Leave what the format depends on in the run; if the training is then refused, as it was before."""
+def _record_format(form: Format, run: RunDirectory) -> Iterator[None]:
+    """Save the instructions of the format in the run; on an error restore those from before."""
     before = run.instructions.read_text(encoding="utf-8") if run.instructions.is_file() else None
     form.record(run)
     try:
@@ -357,46 +483,55 @@ def _as_now(form: Format, run: RunDirectory) -> Iterator[None]:
         raise
 
 
-class _TakePlace(TrainerCallback):
-    """Hands a training that goes on what its checkpoint says, when the Trainer has reset its own sums."""
+class _RestoreRecord(TrainerCallback):
+    """Restore the record of a checkpoint when the Trainer has reset its own sums."""
 
     def __init__(self, trainer: StepTrainer, record: Mapping[str, Any]) -> None:
         self.trainer, self.record = trainer, record
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Once, before the first step."""
+        """Restore it once, before the first step."""
         self.trainer.restore_record(self.record)
 
 
-def _check_room(trainer: StepTrainer, run: RunDirectory) -> None:
-    """Refuse to begin what the disk has no room for; checkpoints that are there make room for those to come.
+def _check_disk(trainer: StepTrainer, run: RunDirectory) -> None:
+    """Refuse to start if the disk has too little free space.
+
+    Existing checkpoints count as free space, since new ones replace them.
 
     Raises:
-        DiskError: too little room.
+        DiskError: there is too little.
     """
     model: Any = trainer.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    moments = 2 if "8bit" in trainer.config.optimizer else 8
-    there = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
-    needed = checkpoints.needed_bytes(trained, trainer.config.save_total_limit, moment_bytes=moments)
-    checkpoints.check_free_space(run.path, max(0, needed - there), "this training")
+    # An optimizer has two moments for each parameter, in fp32 or in 8 bits.
+    moment_bytes = 2 if "8bit" in trainer.config.optimizer else 8
+    limit = trainer.config.save_total_limit
+    needed = checkpoints.needed_bytes(trained, limit, moment_bytes=moment_bytes)
+    existing = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
+    checkpoints.check_free_space(run.path, max(0, needed - existing), "this training")
 
 
-def _run(trainer: StepTrainer, run: RunDirectory, last: Path | None) -> None:
-    """Let the Trainer run from a checkpoint, or from the beginning.
+def _run_trainer(trainer: StepTrainer, run: RunDirectory, last: Path | None) -> None:
+    """Run the Trainer from a checkpoint or, if `last` is None, from the beginning.
 
     Raises:
-        Interrupted: it was asked to stop.
-        OutOfMemoryError: memory ran out where no pass can be made smaller, as in the optimizer's first step.
+        Interrupted: the training was asked to stop.
+        OutOfMemoryError: memory ran out where no smaller pass helps, as in the optimizer's first
+            step.
     """
+    # A resumed training was evaluated at this step before it was stopped.
     setattr(trainer.model, BEGUN, str(run.path))
     trainer.args.eval_on_start = last is None
     if last is not None:
-        print(f"going on from step {step_of(last)}, {last}")
-        trainer.add_callback(_TakePlace(trainer, read_json(last / checkpoints.RECORD)))
-    leave = interruptions.StopOnSignal()
-    trainer.add_callback(leave)
-    with leave.handle_signals(), trainer.progress.watching() if trainer.progress else nullcontext():
+        print(f"going on from step {_step_or_zero(last)}, {last}")
+        trainer.add_callback(_RestoreRecord(trainer, read_json(last / checkpoints.RECORD)))
+    stopper = interruptions.StopOnSignal()
+    trainer.add_callback(stopper)
+
+    # An `OutOfMemoryError` comes from our trainer and already says what to do.
+    view = trainer.progress.watching() if trainer.progress else nullcontext()
+    with stopper.handle_signals(), view:
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except Exception as error:
@@ -406,64 +541,93 @@ def _run(trainer: StepTrainer, run: RunDirectory, last: Path | None) -> None:
                 f"out of memory at step {trainer.state.global_step + 1}, outside of a forward or backward pass "
                 f"({first_line(error)}). {too_large_at_last(trainer.config)}"
             ) from error
-    step = trainer.state.global_step
-    if leave.received is not None and step < trainer.state.max_steps:
-        there = checkpoints.find_newest(run.checkpoints)
-        raise interruptions.Interrupted(step, trainer.state.max_steps, there, saved=step_of(there) == step)
+
+    # A signal during the last step changes nothing: the training is finished.
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if stopper.received is not None and step < steps:
+        newest = checkpoints.find_newest(run.checkpoints)
+        is_saved = _step_or_zero(newest) == step
+        raise interruptions.Interrupted(step, steps, newest, saved=is_saved)
 
 
-def _trained(
-    trainer: StepTrainer, history: Sequence[Mapping[str, Any]], kept_step: int, wall_s: float, *, resumed_at: int
-) -> Trained:
-    """What a training left behind, from its `history.jsonl`; `wall_s` counts from step `resumed_at`."""
+def _summarize(
+    trainer: StepTrainer,
+    history: Sequence[Mapping[str, Any]],
+    kept_step: int,
+    wall_s: float,
+    *,
+    resumed_at: int,
+) -> TrainingSummary:
+    """Return the summary of a training.
+
+    Args:
+        trainer: after its last step.
+        history: lines of `history.jsonl`.
+        kept_step: step whose adapter is saved.
+        wall_s: seconds since step `resumed_at`.
+        resumed_at: step from which the training was resumed, or 0.
+    """
     lines = [line for line in history if "loss" in line]
     measured = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
-    losses = [line["loss"] for line in lines if line["loss"] is not None]  # null: every step since was skipped
-    peaks = [line.get("peak_memory_bytes") or 0 for line in lines]  # those before a resume are of other processes
-    speeds = [line["tokens_per_s"] for line in lines]
-    return Trained(
+
+    # A loss is null if every step since the line before was skipped.
+    losses = [line["loss"] for line in lines if line["loss"] is not None]
+    speeds = sorted(line["tokens_per_s"] for line in lines)
+
+    # Earlier processes of a resumed training had peaks and times of their own.
+    peaks = [line.get("peak_memory_bytes") or 0 for line in lines]
+    earlier_s = _training_s([line for line in lines if line["step"] <= resumed_at])
+    skipped = [line.get("skipped_steps", 0) for line in lines]
+    return TrainingSummary(
         steps=trainer.state.global_step,
         kept_step=kept_step,
         first_loss=losses[0] if losses else None,
         final_loss=losses[-1] if losses else None,
         kept_loss=measured.get(kept_step),
         tokens=int(trainer.state.num_input_tokens_seen),
-        tokens_per_s=round(sorted(speeds)[len(speeds) // 2], 1),
-        wall_s=round(wall_s + _training_s([line for line in lines if line["step"] <= resumed_at]), 2),
+        tokens_per_s=round(speeds[len(speeds) // 2], 1),
+        wall_s=round(wall_s + earlier_s, 2),
         peak_memory_bytes=max([peak_memory_bytes(), *peaks]),
-        skipped_steps=max((line.get("skipped_steps", 0) for line in lines), default=0),
+        skipped_steps=max(skipped, default=0),
     )
 
 
 def _training_s(lines: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds that the steps of these lines of `history.jsonl` took, from the first on."""
-    tokens = [0, *(line["tokens"] for line in lines)]
-    return sum(
-        (now - then) / max(line["tokens_per_s"], 0.1)  # the column is rounded to a tenth
-        for then, now, line in zip(tokens, tokens[1:], lines, strict=False)
-    )
+    """Return the seconds that training took up to the last of these lines of `history.jsonl`."""
+    seconds = []
+    tokens_before = 0
+    for line in lines:
+        # The speed is rounded to a tenth, so that it can be 0.
+        speed = max(line["tokens_per_s"], 0.1)
+        seconds.append((line["tokens"] - tokens_before) / speed)
+        tokens_before = line["tokens"]
+    return sum(seconds)
 
 
-def step_of(checkpoint: Path | None) -> int:
-    """The step of a checkpoint; 0 where there is none."""
+def _step_or_zero(checkpoint: Path | None) -> int:
+    """Return the step of a checkpoint, 0 if there is none."""
     return checkpoints.step_of(checkpoint) if checkpoint else 0
 
 
-def keep_adapter(trainer: StepTrainer, tuned_model: PeftModel) -> int:
-    """Give the adapter, head included, the weights that `config.keep` asks for; return the step they come from."""
+def select_adapter(trainer: StepTrainer, tuned_model: PeftModel) -> int:
+    """Load the adapter that `config.keep` selects, head included, and return its step."""
+    # After the last step its weights are in the model already.
     last_step, best = trainer.state.global_step, trainer.state.best_global_step
     if trainer.config.keep == "last" or not best or best == last_step:
         return last_step
     checkpoint = Path(str(trainer.args.output_dir)) / f"checkpoint-{best}"
-    if wrong := checkpoints.find_damage(checkpoint):
-        print(f"the adapter of step {best} had the lowest held-out loss and cannot be used ({wrong}); the last is kept")
+    damage = checkpoints.find_damage(checkpoint)
+    if damage:
+        print(
+            f"the adapter of step {best} had the lowest held-out loss and cannot be used ({damage}); the last is kept"
+        )
         return last_step
-    _take_weights(tuned_model, checkpoint)
+    _load_weights(tuned_model, checkpoint)
     return best
 
 
-def _take_weights(tuned_model: PeftModel, folder: Path) -> None:
-    """Give the adapter, head included, the weights that were saved in a folder."""
+def _load_weights(tuned_model: PeftModel, folder: Path) -> None:
+    """Load the weights of adapter and head from a folder into the model."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     weights = load_peft_weights(str(folder), device=str(next(tuned_model.parameters()).device))
@@ -471,24 +635,30 @@ def _take_weights(tuned_model: PeftModel, folder: Path) -> None:
 
 
 def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save LoRA weights, head and tokenizer as safetensors and JSON: into a temporary folder, then renamed.
+    """Save LoRA weights, head and tokenizer as safetensors and JSON.
+
+    They are written to a temporary folder, which is renamed at the end.
 
     Raises:
-        DiskError: the disk is full; the adapter that was there still is.
+        DiskError: the disk is full; the adapter from before is still there.
     """
-    temporary, before = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for left in (temporary, before):
-        shutil.rmtree(left, ignore_errors=True)
+    # Leftovers of a killed process would be mixed with the new files.
+    temporary = folder.with_name(f".{folder.name}.new")
+    before = folder.with_name(f".{folder.name}.old")
+    for leftover in (temporary, before):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         with checkpoints.explain_full_disk(folder.parent, "the adapter"):
             tuned_model.save_pretrained(str(temporary), safe_serialization=True)
-            (temporary / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form, with a local path
+            # peft's model card is an empty form with a local path in it.
+            (temporary / "README.md").unlink(missing_ok=True)
             tokenizer.save_pretrained(str(temporary))
             record_base(tuned_model, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    # A folder cannot be replaced in one operation: the one from before is renamed, and removed last.
     if folder.is_dir():
         folder.rename(before)
     temporary.rename(folder)
@@ -499,12 +669,19 @@ def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, fol
 
 
 def show_passes(
-    config: RunConfig, tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
+    config: RunConfig,
+    tuned_model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
 ) -> str:
-    """Cut a step of the first examples into passes, as a training cuts each step; what lies in each, a line each."""
+    """Describe how a training cuts its steps into passes, one line of text for each pass.
+
+    The step is made of the first examples.
+    """
     resolved = resolution_of(tuned_model, config).config
     collator = make_collator(tokenizer, config)
-    examples = format_of(tokenizer, config).examples(prepared.train[: config.batch_size], training=True)
+    rows = prepared.train[: config.batch_size]
+    examples = format_of(tokenizer, config).examples(rows, training=True)
     bound = resolved.micro_batch_tokens or config.max_seq_len
     step = StepCollator(collator, bound, config.micro_batch_size)(examples[: config.batch_size])
     length = f"{config.epochs:g} epochs" if config.epochs else f"{config.steps} steps"
@@ -514,42 +691,61 @@ def show_passes(
 def held_out_loss(
     config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
 ) -> tuple[float, int]:
-    """Measure what a training measures at each `eval_steps`: the loss on the held-out rows that choose the adapter.
+    """Measure the held-out loss, as a training does every `eval_steps` steps.
+
+    The rows are those that choose the adapter.
 
     Returns:
-        The mean over their answer tokens, in nats, and how many these are.
+        The mean over their answer tokens in nats, and the number of these tokens.
     """
-    examples = format_of(tokenizer, config).examples(measured_rows(prepared.held_out, config), training=False)
+    rows = measured_rows(prepared.held_out, config)
+    examples = format_of(tokenizer, config).examples(rows, training=False)
     collator = make_collator(tokenizer, config)
-    size = micro_batch_size(resolution_of(model, config).config, [collator.tokens(one) for one in examples])
+    resolved = resolution_of(model, config).config
+    size = micro_batch_size(resolved, [collator.tokens(example) for example in examples])
     return response_loss(model, examples, collator, batch_size=size)
 
 
-def held_out_answer(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> Encoded:
+def held_out_answer(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+) -> Encoded:
     """Return the first of the examples that `held_out_loss` measures."""
-    return format_of(tokenizer, config).examples(measured_rows(prepared.held_out, config)[:1], training=False)[0]
+    rows = measured_rows(prepared.held_out, config)[:1]
+    return format_of(tokenizer, config).examples(rows, training=False)[0]
 
 
 def losses_by_token(
     config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, example: Encoded
 ) -> tuple[list[str], list[float]]:
-    """Look at an example token by token: the letters of each token that carries loss, and its loss in nats."""
+    """Return the text of each labelled token of an example, and its loss in nats."""
     ids, losses = answer_losses(model, example, make_collator(tokenizer, config))
     return [str(tokenizer.decode([token])) for token in ids], losses
 
 
-def plot_tokens(pieces: Sequence[str], before: Sequence[float], after: Sequence[float], ax: Axes) -> Figure:
-    """The loss of each token of an answer, before training and after.
+def plot_tokens(
+    pieces: Sequence[str],
+    before: Sequence[float],
+    after: Sequence[float],
+    ax: Axes,
+) -> Figure:
+    """Plot the loss of each token of an answer, before and after training.
 
     Args:
         pieces: the tokens as text; a few dozen.
-        before: nats, one for each.
-        after: the same.
-        ax: to draw on.
+        before: loss of each token before training, nats.
+        after: loss of each token after training, nats.
+        ax: axes to draw on.
     """
+    # The two bars of a token stand side by side.
     places = range(len(pieces))
-    ax.bar([place - 0.2 for place in places], before, width=0.4, color=BASE, label="before training")
-    ax.bar([place + 0.2 for place in places], after, width=0.4, color=TUNED, label="after")
+    left = [place - 0.2 for place in places]
+    right = [place + 0.2 for place in places]
+    ax.bar(left, before, width=0.4, color=BASE, label="before training")
+    ax.bar(right, after, width=0.4, color=TUNED, label="after")
+
+    # Tokens are text of others: `in_figure` makes it harmless. A line break would break the label.
     names = [in_figure(piece).replace("\n", "⏎") for piece in pieces]
     ax.set_xticks(places, names, rotation=60, ha="right", rotation_mode="anchor", fontsize="small")
     ax.set(ylabel="nats")

@@ -72,7 +72,7 @@ def losses(history):
 def of(lines, **state):
     """What a training left behind whose history.jsonl has these lines."""
     trainer = SimpleNamespace(state=SimpleNamespace(global_step=lines[-1]["step"], num_input_tokens_seen=9, **state))
-    return training._trained(trainer, lines, 1, 1.0, resumed_at=0)
+    return training._summarize(trainer, lines, 1, 1.0, resumed_at=0)
 
 
 def logged(step, loss, peak=1):
@@ -757,7 +757,7 @@ def test_fifty_steps_are_what_they_were(tmp_path):
 
 
 def test_what_a_training_left_is_told_in_words_also_where_nothing_was_finite():
-    told = training.Trained(250, 225, 2.1, None, None, 1_234_567, 5000.4, 51.2, 818_000_000, 1).text()
+    told = training.TrainingSummary(250, 225, 2.1, None, None, 1_234_567, 5000.4, 51.2, 818_000_000, 1).text()
     for line in ("250 steps, 1,234,567 tokens, 51 s", "2.100 → none", "that of step 225\n", "5,000 tokens/s", "818 MB",
                  "1 step without a finite loss"):  # fmt: skip
         assert line in told
