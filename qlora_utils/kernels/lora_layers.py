@@ -123,14 +123,14 @@ class LayerGroup:
         self.layers = list(layers)
         self.name = next(iter(layers[0].lora_A))
         self.scale: float = layers[0].scaling[self.name]
-        # The weights as they are trained, A (rank, in) and B (out, rank), one of each per layer.
+        # The trained weights, A (rank, in) and B (out, rank), one of each per layer.
         self.a: list[torch.Tensor] = [layer.lora_A[self.name].weight for layer in layers]
         self.b: list[torch.Tensor] = [layer.lora_B[self.name].weight for layer in layers]
         self.bases = [layer.base_layer for layer in layers]
         # Their copies: all A as one tensor (layers · rank, in), times the scale, and each B.
         self.cast_a: torch.Tensor | None = None
         self.cast_b: list[torch.Tensor] = []
-        # Outputs by the layer's index, and for which input and mode they were computed.
+        # Outputs by the layer's index, and the input and gradient mode that they were computed for.
         self.pending: dict[int, torch.Tensor] = {}
         self.pending_for: tuple[torch.Tensor, bool] | None = None
         for index, layer in enumerate(layers):
@@ -138,7 +138,7 @@ class LayerGroup:
             layer.index_in_group = index
 
     def copy_pairs(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return all A and B as they are trained, and the tensors of `dtype` to copy them into."""
+        """Return the trained A and B of all layers, and the tensors of `dtype` to copy them into."""
         device = self.a[0].device
         if self.cast_a is None or self.cast_a.dtype is not dtype or self.cast_a.device != device:
             rank, inputs = self.a[0].shape
@@ -151,20 +151,20 @@ class LayerGroup:
         """Return the output (…, out) of one of the layers.
 
         Args:
-            index: of the layer in this group.
+            index: index of the layer in this group.
             x: the input, (…, in).
             dropped: the same after dropout, which the adapter reads; None: without dropout.
         """
-        # A pending output counts only for the very same tensor, with or without gradients as now.
-        graded = torch.is_grad_enabled()
+        # A pending output is valid only for the very same tensor, in the same gradient mode.
+        grad_mode = torch.is_grad_enabled()
         pending_for = self.pending_for
-        is_same = pending_for is not None and pending_for[0] is x and pending_for[1] == graded
-        if not is_same or index not in self.pending:
+        is_valid = pending_for is not None and pending_for[0] is x and pending_for[1] == grad_mode
+        if not is_valid or index not in self.pending:
             self.pending = dict(enumerate(self._all_outputs(x, dropped)))
-            self.pending_for = (x, graded)
+            self.pending_for = (x, grad_mode)
         output = self.pending.pop(index)
 
-        # The input would keep the graph that made it alive, and with it what checkpointing frees.
+        # A reference to the input would keep its graph alive, and what checkpointing should free.
         if not self.pending:
             self.pending_for = None
         return output
@@ -176,7 +176,7 @@ class LayerGroup:
             refresh([self], dtype)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         lora_x = flat if dropped is None else dropped.reshape(flat.shape).to(dtype)
-        # Without gradients nothing need be saved for a backward pass.
+        # Without gradients nothing has to be saved for a backward pass.
         if torch.is_grad_enabled():
             outputs = _AdaptedLinears.apply(flat, lora_x, dropped is None, self, *self.a, *self.b)
         else:
@@ -228,6 +228,7 @@ def _fused_form(plain: type[nn.Module]) -> type[nn.Module]:
         index_in_group: int
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            """Return the output (…, out) of layer and adapter, by peft where that computes more."""
             # Merged weights, further arguments and other adapters are peft's to compute.
             if self.merged or args or kwargs or [*self.active_adapters] != [self.layer_group.name]:
                 return super().forward(x, *args, **kwargs)
@@ -346,6 +347,7 @@ class _AdaptedLinears(torch.autograd.Function):
         group: LayerGroup,
         *weights: Any,
     ) -> Any:
+        """Return the output (tokens, out) of each layer."""
         with torch.autocast(x.device.type, enabled=False):
             outputs, inner = _products(x, lora_x, group)
         ctx.save_for_backward(lora_x, inner)
@@ -354,6 +356,7 @@ class _AdaptedLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        """Return the gradients of the inputs, from those of the outputs, (tokens, out) each."""
         lora_x, inner = ctx.saved_tensors
         group: LayerGroup = ctx.group
         assert group.cast_a is not None

@@ -78,6 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         targets: torch.Tensor,
     ) -> torch.Tensor:
+        """Return the loss, and save its gradients for the backward pass."""
         head = weight.to(hidden.dtype)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
@@ -108,6 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the saved gradients, times the gradient of the loss."""
         hidden_grad, weight_grad = ctx.saved_tensors
         (scale,) = grad_outputs
         if hidden_grad is not None:

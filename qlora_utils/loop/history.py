@@ -19,7 +19,14 @@ from qlora_utils.runs.files import read_jsonl, write_jsonl
 class HistoryWriter(TrainerCallback):
     """Write a line of `history.jsonl` for each logged step and for each held-out loss.
 
-    `lines` are all lines of the file, of a resumed training also those from before.
+    Attributes:
+        path: of the file.
+        lines: all lines of the file; if the training was resumed, also those from before.
+        training_s: seconds of training, without evaluation and saving.
+        tokens_before: tokens up to the last line, from which the speed is counted.
+        seconds_before: `training_s` at the last line.
+        began: time at which the clock was started, 0 if it is stopped.
+        writes: whether this process writes the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,7 +56,7 @@ class HistoryWriter(TrainerCallback):
         self.began = self.began or time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Have the first and last step logged, whatever the intervals, and stop the clock for pauses."""
+        """Log the first and last step, whatever the intervals are, and stop the clock for pauses."""
         if state.global_step in (1, state.max_steps):
             control.should_log = True
         if state.global_step == state.max_steps:

@@ -18,11 +18,11 @@ BAD_STEPS = 3
 
 
 class DivergedError(RuntimeError):
-    """Report that loss or gradient is NaN or infinite: the step, likely causes, what to do next."""
+    """Report that loss or gradient was NaN or infinite: the step, likely causes, what to do next."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Report that a training stopped on request, after saving; the message says how to resume it.
+    """Report that a training stopped on request: what was saved, and how to resume it.
 
     Attributes:
         step: number of optimizer steps that were done.
@@ -132,7 +132,7 @@ class StopOnSignal(TrainerCallback):
             if handler != signal.SIG_IGN:
                 before[number] = handler
 
-        # The handlers of before are restored whatever happens: the training may be one cell of many.
+        # The handlers are restored even after an error: the process may be a notebook's.
         try:
             for number in before:
                 signal.signal(number, self._on_signal)

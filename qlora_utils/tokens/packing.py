@@ -40,8 +40,8 @@ class Collator:
     `lengths` and `starts` tell the attention kernel where each conversation begins. Otherwise they
     are padded on the right to (batch, seq).
 
-    Padding is recognized by the lengths, never by the padding token's id, because that token may
-    also stand in a text.
+    Padding is recognized by the lengths, never by the id of the padding token, which may also be a
+    token of the text.
     """
 
     pad_token_id: int
