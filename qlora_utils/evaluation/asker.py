@@ -1,4 +1,4 @@
-"""Base and tuned model of a run, asked side by side and answering token by token (notebook 07)."""
+"""Ask the base and the tuned model of a run side by side, token by token (notebook 07)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ MODELS = ("base", "tuned")
 
 @dataclass(frozen=True)
 class Piece:
-    """What a model has just said: some text of its answer, perhaps none, and how far that answer is.
+    """Hold the next piece of a model's answer, and the progress of that answer.
 
-    `tokens` are those of the answer so far, `seconds` the time that this model took for them, `ended` whether the
+    `text` may be empty: one token is not always a whole character. `tokens` counts the tokens of
+    the answer so far, `seconds` is the time that this model took for them, `ended` is True once the
     answer is complete.
     """
 
@@ -40,10 +41,11 @@ class Piece:
     ended: bool = False
 
 
-class _Answering(StoppingCriteria, TextStreamer):
-    """One `generate` in a thread of its own, which goes on by a token at each `step` and rests in between.
+class _StepwiseGeneration(StoppingCriteria, TextStreamer):
+    """Run one `generate` in a thread of its own, a token at each `step`, and pause in between.
 
-    As a stopping criterion it is called after each token, which is where it waits to be told to go on.
+    `generate` calls a stopping criterion after each token. That call is where the thread waits for
+    the next `step`.
     """
 
     def __init__(
@@ -51,64 +53,68 @@ class _Answering(StoppingCriteria, TextStreamer):
     ) -> None:
         TextStreamer.__init__(self, tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
         self.tokens, self.seconds, self.ended = 0, 0.0, False
-        self._said: list[str] = []
+        self._new_texts: list[str] = []
         self._failure: BaseException | None = None
-        self._cut = False
-        self._go, self._at_rest = threading.Semaphore(0), threading.Semaphore(0)
+        self._stop = False
+        # Two semaphores hand control to and fro, so that never more than one thread computes.
+        self._resume, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._generate, args=(model, prompt, options), daemon=True)
         self._thread.start()
 
-    def step(self, *, cut: bool = False) -> str:
-        """Go on by one token, or end here if `cut`; the text that this made sure of.
+    def step(self, *, stop: bool = False) -> str:
+        """Generate one token, or end the answer if `stop`; return the text that became final.
 
         Raises:
             Exception: whatever generation raised.
         """
-        began = time.perf_counter()
-        self._cut = self._cut or cut
-        self._go.release()
-        self._at_rest.acquire()
-        self.seconds += time.perf_counter() - began
+        start = time.perf_counter()
+        self._stop = self._stop or stop
+        self._resume.release()
+        self._paused.acquire()
+        self.seconds += time.perf_counter() - start
         if self._failure is not None:
             raise self._failure
-        text = "".join(self._said)
-        self._said.clear()
+        text = "".join(self._new_texts)
+        self._new_texts.clear()
         return text
 
     def close(self) -> None:
         """End the thread, wherever it is."""
-        self._cut = True
-        self._go.release()
+        self._stop = True
+        self._resume.release()
         self._thread.join()
 
     def _generate(self, model: Any, prompt: list[int], options: Mapping[str, Any]) -> None:
-        self._go.acquire()
+        """Generate the whole answer. This is what the thread runs."""
+        self._resume.acquire()
         try:
-            if not self._cut:
+            # Closed before the first step: there is nothing to generate.
+            if not self._stop:
                 ids = torch.tensor([prompt], device=next(model.parameters()).device)
                 with torch.no_grad():
                     model.generate(
                         input_ids=ids, attention_mask=torch.ones_like(ids), streamer=self,
                         stopping_criteria=StoppingCriteriaList([self]), **options,
                     )  # fmt: skip
-        except BaseException as error:  # raised again in `step`: a thread's own traceback reaches nobody
+        # `step` raises it in the caller's thread: the traceback of this thread would reach nobody.
+        except BaseException as error:
             self._failure = error
         self.ended = True
-        self._at_rest.release()
+        self._paused.release()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Take text that no later token will change."""
-        self._said.append(text)
+        """Collect text that no later token will change."""
+        self._new_texts.append(text)
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        """Rest after a token; True for every row if this is to be the last."""
+        """Pause after a token; then return True for every row if generation must stop here."""
         self.tokens += 1
-        self._at_rest.release()
-        self._go.acquire()
-        return torch.full((input_ids.shape[0],), self._cut, device=input_ids.device, dtype=torch.bool)
+        self._paused.release()
+        self._resume.acquire()
+        return torch.full((input_ids.shape[0],), self._stop, device=input_ids.device, dtype=torch.bool)
 
 
-def _side_by_side(
+def _answer_side_by_side(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompt: list[int],
@@ -117,57 +123,70 @@ def _side_by_side(
     sampling: Sampling,
     stop: threading.Event,
 ) -> Iterator[Piece]:
-    """The answers of one model in several states, a token of each in turn, so that one sees them side by side.
+    """Yield the answers of one model in several states, a token of each in turn.
 
     Args:
         model: put in eval mode.
         tokenizer: of the base model.
         prompt: token ids.
-        sides: name -> a context in which the model is in that state. Between two tokens each is left again.
+        sides: name -> a context that puts the model into that state. It is left after every token.
         sampling: how tokens are chosen.
         stop: set it to end all answers.
     """
     model.eval()
     options = {"generation_config": sampling.generation_config(model, tokenizer)}
-    answering: dict[str, _Answering] = {}
-    margins = {name: Margins() for name in sides}
+    generations: dict[str, _StepwiseGeneration] = {}
+    trimmers = {name: MarginTrimmer() for name in sides}
     try:
         for name in sides:
-            answering[name] = _Answering(model, tokenizer, prompt, options)
-        while running := [name for name in answering if not answering[name].ended]:
+            generations[name] = _StepwiseGeneration(model, tokenizer, prompt, options)
+        while running := [name for name in generations if not generations[name].ended]:
             for name in running:
+                generation = generations[name]
+                # All sides are one loaded model, so its state is switched for each token.
                 with sides[name]():
-                    text = answering[name].step(cut=stop.is_set())
-                one = answering[name]
-                said = margins[name].within(restored(text, MARKS))
-                yield Piece(name, said, one.tokens, one.seconds, one.ended)
+                    text = generation.step(stop=stop.is_set())
+                trimmed = trimmers[name].trim(restored(text, MARKS))
+                yield Piece(name, trimmed, generation.tokens, generation.seconds, generation.ended)
+    # Also where the reader stops early or generation fails: no thread outlives this function.
     finally:
-        for one in answering.values():
-            one.close()
+        for generation in generations.values():
+            generation.close()
 
 
-class Margins:
-    """Takes away the white space before the first word and after the last, where the format puts some."""
+class MarginTrimmer:
+    """Strip white space before the first word and after the last from text that arrives in pieces.
+
+    The prompt's format puts such white space around an answer.
+    """
 
     def __init__(self) -> None:
-        self.begun, self.held_back = False, ""
+        self.started, self.pending = False, ""
 
-    def within(self, piece: str) -> str:
-        """The part of the text so far that is certain to lie within, as far as it was not given before."""
-        text = self.held_back + piece if self.begun else piece.lstrip()
-        shown = text.rstrip()
-        self.begun, self.held_back = self.begun or bool(shown), text[len(shown) :]
-        return shown
+    def trim(self, piece: str) -> str:
+        """Return the text that can be displayed now that `piece` has arrived.
+
+        White space at the end of a piece is pending: it is returned together with the next word,
+        and never if no word follows.
+        """
+        text = self.pending + piece if self.started else piece.lstrip()
+        trimmed = text.rstrip()
+        self.started, self.pending = self.started or bool(trimmed), text[len(trimmed) :]
+        return trimmed
 
 
 @dataclass(frozen=True)
 class Asker:
-    """Base and tuned model of a run, to be asked. Both are one loaded model, so only one question at a time."""
+    """Hold the base and the tuned model of a run, ready to answer.
+
+    Both are one loaded model, so ask only one question at a time. `base_alone` returns a context in
+    which the tuned model is the base model.
+    """
 
     tuned_model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     config: RunConfig
-    base_alone: Callable[[PeftModel], AbstractContextManager[Any]]  # in which the tuned model is the base model
+    base_alone: Callable[[PeftModel], AbstractContextManager[Any]]
 
     def ask(
         self,
@@ -179,13 +198,13 @@ class Asker:
         sampling: Sampling | None = None,
         stop: threading.Event | None = None,
     ) -> Iterator[Piece]:
-        """The answers of these models, piece by piece, a token of each in turn.
+        """Yield the answers of these models piece by piece, a token of each in turn.
 
         Args:
             question: without any marks.
             models: of `MODELS`.
-            history: earlier turns, which both are told.
-            system: what the system is told with the question.
+            history: earlier turns, which both models read.
+            system: the system prompt of the question.
             sampling: greedy if not given.
             stop: set it to end the answers early.
 
@@ -193,7 +212,7 @@ class Asker:
             Exception: whatever generation raised.
         """
         prompt = format_of(self.tokenizer, self.config).prompt(history, question, system)
-        return _side_by_side(
+        return _answer_side_by_side(
             self.tuned_model, self.tokenizer, prompt, self._states(models),
             sampling=sampling or Sampling(), stop=stop or threading.Event(),
         )  # fmt: skip
@@ -208,39 +227,43 @@ class Asker:
         history: Sequence[Turn] = (),
         system: str = "",
     ) -> dict[str, list[NextTokens]]:
-        """What each model may begin its answer with: after the prompt, or as the first token of a decoder.
+        """Return the candidates of each model for the first token of its answer.
+
+        That token follows the prompt, or it is the first of the decoder.
 
         Args:
             question: without any marks.
-            samplings: ways to choose; each model is asked once for all of them.
+            samplings: ways to choose a token; each model runs once for all of them.
             models: of `MODELS`.
-            history: earlier turns, which both are told.
-            system: what the system is told with the question.
+            history: earlier turns, which both models read.
+            system: the system prompt of the question.
 
         Returns:
-            Model -> one for each of `samplings`, in their order.
+            Model -> candidates for each of `samplings`, in their order.
         """
         prompt = format_of(self.tokenizer, self.config).prompt(history, question, system)
         ids = torch.tensor([prompt], device=next(self.tuned_model.parameters()).device)  # (1, seq)
-        one = Sampling(max_new_tokens=1).generation_config(self.tuned_model, self.tokenizer)
-        one.update(output_logits=True, return_dict_in_generate=True)
+        # Raw logits of a single token: each sampling is then applied to the same logits.
+        single_token = Sampling(max_new_tokens=1).generation_config(self.tuned_model, self.tokenizer)
+        single_token.update(output_logits=True, return_dict_in_generate=True)
+        # Without dropout, and afterwards as it was: a notebook may ask in the middle of a training.
         was_training = self.tuned_model.training
         self.tuned_model.eval()
-        found = {}
+        candidates = {}
         try:
             for name, state in self._states(models).items():
                 with state():
-                    made: Any = self.tuned_model.generate(
-                        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=one
+                    generated: Any = self.tuned_model.generate(
+                        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=single_token
                     )
-                logits = made.logits[0][0].float().cpu()  # (vocabulary,)
-                found[name] = [next_tokens(logits, sampling) for sampling in samplings]
+                logits = generated.logits[0][0].float().cpu()  # (vocabulary,)
+                candidates[name] = [next_tokens(logits, sampling) for sampling in samplings]
         finally:
             self.tuned_model.train(was_training)
-        return found
+        return candidates
 
     def _states(self, models: Sequence[str]) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
-        """The contexts in which the one model is each of these."""
+        """Return, for each of these names, a context in which the loaded model is that model."""
         states: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "base": lambda: self.base_alone(self.tuned_model),
             "tuned": nullcontext,
@@ -248,20 +271,21 @@ class Asker:
         return {name: states[name] for name in models}
 
     def prompt(self, question: str, *, history: Sequence[Turn] = (), system: str = "") -> str:
-        """The very text that a model reads before it answers, marks included."""
+        """Return the exact text that a model reads before it answers, marks included."""
         ids = format_of(self.tokenizer, self.config).prompt(history, question, system)
         return str(self.tokenizer.decode(ids))
 
     def recent(self, question: str, history: Sequence[Turn], system: str = "") -> tuple[Turn, ...]:
-        """The latest of the earlier turns with which the prompt is not longer than `max_seq_len` tokens."""
+        """Return the latest turns that fit into `max_seq_len` tokens together with the question."""
         form = format_of(self.tokenizer, self.config)
-        kept = tuple(history)
-        while kept and len(form.whole_prompt(kept, question, system)) > self.config.max_seq_len:
-            kept = kept[1:]
-        return kept
+        turns = tuple(history)
+        # The oldest turn is dropped first: a follow-up question refers to what was just said.
+        while turns and len(form.whole_prompt(turns, question, system)) > self.config.max_seq_len:
+            turns = turns[1:]
+        return turns
 
     def too_long(self, question: str, system: str = "") -> str:
-        """What to know of a question that by itself is longer than all that was trained on; nothing of others."""
+        """Return a warning if the question alone exceeds `max_seq_len`, else an empty text."""
         tokens = len(format_of(self.tokenizer, self.config).whole_prompt([], question, system))
         limit = self.config.max_seq_len
         return f"{tokens:,} tokens, and the run was trained on {limit:,} at most" if tokens > limit else ""

@@ -1,14 +1,15 @@
-"""Two or more runs beside each other on the same held-out questions: scores, paired tests, where they differ.
+"""Compare runs on the same held-out questions: scores, paired tests, and where the answers differ.
 
-Nothing is asked anew: what is compared are the `answers.jsonl` of the run directories, question by question, as far as
-all runs were asked the same ones.
+No model is run. The `answers.jsonl` files of the run directories are compared question by question,
+over the questions that all runs were asked.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,38 +34,40 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KEPT = 200  # disagreements that are kept; all of them could be as large as the answers themselves
-_NEEDED = {"text", "history", "expected", "where", "number", "tags", "tuned"}
+# All disagreements could be as large as the answers themselves, so only a sample of them is saved.
+SAVED_DISAGREEMENTS = 200
+_REQUIRED_KEYS = {"text", "history", "expected", "where", "number", "tags", "tuned"}
 
-Line = Mapping[str, Any]  # of answers.jsonl
+# One line of answers.jsonl.
+Line = Mapping[str, Any]
 Item = TypeVar("Item")
 
 
 def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
-    """The tuned models of several runs on the held-out questions that all of them were asked.
-
-    Of a pair, `difference` is the exact match of the second run less that of the first.
+    """Compare the tuned models of several runs on the held-out questions that all were asked.
 
     Args:
         runs: two or more; splits and the order of questions are those of the first.
 
     Returns:
-        What `comparison.json` holds. `runs`: `name`, `preset`, how many held-out questions were `asked`, and what is
-        known of the training. `differences`: parameters in which the configs differ, by run. `questions`: how many
-        are `shared`, and the `clusters` (entities or rows) that they are about. `scores` by run, and the same in
-        `splits`. `pairs`: `difference` with `interval`, `gained`, `lost`, `p_value` and `p_holm` of each two runs.
-        `disagreements`: how many questions some runs get right and others wrong (`count`), and at most `KEPT` of
-        them (`shown`), spread evenly over all.
+        The contents of `comparison.json`: `runs`: `name`, `preset`, the number of held-out
+        questions `asked`, and facts of the training. `differences`: parameters whose values differ,
+        by run. `questions`: the number of `shared` questions, and of the `clusters` (entities or
+        rows) that they are about. `scores` by run, and the same for each of the `splits`. `pairs`,
+        for each two runs: `difference` (exact match of the second run less that of the first) with
+        `interval`, `gained`, `lost`, `p_value` and `p_holm`. `disagreements`: the number of
+        questions that some runs answer right and others wrong (`count`), and at most
+        `SAVED_DISAGREEMENTS` of them, spread evenly over all (`shown`).
 
     Raises:
         ConfigError: fewer than two runs, or no question that all were asked.
-        FileNotFoundError: no such run, or one that was not asked anything yet; says what to run.
-        ValueError: a line of `answers.jsonl` that is no answer, or another file that is damaged.
+        FileNotFoundError: a run does not exist or has no answers yet; the message says what to run.
+        ValueError: a line of `answers.jsonl` is not an answer, or another file is damaged.
     """
     if len(runs) < 2:
         raise ConfigError("runs: a comparison takes two or more; name them, as in qlora compare --runs demo mine")
-    configs = [_config(run) for run in runs]
-    asked = [held_out(run) for run in runs]
+    configs = list(map(_config, runs))
+    asked = list(map(held_out, runs))
     names = _names(runs)
     matched = shared(asked)
     if not matched:
@@ -73,56 +76,64 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
             "one, and only the draw of questions differs, put more of them to each run: "
             + resume_command(runs[-1].path, parameters={"score_rows": 5 * max(map(len, asked))}, start="06")
         )
-    lines = {name: [together[index] for together in matched] for index, name in enumerate(names)}
+    # From here on answers are aligned: index i is the same question in every run.
+    lines = dict(zip(names, zip(*matched, strict=True), strict=True))
     first = lines[names[0]]
-    splits = sorted({_split(line) for line in first})
-    members = {split: [index for index, line in enumerate(first) if _split(line) == split] for split in splits}
     clusters = clusters_of(first)
+    by_split: dict[str, list[int]] = {}
+    for index, line in enumerate(first):
+        by_split.setdefault(_split(line), []).append(index)
+    splits = {}
+    for split, indices in sorted(by_split.items()):
+        splits[split] = {"questions": len(indices), "scores": _scores(lines, clusters, indices)}
+    facts_of_runs = []
+    for name, config, held, run in zip(names, configs, asked, runs, strict=True):
+        identity = {"name": name, "preset": config["preset"], "asked": len(held)}
+        facts_of_runs.append({**identity, **_fingerprint(run), **_training(run)})
     return {
-        "runs": [
-            {"name": name, "preset": config["preset"], "asked": len(held), **_answers(run), **_training(run)}
-            for name, config, held, run in zip(names, configs, asked, runs, strict=True)
-        ],
+        "runs": facts_of_runs,
         "differences": _differences(names, configs),
         "questions": {"shared": len(matched), "clusters": len(set(clusters))},
         "scores": _scores(lines, clusters, range(len(matched))),
-        "splits": {
-            split: {"questions": len(within), "scores": _scores(lines, clusters, within)}
-            for split, within in members.items()
-        },
+        "splits": splits,
         "pairs": _pairs(lines, clusters),
         "disagreements": _disagreements(lines),
     }
 
 
-def _answers(run: RunDirectory) -> dict[str, str]:
-    """Where a run's answers lie, and what they are now."""
+def _fingerprint(run: RunDirectory) -> dict[str, str]:
+    """Return the path and the checksum of a run's answers, by which `outdated` finds changes."""
     return {"answers": str(run.answers.resolve()), "answers_sha256": _checksum(run.answers)}
 
 
 def _checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def outdated(comparison: Mapping[str, Any]) -> list[str]:
-    """Names of the runs whose answers are others by now, or gone: what was compared is not what they would say."""
-    return [
-        run["name"]
-        for run in comparison["runs"]
-        if "answers" in run
-        and not (Path(run["answers"]).is_file() and _checksum(Path(run["answers"])) == run["answers_sha256"])
-    ]
+    """List the runs whose answers have changed or are gone since they were compared."""
+    names = []
+    for run in comparison["runs"]:
+        # Comparisons of an earlier version have no fingerprint: nothing is known, nothing is
+        # claimed.
+        if "answers" not in run:
+            continue
+        answers = Path(run["answers"])
+        if not (answers.is_file() and _checksum(answers) == run["answers_sha256"]):
+            names.append(run["name"])
+    return names
 
 
 def held_out(run: RunDirectory) -> list[Line]:
-    """The held-out questions that a run was asked, with its answers, in the order of `answers.jsonl`.
+    """Return the held-out questions that a run was asked, with its answers.
 
-    They come first there, and `metrics.json` says how many they are; the split does not tell, since training rows may
-    have names of their own for it.
+    They come first in `answers.jsonl`, and `metrics.json` holds their number. The column `split`
+    can't distinguish them, since training rows may bring any split names of their own.
 
     Raises:
-        FileNotFoundError: the run was not asked anything yet; says what to run.
-        ValueError: a line that is no answer.
+        FileNotFoundError: the run has no answers yet; the message says what to run.
+        ValueError: a line is not an answer.
     """
     if not run.answers.is_file():
         start = "06" if run.adapter.is_dir() else "01"
@@ -135,6 +146,7 @@ def held_out(run: RunDirectory) -> list[Line]:
         if not _is_answer(line):
             again = resume_command(run.path, start="06")
             raise ValueError(f"{run.answers}, line {number}: no scored answer. Ask again: {again}")
+    # Without that number, only the default name of the split of training rows tells them apart.
     count = run.known_metrics().get("held_out", {}).get("questions", len(lines))
     if not isinstance(count, int):
         raise damaged(run.metrics, f"held_out, questions: expected a number, found {type(count).__name__}")
@@ -142,59 +154,90 @@ def held_out(run: RunDirectory) -> list[Line]:
 
 
 def _is_answer(line: Any) -> bool:
-    """Whether a line of `answers.jsonl` has what a comparison takes of it."""
+    """Return True if a line of `answers.jsonl` has every value that a comparison needs."""
+    if not (isinstance(line, dict) and line.keys() >= _REQUIRED_KEYS):
+        return False
+    types = {
+        "text": str,
+        "expected": str,
+        "where": str,
+        "number": int,
+        "tags": dict,
+        "tuned": dict,
+        "history": list,
+    }
     return (
-        isinstance(line, dict)
-        and line.keys() >= _NEEDED
-        and all(isinstance(line[name], str) for name in ("text", "expected", "where"))
-        and isinstance(line["number"], int)
-        and isinstance(line["tags"], dict)
-        and isinstance(line["tuned"], dict)
+        all(isinstance(line[name], kind) for name, kind in types.items())
         and isinstance(line["tuned"].get("exact_match"), (int, float))
-        and isinstance(line["history"], list)
-        and all(isinstance(turn, dict) and turn.keys() >= {"question", "answer"} for turn in line["history"])
+        and all(map(_is_turn, line["history"]))
     )
 
 
-def shared(asked: Sequence[Sequence[Line]]) -> list[tuple[Line, ...]]:
-    """The questions that stand in every list, as one line of each, in the order of the first.
+def _is_turn(turn: Any) -> bool:
+    """Return True if a value in `history` has a question and an answer."""
+    return isinstance(turn, dict) and turn.keys() >= {"question", "answer"}
 
-    A question is its text, the turns before it, what the system was told and the expected answer; where its dataset
-    lies does not matter. One that stands in several rows counts as often as every run was asked it; rows of the same
-    file and number go together first.
+
+def shared(asked: Sequence[Sequence[Line]]) -> list[tuple[Line, ...]]:
+    """Match the questions that occur in every list.
+
+    Two lines ask the same question if text, earlier turns, system prompts and expected answer are
+    equal; the path of the dataset does not matter. A question that occurs several times is matched
+    as often as it occurs in every list, and rows of the same file and number are matched first.
+
+    Returns:
+        For each shared question one line of each list, in the order of the first list.
     """
-    by_question: list[dict[Any, list[Line]]] = []
-    for lines in asked:
-        by_question.append({})
-        for line in lines:
-            told = (line.get("system", ""), *(turn.get("system", "") for turn in line["history"]))
-            turns = tuple((turn["question"], turn["answer"]) for turn in line["history"])
-            by_question[-1].setdefault((line["text"], turns, line["expected"], told), []).append(line)
-    found = [
-        together
-        for question in by_question[0]
-        for together in _together([questions.get(question, []) for questions in by_question])
-    ]
-    matched = {id(together[0]): together for together in found}
+    by_question = list(map(_group_by_question, asked))
+    matched = {}
+    for question in by_question[0]:
+        for lines in _match([questions.get(question, []) for questions in by_question]):
+            matched[id(lines[0])] = lines
+    # Matching went question by question; this puts the matches back into the first run's order.
     return [matched[id(line)] for line in asked[0] if id(line) in matched]
 
 
-def _together(rows: Sequence[Sequence[Line]]) -> list[tuple[Line, ...]]:
-    """The lines of one question, a list for each run, put together as far as all have one."""
-    common = set.intersection(*({_place(line) for line in lines} for lines in rows))
-    ordered = [sorted(lines, key=lambda line: (_place(line) not in common, _place(line))) for lines in rows]
+def _group_by_question(lines: Sequence[Line]) -> dict[Any, list[Line]]:
+    """Return the lines of each question; the key is all that makes it this question."""
+    groups: dict[Any, list[Line]] = {}
+    for line in lines:
+        history = line["history"]
+        turns = tuple((turn["question"], turn["answer"]) for turn in history)
+        # Answers of an earlier version have no system prompts: they were empty.
+        systems = tuple(text.get("system", "") for text in (line, *history))
+        groups.setdefault((line["text"], turns, line["expected"], systems), []).append(line)
+    return groups
+
+
+def _match(lists: Sequence[Sequence[Line]]) -> list[tuple[Line, ...]]:
+    """Match the lines of one question, a list for each run, until one of the lists ends."""
+    common = set.intersection(*map(_places, lists))
+
+    def common_first(line: Line) -> tuple[bool, tuple[str, int]]:
+        return _place(line) not in common, _place(line)
+
+    # Rows that all runs were asked come first and in one order, so that they meet themselves.
+    ordered = [sorted(lines, key=common_first) for lines in lists]
     return list(zip(*ordered, strict=False))
 
 
+def _places(lines: Sequence[Line]) -> set[tuple[str, int]]:
+    """Return the file names and row numbers of these lines."""
+    return set(map(_place, lines))
+
+
 def _place(line: Line) -> tuple[str, int]:
+    """Return the file name and row number of a line, without the folder, which may have moved."""
     return Path(line["where"]).name, line["number"]
 
 
 def _split(line: Line) -> str:
-    return line.get("split", "held-out rows")  # answers of an earlier version do not say
+    """Return the split of a line; answers of an earlier version don't store it."""
+    return line.get("split", "held-out rows")
 
 
 def _config(run: RunDirectory) -> dict[str, Any]:
+    """Read the config of a run without validating it: it may be of another version."""
     if not run.config.is_file():
         raise FileNotFoundError(no_such_run(run.path))
     config = read_json(run.config).get("config")
@@ -204,118 +247,161 @@ def _config(run: RunDirectory) -> dict[str, Any]:
 
 
 def _names(runs: Sequence[RunDirectory]) -> list[str]:
-    """What the runs are called here: by folder, with those above it where folders are called alike."""
+    """Name each run by its folder, with as many parent folders as tell all runs apart."""
     folders = [run.path.resolve() for run in runs]
     depth = 1
     while len({folder.parts[-depth:] for folder in folders}) < len(set(folders)):
         depth += 1
-    names = ["/".join(folder.parts[-depth:]) for folder in folders]
-    earlier = [names[:index].count(name) for index, name in enumerate(names)]
-    return [f"{name} ({before + 1})" if before else name for name, before in zip(names, earlier, strict=True)]
+    names: list[str] = []
+    seen: Counter[str] = Counter()
+    for folder in folders:
+        name = "/".join(folder.parts[-depth:])
+        seen[name] += 1
+        # A run may be compared with itself; its second name needs a number.
+        names.append(f"{name} ({seen[name]})" if seen[name] > 1 else name)
+    return names
 
 
 def _training(run: RunDirectory) -> dict[str, Any]:
-    """What is known of the training: steps, the step kept and its held-out loss."""
+    """Return facts of the training from metrics.json: steps, selected step, its held-out loss."""
     train = run.known_metrics().get("train", {})
     return {name: train[name] for name in ("steps", "kept_step", "kept_loss") if train.get(name) is not None}
 
 
 def _differences(names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The parameters in which the configs differ; one that an earlier version did not have tells nothing."""
-    return {
-        field: {name: config[field] for name, config in zip(names, configs, strict=True)}
-        for field in configs[0]
-        if field not in PLACE_FIELDS
-        and all(field in config for config in configs)
-        and any(config[field] != configs[0][field] for config in configs)
-    }
+    """Return the parameters whose values differ, by run.
+
+    Parameters that an earlier version did not have are ignored: their values are unknown.
+    """
+    differences = {}
+    for field in configs[0]:
+        if field in PLACE_FIELDS or not all(field in config for config in configs):
+            continue
+        values = [config[field] for config in configs]
+        if any(value != values[0] for value in values):
+            differences[field] = dict(zip(names, values, strict=True))
+    return differences
 
 
 def _scores(
-    lines: Mapping[str, Sequence[Line]], clusters: Sequence[Any], within: Sequence[int]
+    lines: Mapping[str, Sequence[Line]], clusters: Sequence[Any], indices: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
-    """By run, the scores of some of the questions."""
-    return {
-        name: means([answers[index]["tuned"] for index in within], [clusters[index] for index in within])
-        for name, answers in lines.items()
-    }
+    """Return each run's mean scores over the questions with these indices."""
+    chosen_clusters = [clusters[index] for index in indices]
+    scores = {}
+    for name, answers in lines.items():
+        scored = [answers[index]["tuned"] for index in indices]
+        scores[name] = means(scored, chosen_clusters)
+    return scores
 
 
 def _pairs(lines: Mapping[str, Sequence[Line]], clusters: Sequence[Any]) -> list[dict[str, Any]]:
-    """Each two runs on exact match, the p-values corrected for as many tests as there are pairs."""
-    right = {name: [line["tuned"]["exact_match"] for line in answers] for name, answers in lines.items()}
-    pairs = [
-        {
-            "first": first,
-            "second": second,
-            "difference": round((sum(right[second]) - sum(right[first])) / len(clusters), 4),
-            "interval": difference_interval(right[first], right[second], clusters),
-            **mcnemar(right[first], right[second]),
-        }
-        for first, second in combinations(right, 2)
-    ]
+    """Compare each two runs on exact match, with p-values corrected for the number of pairs."""
+    right = {}
+    for name, answers in lines.items():
+        right[name] = [line["tuned"]["exact_match"] for line in answers]
+    pairs = []
+    for first, second in combinations(right, 2):
+        before, after = right[first], right[second]
+        pairs.append(
+            {
+                "first": first,
+                "second": second,
+                "difference": round((sum(after) - sum(before)) / len(clusters), 4),
+                "interval": difference_interval(before, after, clusters),
+                **mcnemar(before, after),
+            }
+        )
+    # Of many pairs some would differ by chance alone.
     corrected = holm([pair["p_value"] for pair in pairs])
-    return [{**pair, "p_holm": p_value} for pair, p_value in zip(pairs, corrected, strict=True)]
+    for pair, p_value in zip(pairs, corrected, strict=True):
+        pair["p_holm"] = p_value
+    return pairs
 
 
 def _disagreements(lines: Mapping[str, Sequence[Line]]) -> dict[str, Any]:
-    """The questions that some runs answer exactly and others do not."""
-    found = [
-        {
-            "split": _split(together[0]),
-            **{name: together[0][name] for name in ("history", "text", "expected")},
-            "answers": {
-                name: {"answer": line["tuned"]["answer"], "right": bool(line["tuned"]["exact_match"])}
-                for name, line in zip(lines, together, strict=True)
-            },
-        }
-        for together in zip(*lines.values(), strict=True)
-        if len({line["tuned"]["exact_match"] for line in together}) > 1
-    ]
-    return {"count": len(found), "shown": evenly(found, KEPT)}
+    """Return the questions that some runs answer exactly and others do not."""
+    found = []
+    for answers in zip(*lines.values(), strict=True):
+        if len({line["tuned"]["exact_match"] for line in answers}) == 1:
+            continue
+        by_run = {}
+        for name, line in zip(lines, answers, strict=True):
+            by_run[name] = {"answer": line["tuned"]["answer"], "right": bool(line["tuned"]["exact_match"])}
+        first = answers[0]
+        found.append(
+            {
+                "split": _split(first),
+                "history": first["history"],
+                "text": first["text"],
+                "expected": first["expected"],
+                "answers": by_run,
+            }
+        )
+    return {"count": len(found), "shown": sample_evenly(found, SAVED_DISAGREEMENTS)}
 
 
-def evenly(items: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` of the items, spread evenly over all of them."""
-    taken = min(count, len(items))
-    return [items[index * len(items) // taken] for index in range(taken)]
+def sample_evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """Return at most `count` of the items, spread evenly over all of them."""
+    size = min(count, len(items))
+    return [items[index * len(items) // size] for index in range(size)]
 
 
-# ---------------------------------------------------------------------------------------------------- shown
+# ---------------------------------------------------------------------------------------------------- display
 
 
 def facts(comparison: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What the runs are and in what they differ, a row of texts for each thing, one text per run."""
+    """Describe the runs and their differences as table rows: title -> one text per run."""
     runs = comparison["runs"]
     rows = {"preset": [run["preset"] for run in runs]}
-    for field, values in comparison["differences"].items():
-        rows[field] = ["none" if values[run["name"]] is None else str(values[run["name"]]) for run in runs]
+    for field, by_run in comparison["differences"].items():
+        # `none` is how a value that is not set is written on the command line.
+        values = [by_run[run["name"]] for run in runs]
+        rows[field] = ["none" if value is None else str(value) for value in values]
     for name, title in (("kept_step", "adapter of step"), ("kept_loss", "held-out loss")):
         if any(name in run for run in runs):
-            texts = [run.get(name, "-") for run in runs]
-            rows[title] = [f"{text:.4f}" if isinstance(text, float) else str(text) for text in texts]
+            rows[title] = [_format_fact(run.get(name, "-")) for run in runs]
     return rows
+
+
+def _format_fact(value: Any) -> str:
+    """Format a value of a run: losses with four decimals, all others as they are."""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _run_names(comparison: Mapping[str, Any]) -> list[str]:
+    """Return the names of the compared runs."""
+    return [run["name"] for run in comparison["runs"]]
 
 
 def score_rows(comparison: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Every score with its interval, a row for each score, one text per run; then exact match by split."""
-    names = [run["name"] for run in comparison["runs"]]
+    """Format all scores with intervals, then exact match by split, as table rows.
+
+    Returns:
+        Title -> one text per run.
+    """
+    names = _run_names(comparison)
     scores = comparison["scores"]
-    rows = {
-        title: [with_interval(scores[name], score) if score in scores[name] else "-" for name in names]
-        for score, title in SCORES.items()
-        if any(score in scores[name] for name in names)
-    }
+    rows = {}
+    for score, title in SCORES.items():
+        # Only some datasets have facts to be named: no row for a score that no run has.
+        if any(score in scores[name] for name in names):
+            rows[title] = _score_cells(scores, names, score)
     rows["stops by itself"] = [f"{scores[name]['stopped']:.3f}" for name in names]
     if len(comparison["splits"]) > 1:
         for split, group in comparison["splits"].items():
-            cells = [with_interval(group["scores"][name], "exact_match") for name in names]
-            rows[f"exact match, {split} ({group['questions']})"] = cells
+            title = f"exact match, {split} ({group['questions']})"
+            rows[title] = _score_cells(group["scores"], names, "exact_match")
     return rows
 
 
+def _score_cells(scores: Mapping[str, Any], names: Sequence[str], score: str) -> list[str]:
+    """Format one score of each run with its interval; a dash for a run that doesn't have it."""
+    return [with_interval(scores[name], score) if score in scores[name] else "-" for name in names]
+
+
 def questions_text(comparison: Mapping[str, Any]) -> str:
-    """How many questions the runs share, in a sentence."""
+    """Say in a sentence how many questions the runs share."""
     number = comparison["questions"]["shared"]
     asked = ", ".join(f"{run['name']} {number:,} of {run['asked']:,}" for run in comparison["runs"])
     return (
@@ -324,36 +410,39 @@ def questions_text(comparison: Mapping[str, Any]) -> str:
 
 
 def pair_texts(comparison: Mapping[str, Any]) -> list[str]:
-    """Each pair in plain words: difference, interval, test, and whether that is more than chance would give.
+    """Describe each pair in plain words: difference, interval, test and verdict.
 
-    A difference counts as shown if the corrected p-value is below 0.05 and the interval leaves out 0: the test takes
-    questions to be independent, the interval does not.
+    A difference is called more than chance if the corrected p-value is below 0.05 and the interval
+    excludes 0. Both are needed: the test assumes independent questions, the interval does not.
     """
     texts = []
     for pair in comparison["pairs"]:
         first, second, difference = pair["first"], pair["second"], pair["difference"]
         low, high = pair["interval"]
         if not difference:
-            how_far = "the same as"
+            relation = "the same as"
+        elif difference > 0:
+            relation = f"{abs(difference):.3f} higher than"
         else:
-            how_far = f"{abs(difference):.3f} {'higher' if difference > 0 else 'lower'} than"
+            relation = f"{abs(difference):.3f} lower than"
         if not pair["gained"] + pair["lost"]:
             verdict = "Both are right on the same questions."
         elif pair["p_holm"] < 0.05 and not low <= 0 <= high:
             verdict = "The difference is more than chance."
         else:
             verdict = "No difference is shown: this may be chance."
-        corrected = f"After Holm's correction for {len(comparison['pairs'])} pairs: {p_text(pair['p_holm'])}."
+        corrected = ""
+        if len(comparison["pairs"]) > 1:
+            corrected = f"After Holm's correction for {len(comparison['pairs'])} pairs: {p_text(pair['p_holm'])}. "
         texts.append(
-            f"{second} beside {first}: exact match {how_far} that of {first} [{low:+.3f}, {high:+.3f}]. "
-            f"{paired_text(pair, before=first, after=second)} "
-            f"{corrected + ' ' if len(comparison['pairs']) > 1 else ''}{verdict}"
+            f"{second} beside {first}: exact match {relation} that of {first} [{low:+.3f}, {high:+.3f}]. "
+            f"{paired_text(pair, before=first, after=second)} {corrected}{verdict}"
         )
     return texts
 
 
 def caveat(comparison: Mapping[str, Any]) -> str:
-    """What is to be known of the p-values where several questions are about one entity; else nothing."""
+    """Warn of the p-values if several questions share an entity, or return an empty text."""
     number, clusters = comparison["questions"]["shared"], comparison["questions"]["clusters"]
     if clusters == number:
         return ""
@@ -364,65 +453,99 @@ def caveat(comparison: Mapping[str, Any]) -> str:
 
 
 def summary(comparison: Mapping[str, Any], *, show: int = 5, width: int = 160) -> str:
-    """The comparison as lines of text: scores side by side, tests in plain words, some disagreements.
+    """Format the comparison as text: scores side by side, tests in plain words, some disagreements.
 
     Args:
         comparison: from `compare`.
-        show: disagreements, spread evenly over those kept.
-        width: characters to which long texts are cut.
+        show: disagreements to display, spread evenly over the saved ones.
+        width: long texts are cut to this many characters.
 
     Raises:
         ConfigError: `show` is negative.
     """
     if show < 0:
         raise ConfigError(f"show: {show} is not allowed; expected 0 or more.")
-    names = [run["name"] for run in comparison["runs"]]
-    blocks = [fill(questions_text(comparison), 120, break_on_hyphens=False)]
-    about, scores = facts(comparison), score_rows(comparison)
-    left = max(map(len, [*about, *scores])) + 2
-    cell = max(24, *(len(name) + 2 for name in names))
-    head = " " * left + "".join(f"{name:>{cell}}" for name in names)
-
-    def rows(table: Mapping[str, Sequence[str]]) -> list[str]:
-        return [f"{title:<{left}}" + "".join(f"{cut(t, cell - 2):>{cell}}" for t in table[title]) for title in table]
-
-    blocks.append("\n".join([head, *rows(about), "", *rows(scores)]))
-    said = [*pair_texts(comparison), *filter(None, [caveat(comparison)])]
-    blocks.append("\n".join(fill(text, 120, subsequent_indent="  ", break_on_hyphens=False) for text in said))
-    found = comparison["disagreements"]
-    chosen = evenly(found["shown"], show)
-    longest = max(len("expected"), *map(len, names))
-    listed = f", {len(chosen)} of them:" if chosen else "."
-    blocks.append(f"{found['count']:,} questions that some runs answer exactly and others do not{listed}")
-    for line in chosen:
-        texts = [(" ", "before", f"{turn['question']} → {turn['answer']}") for turn in line["history"][-1:]]
-        texts += [(" ", "question", line["text"]), (" ", "expected", line["expected"])]
-        texts += [("✓" if given["right"] else " ", name, given["answer"]) for name, given in line["answers"].items()]
-        blocks.append("\n".join(f"{mark} {title:<{longest}}  {cut(text, width)}" for mark, title, text in texts))
+    blocks = [
+        fill(questions_text(comparison), 120, break_on_hyphens=False),
+        _format_tables(comparison),
+        _format_tests(comparison),
+        *_format_disagreements(comparison, show, width),
+    ]
+    # Answers and names come from elsewhere and may hold control characters.
     return on_terminal("\n\n".join(blocks))
 
 
+def _format_tables(comparison: Mapping[str, Any]) -> str:
+    """Format facts and scores in columns, one column per run."""
+    names = _run_names(comparison)
+    tables = [facts(comparison), score_rows(comparison)]
+    title_width = max(map(len, chain(*tables))) + 2
+    cell_width = max(24, max(map(len, names)) + 2)
+    lines = [" " * title_width + "".join(f"{name:>{cell_width}}" for name in names)]
+    for number, table in enumerate(tables):
+        # An empty line between the two tables.
+        if number:
+            lines.append("")
+        for title, texts in table.items():
+            cells = "".join(f"{cut(text, cell_width - 2):>{cell_width}}" for text in texts)
+            lines.append(f"{title:<{title_width}}{cells}")
+    return "\n".join(lines)
+
+
+def _format_tests(comparison: Mapping[str, Any]) -> str:
+    """Format the paired tests, and the warning below them if there is one."""
+    texts = pair_texts(comparison)
+    if warning := caveat(comparison):
+        texts.append(warning)
+    return "\n".join(fill(text, 120, subsequent_indent="  ", break_on_hyphens=False) for text in texts)
+
+
+def _format_disagreements(comparison: Mapping[str, Any], show: int, width: int) -> list[str]:
+    """Format the number of disagreements and a sample of `show`, each a block of lines."""
+    names = _run_names(comparison)
+    found = comparison["disagreements"]
+    sample = sample_evenly(found["shown"], show)
+    title_width = max(len("expected"), *map(len, names))
+    sample_size = f", {len(sample)} of them:" if sample else "."
+    blocks = [f"{found['count']:,} questions that some runs answer exactly and others do not{sample_size}"]
+    for line in sample:
+        rows = [(" ", "question", line["text"]), (" ", "expected", line["expected"])]
+        # A follow-up question can't be understood without the turn before it.
+        if line["history"]:
+            turn = line["history"][-1]
+            rows.insert(0, (" ", "before", f"{turn['question']} → {turn['answer']}"))
+        for name, given in line["answers"].items():
+            rows.append(("✓" if given["right"] else " ", name, given["answer"]))
+        blocks.append("\n".join(f"{mark} {title:<{title_width}}  {cut(text, width)}" for mark, title, text in rows))
+    return blocks
+
+
 def plot(comparison: Mapping[str, Any], ax: Axes) -> Figure:
-    """Exact match of each run, split by split, with 95 % intervals.
+    """Draw the exact match of each run, split by split, with 95 % intervals.
 
     Args:
         comparison: from `compare`.
-        ax: to draw on; its height should grow with splits and runs.
+        ax: to draw on; make it higher for more splits and runs.
     """
-    names = [run["name"] for run in comparison["runs"]]
+    names = _run_names(comparison)
     groups = dict(comparison["splits"])
     if len(groups) > 1:
         groups["all"] = {"questions": comparison["questions"]["shared"], "scores": comparison["scores"]}
     for index, name in enumerate(names):
-        aside = 0.5 * (index - (len(names) - 1) / 2) / len(names)
-        values = [group["scores"][name]["exact_match"] for group in groups.values()]
-        bounds = [group["scores"][name]["intervals"]["exact_match"] for group in groups.values()]
-        whiskers = [
-            [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)],
-            [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)],
-        ]
-        places = [place + aside for place in range(len(groups))]
-        ax.errorbar(values, places, xerr=whiskers, fmt="o", capsize=3, markersize=6, label=in_figure(cut(name, 40)))
+        # Runs of one split are drawn a little above and below its line, so that no interval hides
+        # another.
+        offset = 0.5 * (index - (len(names) - 1) / 2) / len(names)
+        values, heights, below, above = [], [], [], []
+        for height, group in enumerate(groups.values()):
+            scores = group["scores"][name]
+            value, (low, high) = scores["exact_match"], scores["intervals"]["exact_match"]
+            values.append(value)
+            heights.append(height + offset)
+            # matplotlib takes distances from the value; rounding must not make one negative.
+            below.append(max(0.0, value - low))
+            above.append(max(0.0, high - value))
+        label = in_figure(cut(name, 40))
+        ax.errorbar(values, heights, xerr=[below, above], fmt="o", capsize=3, markersize=6, label=label)
     labels = [in_figure(f"{cut(name, 60)} ({group['questions']})") for name, group in groups.items()]
     ax.set_yticks(range(len(groups)), labels)
     ax.set(xlim=(-0.03, 1.03), ylim=(len(groups) - 0.5, -0.5), xlabel="exact match")

@@ -1,4 +1,4 @@
-"""Questions put to a model, many at a time (notebooks 04 and 06). One, answered token by token, is `asker`'s."""
+"""Ask a model many questions at a time (notebooks 04 and 06); `asker` asks one, token by token."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a row: the turns before it, what is asked, and the answer that the row gives.
+    """Hold one question of a row, the turns before it, and the answer that the row gives.
 
-    `tags` are the row's other text columns; `split` and `turn` (`first` or `later`) are always among them.
+    `tags` are the row's other text columns; `split` and `turn` (`first` or `later`) are always
+    among them. `system` is the system prompt of the question.
     """
 
     text: str
@@ -34,12 +35,12 @@ class Question:
     where: str = ""
     number: int = 0
     tags: Mapping[str, str] = field(default_factory=dict)
-    system: str = ""  # what the system is told with it
+    system: str = ""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer and whether it ended by itself, with `</s>`, or was cut off."""
+    """Hold a model's answer; `stopped` means that it ended with `</s>` and was not cut off."""
 
     text: str
     stopped: bool
@@ -47,15 +48,18 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy: always the likeliest."""
+    """Set how the next token is chosen. Temperature 0 is greedy: always the likeliest."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
 
     def generation_config(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-        """The same for `generate`; whatever the model's own generation_config.json says is left aside."""
-        choice = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        """Return these settings for `generate`, which then ignores generation_config.json."""
+        if self.temperature > 0:
+            choice = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        else:
+            choice = {"do_sample": False}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             use_cache=True,
@@ -63,7 +67,7 @@ class Sampling:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
-            **(choice if self.temperature > 0 else {"do_sample": False}),
+            **choice,
         )
 
 
@@ -75,17 +79,18 @@ def questions_of(
     split: str = "held-out rows",
     count: int | None = None,
 ) -> list[Question]:
-    """Every turn as a question with the turns before it as context; at most `count` of each split.
+    """Turn conversations into questions with earlier turns as context, at most `count` per split.
 
-    Which ones, the run's seed decides. A question that with its context is longer than `max_seq_len` is not asked:
-    nothing of that length was trained on. (An encoder's is cut at its start instead.)
+    The run's seed decides which are drawn. A question that with its context is longer than
+    `max_seq_len` is skipped, since no training sequence was that long. (An encoder's prompt is cut
+    at its start instead.)
 
     Args:
-        conversations: rows, whose column `split`, if they have one, says what kind of test each is.
+        conversations: rows. Their column `split`, if they have one, names the kind of test.
         tokenizer: of the base model.
         config: the run.
-        split: the name of the split of rows that do not say.
-        count: of questions; by default `score_rows`.
+        split: the name of the split for rows without that column.
+        count: questions per split; by default `score_rows`.
     """
     wanted = config.score_rows if count is None else count
     form = format_of(tokenizer, config)
@@ -98,15 +103,19 @@ def questions_of(
             by_split.setdefault(tags["split"], []).append(question)
     chosen = []
     for name in sorted(by_split):
-        members = by_split[name]
+        questions = by_split[name]
+        # A fresh generator per split: what is drawn of one does not depend on which others there
+        # are.
+        order = random.Random(config.seed).sample(range(len(questions)), len(questions))
         drawn: list[int] = []
-        for index in random.Random(config.seed).sample(range(len(members)), len(members)):
+        for index in order:
+            # Stop here, so that no more prompts are tokenized than are needed.
             if len(drawn) == wanted:
                 break
-            asked = members[index]
-            if len(form.prompt(asked.history, asked.text, asked.system)) <= config.max_seq_len:
+            question = questions[index]
+            if len(form.prompt(question.history, question.text, question.system)) <= config.max_seq_len:
                 drawn.append(index)
-        chosen += [members[index] for index in sorted(drawn)]
+        chosen += [questions[index] for index in sorted(drawn)]
     return chosen
 
 
@@ -124,21 +133,25 @@ def answer_all(
 ) -> list[Answer]:
     """Answer many questions in batches of similar length, with a cache of keys and values.
 
-    The longest come first, so that a batch that memory cannot hold shows at once; it is then halved, and so are those
-    after it.
+    The longest questions come first, so that a batch too large for memory fails at once. It is then
+    halved, and so are all later batches.
 
     Args:
-        model: base or tuned; answers in eval mode, and is put back afterwards.
+        model: base or tuned. It answers in eval mode, and its mode is restored afterwards.
         tokenizer: of the base model.
-        questions: answered in the order given.
-        config: the run, which says how a question is put.
+        questions: the answers come in the same order.
+        config: the run, which decides the prompt's format.
         sampling: how tokens are chosen and how many at most.
         batch_size: questions at a time, at most.
-        batch_tokens: tokens that a batch may hold at its end, padding and answers included (None: any number).
+        batch_tokens: tokens in a batch at its end, padding and answers included, at most (None: no
+            limit).
         on_batch: called with the number of questions just answered, for a progress bar.
 
+    Returns:
+        One answer per question, in the order of `questions`.
+
     Raises:
-        OutOfMemoryError: there is no memory even for one question at a time.
+        OutOfMemoryError: memory is too small even for one question at a time.
     """
     was_training = model.training
     form = format_of(tokenizer, config)
@@ -148,6 +161,8 @@ def answer_all(
     model.eval()
     try:
         while by_length:
+            # Every row of a batch is padded to its longest prompt, so that one decides how many
+            # fit.
             longest = len(prompts[by_length[0]])
             fitting = batch_size if batch_tokens is None else batch_tokens // (longest + sampling.max_new_tokens)
             size = max(1, min(batch_size, fitting))
@@ -163,6 +178,8 @@ def answer_all(
                         f"shorter answers (max_new_tokens={max(1, sampling.max_new_tokens // 2)}) or questions."
                     ) from None
                 rows = None
+            # Outside the `except`: there the traceback would still hold the tensors that are to be
+            # freed.
             if rows is None:
                 batch_size = size // 2
                 free_memory()
@@ -170,7 +187,7 @@ def answer_all(
                 continue
             by_length = by_length[size:]
             for index, row in zip(members, rows, strict=True):
-                answers[index] = _as_answer(row, tokenizer)
+                answers[index] = _decode_answer(row, tokenizer)
             if on_batch is not None:
                 on_batch(len(members))
     finally:
@@ -179,14 +196,17 @@ def answer_all(
 
 
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], sampling: Sampling) -> Any:
-    """The ids of the answers, one list for each prompt."""
-    # A causal model's answer stands after its question, so padding comes before; a decoder's answer stands by itself
-    # after a start token, and what its encoder reads is padded as in training.
-    apart = model.config.is_encoder_decoder
-    begin = 1 if apart else max(map(len, prompts))
+    """Return the token ids of the answers, one list for each prompt."""
+    # A causal model writes its answer right after the prompt, so padding goes to the left of the
+    # prompt. A decoder's answer stands alone after a start token, and its encoder's input is padded
+    # as in training.
+    if model.config.is_encoder_decoder:
+        answer_start, padding_side = 1, "right"
+    else:
+        answer_start, padding_side = max(map(len, prompts)), "left"
     batch = tokenizer.pad(
         {"input_ids": prompts},
-        padding_side="right" if apart else "left",
+        padding_side=padding_side,
         return_attention_mask=True,
         return_tensors="pt",
         verbose=False,
@@ -196,11 +216,15 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list
         attention_mask=batch["attention_mask"],
         generation_config=sampling.generation_config(model, tokenizer),
     )
-    return generated[:, begin:].tolist()
+    return generated[:, answer_start:].tolist()
 
 
-def _as_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+def _decode_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+    """Decode token ids up to the end token."""
     stopped = tokenizer.eos_token_id in ids
-    kept = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
-    text = str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
-    return Answer(restored(text, MARKS), stopped)  # a model that learned of marks writes them as it read them
+    if stopped:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    # Marks in training rows were made harmless by another spelling; a model that learned them
+    # writes that spelling, and here the original one comes back.
+    return Answer(restored(text, MARKS), stopped)

@@ -1,6 +1,9 @@
-"""What an answer is worth, and whether a difference is more than chance (notebooks 04 and 06). Text and numbers alone.
+"""Score answers, and test whether a difference is more than chance (notebooks 04 and 06).
 
-Exact match and token F1 follow SQuAD (Rajpurkar et al., 2016, https://arxiv.org/abs/1606.05250), ROUGE-L Lin, 2004.
+This module works on text and numbers alone and needs no model.
+
+Exact match and token F1 follow SQuAD (Rajpurkar et al., 2016, https://arxiv.org/abs/1606.05250),
+ROUGE-L follows Lin, 2004.
 """
 
 from __future__ import annotations
@@ -21,29 +24,29 @@ TITLES = {**SCORES, "perplexity": "perplexity"}
 
 
 def score_text(name: str, value: float) -> str:
-    """A score as people read it: three decimals, but four digits of a perplexity, which may be of any size."""
+    """Format a score: three decimals, but four digits of a perplexity, which has no upper limit."""
     return f"{value:.4g}" if name == "perplexity" else f"{value:.3f}"
 
 
 def with_interval(section: Mapping[str, Any], name: str) -> str:
-    """A score from `means` with the ends of its interval."""
+    """Format a score from `means` with both ends of its interval."""
     low, high = (score_text(name, bound) for bound in section["intervals"][name])
     return f"{score_text(name, section[name])} [{low}, {high}]"
 
 
 def normalise_answer(text: str) -> str:
-    """SQuAD's normal form: lower case, no punctuation, no English articles, single spaces."""
-    bare = "".join(character for character in text.lower() if character not in set(string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+    """Return SQuAD's normal form: lower case, no punctuation or English articles, single spaces."""
+    without_punctuation = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split())
 
 
 def exact_match(answer: str, expected: str) -> float:
-    """1 if both have the same normal form, else 0."""
+    """Return 1 if both texts have the same normal form, else 0."""
     return float(normalise_answer(answer) == normalise_answer(expected))
 
 
 def token_f1(answer: str, expected: str) -> float:
-    """Harmonic mean of precision and recall over the words of both normal forms."""
+    """Return the harmonic mean of precision and recall over the words of both normal forms."""
     given, wanted = normalise_answer(answer).split(), normalise_answer(expected).split()
     if not given or not wanted:
         return float(given == wanted)
@@ -52,10 +55,15 @@ def token_f1(answer: str, expected: str) -> float:
 
 
 def rouge_l(answer: str, expected: str) -> float:
-    """F-measure of the longest common subsequence of words. Words are of any script, lower-cased, not stemmed."""
+    """Return the F-measure of the longest common subsequence of words.
+
+    Words of any script count. They are lower-cased and not stemmed.
+    """
     given, wanted = words(answer.lower()), words(expected.lower())
     if not given or not wanted:
         return float(given == wanted)
+    # Dynamic programming, row by row: after a row, previous[i] is the length of the longest common
+    # subsequence of the words given so far and the first i wanted words.
     previous = [0] * (len(wanted) + 1)
     for word in given:
         current = [0]
@@ -66,7 +74,7 @@ def rouge_l(answer: str, expected: str) -> float:
 
 
 def names_fact(answer: str, fact: str) -> float:
-    """1 if the words of the fact stand in the answer one after the other, whatever else it says; else 0.
+    """Return 1 if the answer contains the words of the fact in a row, else 0.
 
     Case counts here, unlike in `exact_match`: the symbol `In` is no preposition.
     """
@@ -76,14 +84,15 @@ def names_fact(answer: str, fact: str) -> float:
 
 
 def mcnemar(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """McNemar's exact test (1947) on the same questions answered right or wrong by two models.
+    """Compute McNemar's exact test (1947) for two models on the same questions.
 
-    Only questions on which they differ say anything: were both equally good, each of these would fall to either like
-    a tossed coin. That takes questions to be independent; where several ask about one entity, `p_value` is too small.
+    Only questions that exactly one model answers right count: if both models were equally good,
+    each of them would go to one or the other like a tossed coin. The test assumes independent
+    questions; where several ask about one entity, `p_value` is too small.
 
     Args:
         before: 1 where the first model is right, else 0.
-        after: the same of the second model, in the same order.
+        after: the same for the second model, in the same order.
 
     Returns:
         `gained` (right only after), `lost` (right only before), and the two-sided `p_value`.
@@ -97,22 +106,28 @@ def mcnemar(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction (1979) for several tests: below 0.05, all of them together err in 5 % of cases at most."""
+    """Return p-values corrected for several tests (Holm, 1979).
+
+    If values below 0.05 are called differences, the chance of one or more false ones is at most 5
+    %.
+    """
     corrected = [0.0] * len(p_values)
-    least = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = least
+    largest = 0.0
+    from_smallest = sorted(range(len(p_values)), key=p_values.__getitem__)
+    for rank, index in enumerate(from_smallest):
+        # The running maximum, so that a larger p-value never becomes smaller than one before it.
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
     return corrected
 
 
 def p_text(p_value: float) -> str:
-    """A p-value as people read it."""
+    """Format a p-value with two digits."""
     return f"p = {p_value:.2g}" if p_value >= 1e-300 else "p < 1e-300"
 
 
 def paired_text(paired: Mapping[str, Any], *, before: str = "base", after: str = "tuned") -> str:
-    """McNemar's test in a sentence; `before` and `after` are what the two models are called."""
+    """Describe McNemar's test in a sentence; `before` and `after` name the two models."""
     return (
         f"{counted(paired['gained'], 'question')} only {after} answers exactly, {paired['lost']:,} only {before}; "
         f"McNemar's exact test: {p_text(paired['p_value'])}."
@@ -127,16 +142,18 @@ def bootstrap_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[float]:
-    """95 % percentile bootstrap interval (Efron, 1979) of the mean `sum(sums) / sum(counts)`.
+    """Return the 95 % percentile bootstrap interval (Efron, 1979) of the mean.
 
-    What is drawn are clusters: questions about one entity, or tokens of one row, that are right or wrong together and
-    would make the interval too narrow if each were drawn by itself.
+    The mean is `sum(sums) / sum(counts)`. Whole clusters are drawn: questions about one entity, or
+    tokens of one row, tend to be right or wrong together. Drawn one by one, they would make the
+    interval too narrow.
 
     Args:
-        sums: the summed values of each cluster.
-        counts: how many values each cluster has.
+        sums: the sum of the values in each cluster.
+        counts: the number of values in each cluster.
         transform: applied to the means, e.g. `numpy.exp` for a perplexity.
-        resamples: draws of as many clusters as there are, with replacement.
+        resamples: the number of resamples. Each draws as many clusters as are given, with
+            replacement.
         seed: of the draws.
     """
     import numpy
@@ -144,6 +161,7 @@ def bootstrap_interval(
     if not len(sums):
         return []
     total, number = numpy.array(sums, dtype=float), numpy.array(counts)
+    # Each row of `chosen` is one resample: (resamples, clusters).
     chosen = numpy.random.default_rng(seed).integers(0, len(total), (resamples, len(total)))
     means = total[chosen].sum(axis=1) / number[chosen].sum(axis=1)
     low, high = numpy.percentile(transform(means) if transform else means, (2.5, 97.5))
@@ -151,25 +169,33 @@ def bootstrap_interval(
 
 
 def share_interval(values: Sequence[float], clusters: Sequence[Any]) -> list[float]:
-    """95 % interval of the mean of scores in [0, 1], by bootstrap over clusters.
+    """Return the 95 % interval of the mean of scores in [0, 1], by bootstrap over clusters.
 
-    Where all scores are 0, or all are 1, every resample is the same and the interval would have no width; the exact
-    binomial bound (Clopper and Pearson, 1934), each cluster counted as one trial, takes its place.
+    If all scores are 0, or all are 1, every resample is the same and the interval would have no
+    width. Then the exact binomial bound (Clopper and Pearson, 1934) takes its place, with each
+    cluster as one trial.
 
     Args:
         values: one score per question.
-        clusters: what each question belongs to, e.g. its entity.
+        clusters: the cluster of each question, e.g. its entity.
     """
-    members = _by_cluster(values, clusters)
+    members = _group_by_cluster(values, clusters)
+    # No failure in n trials: the lower bound p solves p**n = 0.025.
     bound = round(0.025 ** (1 / len(members)), 4) if members else 0.0
     if values and min(values) == 1:
         return [bound, 1.0]
     if values and max(values) == 0:
         return [0.0, round(1 - bound, 4)]
-    return bootstrap_interval([sum(m) for m in members], [len(m) for m in members])
+    return _interval_of_mean(members)
 
 
-def _by_cluster(values: Sequence[float], clusters: Sequence[Any]) -> list[list[float]]:
+def _interval_of_mean(members: Sequence[Sequence[float]]) -> list[float]:
+    """Return the bootstrap interval of the mean of all values, given the values of each cluster."""
+    return bootstrap_interval(list(map(sum, members)), list(map(len, members)))
+
+
+def _group_by_cluster(values: Sequence[float], clusters: Sequence[Any]) -> list[list[float]]:
+    """Return the values of each cluster, a list per cluster."""
     members: dict[Any, list[float]] = {}
     for value, cluster in zip(values, clusters, strict=True):
         members.setdefault(cluster, []).append(value)
@@ -177,27 +203,30 @@ def _by_cluster(values: Sequence[float], clusters: Sequence[Any]) -> list[list[f
 
 
 def difference_interval(before: Sequence[float], after: Sequence[float], clusters: Sequence[Any]) -> list[float]:
-    """95 % interval of the mean difference `after - before` on the same questions, by bootstrap over clusters.
+    """Return the 95 % interval of the mean difference `after - before`, by bootstrap over clusters.
 
-    Where every question has the same difference, the resamples would have no width. What is then known is how rarely
-    another one may occur, the exact binomial bound of `share_interval`, and how far that would move the mean.
+    If every question has the same difference, every resample is the same and the interval would
+    have no width. Then the exact binomial bound of `share_interval` limits the share of questions
+    with another difference, and the interval is as wide as such a share could move the mean.
 
     Args:
         before: 1 where the first model is right, else 0.
-        after: the same of the second model, in the same order.
-        clusters: what each question belongs to.
+        after: the same for the second model on the same questions, in the same order.
+        clusters: the cluster of each question.
     """
     gains = [new - old for old, new in zip(before, after, strict=True)]
     if gains and min(gains) == max(gains):
-        unseen = share_interval([0.0] * len(gains), clusters)[1]
-        reach = unseen if gains[0] == 0 else 2 * unseen  # from no difference to one; from one to its opposite
+        unseen_share = share_interval([0.0] * len(gains), clusters)[1]
+        # A difference of 0 can change by 1, one of 1 or -1 by 2: to its opposite.
+        reach = unseen_share if gains[0] == 0 else 2 * unseen_share
         return [round(max(-1.0, gains[0] - reach), 4), round(min(1.0, gains[0] + reach), 4)]
-    members = _by_cluster(gains, clusters)
-    return bootstrap_interval([sum(m) for m in members], [len(m) for m in members])
+    return _interval_of_mean(_group_by_cluster(gains, clusters))
 
 
 def clusters_of(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """What each question belongs to: those about one entity, or else of one row, are right or wrong together.
+    """Return the cluster of each question: its entity, or its row if it has none.
+
+    Answers about one entity tend to be right or wrong together.
 
     Args:
         lines: of `answers.jsonl`.
@@ -206,20 +235,24 @@ def clusters_of(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def means(scored: Sequence[Mapping[str, Any]], clusters: Sequence[Any]) -> dict[str, Any]:
-    """The mean of each score with its 95 % interval, under `intervals`, and the share of answers that stopped.
+    """Return the mean of each score, the 95 % `intervals`, and the share of answers that `stopped`.
 
-    A score counts over the answers that have it and is left out if none has.
+    A score that only some answers have is averaged over those. One that no answer has is omitted.
 
     Args:
         scored: from `answers.score`.
-        clusters: what each question belongs to; `share_interval` draws these.
+        clusters: the cluster of each question, the unit that `share_interval` draws.
     """
     result: dict[str, Any] = {}
     intervals: dict[str, list[float]] = {}
     for name in SCORES:
-        having = [index for index, row in enumerate(scored) if name in row]
-        if having:
-            values = [scored[index][name] for index in having]
+        values, value_clusters = [], []
+        for row, cluster in zip(scored, clusters, strict=True):
+            if name in row:
+                values.append(row[name])
+                value_clusters.append(cluster)
+        if values:
             result[name] = round(sum(values) / len(values), 4)
-            intervals[name] = share_interval(values, [clusters[index] for index in having])
-    return {**result, "stopped": round(sum(row["stopped"] for row in scored) / len(scored), 4), "intervals": intervals}
+            intervals[name] = share_interval(values, value_clusters)
+    stopped = round(sum(row["stopped"] for row in scored) / len(scored), 4)
+    return {**result, "stopped": stopped, "intervals": intervals}

@@ -236,7 +236,7 @@ def beside(comparison: Mapping[str, Any], count: int = 12) -> list[Html]:
     if said := compare.caveat(comparison):
         parts.append(paragraph(said))
     found = comparison["disagreements"]
-    shown = compare.evenly(found["shown"], count)
+    shown = compare.sample_evenly(found["shown"], count)
     if not shown:
         return [*parts, paragraph("There is no question that only some of these runs answer exactly.")]
     asked = []
@@ -403,7 +403,7 @@ def _sample(facts: Facts) -> list[Html]:
     if not asked:
         return []
     said = sample_answers(facts.history)
-    shown = said if len(said) <= _SAMPLES else [*compare.evenly(said[:-1], _SAMPLES - 1), said[-1]]
+    shown = said if len(said) <= _SAMPLES else [*compare.sample_evenly(said[:-1], _SAMPLES - 1), said[-1]]
     some = f", of which {len(shown)} are shown" if len(shown) < len(said) else ""
     question, expected = (element("span", _short(asked[-1].get(name, "")), dir="auto")
                           for name in ("question", "expected"))  # fmt: skip

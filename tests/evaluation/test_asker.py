@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qlora_utils import quantization
 from qlora_utils.evaluation import generation
-from qlora_utils.evaluation.asker import MODELS, Asker, Margins
+from qlora_utils.evaluation.asker import MODELS, Asker, MarginTrimmer
 from qlora_utils.evaluation.generation import Sampling
 from qlora_utils.lora import base_alone
 from qlora_utils.rows.conversations import Conversation, Turn, defused
@@ -53,8 +53,8 @@ def test_streamed_equals_batched(config, tuned_model, tokenizer):
 
 @given(st.lists(st.text(alphabet=" \na", max_size=4)))
 def test_a_stream_loses_its_margins_and_nothing_else(pieces):
-    margins = Margins()
-    shown = [text for text in map(margins.within, pieces) if text]
+    trimmer = MarginTrimmer()
+    shown = [text for text in map(trimmer.trim, pieces) if text]
     assert "".join(shown) == "".join(pieces).strip()
     assert all(shown)
 

@@ -197,8 +197,8 @@ def test_many_disagreements_are_counted_and_some_kept(tmp_path):
     found = compare.compare(runs)["disagreements"]
     assert found["count"] == 1000
     kept = [int(one["text"][1:]) for one in found["shown"]]
-    assert kept == list(range(0, 1000, 5)) and len(kept) == compare.KEPT
-    assert compare.evenly([1, 2], 5) == [1, 2] and compare.evenly([], 5) == []
+    assert kept == list(range(0, 1000, 5)) and len(kept) == compare.SAVED_DISAGREEMENTS
+    assert compare.sample_evenly([1, 2], 5) == [1, 2] and compare.sample_evenly([], 5) == []
 
 
 def test_what_the_runs_are_and_in_what_they_differ(pair):
