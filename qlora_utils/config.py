@@ -1,4 +1,4 @@
-"""`RunConfig`: every choice of a run in one frozen, typed, validated, keyword-only value."""
+"""Define `RunConfig`: every choice of a run in one frozen, typed, validated value."""
 
 from __future__ import annotations
 
@@ -15,39 +15,53 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qlora_utils.locate import is_path, is_there, locate
 from qlora_utils.presets import PRESETS
 
-# What is decided once the rows are prepared, and what matters to the answers alone; the rest makes the training.
+# Fields by what they decide. Those in none of these groups decide what a training learns.
+# Once the rows are prepared, these can't be changed any more.
 DATA_FIELDS = ("model", "dataset", "train_rows", "held_out_rows", "max_seq_len", "seed")
-# What only decides how fast a training is, and how much memory it takes.
+# These only change speed and memory.
 SPEED_FIELDS = ("keep_expanded", "attention_kernel", "fused_layers", "liger")
+# These only matter to the answers after the training.
 ANSWER_FIELDS = ("score_rows", "max_new_tokens", "answer_batch_size")
-# Where a run lies, what it is called, and what holds for one training only: not what makes it that run.
+# These name a run and its place, or hold for one training only. Two runs that differ in them alone
+# are the same.
 PLACE_FIELDS = ("preset", "run_name", "output_dir", "fresh")
-# What changes memory, or what is shown and kept on the way, and nothing of what is learned.
-ASIDE_FIELDS = (*SPEED_FIELDS, *ANSWER_FIELDS, "gradient_checkpointing", "micro_batch_size", "micro_batch_tokens",
+# These change memory, or what is displayed and saved during a training, and nothing of what it
+# learns.
+NEUTRAL_FIELDS = (*SPEED_FIELDS, *ANSWER_FIELDS, "gradient_checkpointing", "micro_batch_size", "micro_batch_tokens",
                 "logging_steps", "eval_steps", "save_steps", "save_total_limit", "trace_rows")  # fmt: skip
-# What a training that is done may be given anew: it goes on, or keeps another of its adapters.
-DONE_FIELDS = (*ASIDE_FIELDS, "steps", "epochs", "keep")
-# And one that is not done: whatever may save it.
-GO_ON_FIELDS = (*DONE_FIELDS, "learning_rate", "head_learning_rate", "warmup_ratio", "max_grad_norm", "compute_dtype")
+# A finished training may get new values of these: it trains further, or selects another of its
+# adapters.
+FINISHED_FIELDS = (*NEUTRAL_FIELDS, "steps", "epochs", "keep")
+# An unfinished one may also get new values of these, since they may save a training that diverges.
+RESUME_FIELDS = (
+    *FINISHED_FIELDS, "learning_rate", "head_learning_rate", "warmup_ratio", "max_grad_norm", "compute_dtype"
+)  # fmt: skip
 
-LARGEST = 10**9  # of any count: more is a slip, and libraries below overflow
-QUESTION = "{question}"  # stands for the question in an instruction
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # what lets somebody into the hub
+# The largest value of any count. A larger one is a typing error, and the libraries below would
+# overflow.
+LARGEST = 10**9
+# The placeholder of the question in an instruction.
+QUESTION = "{question}"
+# A token of the hub. Whoever has it has access to the account.
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 
 class ConfigError(ValueError):
-    """A parameter that is unknown or has a value that is not allowed; the message names field, value and what is."""
+    """Report a parameter that is unknown or has a value that is not allowed.
+
+    The message names the field, the value given, and the values allowed.
+    """
 
 
 class ModelError(RuntimeError):
-    """A model, tokenizer or adapter that cannot be loaded; the message says what to do next."""
+    """Report a model, tokenizer or adapter that cannot be loaded; the message says what to do."""
 
 
 class RunConfig(BaseModel):
-    """All parameters of a run. Built by `RunConfig.from_preset` or from a `config.json`.
+    """Hold all parameters of a run.
 
-    Raises:
-        ConfigError: from the constructors below, naming the field, the value given and what is allowed.
+    Build one with `RunConfig.from_preset`, or from a `config.json`. The constructors below raise
+    `ConfigError`, which names the field, the value given, and the values allowed.
     """
 
     model_config = ConfigDict(
@@ -188,7 +202,10 @@ class RunConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_written(cls, value: Any, info: Any) -> Any:
-        """Pydantic takes True for 1 and 1 for True; here that is a slip of the pen. The text `none` is None."""
+        """Turn the text `none` into None, and reject booleans for numbers and numbers for booleans.
+
+        Pydantic would take True for 1 and 1 for True. Here that is a typing error.
+        """
         annotation = cls.model_fields[info.field_name].annotation
         if isinstance(value, str) and value.lower() == "none" and type(None) in get_args(annotation):
             return None
@@ -203,13 +220,14 @@ class RunConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _holds_no_token(cls, value: Any) -> Any:
-        """Parameters are written into config.json, notebooks and the report, where nobody may find a token."""
+        """Reject a hub token: parameters are written into config.json, notebooks and the report."""
         if isinstance(value, str) and _TOKEN.search(value):
             raise ValueError("a hub token has no place in a parameter. Take it out, and log in with `hf auth login`")
         return value
 
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:
+        """Reject a micro-batch size that doesn't divide the batch size."""
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}; "
@@ -220,6 +238,7 @@ class RunConfig(BaseModel):
     @field_validator("lora_targets")
     @classmethod
     def _head_is_no_target(cls, value: str) -> str:
+        """Reject the head as a LoRA target."""
         if "lm_head" in [name.strip() for name in value.split(",")]:
             raise ValueError("lm_head gets no LoRA; train_head trains it in full")
         return value
@@ -227,21 +246,23 @@ class RunConfig(BaseModel):
     @field_validator("instruction")
     @classmethod
     def _instruction_holds_the_question(cls, value: str | None) -> str | None:
+        """Reject an instruction without exactly one placeholder."""
         if value is not None and value.count(QUESTION) != 1:
             raise ValueError(f"expected {QUESTION} in it once, in whose place the question stands")
         return value
 
     @property
     def run_dir(self) -> Path:
-        """The run directory `output_dir/run_name`."""
+        """Return the run directory `output_dir/run_name`."""
         return Path(self.output_dir) / self.run_name
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> Self:
-        """The same as the constructor, with errors that a person can act on.
+        """Build a config as the constructor does, with errors that say what to do.
 
         Raises:
-            ConfigError: unknown field (names the nearest known one) or a value that is not allowed.
+            ConfigError: an unknown field (the message suggests a known one), or a value that is not
+                allowed.
         """
         check_names(values)
         try:
@@ -251,7 +272,9 @@ class RunConfig(BaseModel):
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Self:
-        """The preset's values with some replaced. `steps` without `epochs` means just that many steps.
+        """Build a config from a preset, with some values replaced.
+
+        `steps` without `epochs` means exactly that many steps, even if the preset is in epochs.
 
         Raises:
             ConfigError: unknown preset or field, or a value that is not allowed.
@@ -259,63 +282,69 @@ class RunConfig(BaseModel):
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(
                 f"preset: {_short(preset)} is not known; expected one of {', '.join(PRESETS)}."
-                f"{_near(str(preset), PRESETS, otherwise='')}"
+                f"{_suggest(str(preset), PRESETS, otherwise='')}"
             )
         return cls.build({**PRESETS[preset], "preset": preset, **_steps_or_epochs(overrides)})
 
     @classmethod
     def from_parameters(cls, namespace: Mapping[str, Any]) -> Self:
-        """The config of a notebook, from the variables of its parameters cell.
+        """Build the config of a notebook from the variables of its parameters cell.
 
-        Every variable named like a field counts, whether the cell declares it or papermill injected it. `None` means
-        "not given"; the text `"none"` takes an optional value away. Without a `preset` the run directory's own
-        `config.json` is continued, or else `pocket` is meant.
+        Every variable with the name of a field counts, whether the cell declares it or papermill
+        injected it. `None` means "not given"; the text `"none"` removes an optional value. Without
+        a `preset` the config of the run directory is used, or that of `pocket` if there is none.
 
         Args:
             namespace: the notebook's `globals()`, straight after its parameters cell.
 
         Raises:
-            ConfigError: as `from_preset`; also for a plain value whose name is a letter away from a field's.
+            ConfigError: as in `from_preset`; also if a variable's name is a misspelled field.
         """
+        # Only plain values: modules and functions of the notebook may be named like anything.
         for name, value in namespace.items():
-            if name not in cls.model_fields and isinstance(value, (str, int, float)) and _all_but(name):
+            if name not in cls.model_fields and isinstance(value, (str, int, float)) and _similar_field(name):
                 raise ConfigError(
-                    f"{name}: no such parameter. Did you mean {_all_but(name)}? If {name} is a variable of your own, "
-                    "give it another name."
+                    f"{name}: no such parameter. Did you mean {_similar_field(name)}? If {name} is a variable of your "
+                    "own, give it another name."
                 )
         given = {name: namespace[name] for name in cls.model_fields if namespace.get(name) is not None}
         preset = given.pop("preset", None)
         if preset is not None:
             return cls.from_preset(preset, **given)
+        # The config checks the name before a path is made of it.
         place = {name: given[name] for name in ("output_dir", "run_name") if name in given}
-        run_dir = cls.from_preset("pocket", **place).run_dir  # checked before a path is made of it
+        run_dir = cls.from_preset("pocket", **place).run_dir
         if (run_dir / "config.json").is_file():
             return cls.continue_run(run_dir, **given)
         return cls.from_preset("pocket", **given)
 
     @classmethod
     def continue_run(cls, run_dir: Path | str, **overrides: Any) -> Self:
-        """The config that a run directory holds, with some values replaced. `fresh` holds for one training only.
+        """Read the config of a run directory, with some values replaced.
+
+        `fresh` is reset, since it holds for one training only.
 
         Raises:
             FileNotFoundError: `run_dir` holds no config.json.
-            ConfigError: as `build`.
+            ConfigError: as in `build`.
         """
         path = Path(run_dir) / "config.json"
         if Path(run_dir).is_file():
             raise ConfigError(f"{run_dir} is a file; expected a run directory, or the name of a run.")
         if not path.is_file():
             raise FileNotFoundError(no_such_run(Path(run_dir)))
-        here = {"output_dir": str(Path(run_dir).parent), "run_name": Path(run_dir).name, "fresh": False}
-        return cls.from_file(path, **{**here, **_steps_or_epochs(overrides)})
+        # The folder's own place and name count: the run may have been moved or renamed since.
+        place = {"output_dir": str(Path(run_dir).parent), "run_name": Path(run_dir).name, "fresh": False}
+        return cls.from_file(path, **{**place, **_steps_or_epochs(overrides)})
 
     @classmethod
     def from_file(cls, path: Path | str, **overrides: Any) -> Self:
-        """The config that a `config.json` holds, with some values replaced: all that it takes to repeat a run.
+        """Read a `config.json`, with some values replaced: all that it takes to repeat a run.
 
         Raises:
             FileNotFoundError: no such file.
-            ConfigError: it is no config.json of a run, or holds a value that is not allowed; names file and field.
+            ConfigError: the file is not the config.json of a run, or holds a value that is not
+                allowed; the message names file and field.
         """
         import json
 
@@ -326,84 +355,103 @@ class RunConfig(BaseModel):
         except IsADirectoryError:
             raise ConfigError(f"{path} is a folder. Expected the config.json of a run, a file.") from None
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start}). {_restore()}") from None
+            raise ConfigError(
+                f"{path}: no UTF-8 text ({error.reason} at byte {error.start}). {_damage_advice()}"
+            ) from None
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}: no valid JSON, {error.msg} in line {error.lineno}. {_restore()}") from None
+            raise ConfigError(
+                f"{path}: no valid JSON, {error.msg} in line {error.lineno}. {_damage_advice()}"
+            ) from None
         except (KeyError, TypeError, ValueError, RecursionError):
             raise ConfigError(
                 f'{path}: holds no config of a run. Expected {{"config": {{"preset": …, "model": …}}}}, as a run '
-                f"directory has it. {_restore()}"
+                f"directory has it. {_damage_advice()}"
             ) from None
-        stored.pop("resume", None)  # of the time before a run went on by itself
+        # A field of an earlier version, in which a run had to be told to resume.
+        stored.pop("resume", None)
         try:
             return cls.build({**stored, "fresh": False, **overrides})
         except ConfigError:
+            # If the file alone is invalid, the message names it; else a value given now is at
+            # fault.
             try:
                 cls.build({**stored, "fresh": False})
             except ConfigError as error:
                 raise ConfigError(f"{path}: {error}") from None
-            raise  # the file is right, a value given now is not
+            raise
 
-    def others(self, begun: Mapping[str, Any], may: Sequence[str]) -> list[str]:
-        """What makes this another run than one that was begun: each such field with both values, in words.
+    def describe_differences(self, stored: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
+        """List the fields whose values differ from those of a stored run, each with both values.
 
         Args:
-            begun: the values of that run.
-            may: fields that may differ, beside those that only say where a run lies.
+            stored: the values of that run; fields that it doesn't have are skipped.
+            allowed: fields that may differ, in addition to `PLACE_FIELDS`.
         """
-        return [
-            f"{name}: it has {begun[name]!r}, asked for is {value!r}"
-            for name, value in self.model_dump().items()
-            if name in begun and begun[name] != value and name not in (*PLACE_FIELDS, *may)
-        ]
+        skipped = (*PLACE_FIELDS, *allowed)
+        texts = []
+        for name, value in self.model_dump().items():
+            if name in stored and name not in skipped and stored[name] != value:
+                texts.append(f"{name}: it has {stored[name]!r}, asked for is {value!r}")
+        return texts
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
-        """Fields that differ from the preset: `{field: (preset's value, this run's value)}`."""
-        plain = type(self).from_preset(self.preset)
-        skip = {"preset", "run_name", "output_dir"}
-        return {
-            name: (getattr(plain, name), getattr(self, name))
-            for name in type(self).model_fields
-            if name not in skip and getattr(plain, name) != getattr(self, name)
-        }
+        """Return the fields that differ from the preset: `{field: (preset's value, own value)}`."""
+        preset = type(self).from_preset(self.preset)
+        differences = {}
+        for name in type(self).model_fields:
+            old, new = getattr(preset, name), getattr(self, name)
+            # A place is never part of a preset.
+            if name not in {"preset", "run_name", "output_dir"} and old != new:
+                differences[name] = old, new
+        return differences
 
     def changes(self) -> str:
-        """What differs from the preset, in words: `steps 12 instead of 250`."""
-        found = self.differences().items()
-        return ", ".join(f"{name} {_short(new)} instead of {_short(old)}" for name, (old, new) in found) or "nothing"
+        """Describe the differences from the preset in words: `steps 12 instead of 250`."""
+        texts = []
+        for name, (old, new) in self.differences().items():
+            texts.append(f"{name} {_short(new)} instead of {_short(old)}")
+        return ", ".join(texts) or "nothing"
 
     def summary(self) -> str:
-        """A readable listing, the fields that differ from the preset marked with `*`."""
+        """List all fields, a line each; those that differ from the preset are marked with `*`."""
         changed = self.differences()
-        width = max(len(name) for name in type(self).model_fields)
-        lines = [
-            f"{'*' if name in changed else ' '} {name:<{width}}  {value}" for name, value in self.model_dump().items()
-        ]
+        width = max(map(len, type(self).model_fields))
+        lines = []
+        for name, value in self.model_dump().items():
+            mark = "*" if name in changed else " "
+            lines.append(f"{mark} {name:<{width}}  {value}")
         return "\n".join(lines)
 
 
 def _steps_or_epochs(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Epochs replace steps; who now asks for a number of steps does not want the epochs of before."""
-    return {**({"epochs": None} if "steps" in given else {}), **given}
+    """Return the values with `epochs` removed if only `steps` are given.
+
+    Epochs take precedence over steps, so those of the preset or the stored run would override them.
+    """
+    return {"epochs": None, **given} if "steps" in given else dict(given)
 
 
 def check_names(names: Mapping[str, Any]) -> None:
-    """Refuse parameter names that `RunConfig` does not have.
+    """Check that `RunConfig` has a field of each of these names.
 
     Raises:
-        ConfigError: names the unknown parameter and the nearest known one.
+        ConfigError: an unknown parameter; the message suggests the nearest known one.
     """
     for name in names:
         if name not in RunConfig.model_fields:
-            raise ConfigError(f"{_short(name, plain=True)}: no such parameter.{_near(name, RunConfig.model_fields)}")
+            raise ConfigError(f"{_short(name, plain=True)}: no such parameter.{_suggest(name, RunConfig.model_fields)}")
 
 
 def no_such_run(run_dir: Path) -> str:
-    """What to say where a run is looked for that is not there: the runs that are, and the command that makes it."""
-    there = sorted(path.parent.name for path in run_dir.parent.glob("*/config.json"))
-    shown = ", ".join([*there[:8], *(["…"] if len(there) > 8 else [])])
-    told = f" Runs there: {shown}." if there else ""
-    return f"{run_dir / 'config.json'}: no such run.{told} `{resume_command(run_dir)}` makes it."
+    """Word the message for a run that doesn't exist.
+
+    It lists the runs in the same folder, and ends with the command that makes the run.
+    """
+    names = sorted(path.parent.name for path in run_dir.parent.glob("*/config.json"))
+    # Eight are enough to find a misspelled name among them.
+    shown = [*names[:8], "…"] if len(names) > 8 else names
+    others = f" Runs there: {', '.join(shown)}." if names else ""
+    return f"{run_dir / 'config.json'}: no such run.{others} `{resume_command(run_dir)}` makes it."
 
 
 def run_command(
@@ -421,60 +469,68 @@ def run_command(
     Args:
         run_name: of the run.
         output_dir: folder of run directories.
-        preset: to begin with (None: what the run directory says).
+        preset: of a new run (None: that of the run directory).
         config_file: a `config.json` to take all values from instead.
         parameters: fields and their values, in the order given.
         start: number of the notebook to start from.
-        fresh: begin anew.
+        fresh: start over.
     """
     words = ["qlora", "run"]
-    words += ["--preset", preset] if preset else []
-    words += ["--config", str(config_file)] if config_file else []
+    if preset:
+        words += ["--preset", preset]
+    if config_file:
+        words += ["--config", str(config_file)]
     words += ["--run-name", run_name]
+    # The default folder is not mentioned, however it is written.
     if output_dir != "outputs" and Path(output_dir).resolve() != Path("outputs").resolve():
         words += ["--output-dir", str(output_dir)]
     for name, value in (parameters or {}).items():
         words += ["-p", f"{name}={as_given(value)}"]
-    words += ["--from", start] if start else []
-    words += ["--fresh"] if fresh else []
+    if start:
+        words += ["--from", start]
+    if fresh:
+        words.append("--fresh")
     return shlex.join(words)
 
 
 def resume_command(run_dir: Path, **options: Any) -> str:
-    """Word the command that makes the run of a run directory or resumes it; `options` as `run_command`."""
+    """Word the command that makes or resumes a run; `options` are those of `run_command`."""
     return run_command(run_dir.name, output_dir=run_dir.parent, **options)
 
 
 def as_given(value: Any) -> str:
-    """A value of a field as `-p` takes it: `none`, `true` and `false` in small letters."""
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    """Format a value of a field as `-p` takes it: `none`, `true` and `false` in small letters."""
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _restore() -> str:
-    """What to do with a config.json that is damaged."""
-    begun_anew = run_command("NAME", preset="PRESET", fresh=True)
-    return f"Restore the file from a copy, or begin the run anew: {begun_anew}"
+def _damage_advice() -> str:
+    """Word the advice for a damaged config.json."""
+    command = run_command("NAME", preset="PRESET", fresh=True)
+    return f"Restore the file from a copy, or begin the run anew: {command}"
 
 
-def _all_but(name: str) -> str | None:
-    """The field that a name is a slip of, None if it is like none."""
+def _similar_field(name: str) -> str | None:
+    """Return the field of which a name is a misspelling, None if no field is that similar."""
     nearest = difflib.get_close_matches(name, RunConfig.model_fields, n=1, cutoff=0.85)
     return nearest[0] if nearest else None
 
 
 def _short(value: Any, *, plain: bool = False) -> str:
-    """A value as it was given, a long one cut."""
+    """Format a value as it was given; cut a long one."""
     text = str(value) if plain else repr(value)
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"
 
 
-def _near(name: str, known: Mapping[str, Any], otherwise: str = " `qlora presets --fields` lists them all.") -> str:
+def _suggest(name: str, known: Mapping[str, Any], otherwise: str = " `qlora presets --fields` lists them all.") -> str:
+    """Suggest the known name nearest to an unknown one; `otherwise` if none is near."""
     nearest = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.4)
     return f" Did you mean {nearest[0]}?" if nearest else otherwise
 
 
 def _explain(detail: Any) -> str:
-    """One validation error as `field: value is not allowed: what is`."""
+    """Word one of pydantic's validation errors: field, value, what is expected."""
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:
         return message
@@ -482,6 +538,7 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{name}: missing; expected {RunConfig.model_fields[name].description}"
     about = RunConfig.model_fields[name].description
+    # The message must not repeat the token.
     if _TOKEN.search(str(detail["input"])):
         return f"{name}: {message}."
     if detail["type"] == "literal_error":
@@ -492,7 +549,7 @@ def _explain(detail: Any) -> str:
     return f"{name}: {_short(detail['input'])} is not allowed. {message} ({about})."
 
 
-# What a pattern asks for.
+# Patterns of fields in words, for error messages.
 _IN_WORDS = {
     "run_name": "Expected letters, digits, dots, _ and -, the first of them a letter or digit",
     "lora_targets": "Expected all-linear, or names of layers with commas between",
@@ -500,19 +557,20 @@ _IN_WORDS = {
 
 
 def _choices(name: str) -> tuple[str, ...]:
+    """Return the texts that a field of a fixed set of values allows."""
     return tuple(word for word in get_args(RunConfig.model_fields[name].annotation) if isinstance(word, str))
 
 
 def check_source(name: str, source: str, suffixes: tuple[str, ...] = ()) -> None:
-    """Refuse a model or dataset that is neither a local path nor, by its letters, a hub id.
+    """Check that a model or dataset is a local path, or has the form of a hub id.
 
     Args:
         name: of the field.
-        source: what was given for it.
-        suffixes: of files that it may be.
+        source: the value of the field.
+        suffixes: of allowed files.
 
     Raises:
-        ConfigError: names field and value.
+        ConfigError: it is neither; the message names field and value.
     """
     if is_there(locate(source)):
         return
@@ -528,15 +586,16 @@ def check_source(name: str, source: str, suffixes: tuple[str, ...] = ()) -> None
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written into.
+    """Check that a folder can be created and written into.
 
     Args:
         name: of the field or option that names it.
-        folder: need not be there.
+        folder: may not exist yet.
 
     Raises:
-        ConfigError: something on the way is a file, or may not be written into.
+        ConfigError: a part of the path is a file, or the folder is not writable.
     """
+    # The nearest part of the path that exists decides.
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(f"{name}: {there} is a file; expected a folder, or a path that is free. Give another.")

@@ -20,7 +20,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 from qlora_utils import style
-from qlora_utils.config import DONE_FIELDS, GO_ON_FIELDS, ConfigError, RunConfig
+from qlora_utils.config import FINISHED_FIELDS, RESUME_FIELDS, ConfigError, RunConfig
 from qlora_utils.data import Prepared
 from qlora_utils.evaluation.generation import Sampling, answer_all, questions_of
 from qlora_utils.evaluation.scores import exact_match
@@ -290,11 +290,11 @@ def train(
         # Only some fields may differ from those of the training that was started.
         if last is not None:
             record = read_json(last / checkpoints.RECORD)
-            _check_config(config, record["config"], DONE_FIELDS if done else GO_ON_FIELDS, run)
+            _check_config(config, record["config"], FINISHED_FIELDS if done else RESUME_FIELDS, run)
             _check_rows(prepared, record["rows"], run)
         if done:
             stored = read_json(run.config)["config"]
-            _check_config(config, stored, DONE_FIELDS, run)
+            _check_config(config, stored, FINISHED_FIELDS, run)
             # To select another of the saved adapters, no steps are needed but the checkpoints are.
             selects_another = last is not None and config.keep != stored["keep"]
             if done.steps == total and not selects_another:

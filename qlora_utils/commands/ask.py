@@ -1,11 +1,11 @@
-"""`qlora ask`: one question, one answer."""
+"""Run `qlora ask`: put one question to a run's model."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from qlora_utils.commands.options import of_a_run, run_path
+from qlora_utils.commands.options import run_options, run_path
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.runs.directory import RunDirectory, require_adapter
 from qlora_utils.style import on_terminal
@@ -13,14 +13,14 @@ from qlora_utils.style import on_terminal
 
 def add_parser(commands: Any) -> None:
     """Add `qlora ask` to the command line."""
-    parser = commands.add_parser("ask", parents=[of_a_run()], help="answer a question with a run's tuned model")
+    parser = commands.add_parser("ask", parents=[run_options()], help="answer a question with a run's tuned model")
     parser.add_argument("question")
     parser.add_argument("--base", action="store_true", help="ask the base model instead")
     parser.set_defaults(command=main)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the answer as it comes."""
+    """Print the answer while it is generated."""
     question = options.question.strip()
     if not question:
         raise ConfigError('the question is empty; ask one, as in qlora ask "What is the capital of Chile?" --run demo')
@@ -28,6 +28,7 @@ def main(options: argparse.Namespace) -> int:
     config = RunConfig.continue_run(run.path)
     require_adapter(run)
 
+    # Imported only now, so that a mistyped command fails at once: torch takes seconds.
     from qlora_utils import playground  # torch
     from qlora_utils.evaluation.generation import Sampling
 

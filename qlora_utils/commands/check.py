@@ -1,4 +1,4 @@
-"""`qlora check`: can a dataset be trained on, and what should be known of it?"""
+"""Run `qlora check`: judge whether a dataset can be trained on, and list what to know about it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from qlora_utils import data
-from qlora_utils.commands.options import parse_parameters, with_parameters
+from qlora_utils.commands.options import parameter_options, parse_parameters
 from qlora_utils.config import ConfigError, RunConfig
 
 
@@ -14,7 +14,7 @@ def add_parser(commands: Any) -> None:
     """Add `qlora check` to the command line."""
     parser = commands.add_parser(
         "check",
-        parents=[with_parameters()],
+        parents=[parameter_options()],
         help="look at a dataset: can it be trained on, and what should be known?",
     )
     parser.add_argument("dataset", metavar="DATASET", help="a hub id, or a local file, folder or saved dataset")
@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print what was found."""
+    """Check the dataset and print the findings."""
     given = parse_parameters(options.parameters)
     if "dataset" in given:
         raise ConfigError("-p dataset: the dataset is named already, first of all; leave one of them away.")

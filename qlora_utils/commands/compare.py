@@ -1,11 +1,11 @@
-"""`qlora compare`: two or more runs side by side on the same held-out questions."""
+"""Run `qlora compare`: compare two or more runs on the same held-out questions."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from qlora_utils.commands.options import among_runs, run_path
+from qlora_utils.commands.options import output_dir_options, run_path
 from qlora_utils.config import ConfigError
 from qlora_utils.evaluation import compare
 from qlora_utils.report.page import write_report
@@ -16,7 +16,7 @@ from qlora_utils.runs.files import DamagedError, write_json
 def add_parser(commands: Any) -> None:
     """Add `qlora compare` to the command line."""
     parser = commands.add_parser(
-        "compare", parents=[among_runs()], help="two or more runs side by side on the same held-out questions"
+        "compare", parents=[output_dir_options()], help="two or more runs side by side on the same held-out questions"
     )
     parser.add_argument(
         "--runs", nargs="+", required=True, metavar="RUN", help="names of runs, or paths of their directories"
@@ -32,10 +32,12 @@ def main(options: argparse.Namespace) -> int:
     if options.show < 0:
         raise ConfigError(f"show: {options.show} is not allowed; expected 0 or more.")
     runs = [RunDirectory(run_path(named, options.output_dir)) for named in options.runs]
+    # The same run may be named once by name and once by path.
     folders = [run.path.resolve() for run in runs]
     for named, folder in zip(options.runs, folders, strict=True):
         if folders.count(folder) > 1:
             raise ConfigError(f"runs: {named} is named twice, and would differ from itself in nothing; name others.")
+    # Formatted before anything is written: a damaged answer fails here and changes no file.
     comparison = compare.compare(runs)
     text = compare.summary(comparison, show=options.show)
     write_json(runs[0].comparison, comparison)
@@ -44,6 +46,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         write_report(runs[0])
         print(f"and into {runs[0].report}")
-    except (FileNotFoundError, DamagedError) as error:  # a run that has answers and lacks what else a report tells
+    # The run has answers but lacks other files of a report; the comparison itself is complete.
+    except (FileNotFoundError, DamagedError) as error:
         print(f"no report: {error}")
     return 0

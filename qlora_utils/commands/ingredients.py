@@ -1,8 +1,9 @@
-"""`qlora ingredients`: train and score the same run with one thing changed, over several seeds."""
+"""Run `qlora ingredients`: train and score variants of a run, over several seeds."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -10,28 +11,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_utils.commands.options import among_runs, run_path
+from qlora_utils.commands.options import output_dir_options, run_path
 from qlora_utils.config import ConfigError, RunConfig, check_folder
 from qlora_utils.evaluation.ingredients import T_95, about, table, variants
 from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import damaged, read_json, read_jsonl, write_json
 
-FIXED_SEED = 0  # of the questions drawn, the same for all trainings, so that variants can be compared
+# All trainings are scored on the questions drawn with this seed, so that variants can be compared.
+FIXED_SEED = 0
 
 
 def measure(config: RunConfig, seeds: Sequence[int], path: Path, *, say: Callable[[str], None] = print) -> None:
-    """Train and score every variant with every seed; what the file holds already is not measured again.
+    """Train and score every variant with every seed; results that the file holds are skipped.
 
     Args:
         config: the run that is varied.
         seeds: one training each.
         path: JSON file with `about` and `lines`, written after every training.
-        say: told what was measured and the time left.
+        say: called with a line about each result and the time left.
 
     Raises:
-        ConfigError: the file holds measurements of another config, other weights or questions, other versions or
-            another machine; or too few seeds or too many.
+        ConfigError: the file holds results of another config, other weights, questions or versions,
+            or another machine; or there are too few seeds or too many.
     """
     if not 2 <= len(set(seeds)) <= 1 + max(T_95):
         raise ConfigError(
@@ -40,6 +42,7 @@ def measure(config: RunConfig, seeds: Sequence[int], path: Path, *, say: Callabl
     if path.is_dir():
         raise ConfigError(f"out: {path} is a folder; expected the name of a JSON file. Give one.")
     check_folder("out", path.parent)
+    # Results of one file must be comparable, so it holds what they were measured with.
     now = about(config)
     stored: dict[str, Any] = read_json(path) if path.is_file() else {"about": now, "lines": []}
     if not (isinstance(stored.get("about"), dict) and isinstance(stored.get("lines"), list)):
@@ -53,32 +56,38 @@ def measure(config: RunConfig, seeds: Sequence[int], path: Path, *, say: Callabl
     if "base" not in stored:
         stored["base"] = measure_base(config)
     done = {_key(line["changes"], line["seed"]) for line in stored["lines"]}
-    left = [(c, s) for c in variants(config) for s in dict.fromkeys(seeds) if _key(c, s) not in done]
-    began = time.monotonic()
-    for number, (changed, seed) in enumerate(left, start=1):
-        line = measure_one(RunConfig.build({**config.model_dump(), **changed, "seed": seed}))
-        stored["lines"].append({"changes": changed, "seed": seed, **line})
+    remaining = []
+    for changes, seed in itertools.product(variants(config), dict.fromkeys(seeds)):
+        if _key(changes, seed) not in done:
+            remaining.append((changes, seed))
+    start = time.monotonic()
+    for number, (changes, seed) in enumerate(remaining, start=1):
+        line = measure_one(RunConfig.build({**config.model_dump(), **changes, "seed": seed}))
+        # Written after each training, so that an interrupted command loses at most one.
+        stored["lines"].append({"changes": changes, "seed": seed, **line})
         write_json(path, stored)
-        seconds = (time.monotonic() - began) / number * (len(left) - number)
-        right = ", ".join(f"{split} {score:.3f}" for split, score in line["exact_match"].items())
-        say(f"[{number}/{len(left)}] {json.dumps(changed)} seed {seed}: {right}; {seconds / 60:.0f} min left")
+        seconds = (time.monotonic() - start) / number * (len(remaining) - number)
+        scores = ", ".join(f"{split} {score:.3f}" for split, score in line["exact_match"].items())
+        say(f"[{number}/{len(remaining)}] {json.dumps(changes)} seed {seed}: {scores}; {seconds / 60:.0f} min left")
 
 
-def _key(changed: Mapping[str, Any], seed: int) -> str:
-    return json.dumps([changed, seed], sort_keys=True)
+def _key(changes: Mapping[str, Any], seed: int) -> str:
+    """Return a text that identifies a variant and its seed."""
+    return json.dumps([changes, seed], sort_keys=True)
 
 
 def measure_base(config: RunConfig) -> dict[str, Any]:
-    """Scores of the base model on the same questions, as `measure_one` gives them."""
-    from qlora_utils import data, quantization  # torch
+    """Return the base model's scores on the same questions, with the keys of `measure_one`."""
+    # Imports of torch take seconds and wait until they are needed.
+    from qlora_utils import data, quantization
 
     tokenizer = data.load_tokenizer(config)
     return _scores(config, quantization.load(config), tokenizer, data.prepare(config, tokenizer))
 
 
 def _scores(config: RunConfig, model: Any, tokenizer: Any, prepared: Any) -> dict[str, Any]:
-    """Exact match by split and by turn, and the share of answers that stop by themselves."""
-    from qlora_utils.evaluation import generation, scores  # torch
+    """Return exact match by split and by turn, and the share of answers that stop by themselves."""
+    from qlora_utils.evaluation import generation, scores
 
     fixed = RunConfig.build({**config.model_dump(), "seed": FIXED_SEED})
     rows = scored_rows(prepared.held_out, fixed)
@@ -86,46 +95,56 @@ def _scores(config: RunConfig, model: Any, tokenizer: Any, prepared: Any) -> dic
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
     size = config.answer_batch_size
     answers = generation.answer_all(model, tokenizer, asked, fixed, sampling=sampling, batch_size=size)
-    right: dict[str, dict[str, list[float]]] = {"split": {}, "turn": {}}
+    by_split: dict[str, list[float]] = {}
+    by_turn: dict[str, list[float]] = {}
     for question, answer in zip(asked, answers, strict=True):
-        for by, groups in right.items():
-            groups.setdefault(question.tags[by], []).append(scores.exact_match(answer.text, question.expected))
+        score = scores.exact_match(answer.text, question.expected)
+        by_split.setdefault(question.tags["split"], []).append(score)
+        by_turn.setdefault(question.tags["turn"], []).append(score)
     return {
-        "exact_match": {split: round(sum(values) / len(values), 4) for split, values in right["split"].items()},
-        "by_turn": {turn: round(sum(values) / len(values), 4) for turn, values in right["turn"].items()},
-        "questions": {split: len(values) for split, values in right["split"].items()},
+        "exact_match": _mean_by_group(by_split),
+        "by_turn": _mean_by_group(by_turn),
+        "questions": {split: len(values) for split, values in by_split.items()},
         "stopped": round(sum(answer.stopped for answer in answers) / len(answers), 4),
     }
 
 
+def _mean_by_group(groups: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the mean of each group's values, rounded to four decimals."""
+    return {name: round(sum(values) / len(values), 4) for name, values in groups.items()}
+
+
 def measure_one(config: RunConfig) -> dict[str, Any]:
-    """One training, in a folder that is removed, and its scores on held-out questions.
+    """Train once, in a temporary folder, and score the adapter on held-out questions.
 
-    These are the same for all variants of a seed, and for all seeds where the dataset brings its own test split.
-
-    The adapter of the last step is scored, whatever `keep` says, so that no choice comes between.
+    The questions are the same for all variants of a seed, and for all seeds if the dataset brings
+    its own test split. The adapter of the last step is scored, whatever `keep` says: a choice of
+    the best step would blur what a variant does.
 
     Returns:
-        `exact_match` and `questions` by split, exact match `by_turn`, `stopped`, `held_out_loss` (nats per token),
-        `trainable` parameters, `seconds` of training.
+        `exact_match` and `questions` by split, exact match `by_turn`, `stopped`, `held_out_loss`
+        (nats per token), `trainable` parameters, `seconds` of training.
     """
-    from qlora_utils import data, lora, quantization, training  # torch
+    from qlora_utils import data, lora, quantization, training
 
     with tempfile.TemporaryDirectory() as folder:
-        few = {"output_dir": folder, "run_name": "one", "eval_steps": config.steps, "save_steps": config.steps,
-               "save_total_limit": 1, "keep": "last", "trace_rows": 0, "fresh": False}  # fmt: skip
-        config = RunConfig.build({**config.model_dump(), **few})
+        # Measured and saved at the last step alone, so that the training's time is its own.
+        last_step_only = {
+            "output_dir": folder, "run_name": "one", "eval_steps": config.steps, "save_steps": config.steps,
+            "save_total_limit": 1, "keep": "last", "trace_rows": 0, "fresh": False,
+        }  # fmt: skip
+        config = RunConfig.build({**config.model_dump(), **last_step_only})
         run = RunDirectory(config.run_dir)
         tokenizer = data.load_tokenizer(config)
         prepared = data.prepare(config, tokenizer)
         tuned_model = lora.attach(quantization.load(config), config)
         trainable = sum(module.trainable for module in lora.trainable_by_module(tuned_model))
         trained = training.train(config, tuned_model, tokenizer, prepared, run)
-        loss = [line["eval_loss"] for line in read_jsonl(run.history) if "eval_loss" in line][-1]
-        found = _scores(config, tuned_model, tokenizer, prepared)
+        losses = [line["eval_loss"] for line in read_jsonl(run.history) if "eval_loss" in line]
+        scores = _scores(config, tuned_model, tokenizer, prepared)
     return {
-        **found,
-        "held_out_loss": round(loss, 4),
+        **scores,
+        "held_out_loss": round(losses[-1], 4),
         "trainable": trainable,
         "seconds": trained.wall_s,
     }
@@ -134,7 +153,7 @@ def measure_one(config: RunConfig) -> dict[str, Any]:
 def add_parser(commands: Any) -> None:
     """Add `qlora ingredients` to the command line."""
     parser = commands.add_parser(
-        "ingredients", parents=[among_runs()], help="measure what each ingredient of QLoRA does, over seeds"
+        "ingredients", parents=[output_dir_options()], help="measure what each ingredient of QLoRA does, over seeds"
     )
     parser.add_argument("--run", help="name of the run that is varied; the result goes into its directory")
     parser.add_argument("--preset", help="or the preset that is varied (default: pocket)")
@@ -144,7 +163,7 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure, and print the table."""
+    """Measure every variant, and print the table."""
     if options.run and options.preset:
         raise ConfigError("--run and --preset: each says what is varied; give one of them.")
     if options.run:

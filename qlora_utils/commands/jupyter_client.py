@@ -1,8 +1,8 @@
-"""A client of a kernel that looks again for what it waits for, rather than for ever.
+"""Provide a kernel client that polls for messages, so that it never waits forever for one.
 
-Waiting for a message, pyzmq's asyncio sockets now and then miss that it has come (seen with pyzmq 27.3 on two busy
-cores: the reply lay ready in the socket for twenty minutes), and nbclient waits without limit. Each new wait begins
-with a look at what is there, so waits are kept short.
+pyzmq's asyncio sockets sometimes miss the arrival of a message (seen with pyzmq 27.3 on two busy
+cores: the reply lay ready in the socket for twenty minutes), and nbclient waits without limit.
+Every new wait starts by checking the socket, so one long wait becomes many short ones.
 """
 
 from __future__ import annotations
@@ -15,33 +15,34 @@ from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.channels import AsyncZMQSocketChannel
 from traitlets import Type
 
-LOOK_S = 5.0  # seconds between two looks
+# Seconds between two checks of a socket.
+POLL_S = 5.0
 
 
-class LookingChannel(AsyncZMQSocketChannel):
-    """A channel that never waits longer than `LOOK_S` without a look."""
+class PollingChannel(AsyncZMQSocketChannel):
+    """Receive messages, checking the socket at least every `POLL_S` seconds."""
 
     async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:  # type: ignore[override]
-        """The next message.
+        """Return the next message.
 
         Args:
-            timeout: seconds to wait at most; None: as long as it takes.
+            timeout: seconds to wait at most; None: no limit.
 
         Raises:
-            Empty: none came in time.
+            Empty: no message arrived in time.
         """
-        while timeout is None or timeout > LOOK_S:
+        while timeout is None or timeout > POLL_S:
             with suppress(Empty):
-                return await super().get_msg(LOOK_S)
+                return await super().get_msg(POLL_S)
             if timeout is not None:
-                timeout -= LOOK_S
+                timeout -= POLL_S
         return await super().get_msg(timeout)
 
 
-class LookingClient(AsyncKernelClient):
-    """A kernel's client whose channels look again."""
+class PollingClient(AsyncKernelClient):
+    """Talk to a kernel through polling channels."""
 
-    shell_channel_class = Type(LookingChannel)  # type: ignore[assignment]
-    iopub_channel_class = Type(LookingChannel)  # type: ignore[assignment]
-    stdin_channel_class = Type(LookingChannel)  # type: ignore[assignment]
-    control_channel_class = Type(LookingChannel)  # type: ignore[assignment]
+    shell_channel_class = Type(PollingChannel)  # type: ignore[assignment]
+    iopub_channel_class = Type(PollingChannel)  # type: ignore[assignment]
+    stdin_channel_class = Type(PollingChannel)  # type: ignore[assignment]
+    control_channel_class = Type(PollingChannel)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""`qlora merge`: write a run's model as one plain 16-bit model, and check its answers."""
+"""Run `qlora merge`: write a run's model as one plain 16-bit model, and check its answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qlora_utils.commands.options import of_a_run, run_path
+from qlora_utils.commands.options import run_options, run_path
 from qlora_utils.config import RunConfig
 from qlora_utils.runs.directory import RunDirectory
 
@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> None:
     """Add `qlora merge` to the command line."""
     parser = commands.add_parser(
         "merge",
-        parents=[of_a_run()],
+        parents=[run_options()],
         help="write a run's model as one plain 16-bit model, and check its answers",
     )
     parser.add_argument(
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Merge, and print how alike the answers are."""
+    """Merge, and print the agreement of merged and unmerged answers."""
     from qlora_utils.commands import merging  # torch
 
     config = RunConfig.continue_run(run_path(options.run, options.output_dir))

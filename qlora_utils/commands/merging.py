@@ -1,8 +1,9 @@
-"""A run's adapter merged into its base model: a plain 16-bit model that transformers, vLLM and their kin load.
+"""Merge a run's adapter into its base model: a plain 16-bit model for transformers, vLLM etc.
 
-`W' = W + s·BA`, with DoRA scaled row by row to its learned length, is summed in fp32 and rounded once. Which W is a
-choice: the adapter was trained on the *dequantized* NF4 weights and makes up for their rounding, so these are the
-default. Merged into the weights from before quantization, it makes up for an error that is not there.
+`W' = W + s·BA`, with DoRA scaled row by row to its learned length, is summed in fp32 and rounded
+once. W is by default the *dequantized* NF4 weight. The adapter was trained on it and makes up for
+its rounding error; merged into the weight from before quantization, it would make up for an error
+that is not there.
 """
 
 from __future__ import annotations
@@ -47,15 +48,21 @@ BASES = {
     "quantized": "the dequantized NF4 weights that the adapter was trained on",
     "original": "the base model's weights as they were before quantization",
 }
-RECORD = "merge.json"  # beside the model: what was merged into what, and how alike the answers are
-EXAMPLES = 2  # differing answers that are shown
+# The record of a merge, beside the model: its inputs, and the agreement of the answers.
+RECORD = "merge.json"
+# The number of differing answers that the record holds.
+EXAMPLES = 2
 
-Source = Callable[[str, torch.Tensor], torch.Tensor]  # name and parameter of the loaded model → the base weight
+# Takes name and parameter of the loaded model, returns the base weight.
+Source = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of the merged model, named as the plain model names it, and how to make it when its turn comes."""
+    """Hold the shape of a merged weight, and the function that computes it.
+
+    Weights are computed one by one while they are written: all of them may not fit into memory.
+    """
 
     shape: torch.Size
     make: Callable[[], torch.Tensor]
@@ -71,33 +78,40 @@ def merge(
     force: bool = False,
     max_shard_size: str = "5GB",
 ) -> dict[str, Any]:
-    """Write the merged model of a run, ask it and the unmerged one the same questions, and return `merge.json`.
+    """Write the merged model of a run, compare its answers, and return the record.
 
-    The folder appears whole or not at all. Main memory holds one shard at a time and one layer in fp32.
+    The merged and the unmerged model answer the same questions. The folder is written completely or
+    not at all. Main memory holds one shard at a time and one layer in fp32.
 
     Args:
-        config: of the run, as its `config.json` has it.
+        config: of the run, as in its `config.json`.
         into: the folder to write (None: `merged/` in the run directory).
         base: a key of `BASES` (None: `quantized`, if the run quantized its base model).
-        dtype: of the weights as saved.
-        questions: held-out questions that both are asked; 0 leaves the comparison out.
-        force: replace what an earlier merge left in the folder.
-        max_shard_size: the largest file, as `5GB`.
+        dtype: of the saved weights.
+        questions: the number of held-out questions that both models answer; 0 skips the comparison.
+        force: replace an earlier merge in the folder.
+        max_shard_size: the largest file, e.g. `5GB`.
+
+    Returns:
+        The contents of `merge.json`.
 
     Raises:
-        ConfigError: the folder is taken, or an argument is not allowed.
-        ModelError: no adapter, or one that does not fit; base weights that cannot be read; weights out of range.
+        ConfigError: the folder is in use, or an argument is not allowed.
+        ModelError: the adapter is missing or does not fit, the base weights cannot be read, or a
+            merged weight is out of range.
     """
     run = RunDirectory(config.run_dir)
     folder = into or run.merged
     if dtype == "float16" and architecture_of(config.model) == "encoder-decoder":
         raise ConfigError("dtype: float16 does not hold what Flan-T5 and its kin compute; take bfloat16.")
-    chosen = _chosen_base(config, base)
+    # All checks come first: merging takes minutes.
+    base_name = _choose_base(config, base)
     if questions < 0:
         raise ConfigError(f"questions: {questions} is not allowed; expected 0 or more.")
-    _must_be_free(folder, force=force)
+    _check_free(folder, force=force)
     check_folder("into", folder.parent)
-    _adapter_step(run)  # of a file that may be damaged: better known now than when all is merged
+    # Reads metrics.json, which may be damaged.
+    _adapter_step(run)
     if not (run.adapter / "adapter_model.safetensors").is_file():
         raise ModelError(
             f"adapter: {run.adapter} holds no trained adapter, so there is nothing to merge. Train one first: "
@@ -108,26 +122,29 @@ def merge(
     asked = choose_questions(config, run, tokenizer, questions) if questions else []
     tuned_model = lora.reload(quantization.load(config), run.adapter, fused=config.fused_layers)
     unmerged = ask(tuned_model, tokenizer, asked, config) if asked else None
-    source = Checkpoint(locate(config.model)) if chosen == "original" else as_loaded
+    source = Checkpoint(locate(config.model)) if base_name == "original" else as_loaded
+    # Written under another name and renamed at the end, so that nobody finds half a model.
     temporary = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         parameters = save(tuned_model, temporary, config, source, dtype=dtype, max_shard_size=max_shard_size)
         save_tokenizer(tokenizer, temporary, config)
+        # The answers are those of the files just written, loaded as anyone would load them.
         del tuned_model
         _release_memory()
         compared = None
         try:
             if unmerged:
                 compared = agreement(asked, unmerged, ask(load(temporary), tokenizer, asked, config))
-        except torch.cuda.OutOfMemoryError:  # it was read from NF4, and is several times as large now
+        # In 16 bits the model is several times as large as it was in NF4.
+        except torch.cuda.OutOfMemoryError:
             print("the merged model does not fit into this GPU, so its answers were not compared", flush=True)
         record = {
             "run": config.run_name,
             "model": config.model,
-            "base": chosen,
-            "merged_into": BASES[chosen],
+            "base": base_name,
+            "merged_into": BASES[base_name],
             "dtype": dtype,
             "adapter_step": _adapter_step(run),
             "parameters": parameters,
@@ -145,7 +162,12 @@ def merge(
     return record
 
 
-def _chosen_base(config: RunConfig, base: str | None) -> str:
+def _choose_base(config: RunConfig, base: str | None) -> str:
+    """Return the key of `BASES` that is merged into.
+
+    Raises:
+        ConfigError: an unknown key, or `quantized` for a run that did not quantize.
+    """
     if base not in (None, *BASES):
         raise ConfigError(f"base: {base!r} is not allowed; expected one of {', '.join(BASES)}.")
     if config.quantize:
@@ -158,7 +180,12 @@ def _chosen_base(config: RunConfig, base: str | None) -> str:
     return "original"
 
 
-def _must_be_free(folder: Path, *, force: bool) -> None:
+def _check_free(folder: Path, *, force: bool) -> None:
+    """Check that the folder is absent or empty, or holds a merged model that `force` replaces.
+
+    Raises:
+        ConfigError: the folder is in use.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / RECORD).is_file():
@@ -170,11 +197,12 @@ def _must_be_free(folder: Path, *, force: bool) -> None:
 
 
 def _adapter_step(run: RunDirectory) -> int | None:
-    """The step whose adapter the run kept, None if nothing says so."""
+    """Return the step of the run's adapter, None if metrics.json doesn't hold it."""
     return run.known_metrics().get("train", {}).get("kept_step")
 
 
 def _release_memory() -> None:
+    """Free the memory of models that nothing refers to any more, also that of reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -184,10 +212,11 @@ def _release_memory() -> None:
 
 
 def merged_weights(tuned_model: PeftModel, dtype: torch.dtype, source: Source) -> dict[str, Weight]:
-    """Every weight of the merged model by its plain name; nothing is computed until a weight is made.
+    """Return every weight of the merged model by its name in a plain model.
 
-    The trained head stands in for the base model's. Where that one was tied to the embeddings, the two part ways;
-    where no head was trained, they stay tied, and the head is not listed.
+    Nothing is computed until a weight's `make` is called. The trained head replaces that of the
+    base model, and is no longer tied to the embeddings. If no head was trained, a tied head stays
+    tied and is not listed.
     """
     adapter = tuned_model.active_adapter
     model = tuned_model.get_base_model()
@@ -197,8 +226,10 @@ def merged_weights(tuned_model: PeftModel, dtype: torch.dtype, source: Source) -
         if ".lora_" in name or ".original_module." in name:
             continue
         layer_name, _, rest = name.rpartition(".base_layer.")
+        # A module that was trained in full: its trained copy counts.
         if trained_copy in name:
             plain, value = name.replace(trained_copy, "."), parameter.detach
+        # A layer that peft wrapped: LoRA changes its weight, and leaves its bias as it was.
         elif layer_name:
             plain = f"{layer_name}.{rest}"
             value = partial(source, plain, parameter)
@@ -206,20 +237,21 @@ def merged_weights(tuned_model: PeftModel, dtype: torch.dtype, source: Source) -
                 value = partial(adapted_weight, model.get_submodule(layer_name), adapter, value)
         else:
             plain, value = name, partial(source, name, parameter)
-        weights[plain] = Weight(quantization.unquantized_shape(parameter), partial(_rounded, plain, value, dtype))
+        weights[plain] = Weight(quantization.unquantized_shape(parameter), partial(_round, plain, value, dtype))
     return weights
 
 
 @torch.no_grad()
 def adapted_weight(layer: Any, adapter: str, base_weight: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The base weight with a layer's LoRA update added, fp32, shape (out, in).
+    """Return the base weight with a layer's LoRA update added, fp32, shape `(out, in)`.
 
-    DoRA (https://arxiv.org/abs/2402.09353, equation 5) then gives each row its learned magnitude as its length.
+    DoRA (https://arxiv.org/abs/2402.09353, equation 5) then scales each row to its learned length.
 
     Args:
-        layer: peft's LoRA layer; its delta holds the scale, alpha / r or, for rsLoRA, alpha / sqrt(r).
+        layer: peft's LoRA layer. Its delta includes the scale, alpha / r or, for rsLoRA, alpha /
+            sqrt(r).
         adapter: its name in the layer.
-        base_weight: gives the weight that is merged into.
+        base_weight: returns the weight that is merged into.
     """
     delta = layer.get_delta_weight(adapter).float()
     weight = base_weight().to(delta.device).float() + delta
@@ -229,7 +261,12 @@ def adapted_weight(layer: Any, adapter: str, base_weight: Callable[[], torch.Ten
     return weight
 
 
-def _rounded(name: str, value: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def _round(name: str, value: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Compute a weight and round it to `dtype`, in main memory.
+
+    Raises:
+        ModelError: a value is infinite or NaN.
+    """
     weight = value().to(dtype).cpu().contiguous()
     if not bool(torch.isfinite(weight).all()):
         raise ModelError(
@@ -240,8 +277,10 @@ def _rounded(name: str, value: Callable[[], torch.Tensor], dtype: torch.dtype) -
 
 
 def as_loaded(name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """A base weight as the loaded model computes with it: NF4 dequantized, all else as it is."""
-    return quantization.dequantize(parameter) if quantization.is_quantized(parameter) else parameter.detach()
+    """Return a base weight as the loaded model uses it: NF4 dequantized, others unchanged."""
+    if quantization.is_quantized(parameter):
+        return quantization.dequantize(parameter)
+    return parameter.detach()
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -256,38 +295,44 @@ def save(
     dtype: str = "bfloat16",
     max_shard_size: str = "5GB",
 ) -> int:
-    """Write the merged weights, shard by shard, and the `config.json` of a model that is not quantized.
+    """Write the merged weights, shard by shard, and the `config.json` of a plain model.
 
     Args:
         tuned_model: the base model with its adapter; it stays as it is.
-        folder: an existing one.
+        folder: must exist.
         config: of the run.
-        source: where base weights come from: `as_loaded` or a `Checkpoint`.
-        dtype: of the weights as saved.
+        source: of the base weights: `as_loaded` or a `Checkpoint`.
+        dtype: of the saved weights.
         max_shard_size: the largest file.
 
     Returns:
-        How many parameters were written.
+        The number of parameters written.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    kind = getattr(torch, dtype)
-    weights = merged_weights(tuned_model, kind, source)
-    shapes = {name: torch.empty(weight.shape, dtype=kind, device="meta") for name, weight in weights.items()}
+    torch_dtype = getattr(torch, dtype)
+    weights = merged_weights(tuned_model, torch_dtype, source)
+    # On the meta device tensors have shapes and no memory: enough to plan the shards.
+    shapes = {}
+    for name, weight in weights.items():
+        shapes[name] = torch.empty(weight.shape, dtype=torch_dtype, device="meta")
     shards = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for file, names in shards.filename_to_tensors.items():
         save_file({name: weights[name].make() for name in names}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors leaves it to its owner alone; a server may run as somebody else
+        # safetensors lets only the owner read it; a server may run as another user.
+        (folder / file).chmod(0o644)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
 
+    # transformers reads from the config that nothing is quantized, and whether the head has weights
+    # of its own.
     model_config = _model_config(config)
     if hasattr(model_config, "quantization_config"):
         del model_config.quantization_config
     model_config.architectures = [type(tuned_model.get_base_model()).__name__]
-    model_config.dtype = kind
+    model_config.dtype = torch_dtype
     model_config.use_cache = True
     model_config.tie_word_embeddings = f"{HEAD}.weight" not in weights
     model_config.save_pretrained(folder)
@@ -295,33 +340,38 @@ def save(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, config: RunConfig) -> None:
-    """The tokenizer with the chat template of the training, whatever the base model brought, and how to generate.
+    """Write the tokenizer with the chat template of the training, and `generation_config.json`.
 
-    `generation_config.json` asks for greedy answers, as they were scored, and names the tokens that begin, end and pad
-    one.
+    The template replaces that of the base model. The generation config asks for greedy answers,
+    which are those that were scored, and names the tokens that start, end and pad an answer.
     """
     from transformers import GenerationConfig
 
-    taught = copy.deepcopy(tokenizer)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    taught.chat_template = format_of(tokenizer, config).chat_template
-    ids["decoder_start_token_id"] = getattr(_model_config(config), "decoder_start_token_id", None)
-    taught.save_pretrained(folder)
-    GenerationConfig(**ids, do_sample=False).save_pretrained(folder)
+    # A copy, since the tokenizer goes on being used with its own template.
+    saved = copy.deepcopy(tokenizer)
+    saved.chat_template = format_of(tokenizer, config).chat_template
+    saved.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=getattr(_model_config(config), "decoder_start_token_id", None),
+        do_sample=False,
+    ).save_pretrained(folder)
 
 
 def _model_config(config: RunConfig) -> Any:
-    """The base model's own config.json."""
+    """Read the base model's own config.json."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(locate(config.model), trust_remote_code=False)
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """A merged model as anyone would load it, in the precision that it was saved in, on the GPU if there is one.
+    """Load a merged model as anyone would: in its saved precision, on the GPU if there is one.
 
     Raises:
-        ModelError: weights are missing from the files, or not known to the model.
+        ModelError: weights are missing from the files, or unknown to the model.
     """
     loader = model_files.choose_loader(architecture_of(str(folder)))
     with model_files.quietly():
@@ -333,19 +383,22 @@ def load(folder: Path) -> PreTrainedModel:
             device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
             output_loading_info=True,
         )
-    model, found = loaded
-    faults = {kind: sorted(found[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    # transformers only warns of such keys, and would fill missing weights with random numbers.
+    model, report = loaded
+    faults = {}
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        faults[kind] = sorted(report[kind])
     if any(faults.values()):
         raise ModelError(f"merge: {folder} does not load as it was written: {faults}")
     return model
 
 
-# ---------------------------------------------------------------------------------------------------- the check
+# ---------------------------------------------------------------------------------------------------- comparison
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a model said to the questions, and its mean loss on the right answers, in nats per token."""
+    """Hold a model's answers, and its mean loss on the expected answers, in nats per token."""
 
     answers: list[Answer]
     loss: float
@@ -354,7 +407,7 @@ class Asked:
 def choose_questions(
     config: RunConfig, run: RunDirectory, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> list[Question]:
-    """At most `count` of the held-out questions that the run is scored on; the run's seed decides which."""
+    """Draw at most `count` of the run's scored held-out questions, with the run's seed."""
     held_out, _ = answers.choose_questions(Prepared.load(run), tokenizer, config)
     return random.Random(config.seed).sample(held_out, min(count, len(held_out)))
 
@@ -365,68 +418,73 @@ def ask(
     questions: Sequence[Question],
     config: RunConfig,
 ) -> Asked:
-    """Put the questions to a model, greedily, as notebook 06 does, and measure its loss on the expected answers."""
-    sampling = Sampling(max_new_tokens=config.max_new_tokens)
-    size, room = config.answer_batch_size, answer_room(config)
-    options: dict[str, Any] = {"batch_size": size, "batch_tokens": room}
-    given = generation.answer_all(model, tokenizer, questions, config, sampling=sampling, **options)
-    return Asked(given, answer_loss(model, tokenizer, questions, config))
+    """Ask a model the questions, greedily as in notebook 06; also measure its loss."""
+    texts = generation.answer_all(
+        model,
+        tokenizer,
+        questions,
+        config,
+        sampling=Sampling(max_new_tokens=config.max_new_tokens),
+        batch_size=config.answer_batch_size,
+        batch_tokens=answer_room(config),
+    )
+    return Asked(texts, answer_loss(model, tokenizer, questions, config))
 
 
 def answer_loss(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], config: RunConfig
 ) -> float:
-    """Mean negative log-likelihood, in nats, of the tokens of the expected answers and their `</s>`.
+    """Return the mean negative log-likelihood, in nats, of the expected answers' tokens.
 
-    What lies beyond `max_seq_len` tokens does not count, but the first token of each answer always does.
+    The `</s>` of each answer counts too. Tokens beyond `max_seq_len` do not count, except for the
+    first token of an answer, which always counts.
     """
+    form = format_of(tokenizer, config)
+    rows = []
+    for question in questions:
+        last = Turn(question.text, question.expected, question.system)
+        rows.append(form.last_answer(Conversation((*question.history, last))))
+    # One row at a time has no padding, and needs no packing.
     collator = make_collator(tokenizer, config.model_copy(update={"packing": False}))
-    wholes = [Conversation((*q.history, Turn(q.text, q.expected, q.system))) for q in questions]
-    rows = [format_of(tokenizer, config).last_answer(whole) for whole in wholes]
     losses, counts = row_losses(model, rows, collator, batch_size=1)
     return sum(losses) / sum(counts)
 
 
 def agreement(questions: Sequence[Question], unmerged: Asked, merged: Asked) -> dict[str, Any]:
-    """How alike two models answered: the share of identical answers, losses, and some answers that differ.
+    """Compare two models' answers: the share of identical ones, both losses, and some that differ.
 
     Raises:
-        ModelError: a loss is no number.
+        ModelError: a loss is infinite or NaN.
     """
     if not (unmerged.loss < float("inf") and merged.loss < float("inf")):
         raise ModelError(
             f"merge: the loss on held-out answers is {unmerged.loss} unmerged and {merged.loss} merged, in nats per "
             "token; expected numbers. The adapter is broken: train again with a lower learning_rate."
         )
-    triples = list(zip(questions, unmerged.answers, merged.answers, strict=True))
-    differing = [
-        {
-            **({"before": _as_line(question.history[-1])} if question.history else {}),
-            "question": question.text,
-            "expected": question.expected,
-            "unmerged": before.text,
-            "merged": after.text,
-        }
-        for question, before, after in triples
-        if before.text != after.text
-    ]
-    same = len(triples) - len(differing)
+    differing = []
+    for question, before, after in zip(questions, unmerged.answers, merged.answers, strict=True):
+        if before.text == after.text:
+            continue
+        example = {}
+        # A follow-up question can't be understood without the turn before it.
+        if question.history:
+            turn = question.history[-1]
+            example["before"] = f"{turn.question} → {turn.answer}"
+        example |= {"question": question.text, "expected": question.expected}
+        differing.append({**example, "unmerged": before.text, "merged": after.text})
+    same = len(questions) - len(differing)
     return {
-        "questions": len(triples),
+        "questions": len(questions),
         "same": same,
-        "share": round(same / len(triples), 4),
+        "share": round(same / len(questions), 4),
         "loss_unmerged": round(unmerged.loss, 6),
         "loss_merged": round(merged.loss, 6),
         "differing": differing[:EXAMPLES],
     }
 
 
-def _as_line(turn: Turn) -> str:
-    return f"{turn.question} → {turn.answer}"
-
-
 def summary(record: dict[str, Any], folder: Path, *, width: int = 160) -> str:
-    """What was merged into what, where it lies and how alike the answers are, as lines of text."""
+    """Format the record of a merge as text: inputs, folder, agreement of the answers."""
     step = "" if record["adapter_step"] is None else f" of step {record['adapter_step']}"
     lines = [
         f"{record['run']}: adapter{step} merged into {record['merged_into']} ({record['model']})",
@@ -441,5 +499,7 @@ def summary(record: dict[str, Any], folder: Path, *, width: int = 160) -> str:
         "nats per answer token"
     )
     for example in found["differing"]:
-        lines += [f"  {name:<10}{cut(text, width)}" for name, text in example.items()] + [""]
+        for name, text in example.items():
+            lines.append(f"  {name:<10}{cut(text, width)}")
+        lines.append("")
     return "\n".join(lines).rstrip()

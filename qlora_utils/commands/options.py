@@ -1,4 +1,4 @@
-"""What the options of several commands have in common: parents of their parsers, and what is made of the values."""
+"""Define the options that several commands share, as parent parsers, and read their values."""
 
 from __future__ import annotations
 
@@ -9,34 +9,30 @@ from pathlib import Path
 from qlora_utils.config import ConfigError
 
 
-def _parent() -> argparse.ArgumentParser:
+def common_options() -> argparse.ArgumentParser:
+    """Make the parent parser of every command: `--debug`."""
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     return parent
 
 
-def plain() -> argparse.ArgumentParser:
-    """Make the parent of every command."""
-    return _parent()
-
-
-def among_runs() -> argparse.ArgumentParser:
-    """Make the parent of commands that look for runs: `--output-dir`."""
-    parent = _parent()
+def output_dir_options() -> argparse.ArgumentParser:
+    """Make the parent parser of commands that look for runs: `--output-dir`."""
+    parent = common_options()
     parent.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
     return parent
 
 
-def of_a_run() -> argparse.ArgumentParser:
-    """Make the parent of commands on a run that is there: `--run` and `--output-dir`."""
-    parent = among_runs()
+def run_options() -> argparse.ArgumentParser:
+    """Make the parent parser of commands on an existing run: `--run` and `--output-dir`."""
+    parent = output_dir_options()
     parent.add_argument("--run", required=True, help="name of the run, or path of its directory")
     return parent
 
 
-def with_parameters() -> argparse.ArgumentParser:
-    """Make the parent of commands that take fields of `RunConfig`: `-p` and `--output-dir`."""
-    parent = among_runs()
+def parameter_options() -> argparse.ArgumentParser:
+    """Make the parent parser of commands that take `RunConfig` fields: `-p` and `--output-dir`."""
+    parent = output_dir_options()
     parent.add_argument(
         "-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="any RunConfig field"
     )
@@ -59,6 +55,10 @@ def parse_parameters(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def run_path(named: str, output_dir: str) -> Path:
-    """Return the run directory that `--run` means: a path to one, or the name of one in `--output-dir`."""
+    """Return the directory that `--run` names, by its path or by its name in `--output-dir`."""
     folder = Path(named)
-    return folder.resolve() if (folder / "config.json").is_file() else Path(output_dir) / named
+    # Only a folder with a config is taken as a path: a run's name may also be that of a folder
+    # here.
+    if (folder / "config.json").is_file():
+        return folder.resolve()
+    return Path(output_dir) / named

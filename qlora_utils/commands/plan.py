@@ -1,11 +1,11 @@
-"""`qlora plan`: what a run takes of a GPU's memory, and the fastest that fits."""
+"""Run `qlora plan`: predict a run's GPU memory, and choose the fastest settings that fit."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from qlora_utils.commands.options import parse_parameters, run_path, with_parameters
+from qlora_utils.commands.options import parameter_options, parse_parameters, run_path
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.models import hardware, memory, resolution, shapes
 
@@ -14,7 +14,7 @@ def add_parser(commands: Any) -> None:
     """Add `qlora plan` to the command line."""
     parser = commands.add_parser(
         "plan",
-        parents=[with_parameters()],
+        parents=[parameter_options()],
         help="what a run will take of a GPU's memory, and the fastest that fits",
     )
     parser.add_argument("--preset", help="what to plan (default: llama2-7b)")
@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the plan for one GPU, or the choice for each."""
+    """Print the plan for one GPU, or the chosen settings for each."""
     given = parse_parameters(options.parameters)
     preset = given.pop("preset", options.preset)
     if options.run and preset:
@@ -33,6 +33,7 @@ def main(options: argparse.Namespace) -> int:
         config = RunConfig.continue_run(run_path(options.run, options.output_dir), **given)
     else:
         config = RunConfig.from_preset(preset or "llama2-7b", **given)
+    # Without --gpu the card of this machine is planned for, or every known card if it has none.
     shape = shapes.read(config.model)
     if options.gpu is None and (card := hardware.this_card()) is not None:
         cards = [card]

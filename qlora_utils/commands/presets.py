@@ -1,24 +1,26 @@
-"""`qlora presets`: what can be run by name, and every parameter with its meaning."""
+"""Run `qlora presets`: list the presets, or every parameter with its meaning."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from qlora_utils.commands.options import plain
+from qlora_utils.commands.options import common_options
 from qlora_utils.config import RunConfig
 from qlora_utils.presets import PRESETS
 
 
 def add_parser(commands: Any) -> None:
     """Add `qlora presets` to the command line."""
-    parser = commands.add_parser("presets", parents=[plain()], help="list presets, or all fields with their meaning")
+    parser = commands.add_parser(
+        "presets", parents=[common_options()], help="list presets, or all fields with their meaning"
+    )
     parser.add_argument("--fields", action="store_true", help="list the fields of RunConfig instead")
     parser.set_defaults(command=main)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print presets, or fields."""
+    """Print the presets, or the fields of `RunConfig`."""
     if options.fields:
         pocket = RunConfig.from_preset("pocket")
         print(f"{'field':<24}{'in pocket':<24}meaning")

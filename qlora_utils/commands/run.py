@@ -1,9 +1,8 @@
-"""The series run headless: the seven notebooks through papermill, in order, one kernel each."""
+"""Run `qlora run`: execute the seven notebooks headless by papermill, in order, one kernel each."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import os
 import shutil
@@ -16,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from qlora_utils import curves, data
-from qlora_utils.commands.options import parse_parameters, with_parameters
-from qlora_utils.commands.stopping import WholeLines, asked_to_stop, in_thread, kernel_config
+from qlora_utils.commands.options import parameter_options, parse_parameters
+from qlora_utils.commands.stopping import LineCloser, catch_stop_signals, kernel_config, run_in_thread
 from qlora_utils.config import (
     ANSWER_FIELDS,
-    ASIDE_FIELDS,
     DATA_FIELDS,
-    DONE_FIELDS,
-    GO_ON_FIELDS,
+    FINISHED_FIELDS,
+    NEUTRAL_FIELDS,
     PLACE_FIELDS,
+    RESUME_FIELDS,
     SPEED_FIELDS,
     ConfigError,
     RunConfig,
@@ -43,15 +42,23 @@ from qlora_utils.runs import locks
 from qlora_utils.runs.directory import HEADLESS, TERMINAL, RunDirectory, require_adapter
 from qlora_utils.runs.files import read_json, with_few_colours, write_json, write_text
 
-INTERRUPTED = "Interrupted"  # the error of a training that was asked to stop and saved: `loop.interruptions`
+# The name of the error of a training that was asked to stop and saved first: `loop.interruptions`.
+INTERRUPTED = "Interrupted"
+# The list of executed notebooks, beside their copies.
+DONE = "done.json"
+# What a notebook writes that later ones need. Every other one needs only the config.
+_OUTPUTS = {"01_data": "data/train.jsonl", "04_training": "adapter", "06_answers": "answers.jsonl"}
 
 
 class SeriesError(RuntimeError):
-    """A notebook failed; the message names notebook, cell and error, and where the partly executed copy lies."""
+    """Report a notebook that failed.
+
+    The message names notebook, cell, error, and the path of the partly executed copy.
+    """
 
 
 class Stopped(KeyboardInterrupt):
-    """A series that was asked to stop by a signal, whose `number` it has; the message says how to go on."""
+    """Report a series that a signal stopped, by its `number`; the message says how to resume."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -59,15 +66,18 @@ class Stopped(KeyboardInterrupt):
 
 
 def series() -> list[Path]:
-    """The numbered notebooks, in order."""
+    """List the numbered notebooks, in order."""
     return sorted(project_folder("notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
-def choose_from(start: str | None) -> list[Path]:
-    """The notebooks from `start` on: a number (`04`, `4`) or a name (`04_training`, `training`).
+def notebooks_from(start: str | None) -> list[Path]:
+    """List the notebooks from `start` on.
+
+    Args:
+        start: a number (`04`, `4`) or a name (`04_training`, `training`); None: the first.
 
     Raises:
-        ConfigError: no such notebook; lists those there are.
+        ConfigError: no such notebook; the message lists all.
     """
     notebooks = series()
     if start is None:
@@ -76,7 +86,8 @@ def choose_from(start: str | None) -> list[Path]:
         number, _, topic = path.stem.partition("_")
         if start in (path.stem, path.name, number, str(int(number)), topic):
             return notebooks[index:]
-    raise ConfigError(f"--from: {start!r} is no notebook; expected one of {', '.join(p.stem for p in notebooks)}.")
+    names = ", ".join(path.stem for path in notebooks)
+    raise ConfigError(f"--from: {start!r} is no notebook; expected one of {names}.")
 
 
 def resolve(
@@ -89,22 +100,24 @@ def resolve(
     fresh: bool = False,
     config_file: Path | None = None,
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """The config of a series and what its notebooks are given as parameters. Writes nothing.
+    """Return the config of a series and the parameters of its notebooks. Write nothing.
 
-    A run that is there already is gone on with, unless `fresh`.
+    An existing run is resumed, unless `fresh`.
 
     Args:
-        preset: of a new run; None means `pocket`, or what the run directory says.
+        preset: of a new run; None means `pocket`, or the preset of the existing run.
         run_name: None: the preset's name.
-        output_dir: folder of run directories; made absolute, since notebooks run in a folder of their own.
-        parameters: RunConfig fields as given, text or typed; local paths among them are made absolute.
-        start: the notebook to start from; None: the first, or where an earlier try stopped.
-        fresh: replace what is there, with the values that it had unless a preset is given.
+        output_dir: folder of run directories. It is made absolute, since notebooks run in a folder
+            of their own.
+        parameters: RunConfig fields as given, text or typed. Local paths among them are made
+            absolute.
+        start: the notebook to start from; None: the first, or the first that is not done.
+        fresh: replace an existing run, with its own values unless a preset is given.
         config_file: a `config.json` to take all values from, instead of a preset.
 
     Raises:
-        ConfigError: an unknown parameter, a value that is not allowed, one that would come too late, or one that would
-            make the run there another.
+        ConfigError: a parameter is unknown, has a value that is not allowed, comes too late to take
+            effect, or contradicts the existing run.
         FileNotFoundError: `start` is given and the run directory holds no config.json.
     """
     check_names(parameters)
@@ -114,36 +127,45 @@ def resolve(
         if isinstance(given.get(name), str) and given[name] and is_there(given[name]):
             given[name] = str(Path(given[name]).expanduser().resolve())
     template = RunConfig.from_file(config_file) if config_file else None
-    folder = _folder(given.pop("output_dir", output_dir))
-    named = given.pop("run_name", run_name) or (template.run_name if template else preset or "pocket")
-    place = {"output_dir": str(folder), "run_name": named}
-    run_dir = RunConfig.from_preset("pocket", **place).run_dir  # its name is checked before a path is made of it
+    # The place of the run. The config checks its name before a path is made of it.
+    folder = _resolve_folder(given.pop("output_dir", output_dir))
+    default_name = template.run_name if template else preset or "pocket"
+    place = {"output_dir": str(folder), "run_name": given.pop("run_name", run_name) or default_name}
+    run_dir = RunConfig.from_preset("pocket", **place).run_dir
     check_folder("output_dir", run_dir)
-    first = choose_from(start)[0]
-    known = (run_dir / "config.json").is_file()
-    if start is not None and (known or first != series()[0]):
-        config = _go_on(run_dir, preset, given, first)
+    # The config: of the existing run, of a file, or of a preset.
+    first = notebooks_from(start)[0]
+    exists = (run_dir / "config.json").is_file()
+    if start is not None and (exists or first != series()[0]):
+        config = _restart_config(run_dir, preset, given, first)
     elif template is not None:
         config = RunConfig.build({**template.model_dump(), **place, **given})
-    elif known and preset is None:  # fresh or not: what was a large run does not become one of the pocket model
+    # Also with `fresh`: a run of a large model must not become one of the pocket model.
+    elif exists and preset is None:
         config = RunConfig.continue_run(run_dir, **given)
     else:
         config = RunConfig.from_preset(preset or "pocket", **place, **given)
     check_source("model", config.model)
     check_source("dataset", config.dataset, SUFFIXES)
-    # No preset: each notebook takes up config.json. In its parameters None means "not given", "none" takes away.
-    names = [*given, *(_changes(config, fresh=fresh) if first.stem <= "04_training" else ())]
-    values: dict[str, Any] = {name: getattr(config, name) for name in dict.fromkeys(names)}
+    # Without a preset each notebook reads config.json, so only values that differ are handed on.
+    names = list(given)
+    if first.stem <= "04_training":
+        names += _changed_fields(config, fresh=fresh)
+    values: dict[str, Any] = {"preset": None, **place}
+    for name in names:
+        value = getattr(config, name)
+        # In a notebook's parameters None means "not given", and "none" removes an optional value.
+        values[name] = "none" if value is None else value
     if fresh and start is not None:
         values["fresh"] = True
-    return config, {"preset": None, **place, **{name: "none" if v is None else v for name, v in values.items()}}
+    return config, values
 
 
-def _folder(output_dir: Any) -> Path:
-    """The folder of run directories, absolute.
+def _resolve_folder(output_dir: Any) -> Path:
+    """Return the folder of run directories as an absolute path.
 
     Raises:
-        ConfigError: no text, empty, or a path that the system does not take.
+        ConfigError: not a text, empty, or a path that the system rejects.
     """
     named = RunConfig.from_preset("pocket", output_dir=output_dir).output_dir
     try:
@@ -155,27 +177,32 @@ def _folder(output_dir: Any) -> Path:
     return folder
 
 
-def _changes(config: RunConfig, *, fresh: bool) -> list[str]:
-    """The values that differ from those of the run there, if it is to be gone on with.
+def _changed_fields(config: RunConfig, *, fresh: bool) -> list[str]:
+    """List the fields whose values differ from those of the existing run that is to be resumed.
 
     Raises:
-        ConfigError: something was trained there, and with these values it would be another training.
+        ConfigError: the run has been trained, and these values would make it another training.
     """
     if fresh or not (config.run_dir / "config.json").is_file():
         return []
     stored, run = RunConfig.continue_run(config.run_dir), RunDirectory(config.run_dir)
-    other = config.others(stored.model_dump(), DONE_FIELDS if run.finished() else GO_ON_FIELDS)
-    if other and (run.adapter.is_dir() or any(run.checkpoints.glob("checkpoint-*"))):
+    allowed = FINISHED_FIELDS if run.finished() else RESUME_FIELDS
+    differences = config.describe_differences(stored.model_dump(), allowed)
+    if differences and (run.adapter.is_dir() or any(run.checkpoints.glob("checkpoint-*"))):
         raise ConfigError(
-            f"{run.path} holds a run with other values ({'; '.join(other)}). Give yours another name, --run-name NAME, "
-            "or replace that one: --fresh."
+            f"{run.path} holds a run with other values ({'; '.join(differences)}). Give yours another name, "
+            "--run-name NAME, or replace that one: --fresh."
         )
     return [name for name in RunConfig.model_fields
             if name not in PLACE_FIELDS and getattr(config, name) != getattr(stored, name)]  # fmt: skip
 
 
-def _go_on(run_dir: Path, preset: str | None, given: Mapping[str, Any], first: Path) -> RunConfig:
-    """The stored config with the given values, if they still take effect from notebook `first` on."""
+def _restart_config(run_dir: Path, preset: str | None, given: Mapping[str, Any], first: Path) -> RunConfig:
+    """Return the stored config with the given values.
+
+    Raises:
+        ConfigError: another preset, or a value that has no effect from notebook `first` on.
+    """
     stored = RunConfig.continue_run(run_dir)
     if preset not in (None, stored.preset):
         raise ConfigError(
@@ -184,103 +211,123 @@ def _go_on(run_dir: Path, preset: str | None, given: Mapping[str, Any], first: P
         )
     config = RunConfig.continue_run(run_dir, **given)
     for name in given:
-        decided = _decided_in(name)
-        if first.stem > decided and getattr(config, name) != getattr(stored, name):
+        last = _last_notebook_for(name)
+        if first.stem > last and getattr(config, name) != getattr(stored, name):
             raise ConfigError(
                 f"{name}: the run has {getattr(stored, name)!r}, and from {first.stem} on nothing uses "
-                f"{getattr(config, name)!r} any more; start with --from {decided[:2]} or earlier."
+                f"{getattr(config, name)!r} any more; start with --from {last[:2]} or earlier."
             )
     return config
 
 
-def _decided_in(name: str) -> str:
-    """The last notebook from which a new value of a field still takes effect."""
-    return (
-        "01_data" if name in DATA_FIELDS else "06_answers" if name in (*ANSWER_FIELDS, *SPEED_FIELDS) else "04_training"
-    )
+def _last_notebook_for(name: str) -> str:
+    """Return the last notebook to start from if a new value of a field is to take effect."""
+    if name in DATA_FIELDS:
+        return "01_data"
+    # Notebook 06 is the last that answers many questions.
+    if name in (*ANSWER_FIELDS, *SPEED_FIELDS):
+        return "06_answers"
+    return "04_training"
 
 
 def run_series(
     config: RunConfig, parameters: Mapping[str, Any], *, start: str | None = None, fresh: bool = False
 ) -> RunDirectory:
-    """Run the notebooks and keep their executed copies in the run directory.
+    """Run the notebooks and save their executed copies in the run directory.
 
     Args:
         config: from `resolve`.
         parameters: from `resolve`; injected into every notebook.
         start: the notebook to start from; None: the first that is not done.
-        fresh: from the first notebook on, remove what an earlier run of this name left.
+        fresh: if the series starts at the first notebook, remove the files of an earlier run of
+            this name.
 
     Raises:
         SeriesError: a notebook failed.
-        DataError, ModelError, DamagedError, FileNotFoundError: from `look_ahead`, with nothing written yet.
-        ConfigError: no notebook named `start`.
+        DataError, ModelError, DamagedError, FileNotFoundError: from `check_inputs`; nothing is
+        written then.
+        ConfigError: no notebook is named `start`.
         LockedError: another process runs the series, or trains, in this run directory.
-        Stopped: by SIGINT or SIGTERM, once the notebook under way had saved what it had.
+        Stopped: SIGINT or SIGTERM arrived, and the notebook under way has saved what it could.
     """
     run = RunDirectory(config.run_dir)
-    notebooks = choose_from(start)
-    begun = start is None and not fresh and run.config.is_file()
-    if not begun:  # else it depends on what is done, which is known once nobody else is at work there
-        look_ahead(run, config, notebooks, fresh=fresh)
+    notebooks = notebooks_from(start)
+    resumes = start is None and not fresh and run.config.is_file()
+    # When a run is resumed, the check waits for the lock: only then is certain which notebooks are
+    # done.
+    if not resumes:
+        check_inputs(run, config, notebooks, fresh=fresh)
     with locks.held(run.path / ".run.lock", "qlora run"):
         run.sweep()
         if fresh and notebooks == series():
             with locks.held(run.path / ".training.lock", "qlora run --fresh", wait_s=10):
-                _clear(run)
+                _remove_earlier_run(run)
         elif start is None:
-            notebooks = _left_to_do(run, config, parameters)
-            if begun:
-                look_ahead(run, config, notebooks, fresh=False)
+            notebooks = _remaining_notebooks(run, config, parameters)
+            if resumes:
+                check_inputs(run, config, notebooks, fresh=False)
         run.begin(config)
         run.notebooks.mkdir(parents=True, exist_ok=True)
-        # Notebooks declare the parameters a reader may want to turn; any field may be injected, checked above.
-        logging.getLogger("papermill").setLevel(logging.ERROR)
-        os.environ[HEADLESS] = "1"
-        os.environ.pop(TERMINAL, None)
-        if sys.stderr.isatty():
-            os.environ[TERMINAL] = str(shutil.get_terminal_size().columns)
+        _prepare_environment()
         if notebooks and not config.model.startswith(EMBEDDED):
-            _say_if_no_gpu(config)
+            _warn_without_gpu(config)
         for path in notebooks:
-            number = f"[{series().index(path) + 1}/{len(series())}] {path.stem}"
-            print(f"{number} …", flush=True)
-            began = time.monotonic()
-            before = [stem for stem in done(run) if stem < path.stem]
-            write_json(run.notebooks / DONE, before)  # what comes after is out of date from now on
-            _run_one(path, run, config, parameters)
+            title = f"[{series().index(path) + 1}/{len(series())}] {path.stem}"
+            print(f"{title} …", flush=True)
+            start_time = time.monotonic()
+            # From now on the copies of later notebooks are out of date, even if this one fails.
+            before = [stem for stem in done_notebooks(run) if stem < path.stem]
+            write_json(run.notebooks / DONE, before)
+            _execute_notebook(path, run, config, parameters)
             write_json(run.notebooks / DONE, [*before, path.stem])
-            print(f"{number} {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{title} {time.monotonic() - start_time:.0f} s", flush=True)
     return run
 
 
-def look_ahead(run: RunDirectory, config: RunConfig, notebooks: Sequence[Path], *, fresh: bool) -> None:
-    """Look at what the notebooks will need, before a kernel is started or anything is replaced.
+def _prepare_environment() -> None:
+    """Set the log level of papermill and the environment variables that kernels inherit."""
+    # papermill warns of every parameter that the notebook's own cell doesn't declare. Those cells
+    # declare only what a reader may want to change, while any field may be injected, and `resolve`
+    # has checked it.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    os.environ[HEADLESS] = "1"
+    os.environ.pop(TERMINAL, None)
+    if sys.stderr.isatty():
+        os.environ[TERMINAL] = str(shutil.get_terminal_size().columns)
 
-    Model and dataset are read as notebook 01 will read them, unless both lie in the project; of a run that is gone on
-    with, what earlier notebooks left.
+
+def check_inputs(run: RunDirectory, config: RunConfig, notebooks: Sequence[Path], *, fresh: bool) -> None:
+    """Check the inputs of the notebooks before a kernel is started or any file is replaced.
+
+    Model and dataset are read as notebook 01 will read them, unless both are part of the project.
+    Of an existing run, the outputs of earlier notebooks are read.
 
     Raises:
-        DataError: the dataset cannot be read, or no row of it can be used.
-        ModelError: model folder, tokenizer or adapter is missing, damaged or not what it should be.
-        DamagedError: a file of the run directory is.
-        FileNotFoundError: a notebook before these has not left what they need; says which.
+        DataError: the dataset cannot be read, or none of its rows can be used.
+        ModelError: model folder, tokenizer or adapter is missing, damaged or of the wrong kind.
+        DamagedError: a file of the run directory is damaged.
+        FileNotFoundError: an output of an earlier notebook is missing; the message says of which.
     """
     stems = {path.stem for path in notebooks}
-    models = {"02_quantization", "03_lora", "04_training", "06_answers", "07_playground"}
+    with_model = {"02_quantization", "03_lora", "04_training", "06_answers", "07_playground"}
+    with_rows = {"04_training", "06_answers", "07_playground"}
     if "01_data" in stems:
-        plain = RunConfig.from_preset(config.preset).max_seq_len == config.max_seq_len
-        if not (plain and config.model.startswith(EMBEDDED) and config.dataset.startswith(EMBEDDED)):
+        # The embedded model and rows fit together in their preset; a shorter max_seq_len may reject
+        # all rows.
+        preset_length = RunConfig.from_preset(config.preset).max_seq_len == config.max_seq_len
+        if not (preset_length and config.model.startswith(EMBEDDED) and config.dataset.startswith(EMBEDDED)):
             _check_model(config)
             data.prepare(config, data.load_tokenizer(config))
         if fresh:
             return
-    elif stems & models and not config.model.startswith(EMBEDDED):
+    elif stems & with_model and not config.model.startswith(EMBEDDED):
         _check_model(config)
-    if "01_data" not in stems and stems & {"04_training", "06_answers", "07_playground"}:
+    # From here on: outputs of notebooks that are not run again.
+    if "01_data" not in stems and stems & with_rows:
         prepared = data.Prepared.load(run)
         for part in (prepared.train, prepared.held_out):
-            deque(part, maxlen=0)  # each row is read, since a file may be damaged anywhere
+            # Every row is read and dropped, since a file may be damaged anywhere.
+            deque(part, maxlen=0)
     if stems & {"04_training", "06_answers"}:
         run.known_metrics()
     if "04_training" not in stems and stems & {"06_answers", "07_playground"}:
@@ -290,18 +337,24 @@ def look_ahead(run: RunDirectory, config: RunConfig, notebooks: Sequence[Path], 
 
 
 def _check_model(config: RunConfig) -> None:
+    """Check that the files of the base model are complete and of a supported architecture."""
     source = locate(config.model)
     model_files.check(source)
     model_files.check_weights(source, architecture_of(config.model))
 
 
-def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mapping[str, Any]) -> None:
-    """Execute one notebook into the run directory, and mark the copy when it is done."""
+def _execute_notebook(path: Path, run: RunDirectory, config: RunConfig, parameters: Mapping[str, Any]) -> None:
+    """Execute one notebook and write the executed copy into the run directory.
+
+    Raises:
+        SeriesError: the notebook failed, or its kernel died.
+        Stopped: a signal arrived.
+    """
     import papermill
     from nbclient.exceptions import DeadKernelError
 
     copy = run.notebooks / path.name
-    lines = WholeLines(sys.stderr)
+    lines = LineCloser(sys.stderr)
 
     def execute() -> None:
         papermill.execute_notebook(
@@ -311,133 +364,144 @@ def _run_one(path: Path, run: RunDirectory, config: RunConfig, parameters: Mappi
             cwd=str(path.parent),
             kernel_name="python3",
             progress_bar=False,
-            stderr_file=lines,  # progress reaches the terminal as it moves
-            coalesce_streams=True,  # in the copy what was drawn over is left out
-            extra_arguments=["--log-level=CRITICAL"],  # else it may tell of the interrupt with which it is ended
+            # Progress bars reach the terminal while they move.
+            stderr_file=lines,
+            # In the copy only their last state is saved.
+            coalesce_streams=True,
+            # Otherwise the kernel may log the interrupt that ends it.
+            extra_arguments=["--log-level=CRITICAL"],
             config=kernel_config(),
         )
 
-    with asked_to_stop() as (asked, pass_on):
-        failure = in_thread(execute, pass_on)
+    with catch_stop_signals() as (signals, forward):
+        failure = run_in_thread(execute, forward)
     lines.end()
     if failure is None:
         _make_smaller(copy)
-    if asked:
-        told = f"stopped in {path.stem}{_what_is_saved(path, run, failure)}"
-        raise Stopped(asked[0], f"{told}. To go on: {_again(config, parameters, path)}") from None
+    resume = _resume_command(config, parameters, path)
+    # A signal comes first: whatever error ended the notebook, the stop was asked for.
+    if signals:
+        saved = _describe_saved(path, run, failure)
+        raise Stopped(signals[0], f"stopped in {path.stem}{saved}. To go on: {resume}") from None
     if isinstance(failure, papermill.PapermillExecutionError):
         raise SeriesError(
             f"{path.stem}, cell {failure.cell_index} (In [{failure.exec_count}]): {failure.ename}: {failure.evalue}\n"
             f"The partly executed notebook is {copy}\n"
-            f"When the cause is gone: {_again(config, parameters, path)}"
+            f"When the cause is gone: {resume}"
         ) from None
     if isinstance(failure, DeadKernelError):
         raise SeriesError(
             f"{path.stem}: its kernel died ({failure}); out of memory? See {copy}\n"
-            f"To go on from what it saved: {_again(config, parameters, path)}"
+            f"To go on from what it saved: {resume}"
         ) from None
     if failure is not None:
         raise failure
 
 
 def _make_smaller(copy: Path) -> None:
-    """Give the figures of an executed notebook fewer colours, where that makes them smaller."""
+    """Reduce the colours of an executed notebook's figures where that makes them smaller."""
     import nbformat
 
     notebook = nbformat.read(copy, as_version=4)  # type: ignore[no-untyped-call]
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
-    for output in outputs:
-        if drawn := output["data"].get("image/png"):
-            output["data"]["image/png"] = b64encode(with_few_colours(b64decode(drawn))).decode()
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if figure := output.get("data", {}).get("image/png"):
+                output["data"]["image/png"] = b64encode(with_few_colours(b64decode(figure))).decode()
     write_text(copy, nbformat.writes(notebook) + "\n")  # type: ignore[no-untyped-call]
 
 
-def _what_is_saved(path: Path, run: RunDirectory, failure: BaseException | None) -> str:
-    """What to say of a notebook that was asked to stop: what its training saved, and what went wrong instead.
+def _describe_saved(path: Path, run: RunDirectory, failure: BaseException | None) -> str:
+    """Describe what the training saved before its notebook stopped; empty for other notebooks.
 
-    An error of a kernel reaches us as its name and its message. The message is for people: what is saved is read from
-    the checkpoints.
+    A kernel's error arrives as a name and a message. The message is written for people, so the
+    saved step is read from the checkpoints and not from the message.
     """
     if path.stem != "04_training":
         return ""
     last = checkpoints.find_newest(run.checkpoints)
     name = getattr(failure, "ename", type(failure).__name__)
-    there = f"the last checkpoint is {last}" if last else "no checkpoint yet"
+    newest = f"the last checkpoint is {last}" if last else "no checkpoint yet"
     if name == INTERRUPTED:
-        return f", as asked; {there}"
-    went_wrong = f" ({name}: {getattr(failure, 'evalue', failure)})"
-    told = "" if name in ("KeyboardInterrupt", "DeadKernelError", "NoneType") else went_wrong
-    return f" before it could save{told}; {there}"
+        return f", as asked; {newest}"
+    # These three are the stop itself; any other error is news.
+    cause = ""
+    if name not in ("KeyboardInterrupt", "DeadKernelError", "NoneType"):
+        cause = f" ({name}: {getattr(failure, 'evalue', failure)})"
+    return f" before it could save{cause}; {newest}"
 
 
-DONE = "done.json"  # beside the executed copies
-# What a notebook leaves that those after it need.
-_LEAVES = {"01_data": "data/train.jsonl", "04_training": "adapter", "06_answers": "answers.jsonl"}
-
-
-def done(run: RunDirectory) -> list[str]:
-    """The notebooks that were executed to their end in this run, as far as what they left is still there."""
+def done_notebooks(run: RunDirectory) -> list[str]:
+    """List the notebooks that were executed to their end and whose outputs still exist."""
     try:
         stems: list[str] = read_json(run.notebooks / DONE, list)
-        return [stem for stem in stems if (run.path / _LEAVES.get(stem, "config.json")).exists()]
+        return [stem for stem in stems if (run.path / _OUTPUTS.get(stem, "config.json")).exists()]
+    # Damaged or missing: then all are executed again.
     except (OSError, ValueError, TypeError):
         return []
 
 
-def _left_to_do(run: RunDirectory, config: RunConfig, parameters: Mapping[str, Any]) -> list[Path]:
-    """The notebooks from the first that is not done, or that a changed value brings back."""
+def _remaining_notebooks(run: RunDirectory, config: RunConfig, parameters: Mapping[str, Any]) -> list[Path]:
+    """List the notebooks from the first on that is not done, or that uses a changed value."""
     notebooks = series()
     if not (run.path / "config.json").is_file():
         return notebooks
-    stored, stems = RunConfig.continue_run(run.path), done(run)
-    # what a training that is done has no use for brings nothing back
-    idle = {*ASIDE_FIELDS} - {*ANSWER_FIELDS} if "04_training" in stems else {*SPEED_FIELDS}
-    changed = [name for name in set(parameters) - {*PLACE_FIELDS} - idle
-               if getattr(config, name) != getattr(stored, name)]  # fmt: skip
-    back = min((_decided_in(name) for name in changed), default="99")
-    behind = itertools.takewhile(lambda path: path.stem in stems and path.stem < back, notebooks)
-    first = len(list(behind))
-    left = notebooks[first:]
-    if first:
-        what = f"going on with {left[0].stem}" if left else "nothing is left to do"
-        print(f"{run.path}: {first} of {len(notebooks)} notebooks are done, {what}; --fresh starts over", flush=True)
-    return left
+    stored, done = RunConfig.continue_run(run.path), done_notebooks(run)
+    # A finished training doesn't use these values, so a change of them repeats nothing.
+    unused = {*NEUTRAL_FIELDS} - {*ANSWER_FIELDS} if "04_training" in done else {*SPEED_FIELDS}
+    repeat_from = "99"
+    for name in set(parameters) - {*PLACE_FIELDS} - unused:
+        if getattr(config, name) != getattr(stored, name):
+            repeat_from = min(repeat_from, _last_notebook_for(name))
+    # Only notebooks done without a gap count: each one builds on those before it.
+    count = 0
+    while count < len(notebooks) and notebooks[count].stem in done and notebooks[count].stem < repeat_from:
+        count += 1
+    remaining = notebooks[count:]
+    if count:
+        what = f"going on with {remaining[0].stem}" if remaining else "nothing is left to do"
+        print(f"{run.path}: {count} of {len(notebooks)} notebooks are done, {what}; --fresh starts over", flush=True)
+    return remaining
 
 
-def _again(config: RunConfig, parameters: Mapping[str, Any], path: Path) -> str:
-    """The command that goes on with a notebook, with what was asked for and still matters there."""
-    fresh = bool(parameters.get("fresh")) and path.stem < "04_training"  # the training is still to be begun anew
-    matters = sorted(name for name in {*parameters} - {*PLACE_FIELDS} if path.stem <= _decided_in(name))
-    return resume_command(
-        config.run_dir,
-        parameters={name: parameters[name] for name in matters},
-        start=path.stem[:2] if fresh else None,
-        fresh=fresh,
-    )
+def _resume_command(config: RunConfig, parameters: Mapping[str, Any], path: Path) -> str:
+    """Return the command that resumes at a notebook, with the parameters that matter from there on."""
+    # Before notebook 04 the old training has not been replaced yet, so `--fresh` is still needed.
+    fresh = bool(parameters.get("fresh")) and path.stem < "04_training"
+    effective = {}
+    for name in sorted({*parameters} - {*PLACE_FIELDS}):
+        if path.stem <= _last_notebook_for(name):
+            effective[name] = parameters[name]
+    start = path.stem[:2] if fresh else None
+    return resume_command(config.run_dir, parameters=effective, start=start, fresh=fresh)
 
 
-def _say_if_no_gpu(config: RunConfig) -> None:
+def _warn_without_gpu(config: RunConfig) -> None:
+    """Print a warning if a large model would run on the CPU."""
     import torch
 
     if not torch.cuda.is_available():
         print(f"no GPU here: {config.model} will be slow on the CPU, if it fits into memory at all", flush=True)
 
 
-def _clear(run: RunDirectory) -> None:
-    """Remove what an earlier run of the same name left, and nothing else that may lie there."""
-    left: Sequence[Path] = [run.config, run.data, run.adapter, run.merged, run.checkpoints, run.history, run.answers,
+def _remove_earlier_run(run: RunDirectory) -> None:
+    """Remove the files of an earlier run of the same name, and no other files in its directory."""
+    paths: Sequence[Path] = [run.config, run.data, run.adapter, run.merged, run.checkpoints, run.history, run.answers,
                             run.metrics, run.comparison, run.figures, run.notebooks, run.report]  # fmt: skip
-    present = [path for path in left if os.path.lexists(path)]
+    present = [path for path in paths if os.path.lexists(path)]
     if present:
         print(f"replacing in {run.path}: {', '.join(path.name for path in present)}", flush=True)
     for path in present:
-        # a link may lead to another disk, and to more than is ours: it goes, what it leads to stays
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        # A link may lead to another disk, and to files of others: the link is removed, its target
+        # stays.
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def add_parser(commands: Any) -> None:
     """Add `qlora run` to the command line."""
-    parser = commands.add_parser("run", parents=[with_parameters()], help="run the seven notebooks headless")
+    parser = commands.add_parser("run", parents=[parameter_options()], help="run the seven notebooks headless")
     parser.add_argument("--preset", help="what to run (default: pocket; with --from, what the run directory says)")
     parser.add_argument("--run-name", help="names the run directory (default: the preset's name)")
     parser.add_argument("--from", dest="start", metavar="NOTEBOOK", help="start again here: 04 or 04_training")
@@ -451,7 +515,7 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the series, and print what came of it."""
+    """Run the series, and print its results."""
     given = parse_parameters(options.parameters)
     if options.config and (options.preset or "preset" in given):
         raise ConfigError("--config and --preset: each says what to run; give one of them.")

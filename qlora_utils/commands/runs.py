@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_utils import style
-from qlora_utils.commands.options import among_runs
+from qlora_utils.commands.options import output_dir_options
 from qlora_utils.config import ConfigError, RunConfig, run_command
 from qlora_utils.evaluation.scores import score_text
 from qlora_utils.locate import first_line
@@ -192,7 +192,9 @@ def as_json(runs: Iterable[Listed]) -> str:
 def add_parser(commands: Any) -> None:
     """Add `qlora runs` to the command line."""
     parser = commands.add_parser(
-        "runs", parents=[among_runs()], help="list the runs: how far they came, their scores, their size on disk"
+        "runs",
+        parents=[output_dir_options()],
+        help="list the runs: how far they came, their scores, their size on disk",
     )
     parser.add_argument("--json", action="store_true", help="as JSON, for other programs")
     parser.set_defaults(command=main)

@@ -1,4 +1,4 @@
-"""A series that can be stopped: its kernels run beside the main thread, which takes signals and hands them on."""
+"""Make a series stoppable: kernels run in a thread, and the main thread forwards them signals."""
 
 from __future__ import annotations
 
@@ -12,41 +12,48 @@ from typing import Any, TextIO
 
 
 def kernel_config() -> Any:
-    """How kernels are spoken to: encrypted, and by a client that looks again; with jupyter_client 7 neither."""
+    """Return the configuration of kernels: encrypted transport and a client that polls.
+
+    jupyter_client 7 knows neither setting and ignores both.
+    """
     from traitlets.config import Config
 
-    client = "qlora_utils.commands.jupyter_client.LookingClient"
+    client = "qlora_utils.commands.jupyter_client.PollingClient"
     return Config({"KernelManager": {"transport_encryption": "auto", "client_class": client}})
 
 
-class WholeLines:
-    """Passes text on to a terminal or log, and can end a line that whoever drew it did not live to end."""
+class LineCloser:
+    """Pass text on to a terminal or log, and close a line that was left open.
+
+    A kernel that is killed in the middle of its progress bar leaves such a line.
+    """
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
         self.open = False
 
     def write(self, text: str) -> None:
-        """Pass on."""
+        """Write text, and remember if its last line is still open."""
         self.file.write(text)
-        self.open = not text.endswith("\n") if text else self.open
+        if text:
+            self.open = not text.endswith("\n")
 
     def flush(self) -> None:
-        """Pass on."""
+        """Flush the file."""
         self.file.flush()
 
     def end(self) -> None:
-        """Begin a new line, unless this is the beginning of one."""
+        """Start a new line if the last one is still open."""
         if self.open:
             self.write("\n")
             self.flush()
 
 
-def in_thread(work: Callable[[], None], meanwhile: Callable[[], None]) -> BaseException | None:
-    """Do something in a thread and return what it raised. The main thread stays free to take signals.
+def run_in_thread(work: Callable[[], None], meanwhile: Callable[[], None]) -> BaseException | None:
+    """Run `work` in a thread and return the exception that it raised, or None.
 
-    nbclient would otherwise take them itself, and kill the kernel in the middle of a step. `meanwhile` is called again
-    and again.
+    The main thread stays free to handle signals. Otherwise nbclient would handle them and kill the
+    kernel in the middle of a step. `meanwhile` is called every 0.2 seconds until the thread ends.
     """
     raised: list[BaseException] = []
 
@@ -65,52 +72,67 @@ def in_thread(work: Callable[[], None], meanwhile: Callable[[], None]) -> BaseEx
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[tuple[list[int], Callable[[], None]]]:
-    """In this context SIGINT and its like are taken down, and handed to the kernel by a function to be called often.
+def catch_stop_signals() -> Iterator[tuple[list[int], Callable[[], None]]]:
+    """Record SIGINT, SIGTERM and SIGHUP, and forward them to the kernels.
 
-    The kernel saves and leaves; asked twice, it is killed.
+    On the first signal a kernel saves its state and ends; on the second it is killed.
+
+    Yields:
+        The numbers of the signals received so far, and a function that forwards them. Call it
+        often: a kernel that ignores SIGINT at the moment gets it at a later call.
     """
-    asked: list[int] = []
-    told: set[int] = set()
+    received: list[int] = []
+    interrupted: set[int] = set()
 
     def on_signal(number: int, _: Any) -> None:
-        asked.append(number)
+        received.append(number)
 
-    def pass_on() -> None:
-        for kernel in kernels_here() if asked else []:
-            with suppress(ProcessLookupError):  # it has ended by itself
-                if len(asked) > 1:
+    def forward() -> None:
+        if not received:
+            return
+        for kernel in list_kernels():
+            # A kernel may have ended by itself since it was listed.
+            with suppress(ProcessLookupError):
+                if len(received) > 1:
                     os.kill(kernel, signal.SIGKILL)
-                elif kernel not in told and _heeds_interrupts(kernel):
+                # Once only: a second SIGINT would interrupt the kernel while it saves.
+                elif kernel not in interrupted and _catches_sigint(kernel):
                     os.kill(kernel, signal.SIGINT)
-                    told.add(kernel)
+                    interrupted.add(kernel)
 
+    # Python allows only the main thread to set signal handlers.
     if threading.current_thread() is not threading.main_thread():
-        yield asked, pass_on
+        yield received, forward
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    # one that is ignored, as under nohup, stays so
-    taken = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in taken}
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # A signal that is ignored, as under nohup, stays ignored.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            handlers[number] = signal.signal(number, on_signal)
     try:
-        yield asked, pass_on
+        yield received, forward
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _heeds_interrupts(kernel: int) -> bool:
-    """Whether a kernel would notice SIGINT now: between two cells, and before the first, it ignores it."""
+def _catches_sigint(kernel: int) -> bool:
+    """Return True if a kernel has a handler for SIGINT now.
+
+    Between two cells, and before the first, a kernel ignores SIGINT.
+    """
     try:
+        # The bit mask of caught signals, in hexadecimal; signal n is bit n - 1.
         status = Path(f"/proc/{kernel}/status").read_text(encoding="ascii")
         caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
         return bool(int(caught.split()[1], 16) >> (signal.SIGINT - 1) & 1)
-    except (OSError, ValueError, IndexError, StopIteration):  # not told on this system
+    # This system has no such file: assume that the kernel listens.
+    except (OSError, ValueError, IndexError, StopIteration):
         return True
 
 
-def kernels_here() -> list[int]:
-    """Process ids of the kernels that this process has started."""
+def list_kernels() -> list[int]:
+    """Return the process ids of the kernels that this process has started."""
     import psutil
 
     found = []

@@ -58,26 +58,26 @@ def received(kind, *, timeout=None, send=True):
 
 
 def test_a_reply_whose_coming_was_missed_is_found(monkeypatch):
-    monkeypatch.setattr(kernels, "LOOK_S", 0.3)
+    monkeypatch.setattr(kernels, "POLL_S", 0.3)
     with pytest.raises(TimeoutError):
         received(AsyncZMQSocketChannel)  # it would be waited for without end
-    assert received(kernels.LookingChannel) == "ok"
-    assert received(kernels.LookingChannel, timeout=1.5) == "ok"
+    assert received(kernels.PollingChannel) == "ok"
+    assert received(kernels.PollingChannel, timeout=1.5) == "ok"
 
 
 @pytest.mark.parametrize("timeout", [0.0, 0.1, 0.7])
 def test_a_limit_is_kept(monkeypatch, timeout):
-    monkeypatch.setattr(kernels, "LOOK_S", 0.3)
+    monkeypatch.setattr(kernels, "POLL_S", 0.3)
     with pytest.raises(Empty):
-        received(kernels.LookingChannel, timeout=timeout, send=False)
+        received(kernels.PollingChannel, timeout=timeout, send=False)
 
 
 def test_the_series_waits_with_such_a_client(tmp_path):
     notebook = new_notebook(cells=[new_code_cell("6 * 7")])
     client = NotebookClient(notebook, config=stopping.kernel_config(), kernel_name="python3")
     with client.setup_kernel():
-        assert type(client.kc) is kernels.LookingClient
-        assert all(type(getattr(client.kc, f"{name}_channel")) is kernels.LookingChannel
+        assert type(client.kc) is kernels.PollingClient
+        assert all(type(getattr(client.kc, f"{name}_channel")) is kernels.PollingChannel
                    for name in ("shell", "iopub", "stdin", "control"))  # fmt: skip
         client.execute_cell(notebook.cells[0], 0)
     assert notebook.cells[0].outputs[0].data["text/plain"] == "42"

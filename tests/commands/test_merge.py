@@ -47,6 +47,6 @@ def test_a_trained_run_is_merged_and_checked_on_the_command_line(config, tokeniz
     assert "as they were before quantization" in capsys.readouterr().out
     assert read_json(elsewhere / "merge.json")["agreement"]["questions"] == 2
 
-    runner._clear(run)  # a new run of this name replaces the model too
+    runner._remove_earlier_run(run)  # a new run of this name replaces the model too
     assert not run.merged.exists()
     assert elsewhere.exists()

@@ -35,8 +35,8 @@ def test_series_is_the_seven_notebooks():
 
 @pytest.mark.parametrize("start", ["04", "4", "training", "04_training", "04_training.ipynb"])
 def test_from_takes_number_or_name(start):
-    assert runner.choose_from(start)[0].stem == "04_training"
-    assert len(runner.choose_from(start)) == 4
+    assert runner.notebooks_from(start)[0].stem == "04_training"
+    assert len(runner.notebooks_from(start)) == 4
 
 
 def test_resolve_types_values_and_makes_paths_absolute(tmp_path, monkeypatch):
@@ -87,7 +87,7 @@ def test_the_advice_to_start_again_repeats_what_still_matters(begun):
         preset=None, run_name="a", output_dir=begun.output_dir, start="04",
         parameters={"lora_r": "8", "micro_batch_size": "none", "score_rows": "9"},
     )  # fmt: skip
-    again = {path.stem[:2]: runner._again(config, parameters, path) for path in runner.series()}
+    again = {path.stem[:2]: runner._resume_command(config, parameters, path) for path in runner.series()}
     place = f"qlora run --run-name a --output-dir {begun.output_dir}"
     assert again["04"] == f"{place} -p lora_r=8 -p micro_batch_size=none -p score_rows=9"
     assert again["05"] == f"{place} -p score_rows=9"
@@ -98,7 +98,7 @@ def test_the_advice_after_fresh_does_not_start_over_what_was_begun(begun):
     config, parameters = runner.resolve(
         preset=None, run_name="a", output_dir=begun.output_dir, start="02", parameters={"lora_r": "8"}, fresh=True
     )
-    again = {path.stem[:2]: runner._again(config, parameters, path) for path in runner.series()}
+    again = {path.stem[:2]: runner._resume_command(config, parameters, path) for path in runner.series()}
     place = f"qlora run --run-name a --output-dir {begun.output_dir}"
     assert again["03"] == f"{place} -p lora_r=8 --from 03 --fresh"
     assert again["04"] == f"{place} -p lora_r=8"
@@ -239,7 +239,7 @@ def test_kernels_are_told_whether_somebody_looks_at_a_terminal(tmp_path, monkeyp
         preset="pocket", run_name="a", output_dir=str(tmp_path), parameters={}, start=None
     )
     told = []
-    monkeypatch.setattr(runner, "_run_one", lambda *_: told.append(os.environ.get(TERMINAL)))
+    monkeypatch.setattr(runner, "_execute_notebook", lambda *_: told.append(os.environ.get(TERMINAL)))
     monkeypatch.setattr(runner, "series", lambda: [ROOT / "notebooks" / "01_data.ipynb"])
     monkeypatch.setenv("COLUMNS", "97")
     monkeypatch.setenv(TERMINAL, "left over")
@@ -383,16 +383,16 @@ def test_the_same_command_again_goes_on_where_it_stopped(tmp_path, monkeypatch, 
     only(monkeypatch, "01_data", "04_training", "05_curves")
     command = ["run", "--preset", "pocket", "--run-name", "a", "--output-dir", str(tmp_path), *QUICK]
     run = RunDirectory(tmp_path / "a")
-    original = runner._run_one
+    original = runner._execute_notebook
 
     def failing(path, *arguments):
         if path.stem == "05_curves":
             raise runner.SeriesError("lost")
         return original(path, *arguments)
 
-    monkeypatch.setattr(runner, "_run_one", failing)
+    monkeypatch.setattr(runner, "_execute_notebook", failing)
     assert cli.main(command) == 1
-    monkeypatch.setattr(runner, "_run_one", original)
+    monkeypatch.setattr(runner, "_execute_notebook", original)
     before = executed(run)
     assert cli.main(command) == 0
     after = executed(run)
@@ -407,7 +407,9 @@ def test_the_same_command_again_goes_on_where_it_stopped(tmp_path, monkeypatch, 
     assert executed(run) == after
     # repeated from its config.json, elsewhere, it has the same values; anew, it takes the place of what is there
     ran = []
-    monkeypatch.setattr(runner, "_run_one", lambda path, run, config, parameters: ran.append((config, parameters)))
+    monkeypatch.setattr(
+        runner, "_execute_notebook", lambda path, run, config, parameters: ran.append((config, parameters))
+    )
     monkeypatch.setattr(report, "write_report", lambda run: None)
     monkeypatch.setattr(report, "summary", lambda run: "")
     again = ["run", "--config", str(run.config), "--run-name", "again", "--output-dir", str(tmp_path)]
@@ -462,7 +464,7 @@ def test_a_series_that_is_stopped_saves_and_goes_on(tmp_path, number):
     saved = max(checkpoints.step_of(path) for path in run.checkpoints.glob("checkpoint-*"))
     assert saved == 100 if number == signal.SIGKILL else 120 < saved < 400
     again = start(tmp_path, *LONG)
-    wait_for(lambda: "04_training" in runner.done(run), again)
+    wait_for(lambda: "04_training" in runner.done_notebooks(run), again)
     os.killpg(again.pid, signal.SIGKILL)
     again.wait()
     assert f"going on from step {saved}" in (run.notebooks / "04_training.ipynb").read_text()
@@ -474,14 +476,16 @@ def test_what_a_stopped_training_saved_is_read_from_its_checkpoints(tmp_path, mo
     """Not from the message of the training, which is for people."""
     training, run = Path("04_training.ipynb"), RunDirectory(tmp_path)
     stopped = SimpleNamespace(ename=interruptions.Interrupted.__name__, evalue=words)
-    assert runner._what_is_saved(training, run, stopped) == ", as asked; no checkpoint yet"
+    assert runner._describe_saved(training, run, stopped) == ", as asked; no checkpoint yet"
     monkeypatch.setattr(checkpoints, "find_newest", lambda _: tmp_path / "checkpoint-7")
     told = f"the last checkpoint is {tmp_path / 'checkpoint-7'}"
-    assert runner._what_is_saved(training, run, stopped) == f", as asked; {told}"
+    assert runner._describe_saved(training, run, stopped) == f", as asked; {told}"
     other = SimpleNamespace(ename="OutOfMemoryError", evalue="no memory")
-    assert runner._what_is_saved(training, run, other) == f" before it could save (OutOfMemoryError: no memory); {told}"
-    assert runner._what_is_saved(training, run, None) == f" before it could save; {told}"
-    assert runner._what_is_saved(Path("02_quantization.ipynb"), run, stopped) == ""
+    assert (
+        runner._describe_saved(training, run, other) == f" before it could save (OutOfMemoryError: no memory); {told}"
+    )
+    assert runner._describe_saved(training, run, None) == f" before it could save; {told}"
+    assert runner._describe_saved(Path("02_quantization.ipynb"), run, stopped) == ""
 
 
 def test_starting_over_takes_a_link_away_and_leaves_what_it_leads_to(tmp_path):
@@ -493,14 +497,14 @@ def test_starting_over_takes_a_link_away_and_leaves_what_it_leads_to(tmp_path):
     run.checkpoints.symlink_to(elsewhere)
     run.merged.symlink_to(tmp_path / "nowhere")
     write_json(run.metrics, {})
-    runner._clear(run)
+    runner._remove_earlier_run(run)
     assert list(run.path.iterdir()) == []
     assert (elsewhere / "kept").is_file()
 
 
 def test_an_unknown_notebook_is_refused():
     with pytest.raises(ConfigError, match="08"):
-        runner.choose_from("08")
+        runner.notebooks_from("08")
 
 
 @pytest.mark.slow

@@ -35,16 +35,16 @@ def test_a_stop_asked_for_before_there_is_a_kernel_reaches_it(tmp_path):
     try:
         threading.Thread(target=ask, daemon=True).start()
         with pytest.raises(runner.Stopped, match=r"stopped in 02_quantization\. To go on: qlora run"):
-            runner._run_one(path, run, config, {})
+            runner._execute_notebook(path, run, config, {})
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 100
-    assert not stopping.kernels_here()
+    assert not stopping.list_kernels()
 
 
 def test_a_line_that_nobody_ended_is_ended():
     file = io.StringIO()
-    lines = stopping.WholeLines(file)
+    lines = stopping.LineCloser(file)
     lines.end()
     assert not file.getvalue()
     for text in ("\rtraining 1/8", "\rtraining 2/8", ""):

@@ -269,7 +269,7 @@ def test_a_dot_for_each_run_and_split(pair):
 
 def test_a_new_run_of_the_name_leaves_no_comparison(pair):
     write_json(pair[0].comparison, compare.compare(pair))
-    runner._clear(pair[0])
+    runner._remove_earlier_run(pair[0])
     assert not pair[0].comparison.exists()
 
 
