@@ -1,8 +1,8 @@
-"""QLoRA fine-tuning for question answering: the library behind the numbered notebooks.
+"""Fine-tune language models for question answering with QLoRA: the library behind the notebooks.
 
-One module per notebook, in the order of the data flow: `data`, `quantization`, `lora`, `training`, `curves`, `answers`,
-`playground`. Below them nine rooms, of which the README has the map. Importing the package loads none of them; each
-imports torch and its kin only when it is itself imported.
+There is one module per notebook, in the order of the data flow: `data`, `quantization`, `lora`,
+`training`, `curves`, `answers`, `playground`. Below them are nine packages; the README describes
+each. Importing `qlora_utils` imports none of them, and not torch either.
 """
 
 import logging
@@ -10,15 +10,16 @@ import os
 
 __version__ = "0.1.0"
 
-# PyTorch's OpenMP threads spin while they wait for one another, 30 billion rounds if nobody says otherwise. Where
-# anything else wants the cores too, they take from each other what they wait for: training was 4 to 30 times slower.
-# After 1,000 rounds a thread sleeps. OpenMP reads this once, when torch is loaded, so it is set here, before that;
-# child processes inherit it. Measured in docs/experiments.md.
+# PyTorch's OpenMP threads spin while they wait for one another, by default for 30 billion rounds.
+# If other processes use the cores too, spinning threads keep the one they wait for from running:
+# training was 4 to 30 times slower. With this setting a thread sleeps after 1,000 rounds. OpenMP
+# reads it once, when torch is loaded, so it is set here, before that; child processes inherit it.
+# Measured in docs/experiments.md.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
-# On some CPUs bitsandbytes logs, when first imported by whatever imports it, that an optional faster kernel cannot be
-# fetched. It changes nothing for us and is no news to a reader.
+# On some CPUs bitsandbytes logs at import that an optional faster kernel cannot be fetched. The
+# results are the same, and a reader can't do anything about it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
-# The same of Liger Kernel, which lists each optional implementation that is made for other chips.
+# Liger Kernel logs each optional implementation that is made for other chips.
 logging.getLogger("liger_kernel.backends.registry").addFilter(lambda record: "could not be imported" not in record.msg)

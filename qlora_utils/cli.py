@@ -1,4 +1,4 @@
-"""The command line: `qlora` and the name of a command, each of which lies in a file of its own in `commands`."""
+"""Run the command line: `qlora` and the name of a command, each a file in `commands`."""
 
 from __future__ import annotations
 
@@ -28,27 +28,30 @@ from qlora_utils.style import on_terminal
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that says in a line what is wrong, and where to read more."""
+    """Parse arguments, with errors of one line that name the help command."""
 
     def error(self, message: str) -> NoReturn:
-        """Leave with exit status 2."""
+        """Print the error and exit with status 2."""
         self.exit(2, f"qlora: {message}. `{self.prog} --help` says what there is.\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 failed, 2 wrongly asked for."""
+    """Run one command and return its exit status: 0 success, 1 failure, 2 wrong usage."""
     options = _parser().parse_args(arguments)
-    # Bars of other libraries, here and in the kernels of a series: what is loaded in a moment needs none.
+    # Progress bars of other libraries, here and in kernels, appear only after 3 seconds: shorter
+    # work needs none.
     os.environ.setdefault("TQDM_DELAY", "3")
     try:
         return options.command(options)
-    except BrokenPipeError:  # the reader has seen enough, as `head` has
+    # The reader closed the pipe, as `head` does. Python would complain when it flushes stdout at
+    # its end.
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
         if options.debug:
             raise
-        # its text may hold a notebook's output, or a row's
+        # The message may quote the output of a notebook, or a row.
         print(f"qlora: {on_terminal(_one_line(error))}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 128 + getattr(error, "number", signal.SIGINT)
@@ -56,11 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    """An error as a person on a terminal wants it; the kinds that we do not raise ourselves with their name."""
+    """Format an error for a terminal; name its type if the library doesn't raise it itself."""
     text = str(error).strip()
     if isinstance(error, KeyboardInterrupt):
         return text or "interrupted"
-    if isinstance(error, OSError) and error.filename is not None:  # Python's own: [Errno 2] …: 'path'
+    # Python's own message would be `[Errno 2] …: 'path'`.
+    if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
     if isinstance(error, (RuntimeError, ValueError, OSError)) and text:
         return text
@@ -68,6 +72,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Build the parser with all commands."""
     parser = _Parser(prog="qlora", description="QLoRA fine-tuning for question answering.")
     parser.set_defaults(debug=False)
     parser.add_argument("--version", action="version", version=f"qlora-utils {__version__}")

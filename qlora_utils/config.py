@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qlora_utils.locate import is_path, is_there, locate
+from qlora_utils.locate import is_path, locate, path_exists
 from qlora_utils.presets import PRESETS
 
 # Fields by what they decide. Those in none of these groups decide what a training learns.
@@ -572,7 +572,7 @@ def check_source(name: str, source: str, suffixes: tuple[str, ...] = ()) -> None
     Raises:
         ConfigError: it is neither; the message names field and value.
     """
-    if is_there(locate(source)):
+    if path_exists(locate(source)):
         return
     if is_path(source, suffixes):
         raise ConfigError(

@@ -1,23 +1,28 @@
-"""Where models and data lie: a path, a hub id, or inside the project; and what to say where nothing does."""
+"""Locate models and data: a path, a hub id, or inside the project; word the errors."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# Copies of gated weights, open to all, in the same files.
+# Open copies of gated weights, in the same files.
 MIRRORS = {
     "meta-llama/Llama-2-7b-hf": "NousResearch/Llama-2-7b-hf",
     "meta-llama/Llama-2-7b-chat-hf": "NousResearch/Llama-2-7b-chat-hf",
 }
-EMBEDDED = "embedded:"  # prefix of a path inside the project's own data folder
+# The prefix of a path inside the project's own data folder.
+EMBEDDED = "embedded:"
 
 
 def project_folder(name: str) -> Path:
-    """`data` or `notebooks` of the checkout: the one this package lies in, or else the one we are working in.
+    """Return the folder `data` or `notebooks` of the checkout.
+
+    That is the checkout that holds this package, or else the one that holds the working directory.
 
     Raises:
         FileNotFoundError: neither is a checkout of this project.
     """
+    # An installed package brings no notebooks, so the parents of the working directory are searched
+    # too.
     package, here = Path(__file__).resolve().parent, Path.cwd()
     for checkout in (package.parent, here, *here.parents):
         if (checkout / "qlora_utils" / "config.py").is_file() and (checkout / name).is_dir():
@@ -28,40 +33,54 @@ def project_folder(name: str) -> Path:
 
 
 def locate(source: str) -> str:
-    """A model or dataset as loaders take it: `embedded:…` becomes a path in `data/`, all else stays as it is."""
+    """Return a model or dataset as loaders accept it: `embedded:…` becomes a path in `data/`."""
     if source.startswith(EMBEDDED):
         return str(project_folder("data") / source.removeprefix(EMBEDDED))
     return source
 
 
 def is_path(source: str, suffixes: tuple[str, ...] = ()) -> bool:
-    """Whether a model or dataset can only be meant as a local path, not as a hub id, which is `owner/name`."""
+    """Return True if a model or dataset can only be a local path, and not a hub id `owner/name`."""
     return source.startswith(("/", ".", "~", EMBEDDED)) or source.count("/") != 1 or source.lower().endswith(suffixes)
 
 
-def is_there(source: str) -> bool:
-    """Whether something lies at a path; what can be no path, with a zero byte in it or too long, is nowhere."""
+def path_exists(source: str) -> bool:
+    """Return True if a file or folder exists at a path.
+
+    An invalid path, too long or with a zero byte in it, does not exist.
+    """
     try:
         return Path(source).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # the last of `~nobody`
+    # RuntimeError: `~nobody`, a user that doesn't exist.
+    except (OSError, ValueError, RuntimeError):
         return False
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, with the next if it only announces that; or its kind if it has none."""
-    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return f"{first} {more[0]}" if first.endswith(":") and more else first
+    """Return the first line of an error's message, or the name of its type if the message is empty.
+
+    If the first line ends with a colon, it only announces the next one, which is then appended.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if lines[0].endswith(":") and len(lines) > 1:
+        return f"{lines[0]} {lines[1]}"
+    return lines[0]
 
 
 def model_advice(source: str, error: Exception) -> str:
-    """What went wrong when a model or its tokenizer was loaded, in one line, and the next step.
+    """Word in one line why a model or its tokenizer could not be loaded, and the next step.
 
     Args:
-        source: local folder or hub id, as `locate` gave it.
-        error: what the loader or the hub client raised.
+        source: local folder or hub id, as returned by `locate`.
+        error: raised by the loader or the hub client.
     """
     first = first_line(error)
-    names = {type(e).__name__ for e in (error, error.__cause__, error.__context__) if e is not None}
+    # By name, so that the hub client need not be imported. transformers often wraps its errors in
+    # others.
+    chain = (error, error.__cause__, error.__context__)
+    names = {type(link).__name__ for link in chain}
     if "trust_remote_code" in str(error):
         return (
             f"model: {source} brings Python code of its own (auto_map in its config.json), which is never run here. "
@@ -75,6 +94,7 @@ def model_advice(source: str, error: Exception) -> str:
         return (
             f"model: {source} could not be loaded ({first}). Expected config.json, tokenizer and *.safetensors there."
         )
+    # From here on the source is a hub id, or a path with nothing there.
     if is_path(source):
         return f"model: {source} does not exist. Expected a local folder, or a hub id like owner/name."
     if "GatedRepoError" in names or "gated" in str(error).lower():

@@ -1,10 +1,11 @@
-"""The named presets: complete sets of values, each tried as it stands."""
+"""Define the presets: complete sets of values, each tested as a whole."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# What both pocket presets train by: minutes on two CPU cores, and everything they need lies in data/.
+# Common to both pocket presets: they train in minutes on two CPU cores, and need nothing but the
+# files in data/.
 _POCKET = {
     "dataset": "embedded:pocket",
     "lora_r": 16,
@@ -46,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The same text and the same questions, for an encoder-decoder.
     "pocket-t5": {**_POCKET, "model": "embedded:pocket-t5/model", "max_seq_len": 256, "packing": False},
-    # The recipe that the T5 half of this project descends from.
+    # The recipe from which the T5 part of this project was developed.
     "flan-t5-large": {
         "model": "google/flan-t5-large",
         "dataset": "mlabonne/guanaco-llama2-1k",

@@ -32,7 +32,7 @@ from qlora_utils.config import (
     check_source,
     resume_command,
 )
-from qlora_utils.locate import EMBEDDED, first_line, is_there, locate, project_folder
+from qlora_utils.locate import EMBEDDED, first_line, locate, path_exists, project_folder
 from qlora_utils.loop import checkpoints
 from qlora_utils.models import files as model_files
 from qlora_utils.models.shapes import architecture_of
@@ -124,7 +124,7 @@ def resolve(
     given = dict(parameters)
     preset = given.pop("preset", preset)
     for name in ("model", "dataset"):
-        if isinstance(given.get(name), str) and given[name] and is_there(given[name]):
+        if isinstance(given.get(name), str) and given[name] and path_exists(given[name]):
             given[name] = str(Path(given[name]).expanduser().resolve())
     template = RunConfig.from_file(config_file) if config_file else None
     # The place of the run. The config checks its name before a path is made of it.

@@ -520,13 +520,13 @@ def memory(facts: Facts) -> list[Html]:
 def _planned(facts: Facts) -> MemoryPlan | str:
     """What the run was planned to take, or why that cannot be said. Nothing is fetched for it."""
     from qlora_utils.config import ConfigError, ModelError
-    from qlora_utils.locate import is_there, locate
+    from qlora_utils.locate import locate, path_exists
     from qlora_utils.models import shapes
     from qlora_utils.models.resolution import recorded_plan
 
     model = str(facts.config.get("model"))
     try:
-        if shapes.known(model) is None and not is_there(locate(model)):
+        if shapes.known(model) is None and not path_exists(locate(model)):
             return "No plan by part: the base model does not lie here, and nothing is fetched for a report."
         known = {name: value for name, value in facts.config.items() if name in RunConfig.model_fields}
         config, gpu = RunConfig.build(known), facts.hardware.get("gpu")
