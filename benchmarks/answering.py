@@ -1,8 +1,10 @@
-"""How much faster many questions are answered together than one at a time: batches of like length, with a KV cache.
+"""Measure how much faster batches of questions are answered than one question at a time.
 
-    python benchmarks/answering.py --model meta-llama/Llama-2-7b-hf --dataset mlabonne/guanaco-llama2-1k
+    python benchmarks/answering.py --model meta-llama/Llama-2-7b-hf --dataset
+    mlabonne/guanaco-llama2-1k
 
-One at a time is measured on a part of the questions, spread over all lengths, and scaled up.
+Batches hold questions of similar length; both ways use a KV cache. One at a time is measured on a
+part of the questions, spread over all lengths, and extrapolated.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from pathlib import Path
 
 import measure
 
-import qlora_utils  # noqa: F401  # before torch, whose threads then do not spin while they wait
+# Imported before torch: it sets how long torch's threads spin while they wait.
+import qlora_utils  # noqa: F401
 
 # isort: split
 import torch
@@ -49,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warm_up = Sampling(max_new_tokens=4)
     answer_all(tuned_model, tokenizer, questions[:2], config, sampling=warm_up, batch_size=2)
 
+    # The warm-up is over: kernels are compiled and memory is allocated.
     def seconds(asked: Sequence[Question], batch_size: int) -> float:
         began = time.perf_counter()
         answer_all(

@@ -1,10 +1,12 @@
-"""Compares ways to fine-tune with QLoRA on one machine: the same rows, the same LoRA, the same effective batch.
+"""Compare ways to fine-tune with QLoRA on one machine: the same rows, LoRA and effective batch.
 
-On a GPU:  python benchmarks/compare.py --model meta-llama/Llama-2-7b-hf --dataset mlabonne/guanaco-llama2-1k
-On a CPU:  python benchmarks/compare.py --pocket meta-llama/Llama-2-7b-hf --dataset mlabonne/guanaco-llama2-1k
+On a GPU:  python benchmarks/compare.py --model meta-llama/Llama-2-7b-hf --dataset
+mlabonne/guanaco-llama2-1k On a CPU:  python benchmarks/compare.py --pocket meta-llama/Llama-2-7b-hf
+--dataset mlabonne/guanaco-llama2-1k
 
-Contenders run one after another, each in a process of its own. One that is not installed or fails stops no other: the
-table names it, with the reason. OUT holds table.md, figure.png, results.json, and the output of each contender.
+Contenders run one after another, each in its own process. If one is not installed or fails, the
+others run all the same, and the table names the reason. OUT holds table.md, figure.png,
+results.json, and each contender's output.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ import table
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {"ours": "ours.py", "tutorial": "tutorial.py", "trl": "trl_sft.py", "unsloth": "unsloth_sft.py"}
-CPU_CONTENDERS = ("ours", "tutorial", "trl")  # Unsloth's kernels need a GPU
+# Unsloth's kernels need a GPU.
+CPU_CONTENDERS = ("ours", "tutorial", "trl")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -60,7 +63,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings_of(arguments: argparse.Namespace) -> measure.Settings:
-    """The settings of the command line, the machine's defaults filled in, `steps` still to be settled if not given."""
+    """Return the settings of the command line, with defaults for this machine.
+
+    `steps` is 0 if it was not given; `prepare` then sets it.
+    """
     gpu = measure.on_gpu()
     out = Path(arguments.out)
     return measure.Settings(
@@ -85,6 +91,7 @@ def settings_of(arguments: argparse.Namespace) -> measure.Settings:
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    """Read NAME=VALUE texts; exit if one is malformed."""
     pairs = {}
     for text in texts:
         name, separator, value = text.partition("=")
@@ -95,7 +102,10 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
 
 
 def prepare(settings: measure.Settings) -> measure.Settings:
-    """Write rows.jsonl and held_out.jsonl, text and tokens and labels, once for all; settle the number of steps."""
+    """Write rows.jsonl and held_out.jsonl (text, tokens and labels), and set the number of steps.
+
+    All contenders read these files, so that they train on the same tokens.
+    """
     import ours
 
     from qlora_utils import data
@@ -111,11 +121,15 @@ def prepare(settings: measure.Settings) -> measure.Settings:
             Path(settings.out) / f"{name}.jsonl",
             ({"text": c.text, **asdict(e)} for c, e in zip(conversations, encoded, strict=True)),
         )
+    # By default one pass over the rows.
     return settings if settings.steps else replace(settings, steps=max(1, len(prepared.train) // settings.batch_size))
 
 
 def run_contender(name: str, settings: measure.Settings, time_limit: float | None) -> dict[str, Any]:
-    """Run one contender, its output shown as it comes and kept in NAME.log; its result, or why there is none."""
+    """Run one contender and return its result, or `failed` with the reason.
+
+    Its output is printed while it runs and saved in NAME.log.
+    """
     out = Path(settings.out)
     target, log = out / f"{name}.json", out / f"{name}.log"
     target.unlink(missing_ok=True)
@@ -127,7 +141,8 @@ def run_contender(name: str, settings: measure.Settings, time_limit: float | Non
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**os.environ, "TQDM_DISABLE": "1"},  # no bars, which would only fill the log
+        # Progress bars would only fill the log.
+        env={**os.environ, "TQDM_DISABLE": "1"},
     )
     timer = threading.Timer(time_limit or threading.TIMEOUT_MAX, process.kill)
     timer.daemon = True
@@ -146,13 +161,14 @@ def run_contender(name: str, settings: measure.Settings, time_limit: float | Non
         return json.loads(target.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     if late:
         return {"failed": f"not done after {time_limit:g} s"}
+    # A script that fails ends with the line of its exception, which is the reason.
     missing = last.removeprefix("ModuleNotFoundError: ")
     reason = f"not installed ({missing})" if missing != last else last or "it printed nothing"
     return {"failed": reason if code > 0 else f"exit status {code} and no result; its last line: {reason}"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the comparison; 1 if our own contender failed, or all did."""
+    """Run the comparison. Return 1 if this library's contender failed, or all did."""
     options = parser().parse_args(arguments)
     contenders = options.contenders or (list(SCRIPTS) if measure.on_gpu() else list(CPU_CONTENDERS))
     settings = settings_of(options)
@@ -169,14 +185,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result["matrix_share"] = result["tokens_per_s"] * results["flops_per_token"] / results["matrix_rate"]
             results["versions"] |= result["versions"]
         results["contenders"][name] = result
-        write(results, out)  # after each, so that nothing is lost if the machine is
+        # After each contender, so that an interrupted comparison keeps its results.
+        write(results, out)
     print("\n" + table.markdown(results))
     failed = [name for name, result in results["contenders"].items() if "failed" in result]
     return 1 if "ours" in failed or len(failed) == len(contenders) else 0
 
 
 def common_facts(settings: measure.Settings) -> dict[str, Any]:
-    """What results.json says of all contenders: settings, rows, hardware, the measured matrix rate, useful work."""
+    """Return the values common to all contenders: settings, rows, machine and useful work."""
     from qlora_utils.runs.provenance import hardware
 
     rows = settings.rows("rows")

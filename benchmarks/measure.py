@@ -1,7 +1,8 @@
-"""One way to measure for all contenders: time, useful tokens, memory, held-out loss, and useful work from the shape.
+"""Measure all contenders alike: time, useful tokens, memory, held-out loss, and useful work.
 
-Nothing here knows a trainer. A `Meter` hangs on two places that every PyTorch training passes: the forward call of the
-model, where it counts what is really fed, and the step of the optimizer, where it looks at the clock.
+Nothing here depends on a particular trainer. A `Meter` hooks into two calls that every PyTorch
+training makes: the forward call of the model, where it counts the tokens that are really fed, and
+the step of the optimizer, where it reads the clock.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import qlora_utils  # noqa: F401  # before torch, whose threads then do not spin; and bitsandbytes names no lacking kernel
+# Imported before torch: it sets how long torch's threads spin, and silences bitsandbytes' message
+# of a missing kernel.
+import qlora_utils  # noqa: F401
 
 # isort: split
 import torch
@@ -29,10 +32,12 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-IGNORED = -100  # the label that carries no loss
+# The label of tokens without loss.
+IGNORED = -100
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "liger-kernel", "unsloth")
 
-Row = Mapping[str, list[int]]  # "input_ids" and "labels" of one conversation
+# "input_ids" and "labels" of one conversation.
+Row = Mapping[str, list[int]]
 
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -40,25 +45,24 @@ Row = Mapping[str, list[int]]  # "input_ids" and "labels" of one conversation
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all contenders have in common, as `compare.py` writes it and each contender reads it.
+    """Hold the settings that `compare.py` writes and all contenders read.
 
     Attributes:
-        model: folder or hub id of the base model.
-        dataset: as `qlora_utils.rows.files.read_source` takes it.
-        train_rows: rows to train on (None: all).
-        held_out_rows: rows set aside where the dataset brings none.
-        batch_size: conversations per optimizer step.
-        steps: optimizer steps of `batch_size` conversations; a contender that packs beforehand takes as many steps of
-            its own as the same rows fill.
-        warmup_steps: first steps that are not timed: kernels compile, memory is laid out.
+        model: folder or hub id of the base model. dataset: a source that
+        `qlora_utils.rows.files.read_source` accepts. train_rows: rows to train on (None: all).
+        held_out_rows: rows held out if the dataset has no test split. batch_size: conversations per
+        optimizer step. steps: optimizer steps of `batch_size` conversations. A contender that packs
+        beforehand makes as many steps as
+            the same rows fill.
+        warmup_steps: first steps, which are not timed: kernels compile, and memory is allocated.
         max_seq_len: tokens; longer conversations are cut.
         lora_r: rank of the LoRA matrices, on all linear layers.
         lora_alpha: their scale.
         train_head: train `lm_head` in full beside them.
-        learning_rate: peak, of everything that trains.
+        learning_rate: peak, for all trained weights.
         seed: of the held-out choice, the order of rows and the initialisation.
-        out: folder for everything that is written.
-        micro_batch: sequences per forward pass, by contender, where it shall not be the contender's own choice.
+        out: folder for all output files.
+        micro_batch: sequences per forward pass, by contender; others choose for themselves.
         attention: attention kernel of the packed peer; "auto" follows its documentation.
         ours: further parameters of `RunConfig`, for our own contender.
     """
@@ -83,7 +87,7 @@ class Settings:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The settings that `write` left."""
+        """Read settings that `write` wrote."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
     def write(self, path: Path) -> None:
@@ -91,37 +95,46 @@ class Settings:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def rows(self, name: str) -> list[Row]:
-        """Token ids and labels of the conversations of `rows.jsonl` or `held_out.jsonl`, the same for everyone."""
+        """Read the token ids and labels of `rows.jsonl` or `held_out.jsonl`."""
         lines = (Path(self.out) / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line]
         return [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
 
     def split_batch(self, name: str, per_device: int) -> dict[str, int]:
-        """`batch_size` conversations as forward passes of at most `per_device`, or what `micro_batch` says instead."""
+        """Split `batch_size` conversations into forward passes of at most `per_device`.
+
+        `micro_batch` replaces `per_device` if it names the contender.
+        """
         return split_step(self.batch_size, self.micro_batch.get(name, per_device))
 
 
 def split_step(sequences: int, most: int) -> dict[str, int]:
-    """A step of so many sequences as transformers' arguments: the largest divisor up to `most`, and accumulation."""
+    """Return transformers' arguments for a step of this many sequences.
+
+    The batch of a forward pass is the largest divisor that is at most `most`; the rest is
+    accumulated.
+    """
     size = max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= max(1, most))
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": sequences // size}
 
 
 def on_gpu() -> bool:
-    """Whether there is a CUDA GPU to compare on."""
+    """Return True if there is a CUDA GPU."""
     return torch.cuda.is_available()
 
 
 def shared_arguments(settings: Settings, name: str) -> dict[str, Any]:
-    """Arguments of every trainer built on transformers': one schedule, and nothing in the timed steps but training.
+    """Return the arguments common to all trainers built on transformers.
 
-    The schedule is that of the preset `llama2-7b`, which is the tutorial's.
+    All have one schedule, that of the preset `llama2-7b`, which is the tutorial's. The timed steps
+    contain nothing but training.
     """
     return {
         "output_dir": str(Path(settings.out) / name),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,  # below 1: a share of all steps
+        # A value below 1 is a share of all steps.
+        "warmup_steps": 0.03,
         "weight_decay": 0.001,
         "max_grad_norm": 0.3,
         "seed": settings.seed,
@@ -138,7 +151,7 @@ def shared_arguments(settings: Settings, name: str) -> dict[str, Any]:
 
 
 def load_base(settings: Settings, *, attention: str = "sdpa") -> PreTrainedModel:
-    """The base model in NF4 with double quantization; products in bf16 on a GPU, in fp32 on a CPU."""
+    """Load the base model in double-quantized NF4; products in bf16 on a GPU, fp32 on a CPU."""
     import bitsandbytes
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -158,14 +171,15 @@ def load_base(settings: Settings, *, attention: str = "sdpa") -> PreTrainedModel
     )
     for layer in model.modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
-            # On CPUs with AVX512-BF16 a forward pass in eval mode would repack the weight for inference for good.
+            # On CPUs with AVX512-BF16 a forward pass in eval mode would permanently repack the
+            # weight for inference.
             layer.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     return model  # type: ignore[no-any-return]
 
 
 def lora_config(settings: Settings) -> LoraConfig:
-    """LoRA on all linear layers but the head, which trains in full or not at all."""
+    """Return the config of LoRA on all linear layers; the head trains in full or not at all."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -183,7 +197,11 @@ def lora_config(settings: Settings) -> LoraConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its end on the clock, and what was fed in it (numbers, or tensors still on the GPU)."""
+    """Hold one optimizer step: the time of its end, and the counts of its input.
+
+    Counts are numbers, or tensors that are still on the GPU. `undisturbed` is False after an
+    evaluation.
+    """
 
     end: Any
     tokens: list[Any]
@@ -192,15 +210,16 @@ class Step:
 
 
 class Meter:
-    """Times the optimizer steps of a training and counts the tokens that are no padding.
+    """Time the optimizer steps of a training, and count the tokens that are not padding.
 
-    On a GPU the end of a step is an event in the stream of kernels, and counts stay on the device until `result`:
-    nothing waits for anything, so what is measured runs as it would unmeasured. A step that came after an evaluation is
-    left out, and so are the first `warmup_steps`.
+    On a GPU the end of a step is an event in the stream of kernels, and counts stay on the device
+    until `result`. So the host never waits for the GPU, and the training runs as fast as without a
+    meter. A step after an evaluation is not timed, and neither are the first `warmup_steps`.
     """
 
     def __init__(self, warmup_steps: int) -> None:
-        self.warmup_steps = max(1, warmup_steps)  # the end of a step is where the next one begins
+        # At least one, since a step is timed from the end of the step before it.
+        self.warmup_steps = max(1, warmup_steps)
         self.steps: list[Step] = []
         self.peak_memory_bytes = 0
         self._tokens: list[Any] = []
@@ -210,29 +229,37 @@ class Meter:
         self._hooks: list[Any] = []
 
     def watch(self, model: nn.Module) -> None:
-        """Begin to count, at the forward calls of the outermost model, which checkpointing does not repeat."""
+        """Start to count.
+
+        Only forward calls of the outermost model count: checkpointing does not repeat these.
+        """
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             register_optimizer_step_post_hook(self._after_step),
         ]
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count the tokens and conversations of a forward call."""
         if not module.training:
             self._undisturbed = False
             return
+        # Loading a model may take more memory than training it.
         if not self._began and on_gpu():
             torch.cuda.reset_peak_memory_stats()
         self._began = True
         input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if mask is not None and mask.dim() == 2:  # (batch, seq), padded
+        # A mask of shape (batch, seq) belongs to a padded batch.
+        if mask is not None and mask.dim() == 2:
             self._tokens.append(mask.sum())
             self._conversations.append(len(input_ids))
-        else:  # laid end to end: positions begin at 0 with each conversation
+        # Otherwise conversations are packed, and positions start at 0 with each of them.
+        else:
             self._tokens.append(input_ids.numel())
             self._conversations.append(len(input_ids) if positions is None else (positions == 0).sum())
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Record a step and reset the counts."""
         if not self._began:
             return
         self.steps.append(Step(_now(), self._tokens, self._conversations, self._undisturbed))
@@ -240,10 +267,10 @@ class Meter:
         self.peak_memory_bytes = peak_memory_bytes()
 
     def result(self) -> dict[str, Any]:
-        """What was measured, in numbers: see the keys. Ends the measurement.
+        """End the measurement and return its numbers.
 
         Raises:
-            RuntimeError: no step is left to time.
+            RuntimeError: no step remains to be timed.
         """
         for hook in self._hooks:
             hook.remove()
@@ -276,6 +303,7 @@ class Meter:
 
 
 def _now() -> Any:
+    """Return the current time: an event in the stream of kernels on a GPU, else seconds."""
     if not on_gpu():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -284,17 +312,20 @@ def _now() -> Any:
 
 
 def _seconds(start: Any, end: Any) -> float:
+    """Return the seconds between two times of `_now`."""
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
 def _total(counts: Sequence[Any]) -> int:
+    """Return the sum of counts, some of which may be tensors on the GPU."""
     return sum(int(count) for count in counts)
 
 
 def peak_memory_bytes() -> int:
-    """The most memory held so far: by PyTorch on the GPU if there is one, else by this process."""
+    """Return the peak memory in bytes: PyTorch's on a GPU, else that of this process."""
     if on_gpu():
         return torch.cuda.max_memory_allocated()
+    # macOS reports bytes, Linux kibibytes.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -304,14 +335,16 @@ def peak_memory_bytes() -> int:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, rows: Sequence[Row]) -> float:
-    """Mean negative log-likelihood, in nats, of all labelled tokens, one conversation to a forward pass.
+    """Return the mean negative log-likelihood, in nats, of all labelled tokens.
 
-    One to a pass needs neither padding nor packing, so that no contender's own way of batching has a say. Products are
-    in bf16 on a GPU, in fp32 on a CPU, whatever was trained in.
+    Each conversation has its own forward pass. That needs neither padding nor packing, so the way
+    in which a contender makes batches has no influence. Products are in bf16 on a GPU, in fp32 on a
+    CPU, for all contenders.
     """
     from accelerate.utils import extract_model_from_parallel
 
-    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)  # without the trainer's own autocast
+    # Remove the trainer's own autocast.
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     model.eval()
     device = next(model.parameters()).device
     if device.type == "cpu":
@@ -322,7 +355,8 @@ def held_out_loss(model: nn.Module, rows: Sequence[Row]) -> float:
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         for row in rows:
             input_ids = torch.tensor([row["input_ids"]], device=device)  # (1, seq)
-            labels = torch.tensor(row["labels"][1:], device=device)  # position t predicts token t + 1
+            # Position t predicts token t + 1.
+            labels = torch.tensor(row["labels"][1:], device=device)
             logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
             chosen = labels != IGNORED
             total += float(nn.functional.cross_entropy(logits[0, :-1][chosen].float(), labels[chosen], reduction="sum"))
@@ -335,18 +369,22 @@ def held_out_loss(model: nn.Module, rows: Sequence[Row]) -> float:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama-like model that its work depends on."""
+    """Hold the sizes of a Llama-like model that determine its work.
+
+    `query` is the number of attention heads times their size, `key` that of key-value heads times
+    their size.
+    """
 
     layers: int
     hidden: int
     intermediate: int
-    query: int  # attention heads times their size
-    key: int  # key-value heads times their size
+    query: int
+    key: int
     vocabulary: int
 
     @classmethod
     def read(cls, model: str) -> Self:
-        """The shape from a model's config.json."""
+        """Read the shape from a model's config.json."""
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(model)
@@ -361,7 +399,7 @@ class Shape:
         )
 
     def linear_layers(self) -> list[tuple[int, int]]:
-        """(in, out) of the linear layers of one block: q, k, v, o, gate, up, down."""
+        """Return (in, out) of the linear layers of one block: q, k, v, o, gate, up, down."""
         wide = (self.hidden, self.intermediate)
         return [
             (self.hidden, self.query),
@@ -375,24 +413,24 @@ class Shape:
 
 
 def useful_flops(shape: Shape, rows: Sequence[Row], *, lora_r: int, train_head: bool) -> int:
-    """Floating-point operations that one QLoRA training step over these conversations cannot do without.
+    """Count the floating-point operations that QLoRA training on these conversations needs.
 
-    A product of a (tokens, in) with an (in, out) matrix counts 2 · tokens · in · out. Then for each conversation of n
-    tokens, m of them predicted with a label:
+    A product of a (tokens, in) with an (in, out) matrix counts 2 · tokens · in · out. For a
+    conversation of n tokens, m of which are labels:
 
-    - a frozen linear layer: 4 · in · out · n, forward and gradient of the input; its weight gets no gradient;
-    - its LoRA pair: 6 · r · (in + out) · n, forward and both gradients;
-    - causal attention: forward 2 · query · n² (scores and values, of which the mask leaves half), backward twice that;
+    - a frozen linear layer: 4 · in · out · n, for forward and gradient of the input; its weight has no gradient;
+    - its LoRA pair: 6 · r · (in + out) · n, for forward and both gradients;
+    - causal attention: forward 2 · query · n² (scores and values; the mask removes half), backward twice that;
     - the head: (6 if trained else 4) · hidden · vocabulary · m, since tokens without a label need no logits.
 
-    Padding, recomputation in checkpointed layers, dequantization, norms and activations do not count: a contender that
-    does them spends time, not useful work.
+    Padding, recomputation in checkpointed layers, dequantization, norms and activations do not
+    count: they take time, and are not useful work.
 
     Args:
         shape: of the base model.
         rows: the conversations.
         lora_r: rank of the LoRA matrices.
-        train_head: whether `lm_head` trains.
+        train_head: True if `lm_head` trains.
     """
     per_token = shape.layers * sum(4 * wide * high + 6 * lora_r * (wide + high) for wide, high in shape.linear_layers())
     per_label = (6 if train_head else 4) * shape.hidden * shape.vocabulary
@@ -405,9 +443,10 @@ def useful_flops(shape: Shape, rows: Sequence[Row], *, lora_r: int, train_head: 
 
 
 def matrix_rate() -> float:
-    """The matrix rate of this machine in FLOP/s, measured: bf16 products of 8,192³ on a GPU, fp32 of 2,048³ on a CPU.
+    """Measure the rate of matrix products on this machine, in FLOP/s.
 
-    On random data (zeros would draw less power and run faster), the median of 10 after a warm-up.
+    The products are bf16 of 8,192³ on a GPU, fp32 of 2,048³ on a CPU. The data are random, since
+    zeros draw less power and run faster. The result is the median of 10 products after a warm-up.
     """
     size, dtype, device = (8192, torch.bfloat16, "cuda") if on_gpu() else (2048, torch.float32, "cpu")
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
@@ -424,7 +463,7 @@ def matrix_rate() -> float:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that matter, as installed."""
+    """Return the installed versions of the packages that matter."""
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
@@ -435,10 +474,11 @@ def versions() -> dict[str, str]:
 
 
 def run(train: Callable[[Settings, Meter], tuple[nn.Module, str]]) -> None:
-    """The whole of a contender's script: `python CONTENDER.py SETTINGS.json RESULT.json`.
+    """Run a contender's whole script: `python CONTENDER.py SETTINGS.json RESULT.json`.
 
     Args:
-        train: trains by the settings, lets the meter watch; returns the trained model and its own settings in words.
+        train: trains with the settings while the meter watches; returns the trained model and a
+            description of the contender's own settings.
     """
     settings, target = Settings.read(Path(sys.argv[1])), Path(sys.argv[2])
     meter = Meter(settings.warmup_steps)

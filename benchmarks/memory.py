@@ -1,8 +1,10 @@
-"""Holds the memory plan against peaks measured on this GPU: with and without checkpointing, pack lengths, both heads.
+"""Compare the memory plan with peaks measured on this GPU.
 
     python benchmarks/memory.py --model meta-llama/Llama-2-7b-hf
 
-Each configuration trains two steps of two full packs by the Trainer of notebook 04. OUT holds memory.json and .md.
+Configurations differ in checkpointing, length of the packs, and a trained or frozen head. Each
+trains two steps of two full packs with the Trainer of notebook 04. OUT holds memory.json and
+memory.md.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from typing import Any
 
 import measure
 
-import qlora_utils  # noqa: F401  # before torch, whose threads then do not spin while they wait
+# Imported before torch: it sets how long torch's threads spin while they wait.
+import qlora_utils  # noqa: F401
 
 # isort: split
 import torch
@@ -36,9 +39,10 @@ from qlora_utils.tokens.formats import IGNORED, Encoded
 
 
 def full_packs(tokens: int, vocabulary: int, row: int, *, pairs: bool) -> list[Encoded]:
-    """Examples of random words that fill four passes of `tokens`; all tokens but the first are labelled, or half.
+    """Return examples of random tokens that fill four passes of `tokens`.
 
-    Of pairs every other one reads a token less, so that there is a padding to mask, as there is in a real pass.
+    All tokens but the first are labels; of pairs, the second half. Every other pair reads one token
+    less, so that there is padding to mask, as in a real pass.
     """
     draw = random.Random(0)
     rows = []
@@ -51,7 +55,7 @@ def full_packs(tokens: int, vocabulary: int, row: int, *, pairs: bool) -> list[E
 
 
 def peak(config: RunConfig, tuned_model: Any, tokenizer: Any, row: int) -> int:
-    """Bytes allocated by PyTorch at most while this configuration trains two steps of two packs."""
+    """Train two steps of two packs, and return the peak of PyTorch's memory in bytes."""
     assert config.micro_batch_tokens is not None
     few = [Conversation((Turn("What is this?", f"A row to measure, number {n}."),)) for n in range(4)]
     trainer = training.make_trainer(
@@ -63,6 +67,7 @@ def peak(config: RunConfig, tuned_model: Any, tokenizer: Any, row: int) -> int:
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     measured = torch.cuda.max_memory_allocated()
+    # The next configuration must find the memory free.
     trainer.optimizer = None
     del trainer
     tuned_model.zero_grad()
@@ -72,7 +77,7 @@ def peak(config: RunConfig, tuned_model: Any, tokenizer: Any, row: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure all configurations; 1 if a prediction is off by more than a tenth."""
+    """Measure all configurations. Return 1 if a prediction is off by more than a tenth."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", required=True, help="folder or hub id of the base model")
     options.add_argument("--preset", default="llama2-7b", help="llama2-7b or flan-t5-large")
@@ -126,6 +131,7 @@ HEAD = "| head | checkpointing | pack | measured | predicted | off by |\n| --- |
 
 
 def _line(row: dict[str, Any]) -> str:
+    """Format a result as a row of the Markdown table."""
     off = row["predicted"] / row["measured"] - 1
     return (
         f"| {'trained' if row['head trained'] else 'frozen'} | {'on' if row['checkpointing'] else 'off'} | "

@@ -1,4 +1,4 @@
-"""Contender (a): this library, by the path of notebooks 01 to 04."""
+"""Train with this library, contender (a), in the steps of notebooks 01 to 04."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from qlora_utils.tokens import formats
 
 
 def config_of(settings: measure.Settings) -> RunConfig:
-    """The preset `llama2-7b` on the model, rows and sizes of the comparison; what it leaves open, it decides itself."""
+    """Return the preset `llama2-7b` with the model, rows and sizes of the comparison.
+
+    Fields that stay `auto` or None are chosen by the library, as in any run.
+    """
     common = {
         "model": settings.model,
         "dataset": settings.dataset,
@@ -27,8 +30,10 @@ def config_of(settings: measure.Settings) -> RunConfig:
         "lora_alpha": settings.lora_alpha,
         "train_head": settings.train_head,
         "learning_rate": settings.learning_rate,
-        "head_learning_rate": None,  # the same for all that trains
-        "eval_steps": settings.steps,  # before the first step and after the last: neither is timed
+        # The head has the same learning rate.
+        "head_learning_rate": None,
+        # Evaluations happen before the first step and after the last; neither is timed.
+        "eval_steps": settings.steps,
         "save_steps": settings.steps,
         "keep": "last",
         "output_dir": settings.out,
@@ -38,7 +43,7 @@ def config_of(settings: measure.Settings) -> RunConfig:
 
 
 def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, str]:
-    """Train by the settings."""
+    """Train with the settings."""
     config = config_of(settings)
     run = RunDirectory(config.run_dir)
     run.begin(config)

@@ -1,6 +1,7 @@
-"""A pocket-sized Llama with a real tokenizer and random weights: what the comparison runs on where there is no GPU.
+"""Build a pocket-sized Llama with a real tokenizer and random weights, to compare on without a GPU.
 
-Its vocabulary is as large as the real model's, so the head and the logits weigh as much as they do there, and more.
+Its vocabulary is as large as the real model's, so its head and logits take an even larger share of
+the work.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from pathlib import Path
 
 
 def build(tokenizer: str, folder: Path, *, hidden: int = 192, layers: int = 4, heads: int = 6, seed: int = 0) -> Path:
-    """Write the model and its tokenizer into a folder, fp32, safetensors; what is there already is replaced.
+    """Write the model (fp32, safetensors) and its tokenizer into a folder, replacing files.
 
     Args:
-        tokenizer: folder or hub id of the tokenizer, as Llama-2's.
+        tokenizer: folder or hub id of the tokenizer, e.g. that of Llama-2.
         folder: to write into.
         hidden: size of the hidden states; the feed-forward layers are 8/3 of it wide.
         layers: number of blocks.

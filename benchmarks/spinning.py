@@ -1,10 +1,12 @@
-"""Measures how much of its speed a training on the CPU keeps where something else wants the cores too.
+"""Measure how much a training on the CPU is slowed down when other processes use the cores too.
 
-    python benchmarks/spinning.py --out benchmarks/results/spinning.json      # 12 minutes on two cores
+    python benchmarks/spinning.py --out benchmarks/results/spinning.json      # 12 minutes on two
+    cores
 
-Trains the preset `pocket` for some steps, each time in a process of its own, under several settings of how long
-OpenMP's threads spin while they wait: alone, beside one busy process, beside several. The machine should be quiet.
-Within a repetition the settings take turns, so that a machine whose speed drifts favours none.
+The preset `pocket` is trained for some steps, each time in a process of its own, with several
+settings of how long OpenMP's threads spin while they wait: alone, beside one busy process, beside
+several. The machine should be idle otherwise. Within a repetition the settings take turns, so that
+a drift of the machine's speed favours none.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What a process is started with; `ours` is whatever the library sets when nothing is set.
+# Environment variables of the training process. `ours` is the library's default.
 SETTINGS: dict[str, dict[str, str]] = {
     "as PyTorch comes": {"GOMP_SPINCOUNT": "30000000000"},
     "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
@@ -49,7 +51,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """Have so many processes compute without end meanwhile."""
+    """Keep this many processes computing while the context is open."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield
@@ -60,7 +62,7 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def seconds(setting: str, steps: int) -> float:
-    """Train in a process of its own, and return the seconds that it trained for."""
+    """Train in a process of its own, and return the seconds of the training."""
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run(
         [sys.executable, "-c", TRAIN, str(steps)],
@@ -74,7 +76,7 @@ def seconds(setting: str, steps: int) -> float:
 
 
 def main() -> int:
-    """Measure every setting under every load and write what was found."""
+    """Measure every setting under every load, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeat", type=int, nargs=3, default=[3, 3, 1], metavar="N", help="of each load")

@@ -1,4 +1,4 @@
-"""The results of a comparison as a Markdown table and as a figure."""
+"""Format the results of a comparison as a Markdown table and as a figure."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ NAMES = {"ours": "this library", "tutorial": "tutorial recipe", "trl": "TRL SFTT
 
 
 def name_of(contender: str, result: Mapping[str, Any]) -> str:
-    """How a contender is called in the table, with its version if it is a package of its own."""
+    """Return the name of a contender in the table, with its version if it is a package."""
     version = result.get("versions", {}).get(contender)
     return f"{NAMES[contender]} {version}" if version else NAMES[contender]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The table, what could not be measured and why, and what all ran on.
+    """Return the table, the contenders that failed and why, and the values common to all.
 
     Args:
-        results: as `compare.py` writes them to results.json.
+        results: the contents of results.json.
     """
     measured = {name: result for name, result in results["contenders"].items() if "failed" not in result}
     ours = measured.get("ours", {}).get("tokens_per_s")
@@ -46,7 +46,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def facts(results: Mapping[str, Any]) -> list[str]:
-    """What all contenders had in common, in sentences."""
+    """Describe in sentences the settings and the machine common to all contenders."""
     settings, hardware = results["settings"], results["hardware"]
     head = "head trained in full" if settings["train_head"] else "head frozen"
     card = hardware["gpu"]
@@ -69,7 +69,7 @@ def facts(results: Mapping[str, Any]) -> list[str]:
 
 
 def figure(results: Mapping[str, Any]) -> Figure:
-    """Horizontal bars: useful tokens/s, peak memory, share of the matrix rate, of every contender with a result."""
+    """Draw bars of speed, peak memory and share of the matrix rate for each contender."""
     from matplotlib.figure import Figure
 
     measured = {name: result for name, result in results["contenders"].items() if "failed" not in result}

@@ -1,14 +1,16 @@
-"""Contender (c): TRL's SFTTrainer; on a GPU packed and with Liger kernels, on a CPU with its plain defaults.
+"""Train with TRL's SFTTrainer, contender (c): on a GPU packed, on a CPU with its defaults.
 
-By TRL's documentation: `packing=True` with the default strategy, which keeps conversations whole and apart
+The settings follow TRL's documentation: `packing=True` with the default strategy, which neither
+splits conversations nor lets them attend to each other
 (huggingface.co/docs/trl/reducing_memory_usage, "Packing"); `use_liger_kernel=True`
-(huggingface.co/docs/trl/liger_kernel_integration); FlashAttention, by package or from the kernels hub
-(huggingface.co/docs/trl/speeding_up_training). Where neither is installed, transformers tells PyTorch's own attention
-by a block-diagonal mask where conversations end. Everything else stays at SFTConfig's defaults: gradient checkpointing,
-bf16, the fused AdamW, 8 sequences to a forward pass, and a loss that on a GPU computes no logits without a label; of a
-4-bit model TRL trains LoRA matrices and head in bf16.
+(huggingface.co/docs/trl/liger_kernel_integration); FlashAttention, from a package or from the
+kernels hub (huggingface.co/docs/trl/speeding_up_training). If neither is installed, transformers
+gives PyTorch's own attention a block-diagonal mask. All else has SFTConfig's defaults: gradient
+checkpointing, bf16, the fused AdamW, 8 sequences per forward pass, and on a GPU a loss that
+computes no logits for tokens without a label. TRL trains the LoRA matrices and the head of a 4-bit
+model in bf16.
 
-TRL takes rows that are tokens and labels already, so nobody's tokenization differs.
+TRL accepts rows that are tokens and labels already, so all contenders have the same tokens.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from torch import nn
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-PER_DEVICE = 8  # TrainingArguments' default, which SFTConfig keeps
+# The default of TrainingArguments and of SFTConfig.
+PER_DEVICE = 8
 
 
 def attention(settings: measure.Settings) -> str:
-    """The kernel that TRL's documentation recommends for packing, as far as it is installed."""
+    """Return the attention kernel that TRL recommends for packing, if it is installed."""
     if settings.attention != "auto" or not measure.on_gpu():
         return "sdpa" if settings.attention == "auto" else settings.attention
     if find_spec("flash_attn"):
@@ -35,13 +38,14 @@ def attention(settings: measure.Settings) -> str:
 
 
 def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, str]:
-    """Train by the settings."""
+    """Train with the settings."""
     rows = settings.rows("rows")
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tokenizer.pad_token = tokenizer.unk_token
     options: dict[str, Any] = measure.shared_arguments(settings, "trl") | {"max_length": settings.max_seq_len}
     if measure.on_gpu():
-        # The same batch in tokens, as packs; and the same rows: as many passes over them as the others make.
+        # A batch of packs with as many tokens as the others' batches, and as many passes over the
+        # rows.
         tokens = sum(len(row["input_ids"]) for row in rows) / len(rows) * settings.batch_size
         packs = max(1, round(tokens / settings.max_seq_len))
         batch = measure.split_step(packs, settings.micro_batch.get("trl", PER_DEVICE))

@@ -1,9 +1,11 @@
-"""Build a model at its true shape with random weights: for speed and memory where the real weights are not at hand.
+"""Build a model at its true shape with random weights, to measure speed and memory.
 
-    python benchmarks/true_shape.py --like flan-t5-large --rows path/to/rows --out /tmp/flan-t5-large
-    python benchmarks/true_shape.py --like llama2-7b --tokenizer path/to/tokenizer --out /tmp/llama2-7b
+    python benchmarks/true_shape.py --like flan-t5-large --rows path/to/rows --out
+    /tmp/flan-t5-large python benchmarks/true_shape.py --like llama2-7b --tokenizer
+    path/to/tokenizer --out /tmp/llama2-7b
 
-What such a model answers says nothing. Without `--tokenizer` one of T5's kind is trained on the rows.
+The answers of such a model mean nothing. Without `--tokenizer` a tokenizer like T5's is trained on
+the rows.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import qlora_utils  # noqa: F401  # before torch, whose threads then do not spin while they wait
+# Imported before torch: it sets how long torch's threads spin while they wait.
+import qlora_utils  # noqa: F401
 
 # isort: split
 import torch
@@ -26,13 +29,13 @@ from qlora_utils.rows.files import read_source
 
 
 def llama2_7b() -> Any:
-    """Llama-2-7b, 6,738,415,616 parameters."""
+    """Build Llama-2-7b, 6,738,415,616 parameters."""
     config: Any = AutoConfig.for_model(**LLAMA_2_7B)
     return LlamaForCausalLM(config)
 
 
 def flan_t5_large() -> Any:
-    """Flan-T5-Large, 783,150,080 parameters, its head parted from the embeddings."""
+    """Build Flan-T5-Large, 783,150,080 parameters, its head not tied to the embeddings."""
     config: Any = AutoConfig.for_model(**FLAN_T5_LARGE)
     model = T5ForConditionalGeneration(config)
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * model.config.d_model**-0.5)
@@ -44,7 +47,7 @@ MODELS = {"llama2-7b": llama2_7b, "flan-t5-large": flan_t5_large}
 
 
 def tokenizer_of(rows: str) -> Any:
-    """A Unigram tokenizer with T5's special tokens, trained on what people wrote in the rows."""
+    """Train a Unigram tokenizer with T5's special tokens on the texts of the rows."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -69,7 +72,7 @@ def tokenizer_of(rows: str) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build one and say how large it is."""
+    """Build a model and print its size."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--like", required=True, choices=MODELS)
     options.add_argument("--tokenizer", help="folder of the real tokenizer")
@@ -80,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.error("give --tokenizer or --rows")
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer) if given.tokenizer else tokenizer_of(given.rows)
     torch.manual_seed(0)
+    # Created in bf16 on the device itself: in fp32 the 7 billion weights would take 27 GB.
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

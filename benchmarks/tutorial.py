@@ -1,10 +1,11 @@
-"""Contender (b): the tutorial recipe, with transformers' own Trainer.
+"""Train the tutorial's recipe, contender (b), with transformers' own Trainer.
 
 The settings are those of "Fine-tune Llama 2 in Google Colab" (github.com/mlabonne/llm-course, file
-Fine_tune_Llama_2_in_Google_Colab.ipynb): batches of 4, padded, grouped by length, not packed; paged AdamW in 32 bits;
-gradient checkpointing, after peft's preparation for quantized models, which the SFTTrainer of that time made. Set
-otherwise, so that all train the same: LoRA on all linear layers and the head, loss on answers alone, no dropout, double
-quantization, bf16.
+Fine_tune_Llama_2_in_Google_Colab.ipynb): batches of 4, padded, grouped by length, not packed; paged
+AdamW in 32 bits; gradient checkpointing, after peft's preparation for quantized models, which the
+SFTTrainer of that time called. Some settings are changed, so that all contenders train the same:
+LoRA on all linear layers and the head, loss on answers alone, no dropout, double quantization,
+bf16.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ PER_DEVICE = 4
 
 
 def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, str]:
-    """Train by the settings. On a CPU memory is no concern: no checkpointing there, and the Trainer's own AdamW."""
+    """Train with the settings.
+
+    On a CPU memory is plenty, so there is no checkpointing, and the optimizer is the Trainer's
+    default.
+    """
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tokenizer.pad_token = tokenizer.unk_token
     tokenizer.padding_side = "right"
@@ -41,8 +46,9 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
     tuned_model = get_peft_model(model, measure.lora_config(settings))
-    # Grouped by length as the Trainer does it, but in an order that `-p row_order=length` gives our own contender too.
-    rows: Any = settings.rows("rows")  # a list of rows will do, whatever the annotation says
+    # Grouped by length as the Trainer does it, but in the order that `-p row_order=length` gives
+    # this library too. The Trainer is annotated for a Dataset, and accepts a list as well.
+    rows: Any = settings.rows("rows")
     lengths = [len(row["input_ids"]) for row in rows]
     rows = [rows[index] for index in LengthSampler(lengths, settings.batch_size, settings.seed)]
     trainer: Any = Trainer(

@@ -1,12 +1,13 @@
-"""Contender (d): Unsloth, with the batches without padding that it makes by default; CUDA GPUs only.
+"""Train with Unsloth, contender (d), in its default padding-free batches; CUDA GPUs only.
 
-By Unsloth's documentation: SFTTrainer from TRL, patched; no packing asked for, so that padding-free batches are enabled
-by themselves (unsloth.ai/docs/blog/3x-faster-training-packing, "Padding-free by default");
-`use_gradient_checkpointing="unsloth"`, dropout 0 and no bias, for which its kernels are written, `adamw_8bit`, and 2
-conversations to a forward pass, as in its notebooks (github.com/unslothai/notebooks). `--micro-batch unsloth=N` gives
-it more.
+The settings follow Unsloth's documentation: TRL's SFTTrainer, patched; no packing, so that
+padding-free batches are enabled automatically (unsloth.ai/docs/blog/3x-faster-training-packing,
+"Padding-free by default"); `use_gradient_checkpointing="unsloth"`; dropout 0 and no bias, for which
+its kernels are written; `adamw_8bit`; and 2 conversations per forward pass, as in its notebooks
+(github.com/unslothai/notebooks). `--micro-batch unsloth=N` sets another number.
 
-With a column `labels` Unsloth 2026.10 would fall back to padded batches; a mask of the answers it takes without.
+With a column `labels` Unsloth 2026.10 would fall back to padded batches; with a mask of the answers
+it does not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 if not measure.on_gpu():
     sys.exit("Unsloth's kernels need a CUDA GPU; there is none here.")
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # no call home
+# Unsloth would send usage statistics.
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(sys.argv[2]).parent.resolve() / "unsloth_compiled_cache"))
 
 from unsloth import FastLanguageModel  # noqa: E402, I001  # before transformers and trl, which it patches
@@ -33,14 +35,16 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 
 def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, str]:
-    """Train by the settings."""
+    """Train with the settings."""
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=settings.model,
         max_seq_length=settings.max_seq_len,
-        load_in_4bit=True,  # NF4, double quantization
+        # NF4 with double quantization.
+        load_in_4bit=True,
         use_exact_model_name=True,
     )
-    # It puts the original head aside in a file named after the model; an absolute path would lead out of our folder.
+    # Unsloth saves the original head in a file named after the model; an absolute path would lead
+    # out of the folder.
     name, model.config._name_or_path = model.config._name_or_path, "base"
     model = FastLanguageModel.get_peft_model(
         model,
@@ -77,7 +81,8 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     )
     meter.watch(trainer.model)
     trainer.train()
-    os.environ["UNSLOTH_RETURN_LOGITS"] = "1"  # else a forward pass has no logits to measure the held-out loss by
+    # By default a forward pass returns no logits, and the held-out loss could not be measured.
+    os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
     size, accumulated = batch.values()
     padding = "padding-free" if getattr(trainer.data_collator, "padding_free", False) else "padded"
     return trainer.model, f"{size} × {accumulated} {padding}, Unsloth's checkpointing, adamw_8bit"
