@@ -1,8 +1,8 @@
 """Rebuild the embedded default from the tables in data/world: questions, tokenizer and base model of `pocket`.
 
-The base model reads plain statements alone and never sees a question. The questions ask about the same facts in
-Llama-2 chat format and are split by entity, so that no fact asked for in the held-out file is trained as an answer;
-half of the held-out questions are in phrasings that training never uses, either.
+The base model reads plain statements alone and never sees a question. The questions ask about the
+same facts in Llama-2 chat format and are split by entity, so that no fact of a held-out question is
+trained as an answer. Half of the held-out questions also use phrasings that training never uses.
 
     python data/recipe.py --questions-only   # rewrite data/pocket/*.jsonl, a second
     python data/recipe.py                    # everything, half an hour on 2 cores (`make pocket`)
@@ -33,12 +33,18 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parent
 POCKET = DATA / "pocket"
-HELD_OUT_SHARE = 0.25  # of the entities of each domain
-TWO_TURN_SHARE = 0.4  # of the conversations
-HASTY_SHARE = 0.2  # of the training questions: typed in lower case, without a question mark
-SHAPES = {"facts": 0.5, "one fact in other words": 0.35, "one kind of fact": 0.15}  # of documents, with their shares
-STAYING_SHARE = 0.4  # of subjects that stay for a second document
-HASTY_TEXT_SHARE = 0.5  # of documents in which every other sentence is in lower case
+# Share of the entities of each domain that are held out.
+HELD_OUT_SHARE = 0.25
+# Share of the conversations that have two turns.
+TWO_TURN_SHARE = 0.4
+# Share of the training questions that are typed in lower case, without a question mark.
+HASTY_SHARE = 0.2
+# Kinds of documents, with their shares.
+SHAPES = {"facts": 0.5, "one fact in other words": 0.35, "one kind of fact": 0.15}
+# Share of the entities that have a second document right after the first.
+STAYING_SHARE = 0.4
+# Share of the documents in which half of the sentences are in lower case.
+HASTY_TEXT_SHARE = 0.5
 TRAINED, ENTITIES, PHRASINGS = "trained entities", "held-out entities", "held-out phrasings"
 
 # ---------------------------------------------------------------------------------------------------- the world
@@ -46,7 +52,7 @@ TRAINED, ENTITIES, PHRASINGS = "trained entities", "held-out entities", "held-ou
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of fact, a column of a table, and how it is put into words; `{column}` stands for a value."""
+    """Hold one kind of fact, a table's column, and its phrasings with `{column}` for a value."""
 
     name: str
     answer: str
@@ -59,7 +65,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Entity:
-    """A row of a table: what it is called, and its values by column, its name among them."""
+    """Hold a row of a table: its name, and its values by column, the name included."""
 
     domain: str
     name: str
@@ -68,7 +74,7 @@ class Entity:
 
 @dataclass(frozen=True)
 class Domain:
-    """One table of data/world with its phrasings."""
+    """Hold one table of data/world with its phrasings."""
 
     name: str
     entities: list[Entity]
@@ -76,10 +82,13 @@ class Domain:
 
 
 def read_world() -> list[Domain]:
-    """Every `<domain>.csv` of data/world with its `<domain>.toml`; a table's first column names the entity.
+    """Read every `<domain>.csv` of data/world with its `<domain>.toml`.
+
+    The first column of a table names the entity.
 
     Raises:
-        ValueError: table and phrasings do not fit together; names file, row or key, and what is expected.
+        ValueError: table and phrasings do not fit together. The message names file, row or key, and
+            what is expected.
     """
     domains = []
     for table in sorted((DATA / "world").glob("*.csv")):
@@ -94,6 +103,7 @@ def read_world() -> list[Domain]:
             if set(phrasings) != expected or not all(phrasings.values()):
                 raise ValueError(f"{words.name} [{name}]: expected {', '.join(sorted(expected))}, none of them empty.")
             kinds.append(Kind(name, **phrasings))
+        # Every fact has a phrasing, and every phrasing a fact.
         columns = [kind.name for kind in kinds]
         for number, row in enumerate(rows, start=2):
             if list(row)[1:] != columns or not all(row.values()):
@@ -105,13 +115,13 @@ def read_world() -> list[Domain]:
 
 
 def say(template: str, entity: Entity) -> str:
-    """Fill a template in, with a capital letter where the sentence begins."""
+    """Fill in a template, and start the sentence with a capital letter."""
     sentence = template.format(**entity.values)
     return sentence[0].upper() + sentence[1:]
 
 
 def hasty(sentence: str) -> str:
-    """The sentence as typed in haste: lower case, no mark at its end."""
+    """Return the sentence as if typed in haste: lower case, without the mark at its end."""
     return sentence.lower().rstrip(".?")
 
 
@@ -119,30 +129,31 @@ def hasty(sentence: str) -> str:
 
 
 def statements(domain: Domain, entity: Entity) -> list[str]:
-    """All that can be said about one entity, in the order of the phrasings."""
+    """List all statements about one entity, in the order of the phrasings."""
     return [say(template, entity) for kind in domain.kinds for template in kind.statements]
 
 
 def all_statements(world: Sequence[Domain]) -> list[str]:
-    """Every statement of the pretraining text, in the order of the tables."""
+    """List every statement of the pretraining text, in the order of the tables."""
     return [text for domain in world for entity in domain.entities for text in statements(domain, entity)]
 
 
 def documents(world: Sequence[Domain], seed: int) -> Iterator[str]:
-    """Endless documents, the text that the base models read: the sentences of `stories`, joined."""
+    """Yield endless documents, the text of the base models: joined sentences of `stories`."""
     return (" ".join(sentences) for sentences in stories(world, seed))
 
 
 def stories(world: Sequence[Domain], seed: int) -> Iterator[list[str]]:
-    """Endless lists of statements that belong together: what belongs together is what a model learns.
+    """Yield endless lists of related statements: a model learns what appears together.
 
-    Half of them tell several facts of one entity: that teaches to carry a name on from one sentence into the next. A
-    third dwell on a fact in other words: that teaches which words mean the same, and is what lets the tuned model tell
-    one question from another. The rest tell one kind of fact of several entities. A subject often stays for a second
-    document, so that a name is carried on over `</s>`, as from turn to turn of a conversation. Here and there a
-    sentence is typed in haste, so that a name is known in lower case too. What each of these is worth: see
-    docs/experiments.md.
+    Half of them state several facts of one entity, which teaches the model to carry a name from one
+    sentence into the next. A third repeat a fact in other words, which teaches which words mean the
+    same; this is what lets the tuned model distinguish questions. The rest state one kind of fact
+    of several entities. An entity often has two documents in a row, so that a name is carried over
+    `</s>`, as between the turns of a conversation. Some sentences are typed in haste, so that names
+    are known in lower case too. The effect of each of these is measured in docs/experiments.md.
     """
+    # One generator for everything: the same seed gives the same text, which a checksum tests.
     draw = random.Random(seed)
     everything = [(domain, entity) for domain in world for entity in domain.entities]
     while True:
@@ -155,7 +166,7 @@ def stories(world: Sequence[Domain], seed: int) -> Iterator[list[str]]:
 
 
 def document(domain: Domain, entity: Entity, draw: random.Random) -> list[str]:
-    """The sentences of one document about an entity."""
+    """Draw the sentences of one document about an entity."""
     shape = draw.choices(list(SHAPES), list(SHAPES.values()))[0]
     if shape == "facts":
         return draw.sample(statements(domain, entity), draw.randint(1, 6))
@@ -171,7 +182,7 @@ def document(domain: Domain, entity: Entity, draw: random.Random) -> list[str]:
 
 
 def split_by_entity(domain: Domain, seed: int) -> tuple[list[Entity], list[Entity]]:
-    """(trained, held-out) entities of a domain."""
+    """Split the entities of a domain into trained and held-out ones."""
     members = list(domain.entities)
     random.Random(f"{seed} {domain.name}").shuffle(members)
     cut = round(len(members) * HELD_OUT_SHARE)
@@ -181,8 +192,12 @@ def split_by_entity(domain: Domain, seed: int) -> tuple[list[Entity], list[Entit
 def conversation(
     domain: Domain, entity: Entity, kind: Kind, question: str, draw: random.Random, *, split: str
 ) -> dict[str, Any]:
-    """A row in the Guanaco-Llama format, some with a second turn. `kind` and `fact` have one text per turn."""
+    """Make a row in the Guanaco-Llama format, some with a second turn.
+
+    `kind` and `fact` of the row have one text per turn.
+    """
     asked = [(kind, say(question, entity))]
+    # The follow-up question calls the entity "it", and asks for another kind of fact.
     others = [k for k in domain.kinds if k is not kind]
     if others and draw.random() < TWO_TURN_SHARE:
         other = draw.choice(others)
@@ -201,9 +216,10 @@ def conversation(
 
 
 def questions(world: Sequence[Domain], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(train, test) rows. Trained entities are asked for every fact in every phrasing of training.
+    """Make the rows of training and test.
 
-    Held-out entities are asked for every fact twice: in one phrasing of training, and in one that is held out too.
+    Trained entities are asked for every fact in every training phrasing. Held-out entities are
+    asked for every fact twice: in one training phrasing, and in one that is held out too.
     """
     draw = random.Random(seed)
     train, test = [], []
@@ -232,16 +248,16 @@ def write_questions(world: Sequence[Domain], seed: int) -> None:
 
 
 def bpe(world: Sequence[Domain], special_tokens: Sequence[str]) -> Tokenizer:
-    """A byte-level BPE of 2,048 entries, trained on the statements; any UTF-8 text can be encoded.
+    """Train a byte-level BPE of 2,048 entries on the statements; it can encode any UTF-8 text.
 
     Args:
-        world: what the statements are about.
-        special_tokens: they get the first ids.
+        world: source of the statements.
+        special_tokens: these get the first ids.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    # One digit a token, as in Llama-2: numbers are then spelled, not memorised whole.
+    # One token per digit, as in Llama-2, so that numbers are spelled and not memorized as a whole.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -258,7 +274,7 @@ def bpe(world: Sequence[Domain], special_tokens: Sequence[str]) -> Tokenizer:
 
 
 def train_tokenizer(world: Sequence[Domain]) -> PreTrainedTokenizerFast:
-    """`bpe` with Llama-2's special tokens and chat template."""
+    """Train `bpe` with Llama-2's special tokens and chat template."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -275,7 +291,7 @@ def train_tokenizer(world: Sequence[Domain]) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama (RMSNorm, RoPE, SwiGLU, untied head) with random weights, small enough to commit."""
+    """Build a small Llama (RMSNorm, RoPE, SwiGLU, untied head) with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -294,10 +310,10 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def cloze(world: Sequence[Domain]) -> list[tuple[str, str]]:
-    """Each fact as the statement that answers for it, up to the fact, and the fact with the space before it.
+    """Return for each fact the beginning of its statement, and the fact with the space before it.
 
     Raises:
-        ValueError: an answer that does not hold its fact.
+        ValueError: an answer does not contain its fact.
     """
     gaps = []
     for domain in world:
@@ -310,7 +326,7 @@ def cloze(world: Sequence[Domain]) -> list[tuple[str, str]]:
 
 
 def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, gaps: Sequence[tuple[str, str]]) -> float:
-    """Cloze accuracy: the share of facts of which every token is the likeliest after those before it."""
+    """Return the cloze accuracy: the share of facts whose every token is the likeliest next one."""
     import torch
 
     pairs = [
@@ -323,6 +339,7 @@ def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, gaps: Se
     known = 0
     for start in range(0, len(pairs), 64):
         members = pairs[start : start + 64]
+        # Padded on the right, where a causal model's earlier positions don't see it.
         longest = max(len(before) + len(fact) for before, fact in members)
         ids = [before + fact + [tokenizer.pad_token_id] * (longest - len(before + fact)) for before, fact in members]
         with torch.no_grad():
@@ -335,7 +352,7 @@ def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, gaps: Se
 def batches(
     world: Sequence[Domain], tokenizer: PreTrainedTokenizerFast, *, rows: int, length: int, seed: int
 ) -> Iterator[torch.Tensor]:
-    """Endless batches of documents laid end to end, shape (rows, length) tokens."""
+    """Yield endless batches of documents laid end to end, shape `(rows, length)` tokens."""
     import torch
 
     stream, buffer = documents(world, seed), list[int]()
@@ -348,23 +365,25 @@ def batches(
 
 
 def checksum(text: str) -> str:
-    """SHA-256 of a text."""
+    """Return the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def text_checksum(world: Sequence[Domain], seed: int) -> str:
-    """SHA-256 of every statement and of the first 2,000 documents of the pretraining text."""
+    """Return the SHA-256 of all statements and of the first 2,000 documents of the text."""
     return checksum("\n".join([*all_statements(world), *islice(documents(world, seed), 2000)]))
 
 
 def pretrain(world: Sequence[Domain], *, steps: int, seed: int) -> None:
-    """Train the base model on the statements; save it with its tokenizer under data/pocket/model.
+    """Train the base model on the statements; save it and its tokenizer in data/pocket/model.
 
-    `pretraining.json` beside them holds what a test compares: checksums of text and tokenizer, curve and recall.
+    `pretraining.json` beside them holds what a test compares: checksums of text and tokenizer,
+    curve and recall.
 
     Args:
-        world: what the statements are about.
-        steps: optimizer steps of 32 sequences of 96 tokens; warm-up, then the rate falls along a line to a tenth.
+        world: source of the statements.
+        steps: optimizer steps of 32 sequences of 96 tokens. After a warm-up the learning rate falls
+            linearly to a tenth.
         seed: of the weights and of the order of the text.
     """
     import torch
@@ -404,15 +423,16 @@ def learn(
     least: float,
     recall: Callable[[], float],
 ) -> dict[str, Any]:
-    """Train a base model; returns the `curve` of its loss and recall, and the `seconds` it took.
+    """Train a base model, and return the `curve` of its loss and recall, and the `seconds` it took.
 
     Args:
         model: on its device.
-        optimizer: of its weights, at the peak of the learning rate.
+        optimizer: of its weights, with the peak learning rate.
         stream: `steps` batches.
-        steps: in all.
-        warm_up: steps in which the rate climbs; it then stays for a while, and falls along a line.
-        least: share of the peak that it ends at.
+        steps: the number of optimizer steps.
+        warm_up: steps in which the learning rate climbs. It then stays for a third of the steps,
+            and falls linearly.
+        least: the final learning rate, as a share of the peak.
         recall: measured every 500 steps.
     """
     import torch
@@ -445,7 +465,7 @@ def record(
     tokenizer: PreTrainedTokenizerFast,
     learned: dict[str, Any],
 ) -> None:
-    """Write `pretraining.json` beside a base model: what a test compares, and how it was made."""
+    """Write `pretraining.json` beside a base model: values that a test compares, and its origin."""
     about = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "entities": sum(len(domain.entities) for domain in world),
@@ -460,7 +480,7 @@ def record(
 
 
 def main() -> None:
-    """Rebuild the questions, and unless told otherwise the tokenizer and the base model too."""
+    """Rebuild the questions, and by default the tokenizer and the base model too."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--questions-only", action="store_true", help="leave tokenizer and base model as they are")
     parser.add_argument("--steps", type=int, default=6000, help="optimizer steps of the base model")

@@ -1,14 +1,15 @@
-"""Rebuild the base model of `pocket-t5`, an encoder-decoder that has read the same text as the pocket Llama.
+"""Rebuild the base model of `pocket-t5`, an encoder-decoder trained on the pocket Llama's text.
 
-It reads statements alone and never sees a question, nor an instruction. Three objectives take turns, since spans alone
-leave a decoder that knows facts but cannot tell them in sentences (docs/experiments.md):
+It reads statements alone and never sees a question or an instruction. One of three objectives is
+drawn for each text, since span corruption alone leaves a decoder that knows facts but can't state
+them in sentences (docs/experiments.md):
 
-- span corruption (Raffel et al., 2020, https://arxiv.org/abs/1910.10683): spans of a document are replaced by
-  sentinels, and the decoder writes what stood there;
-- continuation: the encoder reads the first sentences of a document, the decoder writes the others, two at least, so
-  that the base model goes on telling instead of answering;
-- continuation of a text with gaps: the same, the first sentences with spans missing, so that a fact is not always
-  given.
+- span corruption (Raffel et al., 2020, https://arxiv.org/abs/1910.10683): spans of a document are
+  replaced by sentinels, and the decoder writes the missing spans;
+- continuation: the encoder reads the first sentences of a document, and the decoder writes the
+  others, at least two, so that the base model continues a text instead of answering;
+- continuation of a text with gaps: the same with spans missing from the first sentences, so that the
+  encoder doesn't always read the fact.
 
     python data/recipe_t5.py     # eight minutes on a GPU, hours on 2 cores (`make pocket-t5`)
 """
@@ -33,34 +34,42 @@ if TYPE_CHECKING:
 
 MODEL = DATA / "pocket-t5" / "model"
 SENTINELS = 32
-LONGEST = 96  # tokens of an encoder's input, and of what the decoder writes
-OBJECTIVES = {"span corruption": 1, "continuation": 1, "continuation with gaps": 1}  # with their weights
-MEAN_SPAN = 3  # tokens
-SPAN_SHARES = (0.15, 0.3)  # of a document's tokens that are missing, by turns
+# The largest number of tokens of an encoder's input, and of a decoder's output.
+LONGEST = 96
+# The objectives with their weights.
+OBJECTIVES = {"span corruption": 1, "continuation": 1, "continuation with gaps": 1}
+# Tokens in a span, on average.
+MEAN_SPAN = 3
+# Shares of a document's tokens that are missing; one of them is drawn.
+SPAN_SHARES = (0.15, 0.3)
 GAP_SHARE = 0.25
 
-Pair = tuple[list[int], list[int]]  # what the encoder reads, what the decoder writes
+# The encoder's input and the decoder's output.
+Pair = tuple[list[int], list[int]]
 
 # ---------------------------------------------------------------------------------------------------- objectives
 
 
 def corrupt(ids: Sequence[int], share: float, sentinels: Sequence[int], draw: random.Random) -> Pair:
-    """Replace spans of about `MEAN_SPAN` tokens by sentinels, in order, and write them down after their sentinels.
+    """Replace spans of about `MEAN_SPAN` tokens by sentinels; return the rest and the spans.
 
-    Put back in its place, each span gives the whole again (a test does so).
+    Each span follows its sentinel in the second list.
+    A test puts the spans back into their places and gets the document again.
 
     Args:
         ids: tokens of a document, at least one.
-        share: of them that goes, as near as whole tokens allow; at least one token does.
+        share: of the tokens that are removed, rounded to whole tokens, at least one.
         sentinels: ids to use, the first for the first span.
-        draw: of where spans begin and how long they are.
+        draw: decides where spans start and how long they are.
     """
     missing = max(1, round(len(ids) * share))
     spans = min(max(1, round(missing / MEAN_SPAN)), len(sentinels), missing)
+    # Cut the missing tokens at random into spans of at least one token.
     ends = [*sorted(draw.sample(range(1, missing), spans - 1)), missing]
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     kept = len(ids) - missing
-    before = sorted(draw.randint(0, kept) for _ in range(spans))  # kept tokens before each span
+    # The number of remaining tokens before each span.
+    before = sorted(draw.randint(0, kept) for _ in range(spans))
     source: list[int] = []
     target: list[int] = []
     place = used = 0
@@ -74,13 +83,14 @@ def corrupt(ids: Sequence[int], share: float, sentinels: Sequence[int], draw: ra
 
 
 def pair(sentences: Sequence[str], tokenizer: PreTrainedTokenizerFast, draw: random.Random) -> Pair:
-    """One story as what the encoder reads and what the decoder writes, both closed by `</s>`."""
+    """Turn one story into the encoder's input and the decoder's output, both ending with `</s>`."""
 
     def encode(part: Sequence[str]) -> list[int]:
         return tokenizer(" ".join(part), add_special_tokens=False)["input_ids"]
 
     objective = draw.choices(list(OBJECTIVES), list(OBJECTIVES.values()))[0]
     sentinels = sentinel_ids(tokenizer)
+    # A continuation needs a sentence to read and two to write.
     if objective == "span corruption" or len(sentences) < 3:
         source, target = corrupt(encode(sentences), draw.choice(SPAN_SHARES), sentinels, draw)
     else:
@@ -95,7 +105,10 @@ def pair(sentences: Sequence[str], tokenizer: PreTrainedTokenizerFast, draw: ran
 def batches(
     world: Sequence[Domain], tokenizer: PreTrainedTokenizerFast, *, rows: int, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches of `rows` pairs, padded to the longest: `input_ids`, `attention_mask` and `labels`."""
+    """Yield endless batches of `rows` pairs, padded to the longest.
+
+    A batch holds `input_ids`, `attention_mask` and `labels`.
+    """
     draw = random.Random(f"objectives {seed}")
     pairs = (pair(sentences, tokenizer, draw) for sentences in stories(world, seed))
     while True:
@@ -103,7 +116,7 @@ def batches(
 
 
 def collate(pairs: Sequence[Pair], pad: int) -> dict[str, torch.Tensor]:
-    """Pairs as the tensors that a T5 is trained on here and everywhere else (`packing.PairCollator`)."""
+    """Collate pairs into the tensors of a T5, with the library's own `PairCollator`."""
     batch = PairCollator(pad)([Encoded(*pair) for pair in pairs])
     return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
@@ -112,7 +125,7 @@ def collate(pairs: Sequence[Pair], pad: int) -> dict[str, torch.Tensor]:
 
 
 def train_tokenizer(world: Sequence[Domain]) -> PreTrainedTokenizerFast:
-    """The pocket Llama's BPE with T5's special tokens: `<pad>`, `</s>`, `<unk>` and sentinels."""
+    """Train the pocket Llama's BPE with T5's tokens: `<pad>`, `</s>`, `<unk>`, sentinels."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
@@ -130,17 +143,18 @@ def train_tokenizer(world: Sequence[Domain]) -> PreTrainedTokenizerFast:
 
 
 def sentinel_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The ids of `<extra_id_0>` and those after it."""
+    """Return the ids of `<extra_id_0>` and the sentinels after it."""
     first = tokenizer.convert_tokens_to_ids("<extra_id_0>")
     return list(range(first, first + SENTINELS))
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
-    """A T5 of the v1.1 kind (relative attention, gated GELU, a head of its own), small enough to commit.
+    """Build a T5 v1.1 (relative attention, gated GELU, untied head), small enough to commit.
 
-    Transformers 5 ties the head of every new T5 to the embeddings, whatever the config says; with embeddings of its
-    default size, 1, such a model starts at a loss of 70 and hardly learns. Here the head is parted from them, and all
-    weights are small, so that it starts at the logarithm of the vocabulary.
+    Transformers 5 ties the head of every new T5 to the embeddings, whatever the config says. With
+    its default embeddings, of standard deviation 1, such a model starts at a loss of 70 and hardly
+    learns. Here the head is untied and all weights are small, so that the loss starts at the
+    logarithm of the vocabulary size.
     """
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
@@ -172,7 +186,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
 
 
 def save(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write model (bf16) and tokenizer; `config.json` says that the head is its own, as that of Flan-T5 does."""
+    """Write model (bf16) and tokenizer; the head is untied in `config.json`, as in Flan-T5."""
     import torch
 
     model.config.tie_word_embeddings = False
@@ -183,7 +197,10 @@ def save(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, 
 def recall(
     model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, gaps: Sequence[tuple[str, str]]
 ) -> float:
-    """Cloze accuracy: the share of facts of which every token is the likeliest where a sentinel stands for the fact."""
+    """Return the cloze accuracy, with a sentinel in place of the fact.
+
+    That is the share of facts of which every token is the likeliest next one.
+    """
     import torch
 
     sentinel, eos = sentinel_ids(tokenizer)[0], tokenizer.eos_token_id
@@ -203,12 +220,12 @@ def recall(
 
 
 def pretrain(world: Sequence[Domain], *, steps: int, seed: int, folder: Path = MODEL) -> None:
-    """Train the base model; save it with its tokenizer and `pretraining.json` in a folder.
+    """Train the base model, and save it with its tokenizer and `pretraining.json` in a folder.
 
     Args:
-        world: what the statements are about.
-        steps: optimizer steps of 128 stories; warm-up, then the rate falls along a line.
-        seed: of the weights, and of the order of the text.
+        world: source of the statements.
+        steps: optimizer steps of 128 stories. After a warm-up the learning rate falls linearly.
+        seed: of the weights and of the order of the text.
         folder: to write into.
     """
     import torch
@@ -223,6 +240,7 @@ def pretrain(world: Sequence[Domain], *, steps: int, seed: int, folder: Path = M
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens, {steps} steps",
         flush=True,
     )
+    # No weight decay for the scales of the norms.
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
