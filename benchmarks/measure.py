@@ -19,8 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-# Imported before torch: it sets how long torch's threads spin, and silences bitsandbytes' message
-# of a missing kernel.
+# Imported before torch: it sets how long torch's threads spin, and silences messages at import.
 import qlora_utils  # noqa: F401
 
 # isort: split
@@ -171,8 +170,7 @@ def load_base(settings: Settings, *, attention: str = "sdpa") -> PreTrainedModel
     )
     for layer in model.modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
-            # On CPUs with AVX512-BF16 a forward pass in eval mode would permanently repack the
-            # weight for inference.
+            # With AVX512-BF16 a forward pass in eval mode would repack the weight, for good.
             layer.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     return model  # type: ignore[no-any-return]

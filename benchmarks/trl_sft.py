@@ -44,8 +44,7 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     tokenizer.pad_token = tokenizer.unk_token
     options: dict[str, Any] = measure.shared_arguments(settings, "trl") | {"max_length": settings.max_seq_len}
     if measure.on_gpu():
-        # A batch of packs with as many tokens as the others' batches, and as many passes over the
-        # rows.
+        # Packs with as many tokens as the others' batches, and as many passes over the rows.
         tokens = sum(len(row["input_ids"]) for row in rows) / len(rows) * settings.batch_size
         packs = max(1, round(tokens / settings.max_seq_len))
         batch = measure.split_step(packs, settings.micro_batch.get("trl", PER_DEVICE))

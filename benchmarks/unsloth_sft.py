@@ -43,8 +43,8 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
         load_in_4bit=True,
         use_exact_model_name=True,
     )
-    # Unsloth saves the original head in a file named after the model; an absolute path would lead
-    # out of the folder.
+    # Unsloth saves the original head in a file named after the model. An absolute path would lead
+    # out of the output folder.
     name, model.config._name_or_path = model.config._name_or_path, "base"
     model = FastLanguageModel.get_peft_model(
         model,

@@ -1,4 +1,4 @@
-"""Rebuild the embedded default from the tables in data/world: questions, tokenizer and base model of `pocket`.
+"""Rebuild the questions, tokenizer and base model of `pocket` from the tables in data/world.
 
 The base model reads plain statements alone and never sees a question. The questions ask about the
 same facts in Llama-2 chat format and are split by entity, so that no fact of a held-out question is
@@ -430,8 +430,8 @@ def learn(
         optimizer: of its weights, with the peak learning rate.
         stream: `steps` batches.
         steps: the number of optimizer steps.
-        warm_up: steps in which the learning rate climbs. It then stays for a third of the steps,
-            and falls linearly.
+        warm_up: steps in which the learning rate climbs. It then stays until a third of all steps
+            are done, and falls linearly.
         least: the final learning rate, as a share of the peak.
         recall: measured every 500 steps.
     """

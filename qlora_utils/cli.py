@@ -38,13 +38,11 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 success, 1 failure, 2 wrong usage."""
     options = _parser().parse_args(arguments)
-    # Progress bars of other libraries, here and in kernels, appear only after 3 seconds: shorter
-    # work needs none.
+    # Progress bars of other libraries, here and in kernels, appear only after 3 seconds.
     os.environ.setdefault("TQDM_DELAY", "3")
     try:
         return options.command(options)
-    # The reader closed the pipe, as `head` does. Python would complain when it flushes stdout at
-    # its end.
+    # The reader closed the pipe, as `head` does. At exit Python would complain of it once more.
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -25,20 +25,17 @@ ANSWER_FIELDS = ("score_rows", "max_new_tokens", "answer_batch_size")
 # These name a run and its place, or hold for one training only. Two runs that differ in them alone
 # are the same.
 PLACE_FIELDS = ("preset", "run_name", "output_dir", "fresh")
-# These change memory, or what is displayed and saved during a training, and nothing of what it
-# learns.
+# These change memory, or what a training displays and saves, and nothing of what it learns.
 NEUTRAL_FIELDS = (*SPEED_FIELDS, *ANSWER_FIELDS, "gradient_checkpointing", "micro_batch_size", "micro_batch_tokens",
                 "logging_steps", "eval_steps", "save_steps", "save_total_limit", "trace_rows")  # fmt: skip
-# A finished training may get new values of these: it trains further, or selects another of its
-# adapters.
+# A finished training may get new values of these: it trains further, or selects another adapter.
 FINISHED_FIELDS = (*NEUTRAL_FIELDS, "steps", "epochs", "keep")
 # An unfinished one may also get new values of these, since they may save a training that diverges.
 RESUME_FIELDS = (
     *FINISHED_FIELDS, "learning_rate", "head_learning_rate", "warmup_ratio", "max_grad_norm", "compute_dtype"
 )  # fmt: skip
 
-# The largest value of any count. A larger one is a typing error, and the libraries below would
-# overflow.
+# The largest value of any count: a larger one is a typing error, and other libraries overflow.
 LARGEST = 10**9
 # The placeholder of the question in an instruction.
 QUESTION = "{question}"
@@ -300,7 +297,7 @@ class RunConfig(BaseModel):
         Raises:
             ConfigError: as in `from_preset`; also if a variable's name is a misspelled field.
         """
-        # Only plain values: modules and functions of the notebook may be named like anything.
+        # Only plain values are checked: a module or function may have any name.
         for name, value in namespace.items():
             if name not in cls.model_fields and isinstance(value, (str, int, float)) and _similar_field(name):
                 raise ConfigError(
@@ -311,7 +308,7 @@ class RunConfig(BaseModel):
         preset = given.pop("preset", None)
         if preset is not None:
             return cls.from_preset(preset, **given)
-        # The config checks the name before a path is made of it.
+        # `from_preset` checks the name before a path is made of it.
         place = {name: given[name] for name in ("output_dir", "run_name") if name in given}
         run_dir = cls.from_preset("pocket", **place).run_dir
         if (run_dir / "config.json").is_file():
@@ -333,7 +330,7 @@ class RunConfig(BaseModel):
             raise ConfigError(f"{run_dir} is a file; expected a run directory, or the name of a run.")
         if not path.is_file():
             raise FileNotFoundError(no_such_run(Path(run_dir)))
-        # The folder's own place and name count: the run may have been moved or renamed since.
+        # The present folder and name count: the run may have been moved or renamed.
         place = {"output_dir": str(Path(run_dir).parent), "run_name": Path(run_dir).name, "fresh": False}
         return cls.from_file(path, **{**place, **_steps_or_epochs(overrides)})
 
@@ -367,13 +364,12 @@ class RunConfig(BaseModel):
                 f'{path}: holds no config of a run. Expected {{"config": {{"preset": …, "model": …}}}}, as a run '
                 f"directory has it. {_damage_advice()}"
             ) from None
-        # A field of an earlier version, in which a run had to be told to resume.
+        # A field of an earlier version, which resumed a run only if this field was set.
         stored.pop("resume", None)
         try:
             return cls.build({**stored, "fresh": False, **overrides})
         except ConfigError:
-            # If the file alone is invalid, the message names it; else a value given now is at
-            # fault.
+            # If the file alone is invalid, the message names it; otherwise a given value is wrong.
             try:
                 cls.build({**stored, "fresh": False})
             except ConfigError as error:
@@ -424,9 +420,9 @@ class RunConfig(BaseModel):
 
 
 def _steps_or_epochs(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with `epochs` removed if only `steps` are given.
+    """Return the given values, with `epochs` set to None if only `steps` are given.
 
-    Epochs take precedence over steps, so those of the preset or the stored run would override them.
+    Epochs take precedence, so those of the preset or the stored run would replace the given steps.
     """
     return {"epochs": None, **given} if "steps" in given else dict(given)
 
@@ -557,7 +553,7 @@ _IN_WORDS = {
 
 
 def _choices(name: str) -> tuple[str, ...]:
-    """Return the texts that a field of a fixed set of values allows."""
+    """Return the texts that a `Literal` field allows."""
     return tuple(word for word in get_args(RunConfig.model_fields[name].annotation) if isinstance(word, str))
 
 
@@ -590,7 +586,7 @@ def check_folder(name: str, folder: Path) -> None:
 
     Args:
         name: of the field or option that names it.
-        folder: may not exist yet.
+        folder: need not exist.
 
     Raises:
         ConfigError: a part of the path is a file, or the folder is not writable.

@@ -21,7 +21,7 @@ def project_folder(name: str) -> Path:
     Raises:
         FileNotFoundError: neither is a checkout of this project.
     """
-    # An installed package brings no notebooks, so the parents of the working directory are searched
+    # An installed package brings no notebooks, so a checkout around the working directory counts
     # too.
     package, here = Path(__file__).resolve().parent, Path.cwd()
     for checkout in (package.parent, here, *here.parents):
@@ -77,8 +77,7 @@ def model_advice(source: str, error: Exception) -> str:
         error: raised by the loader or the hub client.
     """
     first = first_line(error)
-    # By name, so that the hub client need not be imported. transformers often wraps its errors in
-    # others.
+    # Types are compared by name, which needs no import. transformers often wraps the hub's errors.
     chain = (error, error.__cause__, error.__context__)
     names = {type(link).__name__ for link in chain}
     if "trust_remote_code" in str(error):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Common to both pocket presets: they train in minutes on two CPU cores, and need nothing but the
-# files in data/.
+# Common to both pocket presets: they train in minutes on two CPU cores, with the files of data/.
 _POCKET = {
     "dataset": "embedded:pocket",
     "lora_r": 16,

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 # ---------------------------------------------------------------------------------------------------- safe text
 
-# Control characters except tab and line break, characters that reverse the direction of writing,
-# and lone surrogates.
+# Control characters except tab and line break, marks of writing direction, and lone surrogates.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

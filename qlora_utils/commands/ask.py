@@ -29,7 +29,7 @@ def main(options: argparse.Namespace) -> int:
     require_adapter(run)
 
     # Imported only now, so that a mistyped command fails at once: torch takes seconds.
-    from qlora_utils import playground  # torch
+    from qlora_utils import playground
     from qlora_utils.evaluation.generation import Sampling
 
     sampling = Sampling(max_new_tokens=config.max_new_tokens)

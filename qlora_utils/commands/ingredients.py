@@ -42,7 +42,7 @@ def measure(config: RunConfig, seeds: Sequence[int], path: Path, *, say: Callabl
     if path.is_dir():
         raise ConfigError(f"out: {path} is a folder; expected the name of a JSON file. Give one.")
     check_folder("out", path.parent)
-    # Results of one file must be comparable, so it holds what they were measured with.
+    # Results in one file must be comparable, so the file also holds config, versions and hardware.
     now = about(config)
     stored: dict[str, Any] = read_json(path) if path.is_file() else {"about": now, "lines": []}
     if not (isinstance(stored.get("about"), dict) and isinstance(stored.get("lines"), list)):
@@ -53,6 +53,7 @@ def measure(config: RunConfig, seeds: Sequence[int], path: Path, *, say: Callabl
     known = {line["seed"] for line in stored["lines"]} | set(seeds)
     if len(known) > 1 + max(T_95):
         raise ConfigError(f"{path}: with these it would hold {len(known)} seeds; at most {1 + max(T_95)}.")
+    # The base model is the same for all variants and seeds: once is enough.
     if "base" not in stored:
         stored["base"] = measure_base(config)
     done = {_key(line["changes"], line["seed"]) for line in stored["lines"]}
@@ -77,8 +78,8 @@ def _key(changes: Mapping[str, Any], seed: int) -> str:
 
 
 def measure_base(config: RunConfig) -> dict[str, Any]:
-    """Return the base model's scores on the same questions, with the keys of `measure_one`."""
-    # Imports of torch take seconds and wait until they are needed.
+    """Return the base model's scores on the same questions, as `measure_one` returns them."""
+    # Imported only here, since torch takes seconds to load.
     from qlora_utils import data, quantization
 
     tokenizer = data.load_tokenizer(config)
@@ -89,23 +90,26 @@ def _scores(config: RunConfig, model: Any, tokenizer: Any, prepared: Any) -> dic
     """Return exact match by split and by turn, and the share of answers that stop by themselves."""
     from qlora_utils.evaluation import generation, scores
 
+    # Otherwise each seed would draw other questions.
     fixed = RunConfig.build({**config.model_dump(), "seed": FIXED_SEED})
     rows = scored_rows(prepared.held_out, fixed)
     asked = generation.questions_of(rows, tokenizer, fixed)
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
     size = config.answer_batch_size
     answers = generation.answer_all(model, tokenizer, asked, fixed, sampling=sampling, batch_size=size)
+    # The same scores in two groupings: a follow-up question is harder than a first one.
     by_split: dict[str, list[float]] = {}
     by_turn: dict[str, list[float]] = {}
     for question, answer in zip(asked, answers, strict=True):
         score = scores.exact_match(answer.text, question.expected)
         by_split.setdefault(question.tags["split"], []).append(score)
         by_turn.setdefault(question.tags["turn"], []).append(score)
+    stopped = sum(answer.stopped for answer in answers)
     return {
         "exact_match": _mean_by_group(by_split),
         "by_turn": _mean_by_group(by_turn),
         "questions": {split: len(values) for split, values in by_split.items()},
-        "stopped": round(sum(answer.stopped for answer in answers) / len(answers), 4),
+        "stopped": round(stopped / len(answers), 4),
     }
 
 

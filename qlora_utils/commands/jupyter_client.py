@@ -31,6 +31,7 @@ class PollingChannel(AsyncZMQSocketChannel):
         Raises:
             Empty: no message arrived in time.
         """
+        # Short waits as long as there is time, then one for the rest.
         while timeout is None or timeout > POLL_S:
             with suppress(Empty):
                 return await super().get_msg(POLL_S)

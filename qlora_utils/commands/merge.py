@@ -42,7 +42,8 @@ def add_parser(commands: Any) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Merge, and print the agreement of merged and unmerged answers."""
-    from qlora_utils.commands import merging  # torch
+    # Imported only now, so that `qlora --help` needn't wait for torch.
+    from qlora_utils.commands import merging
 
     config = RunConfig.continue_run(run_path(options.run, options.output_dir))
     into = options.into.expanduser().resolve() if options.into else RunDirectory(config.run_dir).merged

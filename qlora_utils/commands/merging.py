@@ -102,22 +102,16 @@ def merge(
     """
     run = RunDirectory(config.run_dir)
     folder = into or run.merged
+    # All checks come first: merging takes minutes.
     if dtype == "float16" and architecture_of(config.model) == "encoder-decoder":
         raise ConfigError("dtype: float16 does not hold what Flan-T5 and its kin compute; take bfloat16.")
-    # All checks come first: merging takes minutes.
     base_name = _choose_base(config, base)
     if questions < 0:
         raise ConfigError(f"questions: {questions} is not allowed; expected 0 or more.")
     _check_free(folder, force=force)
     check_folder("into", folder.parent)
-    # Reads metrics.json, which may be damaged.
-    _adapter_step(run)
-    if not (run.adapter / "adapter_model.safetensors").is_file():
-        raise ModelError(
-            f"adapter: {run.adapter} holds no trained adapter, so there is nothing to merge. Train one first: "
-            f"{resume_command(run.path, start='04')}"
-        )
-    model_files.check_adapter(run.adapter)
+    _check_adapter(run)
+    # The unmerged model answers before the merged one is loaded: both may not fit into memory.
     tokenizer = load_tokenizer(config)
     asked = choose_questions(config, run, tokenizer, questions) if questions else []
     tuned_model = lora.reload(quantization.load(config), run.adapter, fused=config.fused_layers)
@@ -130,16 +124,9 @@ def merge(
     try:
         parameters = save(tuned_model, temporary, config, source, dtype=dtype, max_shard_size=max_shard_size)
         save_tokenizer(tokenizer, temporary, config)
-        # The answers are those of the files just written, loaded as anyone would load them.
         del tuned_model
         _release_memory()
-        compared = None
-        try:
-            if unmerged:
-                compared = agreement(asked, unmerged, ask(load(temporary), tokenizer, asked, config))
-        # In 16 bits the model is several times as large as it was in NF4.
-        except torch.cuda.OutOfMemoryError:
-            print("the merged model does not fit into this GPU, so its answers were not compared", flush=True)
+        compared = _compare_merged(temporary, tokenizer, asked, unmerged, config) if unmerged else None
         record = {
             "run": config.run_name,
             "model": config.model,
@@ -196,13 +183,45 @@ def _check_free(folder: Path, *, force: bool) -> None:
         raise ConfigError(f"into: {folder} holds a merged model already. --force replaces it; or give another folder.")
 
 
+def _check_adapter(run: RunDirectory) -> None:
+    """Check that the run has a trained adapter, and that neither it nor metrics.json is damaged.
+
+    Raises:
+        ModelError: the adapter is missing or damaged.
+        DamagedError: metrics.json is damaged.
+    """
+    _adapter_step(run)
+    if not (run.adapter / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"adapter: {run.adapter} holds no trained adapter, so there is nothing to merge. Train one first: "
+            f"{resume_command(run.path, start='04')}"
+        )
+    model_files.check_adapter(run.adapter)
+
+
+def _compare_merged(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    unmerged: Asked,
+    config: RunConfig,
+) -> dict[str, Any] | None:
+    """Compare the answers of a merged model; return None if it does not fit into the GPU."""
+    try:
+        return agreement(questions, unmerged, ask(load(folder), tokenizer, questions, config))
+    # In 16 bits the model is several times as large as it was in NF4.
+    except torch.cuda.OutOfMemoryError:
+        print("the merged model does not fit into this GPU, so its answers were not compared", flush=True)
+        return None
+
+
 def _adapter_step(run: RunDirectory) -> int | None:
     """Return the step of the run's adapter, None if metrics.json doesn't hold it."""
     return run.known_metrics().get("train", {}).get("kept_step")
 
 
 def _release_memory() -> None:
-    """Free the memory of models that nothing refers to any more, also that of reference cycles."""
+    """Free the memory of unused models, including reference cycles, and the GPU's cache."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -226,10 +245,10 @@ def merged_weights(tuned_model: PeftModel, dtype: torch.dtype, source: Source) -
         if ".lora_" in name or ".original_module." in name:
             continue
         layer_name, _, rest = name.rpartition(".base_layer.")
-        # A module that was trained in full: its trained copy counts.
+        # Of a module that was trained in full, the trained copy is used.
         if trained_copy in name:
             plain, value = name.replace(trained_copy, "."), parameter.detach
-        # A layer that peft wrapped: LoRA changes its weight, and leaves its bias as it was.
+        # Of a layer that peft wrapped, LoRA changes the weight and leaves the bias as it was.
         elif layer_name:
             plain = f"{layer_name}.{rest}"
             value = partial(source, plain, parameter)
@@ -248,11 +267,12 @@ def adapted_weight(layer: Any, adapter: str, base_weight: Callable[[], torch.Ten
     DoRA (https://arxiv.org/abs/2402.09353, equation 5) then scales each row to its learned length.
 
     Args:
-        layer: peft's LoRA layer. Its delta includes the scale, alpha / r or, for rsLoRA, alpha /
-            sqrt(r).
+        layer: peft's LoRA layer. Its delta includes the scale: alpha / r, or alpha / sqrt(r) for
+            rsLoRA.
         adapter: its name in the layer.
         base_weight: returns the weight that is merged into.
     """
+    # In fp32: a sum in 16 bits would round the small update a second time.
     delta = layer.get_delta_weight(adapter).float()
     weight = base_weight().to(delta.device).float() + delta
     if adapter in layer.lora_magnitude_vector:
@@ -326,8 +346,7 @@ def save(
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
 
-    # transformers reads from the config that nothing is quantized, and whether the head has weights
-    # of its own.
+    # The config tells transformers that nothing is quantized, and whether the head is tied.
     model_config = _model_config(config)
     if hasattr(model_config, "quantization_config"):
         del model_config.quantization_config
@@ -461,6 +480,7 @@ def agreement(questions: Sequence[Question], unmerged: Asked, merged: Asked) -> 
             f"merge: the loss on held-out answers is {unmerged.loss} unmerged and {merged.loss} merged, in nats per "
             "token; expected numbers. The adapter is broken: train again with a lower learning_rate."
         )
+    # Greedy answers can be compared word for word.
     differing = []
     for question, before, after in zip(questions, unmerged.answers, merged.answers, strict=True):
         if before.text == after.text:

@@ -57,8 +57,7 @@ def parse_parameters(pairs: Sequence[str]) -> dict[str, str]:
 def run_path(named: str, output_dir: str) -> Path:
     """Return the directory that `--run` names, by its path or by its name in `--output-dir`."""
     folder = Path(named)
-    # Only a folder with a config is taken as a path: a run's name may also be that of a folder
-    # here.
+    # Only a folder with a config is taken as a path: any folder here may have the name of a run.
     if (folder / "config.json").is_file():
         return folder.resolve()
     return Path(output_dir) / named

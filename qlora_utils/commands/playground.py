@@ -39,7 +39,7 @@ def app_notebook(run: RunDirectory) -> dict[str, Any]:
         tags = cell["metadata"].get("tags", [])
         if "app" in tags or "parameters" in tags:
             cells.append(cell)
-        # As papermill does it: a cell of its own after the parameters overrides them.
+        # As papermill does it, a cell of its own after the parameters overrides them.
         if "parameters" in tags:
             source = "".join(f"{name} = {value!r}\n" for name, value in place.items())
             cells.append({**cell, "id": "injected", "metadata": {"tags": ["injected-parameters"]}, "source": source})
@@ -50,8 +50,8 @@ def app_notebook(run: RunDirectory) -> dict[str, Any]:
 def serve_command(notebook: Path, options: Sequence[str] = ()) -> list[str]:
     """Return the command that serves a notebook to this machine alone.
 
-    `--token` without a value makes Voilà draw a random token for the address, so that no process
-    list shows it.
+    `--token` without a value makes Voilà draw a random token for the address. A value given on the
+    command line would appear in the list of processes.
     """
     return [
         sys.executable, "-m", "voila", str(notebook), "--Voila.ip=127.0.0.1", "--token", "--show_tracebacks=True",

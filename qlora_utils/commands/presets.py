@@ -21,6 +21,7 @@ def add_parser(commands: Any) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Print the presets, or the fields of `RunConfig`."""
+    # The values of `pocket` serve as examples.
     if options.fields:
         pocket = RunConfig.from_preset("pocket")
         print(f"{'field':<24}{'in pocket':<24}meaning")

@@ -58,7 +58,7 @@ class SeriesError(RuntimeError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Report a series that a signal stopped, by its `number`; the message says how to resume."""
+    """Report a series that was stopped by signal `number`; the message says how to resume."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -127,13 +127,13 @@ def resolve(
         if isinstance(given.get(name), str) and given[name] and path_exists(given[name]):
             given[name] = str(Path(given[name]).expanduser().resolve())
     template = RunConfig.from_file(config_file) if config_file else None
-    # The place of the run. The config checks its name before a path is made of it.
+    # The place of the run. `from_preset` checks the name before a path is made of it.
     folder = _resolve_folder(given.pop("output_dir", output_dir))
     default_name = template.run_name if template else preset or "pocket"
     place = {"output_dir": str(folder), "run_name": given.pop("run_name", run_name) or default_name}
     run_dir = RunConfig.from_preset("pocket", **place).run_dir
     check_folder("output_dir", run_dir)
-    # The config: of the existing run, of a file, or of a preset.
+    # The config comes from the existing run, from a file, or from a preset.
     first = notebooks_from(start)[0]
     exists = (run_dir / "config.json").is_file()
     if start is not None and (exists or first != series()[0]):
@@ -198,7 +198,7 @@ def _changed_fields(config: RunConfig, *, fresh: bool) -> list[str]:
 
 
 def _restart_config(run_dir: Path, preset: str | None, given: Mapping[str, Any], first: Path) -> RunConfig:
-    """Return the stored config with the given values.
+    """Return the config for a series that starts at `first`: the stored one with the given values.
 
     Raises:
         ConfigError: another preset, or a value that has no effect from notebook `first` on.
@@ -244,8 +244,8 @@ def run_series(
 
     Raises:
         SeriesError: a notebook failed.
-        DataError, ModelError, DamagedError, FileNotFoundError: from `check_inputs`; nothing is
-        written then.
+        DataError, ModelError, DamagedError, FileNotFoundError: from `check_inputs`, before anything
+            is written.
         ConfigError: no notebook is named `start`.
         LockedError: another process runs the series, or trains, in this run directory.
         Stopped: SIGINT or SIGTERM arrived, and the notebook under way has saved what it could.
@@ -253,8 +253,7 @@ def run_series(
     run = RunDirectory(config.run_dir)
     notebooks = notebooks_from(start)
     resumes = start is None and not fresh and run.config.is_file()
-    # When a run is resumed, the check waits for the lock: only then is certain which notebooks are
-    # done.
+    # A resumed run is checked later, under the lock: until then another process may change it.
     if not resumes:
         check_inputs(run, config, notebooks, fresh=fresh)
     with locks.held(run.path / ".run.lock", "qlora run"):
@@ -287,8 +286,8 @@ def run_series(
 def _prepare_environment() -> None:
     """Set the log level of papermill and the environment variables that kernels inherit."""
     # papermill warns of every parameter that the notebook's own cell doesn't declare. Those cells
-    # declare only what a reader may want to change, while any field may be injected, and `resolve`
-    # has checked it.
+    # declare only what a reader may want to change. Any field may be injected: it was checked
+    # before.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     os.environ[HEADLESS] = "1"
     os.environ.pop(TERMINAL, None)
@@ -306,14 +305,13 @@ def check_inputs(run: RunDirectory, config: RunConfig, notebooks: Sequence[Path]
         DataError: the dataset cannot be read, or none of its rows can be used.
         ModelError: model folder, tokenizer or adapter is missing, damaged or of the wrong kind.
         DamagedError: a file of the run directory is damaged.
-        FileNotFoundError: an output of an earlier notebook is missing; the message says of which.
+        FileNotFoundError: an output of an earlier notebook is missing; the message names it.
     """
     stems = {path.stem for path in notebooks}
     with_model = {"02_quantization", "03_lora", "04_training", "06_answers", "07_playground"}
     with_rows = {"04_training", "06_answers", "07_playground"}
     if "01_data" in stems:
-        # The embedded model and rows fit together in their preset; a shorter max_seq_len may reject
-        # all rows.
+        # In their own preset the embedded model and rows are known to fit together.
         preset_length = RunConfig.from_preset(config.preset).max_seq_len == config.max_seq_len
         if not (preset_length and config.model.startswith(EMBEDDED) and config.dataset.startswith(EMBEDDED)):
             _check_model(config)
@@ -322,7 +320,7 @@ def check_inputs(run: RunDirectory, config: RunConfig, notebooks: Sequence[Path]
             return
     elif stems & with_model and not config.model.startswith(EMBEDDED):
         _check_model(config)
-    # From here on: outputs of notebooks that are not run again.
+    # From here on the outputs of earlier notebooks are checked, if those are not run again.
     if "01_data" not in stems and stems & with_rows:
         prepared = data.Prepared.load(run)
         for part in (prepared.train, prepared.held_out):
@@ -423,7 +421,7 @@ def _describe_saved(path: Path, run: RunDirectory, failure: BaseException | None
     newest = f"the last checkpoint is {last}" if last else "no checkpoint yet"
     if name == INTERRUPTED:
         return f", as asked; {newest}"
-    # These three are the stop itself; any other error is news.
+    # These three come from the stop itself; any other error is named in the message.
     cause = ""
     if name not in ("KeyboardInterrupt", "DeadKernelError", "NoneType"):
         cause = f" ({name}: {getattr(failure, 'evalue', failure)})"
@@ -441,7 +439,7 @@ def done_notebooks(run: RunDirectory) -> list[str]:
 
 
 def _remaining_notebooks(run: RunDirectory, config: RunConfig, parameters: Mapping[str, Any]) -> list[Path]:
-    """List the notebooks from the first on that is not done, or that uses a changed value."""
+    """List the remaining notebooks, from the first that is not done or uses a changed value."""
     notebooks = series()
     if not (run.path / "config.json").is_file():
         return notebooks
@@ -452,7 +450,7 @@ def _remaining_notebooks(run: RunDirectory, config: RunConfig, parameters: Mappi
     for name in set(parameters) - {*PLACE_FIELDS} - unused:
         if getattr(config, name) != getattr(stored, name):
             repeat_from = min(repeat_from, _last_notebook_for(name))
-    # Only notebooks done without a gap count: each one builds on those before it.
+    # Count the done notebooks up to the first gap, since each one builds on those before it.
     count = 0
     while count < len(notebooks) and notebooks[count].stem in done and notebooks[count].stem < repeat_from:
         count += 1
@@ -464,7 +462,7 @@ def _remaining_notebooks(run: RunDirectory, config: RunConfig, parameters: Mappi
 
 
 def _resume_command(config: RunConfig, parameters: Mapping[str, Any], path: Path) -> str:
-    """Return the command that resumes at a notebook, with the parameters that matter from there on."""
+    """Return the command that resumes at a notebook, with parameters that still have an effect."""
     # Before notebook 04 the old training has not been replaced yet, so `--fresh` is still needed.
     fresh = bool(parameters.get("fresh")) and path.stem < "04_training"
     effective = {}
@@ -491,8 +489,7 @@ def _remove_earlier_run(run: RunDirectory) -> None:
     if present:
         print(f"replacing in {run.path}: {', '.join(path.name for path in present)}", flush=True)
     for path in present:
-        # A link may lead to another disk, and to files of others: the link is removed, its target
-        # stays.
+        # A link may lead to another disk, and to other files there: only the link is removed.
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

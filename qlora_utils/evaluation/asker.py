@@ -56,7 +56,7 @@ class _StepwiseGeneration(StoppingCriteria, TextStreamer):
         self._new_texts: list[str] = []
         self._failure: BaseException | None = None
         self._stop = False
-        # Two semaphores hand control to and fro, so that never more than one thread computes.
+        # Two semaphores pass control back and forth, so that only one thread computes at a time.
         self._resume, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._generate, args=(model, prompt, options), daemon=True)
         self._thread.start()
@@ -67,6 +67,7 @@ class _StepwiseGeneration(StoppingCriteria, TextStreamer):
         Raises:
             Exception: whatever generation raised.
         """
+        # Between `release` and `acquire` the thread computes one token, or ends.
         start = time.perf_counter()
         self._stop = self._stop or stop
         self._resume.release()
@@ -88,7 +89,7 @@ class _StepwiseGeneration(StoppingCriteria, TextStreamer):
         """Generate the whole answer. This is what the thread runs."""
         self._resume.acquire()
         try:
-            # Closed before the first step: there is nothing to generate.
+            # If the answer was closed before its first step, there is nothing to generate.
             if not self._stop:
                 ids = torch.tensor([prompt], device=next(model.parameters()).device)
                 with torch.no_grad():
@@ -148,7 +149,7 @@ def _answer_side_by_side(
                     text = generation.step(stop=stop.is_set())
                 trimmed = trimmers[name].trim(restored(text, MARKS))
                 yield Piece(name, trimmed, generation.tokens, generation.seconds, generation.ended)
-    # Also where the reader stops early or generation fails: no thread outlives this function.
+    # Also if the reader stops early or generation fails: no thread outlives this function.
     finally:
         for generation in generations.values():
             generation.close()
@@ -169,6 +170,7 @@ class MarginTrimmer:
         White space at the end of a piece is pending: it is returned together with the next word,
         and never if no word follows.
         """
+        # Before the first word all white space is dropped; later it may stand between two words.
         text = self.pending + piece if self.started else piece.lstrip()
         trimmed = text.rstrip()
         self.started, self.pending = self.started or bool(trimmed), text[len(trimmed) :]
@@ -241,6 +243,7 @@ class Asker:
         Returns:
             Model -> candidates for each of `samplings`, in their order.
         """
+        # Both models read the same prompt, as a batch of one.
         prompt = format_of(self.tokenizer, self.config).prompt(history, question, system)
         ids = torch.tensor([prompt], device=next(self.tuned_model.parameters()).device)  # (1, seq)
         # Raw logits of a single token: each sampling is then applied to the same logits.

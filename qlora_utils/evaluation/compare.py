@@ -102,7 +102,7 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
 
 
 def _fingerprint(run: RunDirectory) -> dict[str, str]:
-    """Return the path and the checksum of a run's answers, by which `outdated` finds changes."""
+    """Return path and checksum of a run's answers, so that `outdated` can detect changes."""
     return {"answers": str(run.answers.resolve()), "answers_sha256": _checksum(run.answers)}
 
 
@@ -115,8 +115,7 @@ def outdated(comparison: Mapping[str, Any]) -> list[str]:
     """List the runs whose answers have changed or are gone since they were compared."""
     names = []
     for run in comparison["runs"]:
-        # Comparisons of an earlier version have no fingerprint: nothing is known, nothing is
-        # claimed.
+        # Comparisons of an earlier version have no checksum, so changes can't be detected.
         if "answers" not in run:
             continue
         answers = Path(run["answers"])
@@ -157,6 +156,7 @@ def _is_answer(line: Any) -> bool:
     """Return True if a line of `answers.jsonl` has every value that a comparison needs."""
     if not (isinstance(line, dict) and line.keys() >= _REQUIRED_KEYS):
         return False
+    # Answers may come from another program or be edited by hand, so types are checked too.
     types = {
         "text": str,
         "expected": str,
@@ -198,7 +198,7 @@ def shared(asked: Sequence[Sequence[Line]]) -> list[tuple[Line, ...]]:
 
 
 def _group_by_question(lines: Sequence[Line]) -> dict[Any, list[Line]]:
-    """Return the lines of each question; the key is all that makes it this question."""
+    """Return the lines of each question. The key holds everything that identifies the question."""
     groups: dict[Any, list[Line]] = {}
     for line in lines:
         history = line["history"]
@@ -216,7 +216,8 @@ def _match(lists: Sequence[Sequence[Line]]) -> list[tuple[Line, ...]]:
     def common_first(line: Line) -> tuple[bool, tuple[str, int]]:
         return _place(line) not in common, _place(line)
 
-    # Rows that all runs were asked come first and in one order, so that they meet themselves.
+    # Rows that all runs were asked come first and in the same order, so each is matched with
+    # itself.
     ordered = [sorted(lines, key=common_first) for lines in lists]
     return list(zip(*ordered, strict=False))
 
@@ -250,6 +251,7 @@ def _names(runs: Sequence[RunDirectory]) -> list[str]:
     """Name each run by its folder, with as many parent folders as tell all runs apart."""
     folders = [run.path.resolve() for run in runs]
     depth = 1
+    # Longer paths are tried until no two different folders have the same name.
     while len({folder.parts[-depth:] for folder in folders}) < len(set(folders)):
         depth += 1
     names: list[str] = []
@@ -296,7 +298,7 @@ def _scores(
 
 
 def _pairs(lines: Mapping[str, Sequence[Line]], clusters: Sequence[Any]) -> list[dict[str, Any]]:
-    """Compare each two runs on exact match, with p-values corrected for the number of pairs."""
+    """Compare the exact match of each pair of runs, with p-values corrected for several tests."""
     right = {}
     for name, answers in lines.items():
         right[name] = [line["tuned"]["exact_match"] for line in answers]
@@ -323,6 +325,7 @@ def _disagreements(lines: Mapping[str, Sequence[Line]]) -> dict[str, Any]:
     """Return the questions that some runs answer exactly and others do not."""
     found = []
     for answers in zip(*lines.values(), strict=True):
+        # All right or all wrong: no disagreement.
         if len({line["tuned"]["exact_match"] for line in answers}) == 1:
             continue
         by_run = {}
@@ -442,7 +445,7 @@ def pair_texts(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def caveat(comparison: Mapping[str, Any]) -> str:
-    """Warn of the p-values if several questions share an entity, or return an empty text."""
+    """Return a warning about the p-values if questions share an entity, else an empty text."""
     number, clusters = comparison["questions"]["shared"], comparison["questions"]["clusters"]
     if clusters == number:
         return ""
@@ -501,7 +504,7 @@ def _format_tests(comparison: Mapping[str, Any]) -> str:
 
 
 def _format_disagreements(comparison: Mapping[str, Any], show: int, width: int) -> list[str]:
-    """Format the number of disagreements and a sample of `show`, each a block of lines."""
+    """Format the number of disagreements, then at most `show` of them, each as a block of lines."""
     names = _run_names(comparison)
     found = comparison["disagreements"]
     sample = sample_evenly(found["shown"], show)
@@ -532,7 +535,7 @@ def plot(comparison: Mapping[str, Any], ax: Axes) -> Figure:
     if len(groups) > 1:
         groups["all"] = {"questions": comparison["questions"]["shared"], "scores": comparison["scores"]}
     for index, name in enumerate(names):
-        # Runs of one split are drawn a little above and below its line, so that no interval hides
+        # Runs of one split are drawn at slightly different heights, so that no interval hides
         # another.
         offset = 0.5 * (index - (len(names) - 1) / 2) / len(names)
         values, heights, below, above = [], [], [], []

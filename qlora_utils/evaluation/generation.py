@@ -104,8 +104,7 @@ def questions_of(
     chosen = []
     for name in sorted(by_split):
         questions = by_split[name]
-        # A fresh generator per split: what is drawn of one does not depend on which others there
-        # are.
+        # A fresh generator per split, so that other splits have no influence on the draw.
         order = random.Random(config.seed).sample(range(len(questions)), len(questions))
         drawn: list[int] = []
         for index in order:
@@ -161,8 +160,7 @@ def answer_all(
     model.eval()
     try:
         while by_length:
-            # Every row of a batch is padded to its longest prompt, so that one decides how many
-            # fit.
+            # All rows of a batch are padded to its longest prompt, which decides how many fit.
             longest = len(prompts[by_length[0]])
             fitting = batch_size if batch_tokens is None else batch_tokens // (longest + sampling.max_new_tokens)
             size = max(1, min(batch_size, fitting))
@@ -178,8 +176,7 @@ def answer_all(
                         f"shorter answers (max_new_tokens={max(1, sampling.max_new_tokens // 2)}) or questions."
                     ) from None
                 rows = None
-            # Outside the `except`: there the traceback would still hold the tensors that are to be
-            # freed.
+            # Outside the `except`, where the traceback would keep the batch's tensors alive.
             if rows is None:
                 batch_size = size // 2
                 free_memory()
@@ -197,9 +194,9 @@ def answer_all(
 
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], sampling: Sampling) -> Any:
     """Return the token ids of the answers, one list for each prompt."""
-    # A causal model writes its answer right after the prompt, so padding goes to the left of the
-    # prompt. A decoder's answer stands alone after a start token, and its encoder's input is padded
-    # as in training.
+    # A causal model's answer follows its prompt directly, so padding goes to the left of the
+    # prompt. A decoder's answer follows a start token alone, and its encoder's input is padded as
+    # in training.
     if model.config.is_encoder_decoder:
         answer_start, padding_side = 1, "right"
     else:

@@ -76,8 +76,9 @@ def rouge_l(answer: str, expected: str) -> float:
 def names_fact(answer: str, fact: str) -> float:
     """Return 1 if the answer contains the words of the fact in a row, else 0.
 
-    Case counts here, unlike in `exact_match`: the symbol `In` is no preposition.
+    Case counts here, unlike in `exact_match`: the symbol `In` (indium) is not the preposition.
     """
+    # Whole words are compared, so that the symbol is not found inside another word.
     given, wanted = words(answer), words(fact)
     spans = (given[start : start + len(wanted)] for start in range(len(given) - len(wanted) + 1))
     return float(bool(wanted) and wanted in spans)
@@ -100,6 +101,7 @@ def mcnemar(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     gained = sum(new > old for old, new in zip(before, after, strict=True))
     lost = sum(new < old for old, new in zip(before, after, strict=True))
     tosses = gained + lost
+    # Twice the smaller tail of a fair coin, since either model may be the better one.
     tail = sum(math.comb(tosses, heads) for heads in range(min(gained, lost) + 1))
     # Whole numbers until the division: 2**tosses is too large for a float.
     return {"gained": gained, "lost": lost, "p_value": min(1.0, float(Fraction(2 * tail, 2**tosses)))}
@@ -108,8 +110,8 @@ def mcnemar(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for several tests (Holm, 1979).
 
-    If values below 0.05 are called differences, the chance of one or more false ones is at most 5
-    %.
+    If values below 0.05 are called differences, the probability that any of them is false is at
+    most 0.05.
     """
     corrected = [0.0] * len(p_values)
     largest = 0.0
@@ -158,6 +160,7 @@ def bootstrap_interval(
     """
     import numpy
 
+    # `len`, since numpy arrays have no truth value.
     if not len(sums):
         return []
     total, number = numpy.array(sums, dtype=float), numpy.array(counts)
