@@ -46,13 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer = data.load_tokenizer(config)
     prepared = data.prepare(config, tokenizer)
     questions = questions_of(prepared.train, tokenizer, config, count=given.questions)
+    # An untrained adapter takes as much time as a trained one.
     tuned_model = lora.attach(quantization.load(config), config)
     sampling = Sampling(max_new_tokens=given.max_new_tokens)
     size = given.batch_size or config.answer_batch_size
+    # The first call compiles kernels and allocates memory, so it is not timed.
     warm_up = Sampling(max_new_tokens=4)
     answer_all(tuned_model, tokenizer, questions[:2], config, sampling=warm_up, batch_size=2)
 
-    # The warm-up is over: kernels are compiled and memory is allocated.
     def seconds(asked: Sequence[Question], batch_size: int) -> float:
         began = time.perf_counter()
         answer_all(
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return time.perf_counter() - began
 
     together = seconds(questions, size)
+    # Every n-th question, so that all lengths occur.
     some = questions[:: max(1, len(questions) // given.alone)][: given.alone]
     alone = seconds(some, 1) * len(questions) / len(some)
     result = {

@@ -112,6 +112,7 @@ def prepare(settings: measure.Settings) -> measure.Settings:
     from qlora_utils.runs.files import write_jsonl
     from qlora_utils.tokens import formats
 
+    # The rows don't depend on the number of steps, but a config needs one.
     config = ours.config_of(replace(settings, steps=settings.steps or 1))
     tokenizer = data.load_tokenizer(config)
     prepared = data.prepare(config, tokenizer)
@@ -144,6 +145,7 @@ def run_contender(name: str, settings: measure.Settings, time_limit: float | Non
         # Progress bars would only fill the log.
         env={**os.environ, "TQDM_DISABLE": "1"},
     )
+    # Killed from outside when its time is up: a contender may hang in a kernel.
     timer = threading.Timer(time_limit or threading.TIMEOUT_MAX, process.kill)
     timer.daemon = True
     timer.start()
@@ -155,6 +157,7 @@ def run_contender(name: str, settings: measure.Settings, time_limit: float | Non
             file.write(line)
             last = line.strip() or last
     code = process.wait()
+    # The timer has ended only if it killed the process.
     late = not timer.is_alive()
     timer.cancel()
     if code == 0 and target.is_file():
@@ -178,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pocket_llama.build(options.pocket, Path(settings.model), seed=settings.seed)
     settings = prepare(settings)
     settings.write(out / "settings.json")
+    # The part of results.json that does not depend on a contender.
     results = common_facts(settings)
     for name in contenders:
         result = run_contender(name, settings, options.time_limit)

@@ -113,6 +113,7 @@ def split_step(sequences: int, most: int) -> dict[str, int]:
     The batch of a forward pass is the largest divisor that is at most `most`; the rest is
     accumulated.
     """
+    # A divisor, so that every forward pass of a step has the same number of sequences.
     size = max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= max(1, most))
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": sequences // size}
 
@@ -274,6 +275,7 @@ class Meter:
             hook.remove()
         if on_gpu():
             torch.cuda.synchronize()
+        # The time of a step runs from the end of the step before it.
         seconds, tokens, conversations = [], 0, 0
         for index in range(self.warmup_steps, len(self.steps)):
             step = self.steps[index]
@@ -345,6 +347,7 @@ def held_out_loss(model: nn.Module, rows: Sequence[Row]) -> float:
     model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     model.eval()
     device = next(model.parameters()).device
+    # There is no autocast on a CPU here, so the weights themselves become fp32.
     if device.type == "cpu":
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -448,6 +451,7 @@ def matrix_rate() -> float:
     """
     size, dtype, device = (8192, torch.bfloat16, "cuda") if on_gpu() else (2048, torch.float32, "cpu")
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    # Times are only recorded here and read at the end, so that the GPU never waits for the host.
     ends = []
     for _ in range(16):
         torch.mm(left, right)
@@ -481,6 +485,7 @@ def run(train: Callable[[Settings, Meter], tuple[nn.Module, str]]) -> None:
     settings, target = Settings.read(Path(sys.argv[1])), Path(sys.argv[2])
     meter = Meter(settings.warmup_steps)
     model, own_settings = train(settings, meter)
+    # This ends the measurement, so that the passes of the held-out loss don't count.
     result = meter.result()
     result["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{result['tokens_per_s']:,.0f} useful tokens/s; measuring the held-out loss", flush=True)

@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resolved = resolution.resolve_auto(base).config
         base_model = quantization.load(resolved)
         tuned_model = lora.attach(base_model, resolved)
+        # The model is loaded once per head; checkpointing and packs vary on the loaded model.
         for checkpointing in (True, False):
             if checkpointing:
                 base_model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -49,6 +49,7 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     run.begin(config)
     tokenizer = data.load_tokenizer(config)
     prepared = data.prepare(config, tokenizer)
+    # `compare.py` prepared the rows of all; the same rows must come out here.
     encoded = formats.encode(prepared.train, tokenizer, max_seq_len=config.max_seq_len)
     if [row.input_ids for row in encoded] != [row["input_ids"] for row in settings.rows("rows")]:
         raise RuntimeError("the rows prepared here are not those that the others train on")
@@ -57,6 +58,7 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     trained = training.train(config, tuned_model, tokenizer, prepared, run)
     speeds = [line["tokens_per_s"] for line in read_jsonl(run.history) if "loss" in line]
     print(f"by its own history: {trained.tokens_per_s:,.0f} tokens/s (median of {len(speeds)} lines)", flush=True)
+    # The values that the library chose for the fields left open.
     chosen = tuned_model.resolved.config
     notes = [
         f"packs of up to {chosen.micro_batch_tokens:,} tokens" if chosen.packing else "padded",

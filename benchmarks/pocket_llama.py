@@ -36,6 +36,7 @@ def build(tokenizer: str, folder: Path, *, hidden: int = 192, layers: int = 4, h
         eos_token_id=known.eos_token_id,
         tie_word_embeddings=False,
     )
+    # Random weights cost as much time as trained ones.
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(folder)
     known.save_pretrained(folder)

@@ -63,6 +63,7 @@ def busy(processes: int) -> Iterator[None]:
 
 def seconds(setting: str, steps: int) -> float:
     """Train in a process of its own, and return the seconds of the training."""
+    # The settings of this shell must not reach the measured process.
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run(
         [sys.executable, "-c", TRAIN, str(steps)],

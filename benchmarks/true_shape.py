@@ -38,6 +38,7 @@ def flan_t5_large() -> Any:
     """Build Flan-T5-Large, 783,150,080 parameters, its head not tied to the embeddings."""
     config: Any = AutoConfig.for_model(**FLAN_T5_LARGE)
     model = T5ForConditionalGeneration(config)
+    # transformers 5 ties the head of every new T5, whatever the config says.
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * model.config.d_model**-0.5)
     model.config.tie_word_embeddings = False
     return model
@@ -53,6 +54,7 @@ def tokenizer_of(rows: str) -> Any:
 
     conversations, _ = parse_rows(row for part in read_source(rows).values() for row in part)
     text = [said for c in conversations for turn in c.turns for said in (turn.question, turn.answer)]
+    # A SentencePiece-like Unigram model, as T5's tokenizer is.
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -167,6 +167,7 @@ def stories(world: Sequence[Domain], seed: int) -> Iterator[list[str]]:
 
 def document(domain: Domain, entity: Entity, draw: random.Random) -> list[str]:
     """Draw the sentences of one document about an entity."""
+    # Why there are three shapes: see `stories`.
     shape = draw.choices(list(SHAPES), list(SHAPES.values()))[0]
     if shape == "facts":
         return draw.sample(statements(domain, entity), draw.randint(1, 6))
@@ -183,6 +184,7 @@ def document(domain: Domain, entity: Entity, draw: random.Random) -> list[str]:
 
 def split_by_entity(domain: Domain, seed: int) -> tuple[list[Entity], list[Entity]]:
     """Split the entities of a domain into trained and held-out ones."""
+    # A generator per domain: a change in one table leaves the split of the others alone.
     members = list(domain.entities)
     random.Random(f"{seed} {domain.name}").shuffle(members)
     cut = round(len(members) * HELD_OUT_SHARE)
@@ -231,6 +233,7 @@ def questions(world: Sequence[Domain], seed: int) -> tuple[list[dict[str, Any]],
             for entity in held_out:
                 for split, phrasings in ((ENTITIES, kind.questions), (PHRASINGS, kind.held_out_questions)):
                     test.append(conversation(domain, entity, kind, draw.choice(phrasings), draw, split=split))
+    # Neighbouring rows would otherwise be about one entity.
     draw.shuffle(train)
     draw.shuffle(test)
     return train, test
@@ -268,6 +271,7 @@ def bpe(world: Sequence[Domain], special_tokens: Sequence[str]) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    # A quarter of the statements also in lower case, as hasty questions spell them.
     text = all_statements(world)
     tokenizer.train_from_iterator([*text, *map(hasty, text[::4])], trainer)
     return tokenizer
@@ -397,6 +401,7 @@ def pretrain(world: Sequence[Domain], *, steps: int, seed: int) -> None:
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens, {steps} steps",
         flush=True,
     )
+    # A warm-up, then a linear decay (see `learn`); beta2 of 0.95 is usual in pretraining.
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
     gaps = cloze(world)
     stream = (
@@ -409,6 +414,7 @@ def pretrain(world: Sequence[Domain], *, steps: int, seed: int) -> None:
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model.to(torch.device("cpu"), torch.bfloat16).save_pretrained(POCKET / "model")  # type: ignore[call-arg,arg-type]
     tokenizer.save_pretrained(POCKET / "model")
+    # Measured once more, with the weights as they were rounded for saving.
     known = recall(model.float(), tokenizer, gaps)
     record(POCKET / "model", world, model, tokenizer, {"seed": seed, "steps": steps, "recall": known, **learned})
 
@@ -449,6 +455,7 @@ def learn(
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps:
+            # Recall takes longer than a step, so it is measured less often.
             line = {"step": step, "loss": round(loss.item(), 4)}
             if step % 500 == 0 or step == steps:
                 line["recall"] = round(recall(), 4)

@@ -70,6 +70,7 @@ def corrupt(ids: Sequence[int], share: float, sentinels: Sequence[int], draw: ra
     kept = len(ids) - missing
     # The number of remaining tokens before each span.
     before = sorted(draw.randint(0, kept) for _ in range(spans))
+    # Walk over the document: copy what stays, and move each span behind its sentinel.
     source: list[int] = []
     target: list[int] = []
     place = used = 0
@@ -98,6 +99,7 @@ def pair(sentences: Sequence[str], tokenizer: PreTrainedTokenizerFast, draw: ran
         source, target = encode(sentences[:cut]), encode(sentences[cut:])
         if objective == "continuation with gaps":
             source, _ = corrupt(source, GAP_SHARE, sentinels, draw)
+    # Cut at the end, with room for `</s>`.
     eos = tokenizer.eos_token_id
     return [*source[: LONGEST - 1], eos], [*target[: LONGEST - 1], eos]
 
@@ -252,6 +254,7 @@ def pretrain(world: Sequence[Domain], *, steps: int, seed: int, folder: Path = M
         model, optimizer, stream, steps=steps, warm_up=300, least=0.02, recall=lambda: recall(model, tokenizer, gaps)
     )
     save(model, tokenizer, folder)
+    # Measured once more, with the weights as they were rounded for saving.
     known = recall(model.float(), tokenizer, gaps)
     record(folder, world, model, tokenizer, {"seed": seed, "steps": steps, "recall": known, **learned})
 
