@@ -39,7 +39,7 @@ RESUME_FIELDS = (
 LARGEST = 10**9
 # The placeholder of the question in an instruction.
 QUESTION = "{question}"
-# A token of the hub. Whoever has it has access to the account.
+# A hub token, which gives access to an account.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 
@@ -446,8 +446,8 @@ def no_such_run(run_dir: Path) -> str:
     names = sorted(path.parent.name for path in run_dir.parent.glob("*/config.json"))
     # Eight are enough to find a misspelled name among them.
     shown = [*names[:8], "…"] if len(names) > 8 else names
-    others = f" Runs there: {', '.join(shown)}." if names else ""
-    return f"{run_dir / 'config.json'}: no such run.{others} `{resume_command(run_dir)}` makes it."
+    existing = f" Runs there: {', '.join(shown)}." if names else ""
+    return f"{run_dir / 'config.json'}: no such run.{existing} `{resume_command(run_dir)}` makes it."
 
 
 def run_command(
@@ -592,8 +592,8 @@ def check_folder(name: str, folder: Path) -> None:
         ConfigError: a part of the path is a file, or the folder is not writable.
     """
     # The nearest part of the path that exists decides.
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"{name}: {there} is a file; expected a folder, or a path that is free. Give another.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{name}: {there} may not be written into. Give another folder, or change its permissions.")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"{name}: {nearest} is a file; expected a folder, or a path that is free. Give another.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name}: {nearest} may not be written into. Give another folder, or change its permissions.")

@@ -23,8 +23,8 @@ def project_folder(name: str) -> Path:
     """
     # An installed package brings no notebooks, so a checkout around the working directory counts
     # too.
-    package, here = Path(__file__).resolve().parent, Path.cwd()
-    for checkout in (package.parent, here, *here.parents):
+    package, working = Path(__file__).resolve().parent, Path.cwd()
+    for checkout in (package.parent, working, *working.parents):
         if (checkout / "qlora_utils" / "config.py").is_file() and (checkout / name).is_dir():
             return checkout / name
     raise FileNotFoundError(

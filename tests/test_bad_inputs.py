@@ -48,7 +48,7 @@ def no_kernel(monkeypatch):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    monkeypatch.setattr(runner, "_run_one", lambda path, *_: pytest.fail(f"{path.stem} was started"))
+    monkeypatch.setattr(runner, "_execute_notebook", lambda path, *_: pytest.fail(f"{path.stem} was started"))
     yield
     logging.enable_progress_bar()
 
@@ -146,7 +146,7 @@ def test_what_looks_odd_and_is_right_is_not_refused(tmp_path, monkeypatch):
     rows = "".join(f"{json.dumps(row)}\r\n\r\n" for row in bad_inputs.ROWS)
     (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + rows.encode())
     begun = []
-    monkeypatch.setattr(runner, "_run_one", lambda path, *_: begun.append(path.stem))
+    monkeypatch.setattr(runner, "_execute_notebook", lambda path, *_: begun.append(path.stem))
     parameters = {"dataset": str(tmp_path / "rows.jsonl")}
     config, given = runner.resolve(
         preset="pocket", run_name="new", output_dir=str(tmp_path / "out"), parameters=parameters, start=None

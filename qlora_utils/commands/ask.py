@@ -1,4 +1,4 @@
-"""Run `qlora ask`: put one question to a run's model."""
+"""Run `qlora ask`: ask a run's model one question."""
 
 from __future__ import annotations
 

@@ -93,14 +93,14 @@ def _scores(config: RunConfig, model: Any, tokenizer: Any, prepared: Any) -> dic
     # Otherwise each seed would draw other questions.
     fixed = RunConfig.build({**config.model_dump(), "seed": FIXED_SEED})
     rows = scored_rows(prepared.held_out, fixed)
-    asked = generation.questions_of(rows, tokenizer, fixed)
+    questions = generation.questions_of(rows, tokenizer, fixed)
     sampling = generation.Sampling(max_new_tokens=config.max_new_tokens)
     size = config.answer_batch_size
-    answers = generation.answer_all(model, tokenizer, asked, fixed, sampling=sampling, batch_size=size)
+    answers = generation.answer_all(model, tokenizer, questions, fixed, sampling=sampling, batch_size=size)
     # The same scores in two groupings: a follow-up question is harder than a first one.
     by_split: dict[str, list[float]] = {}
     by_turn: dict[str, list[float]] = {}
-    for question, answer in zip(asked, answers, strict=True):
+    for question, answer in zip(questions, answers, strict=True):
         score = scores.exact_match(answer.text, question.expected)
         by_split.setdefault(question.tags["split"], []).append(score)
         by_turn.setdefault(question.tags["turn"], []).append(score)
@@ -122,8 +122,8 @@ def measure_one(config: RunConfig) -> dict[str, Any]:
     """Train once, in a temporary folder, and score the adapter on held-out questions.
 
     The questions are the same for all variants of a seed, and for all seeds if the dataset brings
-    its own test split. The adapter of the last step is scored, whatever `keep` says: a choice of
-    the best step would blur what a variant does.
+    its own test split. The adapter of the last step is scored, even if `keep` is `best`: the
+    choice of a step would blur the effect of a variant.
 
     Returns:
         `exact_match` and `questions` by split, exact match `by_turn`, `stopped`, `held_out_loss`

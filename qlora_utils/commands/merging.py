@@ -113,9 +113,9 @@ def merge(
     _check_adapter(run)
     # The unmerged model answers before the merged one is loaded: both may not fit into memory.
     tokenizer = load_tokenizer(config)
-    asked = choose_questions(config, run, tokenizer, questions) if questions else []
+    chosen = choose_questions(config, run, tokenizer, questions) if questions else []
     tuned_model = lora.reload(quantization.load(config), run.adapter, fused=config.fused_layers)
-    unmerged = ask(tuned_model, tokenizer, asked, config) if asked else None
+    unmerged = ask(tuned_model, tokenizer, chosen, config) if chosen else None
     source = Checkpoint(locate(config.model)) if base_name == "original" else as_loaded
     # Written under another name and renamed at the end, so that nobody finds half a model.
     temporary = folder.with_name(f".{folder.name}.new")
@@ -126,7 +126,7 @@ def merge(
         save_tokenizer(tokenizer, temporary, config)
         del tuned_model
         _release_memory()
-        compared = _compare_merged(temporary, tokenizer, asked, unmerged, config) if unmerged else None
+        compared = _compare_merged(temporary, tokenizer, chosen, unmerged, config) if unmerged else None
         record = {
             "run": config.run_name,
             "model": config.model,
@@ -203,7 +203,7 @@ def _compare_merged(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
-    unmerged: Asked,
+    unmerged: ModelAnswers,
     config: RunConfig,
 ) -> dict[str, Any] | None:
     """Compare the answers of a merged model; return None if it does not fit into the GPU."""
@@ -366,7 +366,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, config: Run
     """
     from transformers import GenerationConfig
 
-    # A copy, since the tokenizer goes on being used with its own template.
+    # A copy, since the caller's tokenizer keeps its own template.
     saved = copy.deepcopy(tokenizer)
     saved.chat_template = format_of(tokenizer, config).chat_template
     saved.save_pretrained(folder)
@@ -416,7 +416,7 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ModelAnswers:
     """Hold a model's answers, and its mean loss on the expected answers, in nats per token."""
 
     answers: list[Answer]
@@ -436,7 +436,7 @@ def ask(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     config: RunConfig,
-) -> Asked:
+) -> ModelAnswers:
     """Ask a model the questions, greedily as in notebook 06; also measure its loss."""
     texts = generation.answer_all(
         model,
@@ -447,7 +447,7 @@ def ask(
         batch_size=config.answer_batch_size,
         batch_tokens=answer_room(config),
     )
-    return Asked(texts, answer_loss(model, tokenizer, questions, config))
+    return ModelAnswers(texts, answer_loss(model, tokenizer, questions, config))
 
 
 def answer_loss(
@@ -469,7 +469,7 @@ def answer_loss(
     return sum(losses) / sum(counts)
 
 
-def agreement(questions: Sequence[Question], unmerged: Asked, merged: Asked) -> dict[str, Any]:
+def agreement(questions: Sequence[Question], unmerged: ModelAnswers, merged: ModelAnswers) -> dict[str, Any]:
     """Compare two models' answers: the share of identical ones, both losses, and some that differ.
 
     Raises:
@@ -510,15 +510,15 @@ def summary(record: dict[str, Any], folder: Path, *, width: int = 160) -> str:
         f"{record['run']}: adapter{step} merged into {record['merged_into']} ({record['model']})",
         f"{folder}: {record['parameters']:,} parameters in {record['dtype']}, {record['bytes'] / 1e6:,.1f} MB",
     ]
-    found = record["agreement"]
-    if found is None:
+    compared = record["agreement"]
+    if compared is None:
         return "\n".join([*lines, "answers not compared with those of the unmerged model"])
     lines.append(
-        f"agreement with the unmerged model: {found['same']} of {found['questions']} held-out answers identical "
-        f"({found['share']:.1%}); loss {found['loss_unmerged']:.4f} unmerged, {found['loss_merged']:.4f} merged, "
-        "nats per answer token"
+        f"agreement with the unmerged model: {compared['same']} of {compared['questions']} held-out answers identical "
+        f"({compared['share']:.1%}); loss {compared['loss_unmerged']:.4f} unmerged, "
+        f"{compared['loss_merged']:.4f} merged, nats per answer token"
     )
-    for example in found["differing"]:
+    for example in compared["differing"]:
         for name, text in example.items():
             lines.append(f"  {name:<10}{cut(text, width)}")
         lines.append("")

@@ -44,7 +44,7 @@ from qlora_utils.runs.files import read_json, with_few_colours, write_json, writ
 
 # The name of the error of a training that was asked to stop and saved first: `loop.interruptions`.
 INTERRUPTED = "Interrupted"
-# The list of executed notebooks, beside their copies.
+# The file that lists the executed notebooks, in the folder of their copies.
 DONE = "done.json"
 # What a notebook writes that later ones need. Every other one needs only the config.
 _OUTPUTS = {"01_data": "data/train.jsonl", "04_training": "adapter", "06_answers": "answers.jsonl"}
@@ -275,10 +275,10 @@ def run_series(
             print(f"{title} …", flush=True)
             start_time = time.monotonic()
             # From now on the copies of later notebooks are out of date, even if this one fails.
-            before = [stem for stem in done_notebooks(run) if stem < path.stem]
-            write_json(run.notebooks / DONE, before)
+            earlier = [stem for stem in done_notebooks(run) if stem < path.stem]
+            write_json(run.notebooks / DONE, earlier)
             _execute_notebook(path, run, config, parameters)
-            write_json(run.notebooks / DONE, [*before, path.stem])
+            write_json(run.notebooks / DONE, [*earlier, path.stem])
             print(f"{title} {time.monotonic() - start_time:.0f} s", flush=True)
     return run
 
@@ -377,7 +377,7 @@ def _execute_notebook(path: Path, run: RunDirectory, config: RunConfig, paramete
     if failure is None:
         _make_smaller(copy)
     resume = _resume_command(config, parameters, path)
-    # A signal comes first: whatever error ended the notebook, the stop was asked for.
+    # A signal comes first: it may be the cause of the error that ended the notebook.
     if signals:
         saved = _describe_saved(path, run, failure)
         raise Stopped(signals[0], f"stopped in {path.stem}{saved}. To go on: {resume}") from None

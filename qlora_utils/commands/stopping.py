@@ -135,11 +135,11 @@ def list_kernels() -> list[int]:
     """Return the process ids of the kernels that this process has started."""
     import psutil
 
-    found = []
+    kernels = []
     for child in psutil.Process().children(recursive=True):
         try:
             if any("ipykernel" in word or "kernel_launcher" in word for word in child.cmdline()):
-                found.append(child.pid)
+                kernels.append(child.pid)
         except psutil.Error:
             continue
-    return found
+    return kernels

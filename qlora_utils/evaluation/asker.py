@@ -65,7 +65,7 @@ class _StepwiseGeneration(StoppingCriteria, TextStreamer):
         """Generate one token, or end the answer if `stop`; return the text that became final.
 
         Raises:
-            Exception: whatever generation raised.
+            Exception: any error of the generation.
         """
         # Between `release` and `acquire` the thread computes one token, or ends.
         start = time.perf_counter()
@@ -127,7 +127,7 @@ def _answer_side_by_side(
     """Yield the answers of one model in several states, a token of each in turn.
 
     Args:
-        model: put in eval mode.
+        model: set to eval mode.
         tokenizer: of the base model.
         prompt: token ids.
         sides: name -> a context that puts the model into that state. It is left after every token.
@@ -211,7 +211,7 @@ class Asker:
             stop: set it to end the answers early.
 
         Raises:
-            Exception: whatever generation raised.
+            Exception: any error of the generation.
         """
         prompt = format_of(self.tokenizer, self.config).prompt(history, question, system)
         return _answer_side_by_side(

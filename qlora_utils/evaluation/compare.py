@@ -87,8 +87,8 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
     for split, indices in sorted(by_split.items()):
         splits[split] = {"questions": len(indices), "scores": _scores(lines, clusters, indices)}
     facts_of_runs = []
-    for name, config, held, run in zip(names, configs, asked, runs, strict=True):
-        identity = {"name": name, "preset": config["preset"], "asked": len(held)}
+    for name, config, questions, run in zip(names, configs, asked, runs, strict=True):
+        identity = {"name": name, "preset": config["preset"], "asked": len(questions)}
         facts_of_runs.append({**identity, **_fingerprint(run), **_training(run)})
     return {
         "runs": facts_of_runs,
@@ -143,8 +143,8 @@ def held_out(run: RunDirectory) -> list[Line]:
     lines = read_jsonl(run.answers)
     for number, line in enumerate(lines, start=1):
         if not _is_answer(line):
-            again = resume_command(run.path, start="06")
-            raise ValueError(f"{run.answers}, line {number}: no scored answer. Ask again: {again}")
+            command = resume_command(run.path, start="06")
+            raise ValueError(f"{run.answers}, line {number}: no scored answer. Ask again: {command}")
     # Without that number, only the default name of the split of training rows tells them apart.
     count = run.known_metrics().get("held_out", {}).get("questions", len(lines))
     if not isinstance(count, int):
@@ -323,7 +323,7 @@ def _pairs(lines: Mapping[str, Sequence[Line]], clusters: Sequence[Any]) -> list
 
 def _disagreements(lines: Mapping[str, Sequence[Line]]) -> dict[str, Any]:
     """Return the questions that some runs answer exactly and others do not."""
-    found = []
+    disagreements = []
     for answers in zip(*lines.values(), strict=True):
         # All right or all wrong: no disagreement.
         if len({line["tuned"]["exact_match"] for line in answers}) == 1:
@@ -332,7 +332,7 @@ def _disagreements(lines: Mapping[str, Sequence[Line]]) -> dict[str, Any]:
         for name, line in zip(lines, answers, strict=True):
             by_run[name] = {"answer": line["tuned"]["answer"], "right": bool(line["tuned"]["exact_match"])}
         first = answers[0]
-        found.append(
+        disagreements.append(
             {
                 "split": _split(first),
                 "history": first["history"],
@@ -341,7 +341,7 @@ def _disagreements(lines: Mapping[str, Sequence[Line]]) -> dict[str, Any]:
                 "answers": by_run,
             }
         )
-    return {"count": len(found), "shown": sample_evenly(found, SAVED_DISAGREEMENTS)}
+    return {"count": len(disagreements), "shown": sample_evenly(disagreements, SAVED_DISAGREEMENTS)}
 
 
 def sample_evenly(items: Sequence[Item], count: int) -> list[Item]:
@@ -406,9 +406,9 @@ def _score_cells(scores: Mapping[str, Any], names: Sequence[str], score: str) ->
 def questions_text(comparison: Mapping[str, Any]) -> str:
     """Say in a sentence how many questions the runs share."""
     number = comparison["questions"]["shared"]
-    asked = ", ".join(f"{run['name']} {number:,} of {run['asked']:,}" for run in comparison["runs"])
+    shares = ", ".join(f"{run['name']} {number:,} of {run['asked']:,}" for run in comparison["runs"])
     return (
-        f"{number:,} held-out questions that all runs were asked ({asked}), tuned models, 95 % intervals in brackets."
+        f"{number:,} held-out questions that all runs were asked ({shares}), tuned models, 95 % intervals in brackets."
     )
 
 
@@ -506,11 +506,11 @@ def _format_tests(comparison: Mapping[str, Any]) -> str:
 def _format_disagreements(comparison: Mapping[str, Any], show: int, width: int) -> list[str]:
     """Format the number of disagreements, then at most `show` of them, each as a block of lines."""
     names = _run_names(comparison)
-    found = comparison["disagreements"]
-    sample = sample_evenly(found["shown"], show)
+    disagreements = comparison["disagreements"]
+    sample = sample_evenly(disagreements["shown"], show)
     title_width = max(len("expected"), *map(len, names))
     sample_size = f", {len(sample)} of them:" if sample else "."
-    blocks = [f"{found['count']:,} questions that some runs answer exactly and others do not{sample_size}"]
+    blocks = [f"{disagreements['count']:,} questions that some runs answer exactly and others do not{sample_size}"]
     for line in sample:
         rows = [(" ", "question", line["text"]), (" ", "expected", line["expected"])]
         # A follow-up question can't be understood without the turn before it.

@@ -19,7 +19,7 @@ from transformers import (
 
 from qlora_utils import cli, lora, quantization, training
 from qlora_utils.commands import merging
-from qlora_utils.commands.merging import Asked, Checkpoint, as_loaded, merged_weights
+from qlora_utils.commands.merging import Checkpoint, ModelAnswers, as_loaded, merged_weights
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.evaluation.generation import Answer, Question
 from qlora_utils.kernels.loss import decoder_inputs
@@ -398,7 +398,7 @@ def test_agreement_counts_identical_answers_and_shows_some_that_differ():
     questions = [Question(f"q{i}", f"a{i}", (Turn("q", "a"),) if i == 2 else ()) for i in range(4)]
     unmerged = [Answer(f"a{i}", True) for i in range(4)]
     merged = [Answer("a0", True), *(Answer(f"b{i}", True) for i in (1, 2, 3))]
-    found = merging.agreement(questions, Asked(unmerged, 0.5), Asked(merged, 0.25))
+    found = merging.agreement(questions, ModelAnswers(unmerged, 0.5), ModelAnswers(merged, 0.25))
     assert (found["questions"], found["same"], found["share"]) == (4, 1, 0.25)
     assert (found["loss_unmerged"], found["loss_merged"]) == (0.5, 0.25)
     assert found["differing"] == [
@@ -406,7 +406,7 @@ def test_agreement_counts_identical_answers_and_shows_some_that_differ():
         {"before": "q → a", "question": "q2", "expected": "a2", "unmerged": "a2", "merged": "b2"},
     ]
     with pytest.raises(ModelError, match="nan merged"):
-        merging.agreement(questions, Asked(unmerged, 0.5), Asked(merged, float("nan")))
+        merging.agreement(questions, ModelAnswers(unmerged, 0.5), ModelAnswers(merged, float("nan")))
 
 
 def test_the_loss_is_that_of_the_answers_alone(tuned, tokenizer, prepared):
