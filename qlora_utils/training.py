@@ -396,7 +396,7 @@ def _check_config(
     """
     # A field that is `auto` on either side is resolved later: it does not differ.
     decided = {name: value for name, value in stored.items() if "auto" not in (value, getattr(config, name, None))}
-    differing = config.others(decided, allowed)
+    differing = config.describe_differences(decided, allowed)
     if differing:
         raise ConfigError(
             f"{run.path} holds a training with other values ({'; '.join(differing)}). Give another run_name, or "
