@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils import quantization
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared, load_tokenizer
+from qlora_utils.evaluation.asker import MODELS
 from qlora_utils.evaluation.generation import Answer, Question, Sampling, answer_all, questions_of
 from qlora_utils.evaluation.scores import (
     SCORES,
@@ -24,11 +25,10 @@ from qlora_utils.evaluation.scores import (
     mcnemar,
     means,
     names_fact,
-    paired_text,
     rouge_l,
     token_f1,
-    with_interval,
 )
+from qlora_utils.evaluation.scores import paired_text as paired_text  # notebook 06 prints it
 from qlora_utils.kernels.loss import row_losses
 from qlora_utils.lora import base_alone, reload
 from qlora_utils.models.files import check_adapter
@@ -46,6 +46,7 @@ from qlora_utils.training import micro_batch_size
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -396,37 +397,49 @@ def _compare_exact_match(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------- tables and figures
 
 
-def score_table(metrics: Mapping[str, Any]) -> str:
-    """Base and tuned scores on the held-out questions, with their intervals, as lines of text."""
-    lines = [f"{'':<15}{'base':>26}{'tuned':>26}"]
-    for name, title in TITLES.items():
-        if name in metrics["base"]:
-            cells = [with_interval(metrics[model], name) for model in ("base", "tuned")]
-            lines.append(f"{title:<15}{cells[0]:>26}{cells[1]:>26}")
-    lines.append(f"{'stops by itself':<15}{metrics['base']['stopped']:>26.3f}{metrics['tuned']['stopped']:>26.3f}")
-    return "\n".join([*lines, "", paired_text(metrics["paired"])])
+def score_table(metrics: Mapping[str, Any]) -> DataFrame:
+    """Return base and tuned scores on the held-out questions with their 95 % intervals, a row for each score."""
+    from pandas import DataFrame, Index, MultiIndex
+
+    names = [name for name in TITLES if name in metrics["base"]]
+    rows = [_with_intervals(metrics, name) for name in names]
+    titles = [TITLES[name] for name in names]
+    # The share of answers that end by themselves has no interval.
+    stopped = [[metrics[model]["stopped"], math.nan, math.nan] for model in MODELS]
+    return DataFrame(
+        [*rows, stopped[0] + stopped[1]],
+        index=Index([*titles, "stops by itself"], name="score"),
+        columns=MultiIndex.from_product([MODELS, ("mean", "low", "high")]),
+    )
 
 
-def group_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
-    """Exact match and the looser share that names the fact, group by group, as lines of text.
+def group_table(groups: Mapping[str, Mapping[str, Any]]) -> DataFrame:
+    """Return the scores of each group of questions: exact match with its 95 % interval, and the looser share.
 
-    `guess` is the share that the commonest fact of each kind of question would get right.
+    `guess` is the share that the commonest fact of each kind of question would get right, `names the fact` the share of
+    answers that hold the fact, `stops by itself` the share of the tuned model's answers that do.
     """
-    names = [cut(value, 80) for value in groups]
-    width = max(map(len, names)) + 2
-    lines = [
-        f"{'':<{width}}{'':>6}{'':>7}{'exact match':^44}{'names the fact':^16}{'stops':>8}\n"
-        f"{'':<{width}}{'asked':>6}{'guess':>7}{'base':>22}{'tuned':>22}{'base':>8}{'tuned':>8}{'tuned':>8}"
-    ]
-    for value, members in zip(names, groups.values(), strict=True):
-        base, tuned = members["base"], members["tuned"]
-        named = [f"{section['names_fact']:.3f}" if "names_fact" in section else "-" for section in (base, tuned)]
-        guess = f"{members['guess']:.2f}" if "guess" in members else "-"
-        lines.append(
-            f"{value:<{width}}{members['questions']:>6}{guess:>7}{with_interval(base, 'exact_match'):>22}"
-            f"{with_interval(tuned, 'exact_match'):>22}{named[0]:>8}{named[1]:>8}{tuned['stopped']:>8.3f}"
-        )
-    return "\n".join(lines)
+    from pandas import DataFrame, Index, MultiIndex
+
+    columns = [("asked", ""), ("guess", "")]
+    columns += [(f"exact match, {model}", part) for model in MODELS for part in ("mean", "low", "high")]
+    columns += [("names the fact", model) for model in MODELS]
+    columns.append(("stops by itself", "tuned"))
+    rows = []
+    for members in groups.values():
+        row = [members["questions"], members.get("guess", math.nan), *_with_intervals(members, "exact_match")]
+        row += [members[model].get("names_fact", math.nan) for model in MODELS]
+        rows.append([*row, members["tuned"]["stopped"]])
+    index = Index([cut(value, 80) for value in groups], name="group")
+    return DataFrame(rows, index=index, columns=MultiIndex.from_tuples(columns))
+
+
+def _with_intervals(sections: Mapping[str, Any], name: str) -> list[float]:
+    """Return one score of base and of tuned, each followed by the ends of its interval."""
+    values: list[float] = []
+    for model in MODELS:
+        values += [sections[model][name], *sections[model]["intervals"][name]]
+    return values
 
 
 def side_by_side(lines: Sequence[Mapping[str, Any]], count: int = 6, *, seed: int = 0, width: int = 160) -> str:

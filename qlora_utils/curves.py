@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from qlora_utils.style import COLORS, HELD_OUT, PALE, TRAINING, in_figure, unfra
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 
 def plot_column(histories: Mapping[str, History], name: str, ax: Axes) -> Figure:
@@ -97,11 +99,14 @@ def _logarithmic(ax: Axes) -> None:
     ax.yaxis.set_minor_formatter("")
 
 
-def loss_table(history: History) -> str:
-    """Training and held-out loss at each measurement of the held-out loss, as lines of text."""
+def loss_table(history: History) -> DataFrame:
+    """Return training and held-out loss, in nats per token, at each step where the held-out loss was measured."""
+    from pandas import DataFrame, Index
+
     training = dict(zip(*column(history, "loss"), strict=True))
-    lines = [f"{'step':>6}{'training loss':>16}{'held-out loss':>16}"]
-    for step, value in zip(*column(history, "eval_loss"), strict=True):
-        trained = f"{training[step]:.4f}" if step in training else "-"
-        lines.append(f"{step:>6}{trained:>16}{value:>16.4f}")
-    return "\n".join(lines)
+    steps, held_out = column(history, "eval_loss")
+    losses = {
+        "training loss (nats)": [training.get(step, math.nan) for step in steps],
+        "held-out loss (nats)": held_out,
+    }
+    return DataFrame(losses, index=Index(steps, name="step"), dtype=float).round(4)

@@ -24,17 +24,18 @@ from qlora_utils.locate import first_line
 from qlora_utils.models import shapes
 from qlora_utils.models.files import check_adapter
 from qlora_utils.models.hardware import CARDS, this_card
-from qlora_utils.models.memory import plan_table, plot_plan
+from qlora_utils.models.memory import fit_text, plan_table, plot_plan
 from qlora_utils.models.resolution import explorer, overview, plan_for, resolution_of
 from qlora_utils.models.shapes import HEAD
 from qlora_utils.quantization import unquantized_shape
 from qlora_utils.runs.files import read_json, write_json
-from qlora_utils.style import BLUE, ORANGE, unframed
+from qlora_utils.style import BLUE, ORANGE, cut, unframed
 
 if TYPE_CHECKING:
     from ipywidgets import Widget
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -383,16 +384,27 @@ def _module_name(name: str) -> str:
     return "norms" if "norm" in parts[-1] else parts[-1]
 
 
-def trainable_table(rows: list[ModuleParameters]) -> str:
-    """The parameters of each module as lines of text."""
-    lines = [f"{'module':<14}{'frozen':>16}{'LoRA':>14}{'in full':>14}"]
-    lines += [f"{row.module:<14}{row.frozen:>16,}{row.lora:>14,}{row.in_full:>14,}" for row in rows]
-    frozen = sum(row.frozen for row in rows)
+def trainable_table(rows: Sequence[ModuleParameters]) -> DataFrame:
+    """Return the number of parameters by module and by how they train, and of all modules together."""
+    from pandas import DataFrame, Index
+
+    table = DataFrame(
+        {
+            "frozen": [row.frozen for row in rows],
+            "LoRA": [row.lora for row in rows],
+            "trained in full": [row.in_full for row in rows],
+        },
+        index=Index([cut(row.module, 80) for row in rows], name="module"),
+    )
+    table.loc["total"] = table.sum()
+    return table
+
+
+def trainable_text(rows: Sequence[ModuleParameters]) -> str:
+    """Format how many of all parameters train as a sentence."""
     trainable = sum(row.trainable for row in rows)
-    lora = sum(row.lora for row in rows)
-    lines.append(f"{'total':<14}{frozen:>16,}{lora:>14,}{trainable - lora:>14,}")
-    lines.append(f"trainable: {trainable:,} of {frozen + trainable:,} ({trainable / (frozen + trainable):.2%})")
-    return "\n".join(lines)
+    every = trainable + sum(row.frozen for row in rows)
+    return f"trainable: {trainable:,} of {every:,} ({trainable / every:.2%})"
 
 
 def plot_trainable(rows: list[ModuleParameters], ax: Axes) -> Figure:
@@ -422,8 +434,11 @@ def plot_trainable(rows: list[ModuleParameters], ax: Axes) -> Figure:
 # ------------------------------------------------------------------------------- memory plans
 
 
-def memory_plan(config: RunConfig) -> str:
-    """Plan the memory of a training on this machine's GPU, or on a T4 where there is none, as lines of text.
+def memory_plan(config: RunConfig) -> tuple[DataFrame, str]:
+    """Plan the memory of a training on this machine's GPU, or on a T4 where there is none.
+
+    Returns:
+        The table of `memory.plan_table`, and a sentence on the card and whether it has room for that.
 
     Raises:
         ModelError: nothing can be planned for the model.
@@ -432,7 +447,8 @@ def memory_plan(config: RunConfig) -> str:
     here = this_card()
     card = here or CARDS["T4"]
     _, plan = plan_for(config, card, shapes.read(config.model))
-    return f"on {here.name if here else 'a T4, since there is no GPU here'}\n{plan_table(plan, card)}"
+    instead = "" if here else " (a T4, since there is no GPU here)"
+    return plan_table(plan), fit_text(plan, card) + instead
 
 
 def real_preset(config: RunConfig) -> RunConfig:
@@ -441,8 +457,8 @@ def real_preset(config: RunConfig) -> RunConfig:
     return RunConfig.from_preset(presets[shapes.architecture_of(config.model)])
 
 
-def plan_for_cards(config: RunConfig, names: Sequence[str] = tuple(CARDS)) -> str:
-    """Plan a training on each of these GPUs: precision, recomputation and memory, as a table."""
+def plan_for_cards(config: RunConfig, names: Sequence[str] = tuple(CARDS)) -> DataFrame:
+    """Choose for each of these GPUs what a training leaves open: precision, recomputation, memory (`overview`)."""
     return overview(config, [CARDS[name] for name in names], shapes.read(config.model))
 
 

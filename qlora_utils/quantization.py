@@ -27,6 +27,7 @@ from qlora_utils.style import BLUE, GRAY, ORANGE, SKY, YELLOW, unframed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
     from transformers import PreTrainedModel
 
 KERNELS = {"varlen": attention.VARLEN, "split": attention.SPLIT, "dense": attention.DENSE}
@@ -195,24 +196,26 @@ def _constants(state: Any) -> Iterator[torch.Tensor]:
         yield from _constants(state.state2)
 
 
-def memory_table(rows: list[PartMemory]) -> str:
-    """The memory of each part as lines of text, in MB of 10^6 bytes."""
-    total = PartMemory(
-        "total",
-        sum(row.parameters for row in rows),
-        sum(row.fp32 for row in rows),
-        sum(row.bf16 for row in rows),
-        sum(row.loaded for row in rows),
-        any(row.quantized for row in rows),
+def memory_table(rows: Sequence[PartMemory]) -> DataFrame:
+    """Return the memory of each part, and of all together, in MB of 10^6 bytes: one row per part."""
+    from pandas import DataFrame, Index
+
+    table = DataFrame(
+        {
+            "parameters": [row.parameters for row in rows],
+            "fp32 (MB)": [row.fp32 for row in rows],
+            "bf16 (MB)": [row.bf16 for row in rows],
+            "loaded (MB)": [row.loaded for row in rows],
+        },
+        index=Index([row.part for row in rows], name="part"),
     )
-    lines = [f"{'part':<13}{'parameters':>15}{'fp32 MB':>12}{'bf16 MB':>12}{'loaded MB':>12}  stored as"]
-    for row in [*rows, total]:
-        stored = "" if row is total else "NF4 + constants" if row.quantized else "16/32-bit float"
-        lines.append(
-            f"{row.part:<13}{row.parameters:>15,}{row.fp32 / 1e6:>12,.2f}{row.bf16 / 1e6:>12,.2f}"
-            f"{row.loaded / 1e6:>12,.2f}  {stored}".rstrip()
-        )
-    return "\n".join(lines)
+    # Bytes until here, so that the total is not a sum of rounded numbers.
+    table.loc["total"] = table.sum()
+    sizes = [name for name in table.columns if name.endswith("(MB)")]
+    table[sizes] = (table[sizes] / 1e6).round(2)
+    stored = ["NF4 + constants" if row.quantized else "16/32-bit float" for row in rows]
+    table["stored as"] = [*stored, ""]
+    return table
 
 
 def plot_memory(rows: list[PartMemory], ax: Axes) -> Figure:

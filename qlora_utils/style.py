@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from pandas import DataFrame, Series
 
 # ---------------------------------------------------------------------------------------------------- safe text
 
@@ -92,6 +94,58 @@ def counted(number: int, singular: str, plural: str | None = None) -> str:
     if number == 1:
         return f"{number:,} {singular}"
     return f"{number:,} {plural or singular + 's'}"
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def without_formulas() -> None:
+    """Have pandas show tables in this notebook letter by letter: JupyterLab typesets a `$…$` in them as a formula."""
+    import pandas
+
+    pandas.set_option("display.html.use_mathjax", False)
+
+
+def table_text(table: DataFrame, *, digits: int = 2, formats: Mapping[str, Callable[[Any], str]] | None = None) -> str:
+    """Format a table for a terminal: text from the left, numbers from the right, `-` where a value is missing.
+
+    Args:
+        table: its index becomes the first columns. Long texts in it are cut already.
+        digits: decimals of numbers that are not whole.
+        formats: column -> how a value of it is formatted, where its type does not say it.
+    """
+    import pandas
+
+    flat = table.reset_index()
+    titles: list[tuple[str, ...]] = []
+    columns: list[list[str]] = []
+    for title, values in flat.items():
+        parts = title if isinstance(title, tuple) else (str(title),)
+        write = (formats or {}).get(parts[0]) or _format_for(values, digits)
+        cells = ["-" if missing else write(value) for value, missing in zip(values, values.isna(), strict=True)]
+        # pandas moves everything to the right. What fills its column with spaces of its own stays where it is.
+        *groups, name = [part for part in parts if part]
+        width = max(map(len, [name, *cells]))
+        side = ">" if pandas.api.types.is_numeric_dtype(values) else "<"
+        gap = " " if columns else ""
+        columns.append([f"{gap}{cell:{side}{width}}" for cell in cells])
+        parts = (*groups, f"{gap}{name:{side}{width}}")
+        titles.append((*parts, *[""] * (flat.columns.nlevels - len(parts))))
+    shown = pandas.DataFrame(dict(enumerate(columns)))
+    shown.columns = pandas.MultiIndex.from_tuples(titles)
+    lines = shown.to_string(index=False).splitlines()
+    return on_terminal("\n".join(line.rstrip() for line in lines))
+
+
+def _format_for(values: Series[Any], digits: int) -> Callable[[Any], str]:
+    """Choose how the values of a column are formatted, by its type."""
+    from pandas.api.types import is_float_dtype, is_integer_dtype
+
+    if is_integer_dtype(values):
+        return "{:,}".format
+    if is_float_dtype(values):
+        return lambda value: f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.4g}"
+    return str
 
 
 # ---------------------------------------------------------------------------------------------------- figures

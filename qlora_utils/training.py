@@ -47,6 +47,7 @@ from qlora_utils.tokens.packing import StepCollator, format_passes, make_collato
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -755,7 +756,10 @@ def plot_tokens(
     return ax.get_figure()  # type: ignore[return-value]
 
 
-def adapter_table(run: RunDirectory) -> str:
-    """List the files of a run's adapter with their sizes, a line each."""
+def adapter_table(run: RunDirectory) -> DataFrame:
+    """Return the size of each file of a run's adapter, in MB of 10^6 bytes."""
+    from pandas import DataFrame, Index
+
     files = sorted(run.adapter.iterdir())
-    return "\n".join(f"{path.stat().st_size / 1e6:8.2f} MB  {path.name}" for path in files)
+    sizes = [round(path.stat().st_size / 1e6, 2) for path in files]
+    return DataFrame({"size (MB)": sizes}, index=Index([cut(path.name, 80) for path in files], name="file"))

@@ -15,6 +15,7 @@ from qlora_utils.evaluation.generation import Answer, Question, Sampling, answer
 from qlora_utils.rows.conversations import Conversation, Turn
 from qlora_utils.rows.held_out import measured_rows, scored_rows
 from qlora_utils.runs.files import read_json, read_jsonl
+from qlora_utils.style import table_text
 
 QUESTIONS = [
     Question("What is the capital of Japan?", "The capital of Japan is Tokyo."),
@@ -41,7 +42,12 @@ def test_groups_are_scored_apart():
     assert list(answers.group(lines, "kind")) == ["d: k", "d: m", "e: k"]
     assert answers.group(lines, "nothing") == {}
     table = answers.group_table(by_split)
-    assert "0.500" in table and "names the fact" in table
+    assert table["asked"].to_list() == [2, 1]
+    assert table["exact match, tuned"]["mean"].to_dict() == {"a": 0.5, "b": 0.0}
+    assert table["exact match, base"]["high"].to_dict() == {n: g["base"]["intervals"]["exact_match"][1]
+                                                            for n, g in by_split.items()}  # fmt: skip
+    assert table["names the fact"].isna().all(axis=None)  # no fact is tagged
+    assert table["guess"].isna().all()
 
 
 def conversation(number, split=None, **tags):
@@ -130,8 +136,16 @@ def test_evaluate_writes_answers_and_scores(config, tuned_model, tokenizer, prep
     assert metrics["base"] == metrics["tuned"]
     assert metrics["paired"] == {"gained": 0, "lost": 0, "p_value": 1.0}
     assert all(line["base"] == line["tuned"] for line in lines)
-    assert "perplexity" in answers.score_table(metrics)
-    assert recipe.TRAINED in answers.group_table(metrics["groups"]["split"])
+    scores = answers.score_table(metrics)
+    for model in ("base", "tuned"):
+        low, high = metrics[model]["intervals"]["perplexity"]
+        assert scores.loc["perplexity", model].to_list() == [metrics[model]["perplexity"], low, high]
+        assert scores.loc["stops by itself", (model, "mean")] == metrics[model]["stopped"]
+    groups = answers.group_table(metrics["groups"]["split"])
+    trained = metrics["groups"]["split"][recipe.TRAINED]
+    assert groups.loc[recipe.TRAINED, ("asked", "")] == trained["questions"]
+    assert groups.loc[recipe.TRAINED, ("guess", "")] == trained["guess"]
+    assert groups.loc[recipe.TRAINED, ("names the fact", "tuned")] == trained["tuned"]["names_fact"]
     assert "expected" in answers.side_by_side(lines, 2)
     follow_ups = [line for line in lines if line["history"]]
     assert answers.side_by_side(follow_ups, 1).startswith("  before    ")
@@ -149,7 +163,9 @@ def test_tags_and_answers_are_shown_as_text(text, tmp_path):
     answers.plot_groups(groups, ax)
     figure.savefig(tmp_path / "figure.png")
     plt.close(figure)
-    table = answers.group_table(groups)
+    shown_table = answers.group_table(groups)
+    assert len(shown_table) == 2
+    table = table_text(shown_table)
     assert len(table.splitlines()) == 4
     assert max(map(len, table.splitlines())) < 220
     said = {"answer": text, "exact_match": 0.0}
@@ -162,7 +178,8 @@ def test_tags_and_answers_are_shown_as_text(text, tmp_path):
     }
     shown = answers.side_by_side([line])
     assert len(shown.splitlines()) == 5
-    assert not set(table + shown) & {"\x1b", "\x07", "\r", "\x9b", "\u202e"}
+    forbidden = {"\x1b", "\x07", "\r", "\x9b", "\u202e"}
+    assert not set(table + shown + shown_table.to_string() + shown_table._repr_html_()) & forbidden
 
 
 @pytest.mark.slow

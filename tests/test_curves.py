@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import math
 import random
 import re
 
@@ -133,4 +134,11 @@ def test_in_the_overview_no_title_reaches_into_the_next(tmp_path):
 
 
 def test_the_table_has_a_line_for_each_measurement():
-    assert curves.loss_table(HISTORY).count("\n") == 6
+    table = curves.loss_table(HISTORY)
+    measured = [line for line in HISTORY if "eval_loss" in line]
+    assert len(table) == len(measured) == 6
+    assert table.index.to_list() == [line["step"] for line in measured]
+    assert table["held-out loss (nats)"].to_list() == [round(line["eval_loss"], 4) for line in measured]
+    trained = {line["step"]: round(line["loss"], 4) for line in HISTORY if "loss" in line}
+    for step, value in table["training loss (nats)"].items():
+        assert value == trained[step] if step in trained else math.isnan(value)

@@ -199,7 +199,11 @@ def test_trainable_parameters_add_up(tuned_model, config):
     assert rows[name].frozen == count * hidden * hidden
     assert rows["lm_head"].in_full == rows["lm_head"].frozen == hidden * tuned_model.config.vocab_size
     table = lora.trainable_table(list(rows.values()))
-    assert f"trainable: {counted:,} of" in table
+    assert table.loc["lm_head"].to_list() == [rows["lm_head"].frozen, 0, rows["lm_head"].in_full]
+    assert table.loc["total"].to_list() == [table[name].iloc[:-1].sum() for name in table]
+    assert table.loc["total", ["LoRA", "trained in full"]].sum() == counted
+    every = counted + table.loc["total", "frozen"]
+    assert lora.trainable_text(list(rows.values())) == f"trainable: {counted:,} of {every:,} ({counted / every:.2%})"
 
 
 # ------------------------------------------------------------------------------------------------ what belongs together
@@ -322,11 +326,17 @@ def test_switching_the_adapter_off_is_what_peft_means_by_it_and_leaves_what_trai
 
 @BOTH
 def test_the_plan_of_a_run_and_of_a_model_of_real_size(config):
-    assert "at the peak" in lora.memory_plan(config)
+    table, verdict = lora.memory_plan(config)
+    assert list(table.columns) == ["MiB"]
+    assert table.index[-1] == "at the peak"
+    assert (table["MiB"] > 0).all()
+    assert verdict.partition(" (")[0].endswith("the plan fits")
     large = lora.real_preset(config)
     assert shapes.architecture_of(large.model) == shapes.architecture_of(config.model)
-    lines = lora.plan_for_cards(large, ["T4", "H100"]).splitlines()
-    assert [line.split()[0] for line in lines] == ["GPU", "T4", "H100"]
+    table = lora.plan_for_cards(large, ["T4", "H100"])
+    assert (table.index.name, table.index.to_list()) == ("GPU", ["T4", "H100"])
+    assert table["verdict"].to_list() == ["fits", "fits"]
+    assert (table["peak (GiB)"] <= table["room (GiB)"]).all()
     figure, ax = plt.subplots()
     lora.plot_plans(large, ["T4", "H100"], ax)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["T4", "H100"]

@@ -8,6 +8,7 @@ import threading
 import weakref
 from datetime import datetime
 from html.parser import HTMLParser
+from math import exp
 
 import pytest
 import torch
@@ -641,7 +642,7 @@ def test_bars_of_next_tokens_show_all_probability_and_what_top_p_leaves_out(logi
 
 def test_next_tokens_are_named_likeliest_first_with_their_spaces_and_those_left_out_in_brackets():
     rows = [[0.0, 3.0, 1.0] + [-1.0] * 17, [9.0, 0.0, 1.0] + [-1.0] * 17]
-    figure, table, _ = drawn_and_told(rows, WORDS)
+    figure, table, found = drawn_and_told(rows, WORDS)
     names = [[label.get_text() for label in ax.get_yticklabels()] for ax in figure.axes]
     assert names[0][:3] == ["' word1'", "' word2'", "' word0'"]
     assert names[3][:3] == ["' word0'", "' word2'", "' word1'"]
@@ -651,11 +652,22 @@ def test_next_tokens_are_named_likeliest_first_with_their_spaces_and_those_left_
     assert [text for text in texts if text.startswith("temperature")] == [
         "temperature 0.5", "temperature 1", "temperature 2"
     ]  # fmt: skip
-    lines = table.splitlines()
-    tuned = lines[lines.index("tuned") + 1 :]
-    assert tuned[0].split("'")[2].split()[:2] == [">99.9%", "99.9%"]
-    assert tuned[1].split("'")[2].split()[:2] == ["(<0.1%)", "(<0.1%)"]
-    assert lines[0].split() == ["temperature", "0.5", "1", "2"]
+    assert table.index.to_list()[:2] == [("base", "' word1'"), ("base", "' word2'")]
+    assert table.index.to_list()[6:9] == [("base", "all 14 others"), ("tuned", "' word0'"), ("tuned", "' word2'")]
+    assert table.columns.to_list() == [
+        (f"temperature {t}", what) for t in ("0.5", "1", "2") for what in ("probability", "drawn")
+    ]
+    for (model, token), row in table.iterrows():
+        assert row.min() >= 0 and row.max() <= 1, (model, token)
+    assert table.groupby("model").sum().to_numpy() == pytest.approx(1, abs=1e-3)  # rounded to four decimals each
+    one = table["temperature 1"]
+    assert one.loc[("tuned", "' word0'")].to_list() == [round(1 / (1 + exp(-8) + exp(-9) + 17 * exp(-10)), 4), 1.0]
+    assert one.loc[("tuned", "' word2'")].to_list() == [round(float(exp(-8)), 4), 0.0]
+    # What top-p keeps becomes 1, and its tail is in the last row.
+    kept = found["base"][1].probabilities[: found["base"][1].kept]
+    shares = (kept / kept.sum()).tolist()
+    assert len(shares) > 6
+    assert one.loc["base"]["drawn"].to_list() == pytest.approx([*shares[:6], sum(shares[6:])], abs=1e-4)
     close(figure)
 
 
@@ -667,8 +679,8 @@ def test_next_tokens_and_their_question_are_drawn_as_text(tmp_path):
     for question in (*MARKUP, "x" * 500):
         figure, table, _ = drawn_and_told([row, row[::-1]], tokenizer, question=question)
         figure.savefig(tmp_path / "figure.png")
-        assert max(map(len, table.splitlines())) < 80
-        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800]", table)
+        assert max(len(token) for _, token in table.index) < 22
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800]", table.to_string() + table._repr_html_())
         close(figure)
 
 
@@ -680,6 +692,5 @@ def test_a_token_keeps_the_space_that_it_loses_at_the_start_of_a_text():
             return super().decode(ids).removeprefix(" ")
 
     figure, table, _ = drawn_and_told([[2.0, 1.0], [1.0, 2.0]], Losing(" The", "The"))
-    assert "' The'" in table
-    assert "  'The'" in table
+    assert [token for _, token in table.index][:2] == ["' The'", "'The'"]
     close(figure)

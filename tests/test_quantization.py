@@ -57,7 +57,11 @@ def test_memory_is_that_of_the_tensors(base_model):
     assert all(0.5 + 1 / 64 < row.loaded / row.parameters < 0.57 for row in quantized)
     assert rows["head"].loaded == base_model.lm_head.weight.nbytes
     table = quantization.memory_table(list(rows.values()))
-    assert table.count("NF4") == 2
+    assert table.index.to_list() == [*rows, "total"]
+    assert set(table.index[table["stored as"] == "NF4 + constants"]) == {"attention", "feed-forward"}
+    assert table.loc["head", "loaded (MB)"] == round(rows["head"].loaded / 1e6, 2)
+    assert table.loc["total", "parameters"] == sum(row.parameters for row in rows.values())
+    assert table.loc["total", "loaded (MB)"] == round(sum(row.loaded for row in rows.values()) / 1e6, 2)
 
 
 @BOTH

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from itertools import combinations, pairwise
 
 import numpy
+import pandas
 import pytest
 from conftest import HOSTILE, MARKUP
 from hypothesis import given, settings
@@ -120,6 +121,58 @@ def test_passes_are_a_plain_number_within_half_a_percent_of_their_count(count):
 )  # fmt: skip
 def test_numbers_are_said_as_people_say_them(said, as_people_say):
     assert said == as_people_say
+
+
+def test_a_table_on_a_terminal_has_text_on_the_left_and_numbers_on_the_right():
+    table = pandas.DataFrame(
+        {"parameters": [1_234_567, None], "loss": [0.98765, 1e12], "stored as": ["NF4", "x" * 60], "size": [2000, 5]},
+        index=pandas.Index(["head", "total"], name="part"),
+    ).astype({"parameters": "Int64"})
+    assert style.table_text(table, digits=3, formats={"size": style.size}).splitlines() == [
+        "part   parameters   loss  stored as" + " " * 51 + "     size",
+        "head    1,234,567  0.988  NF4" + " " * 57 + "     2 kB",
+        "total           -  1e+12  " + "x" * 60 + "  5 bytes",
+    ]
+
+
+def test_groups_of_columns_stand_below_their_title_and_many_rows_are_all_there():
+    columns = pandas.MultiIndex.from_tuples([("asked", ""), ("base", "mean"), ("base", "low"), ("tuned", "mean")])
+    table = pandas.DataFrame([[1000, 0.5, 0.25, 1.0]] * 200, columns=columns).rename_axis(index="group")
+    head, below, first, *rest = style.table_text(table).splitlines()
+    assert head.split() == ["group", "asked", "base", "tuned"]
+    assert below.split() == ["mean", "low", "mean"]
+    assert first.split() == ["0", "1,000", "0.50", "0.25", "1.00"]
+    assert len(rest) == 199
+    ends = [below.index("mean") + 4, below.index("low") + 3, len(below)]
+    assert ends == [first.index("0.50") + 4, first.index("0.25") + 4, len(first)]
+
+
+@given(st.lists(ANYTHING, min_size=1, max_size=4))
+@settings(deadline=None)
+def test_a_table_of_cut_texts_is_a_line_for_each_on_a_terminal(texts):
+    cut = [style.cut(text, 30) for text in texts]
+    table = pandas.DataFrame({"a": cut, style.cut(texts[0], 30) or "b": 1.0}, index=pandas.Index(cut, name="name"))
+    shown = style.table_text(table)
+    assert len(shown.split("\n")) == 1 + len(texts)
+    assert not [c for c in shown if unicodedata.category(c) in ("Cc", "Cs") and c != "\n"]
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_a_table_in_a_notebook_is_text_without_formulas(text):
+    table = pandas.DataFrame({text: [text]}, index=[text])
+    before = pandas.get_option("display.html.use_mathjax")
+    try:
+        style.without_formulas()
+        page = table._repr_html_()
+    finally:
+        pandas.set_option("display.html.use_mathjax", before)
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.feed(page)
+    assert {tag for tag, _ in found} == {"div", "style", "table", "thead", "tbody", "tr", "th", "td"}
+    (classes,) = [attributes["class"].split() for tag, attributes in found if tag == "table"]
+    assert {"tex2jax_ignore", "mathjax_ignore"} <= set(classes)
 
 
 # Dichromats see linear RGB through these: Machado, Oliveira and Fernandes, 2009, severity 1.

@@ -788,4 +788,5 @@ def test_what_the_notebook_shows_of_a_loss_is_what_a_training_measures(config, t
     assert f"{config.steps} steps of {config.batch_size} examples" in training.show_passes(
         config, tuned_model, tokenizer, prepared
     )
-    assert "adapter_model.safetensors" in training.adapter_table(run)
+    size = (run.adapter / "adapter_model.safetensors").stat().st_size
+    assert training.adapter_table(run).loc["adapter_model.safetensors", "size (MB)"] == round(size / 1e6, 2)

@@ -17,6 +17,7 @@ from qlora_utils.evaluation.ingredients import T_95, about, table, variants
 from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import damaged, read_json, read_jsonl, write_json
+from qlora_utils.style import table_text
 
 # All trainings are scored on the questions drawn with this seed, so that variants can be compared.
 FIXED_SEED = 0
@@ -178,5 +179,5 @@ def main(options: argparse.Namespace) -> int:
     path = options.out or RunDirectory(config.run_dir).ingredients
     measure(config, options.seeds, path)
     print(f"written to {path}")
-    print(table(read_json(path)))
+    print(table_text(table(read_json(path)), digits=3))
     return 0

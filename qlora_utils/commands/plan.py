@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_utils.commands.options import parameter_options, parse_parameters, run_path
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.models import hardware, memory, resolution, shapes
+from qlora_utils.style import table_text
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 def add_parser(commands: Any) -> None:
@@ -40,12 +44,21 @@ def main(options: argparse.Namespace) -> int:
     else:
         cards = [hardware.find_card(options.gpu)] if options.gpu else list(hardware.CARDS.values())
     if len(cards) > 1:
-        print(resolution.overview(config, cards, shape))
+        print_overview(resolution.overview(config, cards, shape))
         return 0
     resolved, predicted = resolution.plan_for(config, cards[0], shape)
     print(f"{config.preset} on {cards[0].name}: {config.model}\n")
     print(resolved.text(), end="\n\n")
-    print(memory.plan_table(predicted, cards[0]))
+    print(table_text(memory.plan_table(predicted)))
+    print(memory.fit_text(predicted, cards[0]))
     if not predicted.fits(cards[0]):
         raise ConfigError(memory.explain_too_large(config, cards[0], predicted.peak))
     return 0
+
+
+def print_overview(table: DataFrame) -> None:
+    """Print the choice for each card, and below it in full what does not fit and what to change."""
+    fits = table["verdict"] == "fits"
+    print(table_text(table.assign(verdict=fits.map({True: "fits", False: "does not fit"})), digits=1))
+    for verdict in table.loc[~fits, "verdict"]:
+        print(f"\n{verdict}")

@@ -5,22 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_utils import style
 from qlora_utils.commands.options import output_dir_options
 from qlora_utils.config import ConfigError, RunConfig, run_command
-from qlora_utils.evaluation.scores import score_text
 from qlora_utils.locate import first_line
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl
 from qlora_utils.runs.locks import is_at_work
 from qlora_utils.style import cut
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # What tells a run directory without a config.json from a folder that is no run at all.
 _OURS = ("history.jsonl", "metrics.json", "adapter", "checkpoints", "data/train.jsonl")
@@ -151,37 +152,40 @@ def _room(path: Path) -> tuple[float, int]:
 # ---------------------------------------------------------------------------------------------------- as text
 
 
-def table(runs: Sequence[Listed], folder: Path) -> str:
-    """The runs as lines for a terminal, or what to do if there are none.
+def table(runs: Sequence[Listed]) -> DataFrame:
+    """Return one row per run, with what it does not have yet missing.
 
-    Args:
-        runs: from `listed`.
-        folder: that they lie in.
+    Held-out loss in nats per token, exact match of base and tuned model and the number of questions asked for it, the
+    time of the last change, local, and the size in bytes. Names are cut, and harmless on a terminal.
     """
-    if not runs:
-        return f"no runs in {cut(str(folder), 200)}. The first one: {run_command('demo', preset='pocket')}"
-    head = ("run", "preset, model", "state", "held-out loss", "exact match, base → tuned", "changed", "size")
-    rows = [head, *(_cells(run) for run in runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    faults = [f"{cut(run.name, 40)}: {cut(run.fault, 300)}" for run in runs if run.fault]
-    return "\n".join([*lines, *(["", *faults] if faults else [])])
+    from pandas import DataFrame, Index, Timestamp
 
-
-def _cells(run: Listed) -> tuple[str, ...]:
-    size, moment = style.size(run.bytes), time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
-    if run.fault is not None:
-        return cut(run.name, 40), "", "damaged", "", "", moment, size
-    state, loss, scores = run.state, "", ""
-    if run.step is not None:
-        of = f" of {run.steps:,}" if run.steps and run.steps != run.step else ""
-        state += f", step {run.step:,}{of}" if of or run.state in ("training", "stopped") else f", {run.step:,} steps"
-    if run.held_out_loss is not None:
-        loss = f"{run.held_out_loss:.3f}"
-    if run.exact_match is not None:
-        base, tuned = (score_text("exact_match", value) for value in run.exact_match)
-        scores = f"{base} → {tuned} ({run.questions})"
-    return cut(run.name, 40), cut(f"{run.preset}, {run.model}", 50), state, loss, scores, moment, size
+    rows = []
+    for run in runs:
+        base, tuned = run.exact_match or (None, None)
+        rows.append(
+            {
+                "preset": cut(run.preset or "", 20),
+                "model": cut(run.model or "", 40),
+                "state": run.state,
+                "step": run.step,
+                "steps": run.steps,
+                "held-out loss": run.held_out_loss,
+                "base match": base,
+                "tuned match": tuned,
+                "asked": run.questions,
+                "changed": Timestamp.fromtimestamp(run.changed),
+                "size": run.bytes,
+            }
+        )
+    table = DataFrame(rows, index=Index([cut(run.name, 40) for run in runs], name="run"))
+    # Whole numbers and scores have types that know missing values, also where all are missing.
+    return table.astype(
+        {
+            **dict.fromkeys(("step", "steps", "asked"), "Int64"),
+            **dict.fromkeys(("held-out loss", "base match", "tuned match"), float),
+        }
+    )
 
 
 def as_json(runs: Iterable[Listed]) -> str:
@@ -201,7 +205,17 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the list."""
-    found = listed(Path(options.output_dir))
-    print(as_json(found) if options.json else table(found, Path(options.output_dir)))
+    """Print the runs as a table or as JSON; below a table, in full, what is wrong with damaged ones."""
+    folder = Path(options.output_dir)
+    found = listed(folder)
+    if options.json:
+        print(as_json(found))
+    elif not found:
+        print(f"no runs in {cut(str(folder), 200)}. The first one: {run_command('demo', preset='pocket')}")
+    else:
+        formats = {"changed": lambda moment: moment.strftime("%Y-%m-%d %H:%M"), "size": style.size}
+        print(style.table_text(table(found), digits=3, formats=formats))
+    faults = [f"{cut(run.name, 40)}: {cut(run.fault, 300)}" for run in found if run.fault]
+    if faults and not options.json:
+        print("", *faults, sep="\n")
     return 0

@@ -23,6 +23,7 @@ from qlora_utils.style import COLORS, cut, in_figure, unframed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 # ingredient -> value, as it stands on the axis -> what is set for it. The rank goes with alpha = r, so that the scale
 # of the update, alpha / r, stays 1.
@@ -108,35 +109,48 @@ def _lines_of(stored: Mapping[str, Any], values: Mapping[str, Any]) -> list[Mapp
     return [line for line in stored["lines"] if line["changes"] == wanted]
 
 
-def table(stored: Mapping[str, Any]) -> str:
-    """Exact match by ingredient and value, as lines of text.
+def table(stored: Mapping[str, Any]) -> DataFrame:
+    """Return exact match by ingredient and value, for each split with the ends of its 95 % interval.
 
-    For the run as it is, the mean over the seeds with its interval; for every other value the mean difference from it,
-    seed by seed on the same questions, with its interval: one that holds 0 is no difference that was shown.
+    For the run as it is, the mean over the seeds; for every other value the mean *difference* from it, seed by seed on
+    the same questions: an interval that holds 0 is no difference that was shown. `what` tells them apart.
     """
+    from pandas import DataFrame, MultiIndex
+
     splits = list(stored["lines"][0]["exact_match"])
     own = _lines_of(stored, {})
-    lines = [f"{'':<39}{'trainable':>11}" + "".join(f"{cut(split, 26):>28}" for split in splits)]
-    for name, values in INGREDIENTS.items():
+    names, rows = [], []
+    for ingredient, values in INGREDIENTS.items():
         for value, changed in values.items():
             members = _lines_of(stored, changed)
+            # One seed has no interval.
             if len(members) < 2:
                 continue
-            cells = ""
+            row: list[Any] = [members[0]["trainable"], "score" if members == own else "difference"]
             for split in splits:
-                scores = {line["seed"]: line["exact_match"][split] for line in members}
-                if members == own:
-                    mean, low, high = mean_and_interval(list(scores.values()))
-                    cell = f"{mean:.3f} [{max(0.0, low):.3f}, {min(1.0, high):.3f}]"
-                else:
-                    gains = [scores[x["seed"]] - x["exact_match"][split] for x in own if x["seed"] in scores]
-                    cell = "-"
-                    if len(gains) > 1:
-                        mean, low, high = mean_and_interval(gains)
-                        cell = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-                cells += f"{cell:>28}"
-            lines.append(f"{name:<13}{value:<26}{members[0]['trainable']:>11,}{cells}")
-    return "\n".join(lines)
+                row += _score(own, split) if members == own else _difference(own, members, split)
+            names.append((ingredient, value))
+            rows.append(row)
+    columns = [("trainable", ""), ("what", "")]
+    for split in splits:
+        columns += [(cut(split, 26), part) for part in ("mean", "low", "high")]
+    index = MultiIndex.from_tuples(names, names=["ingredient", "value"])
+    return DataFrame(rows, index=index, columns=MultiIndex.from_tuples(columns))
+
+
+def _score(lines: Sequence[Mapping[str, Any]], split: str) -> tuple[float, float, float]:
+    """Return the mean exact match of some measurements, and its interval within [0, 1]."""
+    mean, low, high = mean_and_interval([line["exact_match"][split] for line in lines])
+    return mean, max(0.0, low), min(1.0, high)
+
+
+def _difference(
+    own: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], split: str
+) -> tuple[float, float, float]:
+    """Return the mean difference of others from the run itself, over the seeds that both have, and its interval."""
+    scores = {line["seed"]: line["exact_match"][split] for line in others}
+    gains = [scores[line["seed"]] - line["exact_match"][split] for line in own if line["seed"] in scores]
+    return mean_and_interval(gains) if len(gains) > 1 else (math.nan, math.nan, math.nan)
 
 
 def plot(stored: Mapping[str, Any], name: str, ax: Axes) -> Figure:

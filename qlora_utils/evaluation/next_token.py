@@ -16,6 +16,7 @@ from qlora_utils.style import BASE, GRAY, ORANGE, PALE, TUNED, cut, in_figure, u
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 _CUT: dict[str, Any] = {"color": ORANGE, "linestyle": "--", "linewidth": 1.5}
 _LEFT_OUT: dict[str, Any] = {"facecolor": PALE, "edgecolor": GRAY, "hatch": "////", "linewidth": 0.5}
@@ -54,32 +55,41 @@ def next_tokens(logits: torch.Tensor, sampling: Sampling) -> NextTokens:
     return NextTokens(sampling, ids, warmed[0].softmax(dim=-1), int((left[0] > -torch.inf).sum()))
 
 
-def next_token_table(found: Mapping[str, Sequence[NextTokens]], tokenizer: Any, *, count: int = 6) -> str:
-    """How likely the next token is, for each model and temperature, as lines of text.
+def next_token_table(found: Mapping[str, Sequence[NextTokens]], tokenizer: Any, *, count: int = 6) -> DataFrame:
+    """Return how likely the next token is, a row for each model and token and two columns for each temperature.
 
-    What top-p leaves out is in brackets.
+    `probability` is that before top-p. `drawn` is that with which a token is then chosen: 0 for what top-p leaves out.
 
     Args:
         found: of `Asker.next_tokens`, for one top-p.
         tokenizer: of the base model.
-        count: of tokens, the likeliest; all others are taken together.
+        count: of tokens, the likeliest; all others are one row.
     """
-    samplings = next(iter(found.values()))
-    blocks = [f"{'temperature':<26}" + "".join(f"{one.sampling.temperature:>12g}" for one in samplings)]
+    from pandas import DataFrame, MultiIndex
+
+    names: list[tuple[str, str]] = []
+    rows: list[tuple[float, ...]] = []
     for model, ones in found.items():
-        rows = [
-            (
-                _spelled(token, tokenizer),
-                [_bracketed(float(one.probabilities[place]), place >= one.kept) for one in ones],
-            )
-            for place, token in enumerate(ones[0].ids[:count].tolist())
-        ]
-        others = [_bracketed(sum(_others(one, count)), one.kept <= count) for one in ones]
-        rows += [(_all_others(ones[0], count), others)]
-        rows += [(f"top-p {ones[0].sampling.top_p:g} keeps", [f"{one.kept:,}" for one in ones])]
-        lines = [f"  {name:<24}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
-        blocks.append("\n".join([model, *lines]))
-    return "\n\n".join(blocks)
+        names += [(model, _spelled(token, tokenizer)) for token in ones[0].ids[:count].tolist()]
+        names.append((model, _all_others(ones[0], count)))
+        columns = [column for one in ones for column in _shares(one, count)]
+        rows += zip(*columns, strict=True)
+    titles = []
+    for one in next(iter(found.values())):
+        temperature = f"temperature {one.sampling.temperature:g}"
+        titles += [(temperature, "probability"), (temperature, "drawn")]
+    index = MultiIndex.from_tuples(names, names=["model", "token"])
+    return DataFrame(rows, index=index, columns=MultiIndex.from_tuples(titles)).round(4)
+
+
+def _shares(one: NextTokens, count: int) -> tuple[list[float], list[float]]:
+    """Return the probabilities of the likeliest tokens and of all others together, before top-p and after it."""
+    kept, left = _others(one, count)
+    before = one.probabilities[:count].tolist()
+    # Top-p keeps the first tokens, and what these have together becomes 1.
+    together = float(one.probabilities[: one.kept].sum())
+    after = [share / together if place < one.kept else 0.0 for place, share in enumerate(before)]
+    return [*before, kept + left], [*after, kept / together]
 
 
 def plot_next_tokens(
@@ -163,10 +173,6 @@ def _spelled(token: int, tokenizer: Any) -> str:
     once, twice = (str(tokenizer.decode([token] * times)) for times in (1, 2))
     text = repr(twice[len(once) :] if twice.startswith(once) else once)  # at the very start some lose their space
     return text if len(text) <= 18 else f"{text[:17]}…"
-
-
-def _bracketed(share: float, left_out: bool) -> str:
-    return f"({_percent(share)})" if left_out else _percent(share)
 
 
 def _percent(share: float) -> str:

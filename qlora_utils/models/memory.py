@@ -23,6 +23,7 @@ from qlora_utils.style import unframed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 PARTS = ("weights", "quantization constants", "expanded weights", "head", "adapters", "gradients", "optimizer",
          "activations", "logits", "workspace")  # fmt: skip
@@ -253,15 +254,20 @@ def too_large_at_last(config: RunConfig) -> str:
 # ---------------------------------------------------------------------------------------------------- displayed
 
 
-def plan_table(plan: MemoryPlan, card: Card | None = None) -> str:
-    """The plan as lines of text, in GiB of 2^30 bytes, or in MiB where it is small."""
-    unit, size_of = ("GiB", GIB) if plan.peak > GIB else ("MiB", 2**20)
-    lines = [f"{name:<24}{size / size_of:>8.2f} {unit}" for name, size in plan.parts.items() if size]
-    lines.append(f"{'at the peak':<24}{plan.peak / size_of:>8.2f} {unit}")
-    if card is not None:
-        verdict = "fits" if plan.fits(card) else "DOES NOT FIT"
-        lines.append(f"{'room on ' + card.name:<24}{usable_memory(card) / GIB:>8.2f} GiB  {verdict}")
-    return "\n".join(lines)
+def plan_table(plan: MemoryPlan) -> DataFrame:
+    """Return the size of each part and of all at the peak, in GiB of 2^30 bytes, or in MiB where the plan is small."""
+    from pandas import DataFrame, Index
+
+    unit, unit_bytes = ("GiB", GIB) if plan.peak > GIB else ("MiB", 2**20)
+    sizes = {name: size for name, size in plan.parts.items() if size} | {"at the peak": plan.peak}
+    values = [round(size / unit_bytes, 2) for size in sizes.values()]
+    return DataFrame({unit: values}, index=Index(list(sizes), name="part"))
+
+
+def fit_text(plan: MemoryPlan, card: Card) -> str:
+    """Format the memory that a card has for tensors, and whether the plan fits into it, as a sentence."""
+    verdict = "fits" if plan.fits(card) else "DOES NOT FIT"
+    return f"room on {card.name}: {usable_memory(card) / GIB:.2f} GiB; the plan {verdict}"
 
 
 def plot_plan(plans: Mapping[str, MemoryPlan], ax: Axes, card: Card | None = None) -> Figure:

@@ -15,6 +15,7 @@ from qlora_utils.models.hardware import CARDS, GIB, Card, attention_kernel, lige
 from qlora_utils.models.memory import (
     MemoryPlan,
     explain_too_large,
+    fit_text,
     plan_table,
     plot_plan,
     predict,
@@ -25,6 +26,7 @@ from qlora_utils.models.shapes import Shape, architecture_of
 
 if TYPE_CHECKING:
     from ipywidgets import Widget
+    from pandas import DataFrame
 
 # Tokens of a conversation where nothing is known about the data: the mean of the Guanaco rows.
 MEAN_TOKENS = 460
@@ -279,26 +281,39 @@ def plan_for(config: RunConfig, card: Card | None, shape: Shape) -> tuple[Resolv
     return resolved, predict(shape, resolved.config)
 
 
-def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> str:
-    """Format the choice for each card as a table: precision, attention, checkpointing, tokens for each pass, memory."""
-    lines = [
-        f"{'GPU':<9}{'compute':<10}{'attention':<11}{'recompute':<11}{'weights kept':<14}{'tokens/pass':>11}  "
-        f"{'optimizer':<19}{'GiB':>6}{'room':>7}"
-    ]
+def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> DataFrame:
+    """Choose for each card what a training leaves open, and return one row per card.
+
+    `verdict` is `fits`, or the error that says what does not fit and what to change; then the row is empty but for it.
+    """
+    from pandas import DataFrame, Index
+
+    rows = []
     for card in cards:
+        row: dict[str, Any] = {"room (GiB)": round(usable_memory(card) / GIB, 1)}
         try:
             resolved, plan = plan_for(config, card, shape)
         except ConfigError as error:
-            lines.append(f"{card.name:<9}{error}")
+            rows.append({**row, "verdict": str(error)})
             continue
         chosen = resolved.config
-        lines.append(
-            f"{card.name:<9}{chosen.compute_dtype:<10}{chosen.attention_kernel:<11}"
-            f"{'yes' if chosen.gradient_checkpointing else 'no':<11}"
-            f"{'dequantized' if chosen.keep_expanded else 'in NF4':<14}{chosen.micro_batch_tokens or 0:>11,}  "
-            f"{chosen.optimizer:<19}{plan.peak / GIB:>6.1f}{usable_memory(card) / GIB:>7.1f}"
+        rows.append(
+            {
+                "compute": chosen.compute_dtype,
+                "attention": chosen.attention_kernel,
+                "recomputed": "yes" if chosen.gradient_checkpointing else "no",
+                "weights": "dequantized" if chosen.keep_expanded else "in NF4",
+                "tokens per pass": chosen.micro_batch_tokens or 0,
+                "optimizer": chosen.optimizer,
+                "peak (GiB)": round(plan.peak / GIB, 1),
+                **row,
+                "verdict": "fits",
+            }
         )
-    return "\n".join(lines)
+    columns = ["compute", "attention", "recomputed", "weights", "tokens per pass", "optimizer", "peak (GiB)",
+               "room (GiB)", "verdict"]  # fmt: skip
+    table = DataFrame(rows, columns=columns, index=Index([card.name for card in cards], name="GPU"))
+    return table.astype({"tokens per pass": "Int64"})  # whole numbers also where one is missing
 
 
 def recorded_plan(config: RunConfig, gpu: Mapping[str, Any] | None, shape: Shape) -> MemoryPlan | None:
@@ -366,7 +381,8 @@ def explorer(config: RunConfig, cards: Sequence[Card], shape: Shape) -> Widget:
                 print(error)
                 return
             print(resolved.text(), "\n")
-            print(plan_table(plan, card))
+            display(plan_table(plan))
+            print(fit_text(plan, card))
             figure, ax = plt.subplots(figsize=(9, 1.8), layout="constrained")
             plot_plan({card.name: plan}, ax, card)
             display(figure)

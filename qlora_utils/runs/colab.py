@@ -25,10 +25,10 @@ from qlora_utils import __version__
 from qlora_utils.runs.provenance import host
 
 DISTRIBUTION = "qlora-utils"
-# What pip must leave as it is. Torch and its kin are built for the machine's CUDA, numpy is loaded before the first
-# cell runs, and the rest is the kernel itself and its page: replaced, a session crashes or shows no widgets.
+# What pip must leave as it is. Torch and its kin are built for the machine's CUDA, numpy and pandas are loaded before
+# the first cell runs, and the rest is the kernel itself and its page: replaced, a session crashes or shows no widgets.
 KEPT = (
-    "torch", "torchvision", "torchaudio", "triton", "numpy",
+    "torch", "torchvision", "torchaudio", "triton", "numpy", "pandas",
     "ipykernel", "ipython", "ipywidgets", "jupyter-client", "pyzmq", "tornado", "traitlets",
 )  # fmt: skip
 RECORD = ".installed.json"  # in the clone: when pip ran, and what it changed
@@ -137,6 +137,7 @@ def ready(version: str, *, keep_in_drive: bool = False) -> str:
     """
     from qlora_utils.locate import project_folder
     from qlora_utils.runs.provenance import environment_line
+    from qlora_utils.style import without_formulas
 
     where = host()
     lines = []
@@ -155,6 +156,7 @@ def ready(version: str, *, keep_in_drive: bool = False) -> str:
         lines += [_told(record["changed"]), _outputs(checkout / "outputs", where, keep_in_drive)]
     elif keep_in_drive:
         lines.append("KEEP_IN_DRIVE is for Colab. Here outputs stay where output_dir says.")
+    without_formulas()
     return "\n".join(line for line in [*lines, environment_line()] if line)
 
 

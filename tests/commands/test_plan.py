@@ -11,6 +11,14 @@ def test_on_the_command_line(capsys):
     table = capsys.readouterr().out
     if not torch.cuda.is_available():
         assert [line.split()[0] for line in table.splitlines()[1:]] == list(CARDS)
+    assert main(["plan", "-p", "lora_r=256", "-p", "max_seq_len=8192"]) == 0
+    if not torch.cuda.is_available():
+        head, small, *others, blank, why = capsys.readouterr().out.splitlines()
+        assert head.split()[0] == "GPU"
+        assert small.split()[0] == "T4" and small.endswith("does not fit")
+        assert len(others) == len(CARDS) - 1 and all(line.endswith("  fits") for line in others)
+        assert not blank and why.startswith("T4 has room for 13.3 GiB, and this takes 16.1 GiB at the least. Take")
+    capsys.readouterr()
     assert main(["plan", "--gpu", "T4", "-p", "train_head=false"]) == 0
     printed = capsys.readouterr().out
     assert "gradient_checkpointing" in printed

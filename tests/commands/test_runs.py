@@ -68,9 +68,13 @@ def test_each_run_is_told_as_far_as_it_came(tmp_path):
     assert (found["trained"].step, found["trained"].held_out_loss) == (40, 1.25)
     assert (found["scored"].exact_match, found["scored"].questions) == ((0.1, 0.75), 12)
     assert found["scored"].preset == "pocket"
-    text = runs.table(list(found.values()), tmp_path)
-    for cells in (r"training, step 7 of 250  1.500", r"0.100 → 0.750 (12)", "trained, 40 steps", "prepared"):
-        assert cells in text
+    table = runs.table(list(found.values()))
+    assert table["state"].to_dict() == {name: name for name in found}
+    columns = ["step", "steps", "held-out loss", "base match", "tuned match", "asked"]
+    assert table.loc["training", columns[:3]].to_list() == [7, 250, 1.5]
+    assert table.loc["scored", columns].to_list() == [40, 40, 1.25, 0.1, 0.75, 12]
+    assert table.loc["trained", columns[:3]].to_list() == [40, 40, 1.25]
+    assert table.loc["prepared", columns].isna().all()
 
 
 def test_of_a_run_in_epochs_the_checkpoint_knows_the_steps(tmp_path):
@@ -78,7 +82,9 @@ def test_of_a_run_in_epochs_the_checkpoint_knows_the_steps(tmp_path):
     assert runs.look_at(run.path).steps == 40
     shutil.rmtree(run.checkpoints)
     assert runs.look_at(run.path).steps is None
-    assert "stopped, step 0 " in runs.table([runs.look_at(run.path)], tmp_path)
+    table = runs.table([runs.look_at(run.path)])
+    assert table.loc["a", ["state", "step"]].to_list() == ["stopped", 0]
+    assert table["steps"].isna().all()
 
 
 def test_a_training_that_begins_is_one_before_its_first_step(tmp_path):
@@ -150,7 +156,7 @@ def test_the_newest_stands_first_and_what_is_no_run_is_not_listed(tmp_path):
     assert [run.name for run in runs.listed(tmp_path)] == ["new", "middle", "old"]
 
 
-def test_the_size_is_that_of_all_files_and_links_are_not_followed(tmp_path):
+def test_the_size_is_that_of_all_files_and_links_are_not_followed(tmp_path, capsys):
     run = begun(tmp_path / "outputs", "a")
     (run.adapter / "deep").mkdir(parents=True)
     (run.adapter / "deep" / "weights").write_bytes(bytes(10**6))
@@ -160,7 +166,29 @@ def test_the_size_is_that_of_all_files_and_links_are_not_followed(tmp_path):
     (run.path / "link").symlink_to(tmp_path / "elsewhere")
     (run.path / "round").symlink_to(run.path)
     assert before < runs.look_at(run.path).bytes < before + 1000
-    assert " 1 MB" in runs.table([runs.look_at(run.path)], tmp_path)
+    assert runs.table([runs.look_at(run.path)]).loc["a", "size"] == runs.look_at(run.path).bytes
+    assert asked(capsys, "runs", "--output-dir", str(run.path.parent))[1].splitlines()[1].endswith(" 1 MB")
+
+
+def test_on_a_terminal_each_number_is_as_people_write_it(tmp_path, capsys):
+    run = scored(tmp_path, "a")
+    os.utime(run.path, (2e9, 2e9))
+    moment = time.strftime("%Y-%m-%d %H:%M", time.localtime(2e9)).split()
+    head, line = asked(capsys, "runs", "--output-dir", str(tmp_path))[1].splitlines()
+    assert head.split()[:5] == ["run", "preset", "model", "state", "step"]
+    expected = [
+        "a",
+        "pocket",
+        RunConfig.from_file(run.config).model,
+        "scored",
+        "40",
+        "40",
+        "1.250",
+        "0.100",
+        "0.750",
+        "12",
+    ]
+    assert line.split()[:-2] == [*expected, *moment]
 
 
 @pytest.mark.parametrize("text", [*MARKUP, "\udcff", "a\nb\tc", "x" * 200])

@@ -51,7 +51,15 @@ def test_they_are_found_and_drawn(tmp_path):
     stored = ingredients.find(run, config)
     assert ingredients.find(run, RunConfig.build({**config.model_dump(), "seed": 5})) == stored
     assert ingredients.find(run, RunConfig.build({**config.model_dump(), "steps": 5})) is None
-    assert ingredients.table(stored).count("\n") == sum(len(values) for values in INGREDIENTS.values())
+    table = ingredients.table(stored)
+    assert table.index.to_list() == [(name, value) for name, values in INGREDIENTS.items() for value in values]
+    for (name, value), row in table.iterrows():
+        own = ingredients.changes(POCKET, INGREDIENTS[name][value]) == {}
+        assert row["what", ""] == ("score" if own else "difference")
+        assert row["trainable", ""] == 10
+        expected = ingredients.mean_and_interval([0.9, 0.91, 0.92] if own else [0.0, 0.0, 0.0])
+        assert row["a"].to_list() == pytest.approx([expected[0], expected[1], min(1.0, expected[2])])
+        assert row["b"].to_list() == pytest.approx([0.5 if own else 0.0] * 3)
     figure = ingredients.plot_all(stored)
     assert [ax.get_title() for ax in figure.axes] == list(INGREDIENTS)
     for ax, values in zip(figure.axes, INGREDIENTS.values(), strict=True):
