@@ -6,17 +6,14 @@ at import this module needs Python alone.
 
 from __future__ import annotations
 
-import filecmp
 import json
-import os
 import re
-import shutil
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -133,7 +130,7 @@ def ready(version: str, *, keep_in_drive: bool = False) -> str:
 
     Raises:
         MachineError: on a borrowed machine, of another version than the notebook; packages that were loaded before pip
-            replaced them; Drive not to be mounted, or a run of the same name there.
+            replaced them; Drive not to be mounted, or runs that lie here already.
     """
     from qlora_utils.locate import project_folder
     from qlora_utils.runs.provenance import environment_line
@@ -200,7 +197,7 @@ def _outputs(outputs: Path, where: str, keep: bool) -> str:
 
 
 def keep_in_drive(outputs: Path) -> Path:
-    """Mount Google Drive and make the folder of run directories a link into it. What lies there moves along.
+    """Mount Google Drive and make the folder of run directories a link into it, where nothing lies in it yet.
 
     Args:
         outputs: folder of run directories, in the clone; Drive is mounted beside the clone, as `/content/drive`.
@@ -209,8 +206,8 @@ def keep_in_drive(outputs: Path) -> Path:
         The folder in Drive.
 
     Raises:
-        MachineError: Drive was not mounted, has no room, or holds something else of the same name as what lies here;
-            nothing is lost.
+        MachineError: Drive was not mounted, or the link cannot be made; or runs lie here already, which a link would
+            hide: gives the command that moves them.
     """
     from google.colab import drive
 
@@ -221,114 +218,38 @@ def keep_in_drive(outputs: Path) -> Path:
         raise MachineError(
             f"Google Drive was not mounted ({error}). Run this again and allow access, or set KEEP_IN_DRIVE = False."
         ) from error
-    kept = mount / IN_DRIVE
+    in_drive = mount / IN_DRIVE
     try:
-        kept.mkdir(parents=True, exist_ok=True)
+        in_drive.mkdir(parents=True, exist_ok=True)
         if outputs.is_symlink():
             outputs.unlink()
         elif outputs.is_dir():
-            _move(outputs, kept)
-        outputs.symlink_to(kept, target_is_directory=True)
-    except OSError as error:  # shutil's own among them: a full Drive, a link that leads nowhere
+            _check_empty(outputs, in_drive)
+            outputs.rmdir()
+        outputs.symlink_to(in_drive, target_is_directory=True)
+    except OSError as error:
         raise MachineError(
-            f"Outputs could not be moved to {kept} ({_reason(error)}). Nothing is lost: what has not moved lies in "
-            f"{outputs} as before. Make room in Drive, or remove what is named if it is a link that leads nowhere, and "
-            "run this cell again."
+            f"{outputs} could not be made a link to {in_drive} ({error}). Make room in Drive, or set "
+            "KEEP_IN_DRIVE = False, and run this cell again."
         ) from error
-    return kept
+    return in_drive
 
 
-def _move(outputs: Path, kept: Path) -> None:
-    """Move all but `.prepared` to `kept`: each run, upload and file copied whole, compared, and only then removed here.
+def _check_empty(outputs: Path, in_drive: Path) -> None:
+    """Refuse to link a folder in which something lies.
 
     Raises:
-        MachineError: what lies there under the same name is not the same.
-        OSError: something cannot be copied; it stays.
+        MachineError: names what lies there, and gives the command that moves it. What is in Drive under the same name
+            is not overwritten: `mv -n` skips it, and it stays here.
     """
-    from qlora_utils.runs.directory import LEARNED, PREPARED
-
-    found = [path for path in sorted(outputs.iterdir()) if path.name not in (PREPARED, LEARNED)]
-    # A folder whose name begins with a dot, such as that of uploads, may be in both places: the files in it move.
-    shared = [path for path in found if path.name.startswith(".") and path.is_dir() and (kept / path.name).is_dir()]
-    found = [path for path in found if path not in shared] + [path / name for path in shared for name in _files(path)]
-    moved = {path: kept / path.relative_to(outputs) for path in found}
-    if both := [path for path, there in moved.items() if there.exists() and not _holds(there, path)]:
+    names = sorted(path.name for path in outputs.iterdir())
+    if names:
+        here, there = shlex.quote(str(outputs)), shlex.quote(str(in_drive))
         raise MachineError(
-            f"{', '.join(str(path.relative_to(outputs)) for path in both)}: in {outputs} and in {kept}, and neither is "
-            f"thrown away. Rename one of them, as !mv {both[0]} {both[0]}-2, and run this cell again."
+            f"{outputs} holds {', '.join(names[:5])}{' …' if len(names) > 5 else ''} already, and would be hidden by a "
+            f"link into Drive. Move it there in a new cell, then run this one again:\n"
+            f"!mv -n {here}/* {here}/.[!.]* {there}; rmdir {here}"
         )
-    for path, there in moved.items():
-        if not there.exists():
-            there.parent.mkdir(parents=True, exist_ok=True)
-            _copy(path, there)
-        _remove(path)
-    if (outputs / LEARNED).is_file():  # a line for each pass that ran out of memory, on whichever machine
-        with (kept / LEARNED).open("a", encoding="utf-8") as file:
-            file.write((outputs / LEARNED).read_text(encoding="utf-8"))
-        (outputs / LEARNED).unlink()
-    _remove(outputs / PREPARED)
-    for folder, _, _ in [step for path in shared for step in os.walk(path, topdown=False)]:
-        Path(folder).rmdir()
-    outputs.rmdir()  # unlike rmtree it leaves what somebody has written meanwhile
-
-
-def _copy(path: Path, there: Path) -> None:
-    """Copy a file or folder so that it has its name only once it is whole.
-
-    Raises:
-        OSError: it cannot be copied, or its copy is not like it; what was copied is removed.
-    """
-    whole = there.with_name(f".{there.name}.moving")
-    _remove(whole)  # of an earlier time that was cut off: files of another run may be in it
-    try:
-        if path.is_dir():
-            shutil.copytree(path, whole)
-        else:
-            shutil.copyfile(path, whole)
-        if differing := sorted(name or path.name for name, _ in _sizes(path) ^ _sizes(whole)):
-            raise OSError(f"{path}: the copy of {differing[0]} is not whole")
-        whole.rename(there)
-    except OSError:
-        with suppress(OSError):
-            _remove(whole)
-        raise
-
-
-def _files(path: Path) -> list[str]:
-    """Every file in a folder, links followed as a copy follows them, seen from there; of a file an empty name."""
-    if not path.is_dir():
-        return [""]
-    folders = os.walk(path, followlinks=True)
-    return [str((Path(folder) / name).relative_to(path)) for folder, _, names in folders for name in names]
-
-
-def _sizes(path: Path) -> set[tuple[str, int]]:
-    """Name and size in bytes of every file."""
-    return {(name, (path / name).stat().st_size) for name in _files(path)}
-
-
-def _holds(there: Path, path: Path) -> bool:
-    """Whether every file that is here is there, to the last byte: a removal that was cut off, or the same upload."""
-    pairs = ((path / name, there / name) for name in _files(path))
-    return there.is_dir() == path.is_dir() and all(
-        here.is_file() and other.is_file() and filecmp.cmp(here, other, shallow=False) for here, other in pairs
-    )
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, a folder, or a link but not what it leads to; what is not there need not be."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _reason(error: OSError) -> str:
-    """What failed, on one line; `shutil` gathers the failures of a folder into a list of them."""
-    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
-        source, _, why = error.args[0][0]
-        return f"{source}: {why}"
-    return " ".join(str(error).split())
 
 
 def main() -> int:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import ANY
 
 import nbformat
 import pytest
@@ -214,9 +213,13 @@ def test_outputs_in_drive_outlive_the_machine(machine, tmp_path):
 
     write = "Path('../outputs/later').mkdir(); Path('../outputs/later/x').write_text('y')"
     kept = machine.set_up(keep_in_drive=True, after=write)
+    assert kept.returncode == 1
+    command = next(line for line in kept.stderr.splitlines() if line.startswith("!mv"))
+    subprocess.run(["sh", "-c", command[1:]], check=True, capture_output=True)
+    kept = machine.set_up(keep_in_drive=True, after=write)
     assert kept.returncode == 0, kept.stderr
     assert f"Outputs lie in your Google Drive, {machine.content / 'drive' / colab.IN_DRIVE}" in kept.stdout
-    assert (drive / "mounts.txt").read_text() == f"{machine.content / 'drive'}\n"
+    assert (drive / "mounts.txt").read_text() == f"{machine.content / 'drive'}\n" * 2
     shutil.rmtree(machine.clone)
     (machine.content / "drive").unlink()
 
@@ -353,161 +356,104 @@ def test_a_drive_that_is_not_mounted_says_what_to_do(drive, monkeypatch):
     assert not drive[1].is_symlink()
 
 
-def test_of_two_runs_with_one_name_neither_is_lost(drive):
-    mount, outputs = drive
-    for folder, text in ((outputs, "here"), (mount / colab.IN_DRIVE, "there")):
-        write_json(folder / "demo" / "config.json", {"from": text})
-    write_json(outputs / "other" / "config.json", {})
-    with pytest.raises(MachineError, match=r"demo: in .*, and neither is thrown away\. Rename one"):
-        colab.keep_in_drive(outputs)
-    assert read_json(outputs / "demo" / "config.json") == {"from": "here"}
-    assert read_json(mount / colab.IN_DRIVE / "demo" / "config.json") == {"from": "there"}
-    (outputs / "demo").rename(outputs / "demo-2")  # what it says
-    assert colab.keep_in_drive(outputs) == mount / colab.IN_DRIVE
-    assert sorted(path.name for path in outputs.iterdir()) == ["demo", "demo-2", "other"]
-    assert read_json(outputs / "demo" / "config.json") == {"from": "there"}
-    assert colab.keep_in_drive(outputs) == mount / colab.IN_DRIVE  # twice is once
-
-
-def test_a_move_that_was_cut_off_is_done_again(drive, monkeypatch):
-    mount, outputs = drive
-    for name in ("a", "b"):
-        write_json(outputs / name / "config.json", {"run": name})
-    copy, copied = shutil.copytree, []
-
-    def full_at_the_second(source, target, **options):
-        copied.append(source)
-        if len(copied) == 2:
-            Path(target).mkdir()
-            (Path(target) / "config.json").write_text("{half")
-            raise OSError(28, "No space left on device")
-        return copy(source, target, **options)
-
-    monkeypatch.setattr(shutil, "copytree", full_at_the_second)
-    with pytest.raises(MachineError, match=r"could not be moved.*No space left.*Make room .* run this cell again"):
-        colab.keep_in_drive(outputs)
-    assert not outputs.is_symlink()
-    assert read_json(mount / colab.IN_DRIVE / "a" / "config.json") == {"run": "a"}
-    assert read_json(outputs / "b" / "config.json") == {"run": "b"}
-    monkeypatch.setattr(shutil, "copytree", copy)
-    colab.keep_in_drive(outputs)
-    assert read_json(outputs / "b" / "config.json") == {"run": "b"}
-    assert sorted(path.name for path in (mount / colab.IN_DRIVE).iterdir()) == ["a", "b"]
-
-
 def everything(folder):
     """Files below a folder and what is in them."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_uploads_and_what_was_learned_of_memory_move_and_only_what_is_prepared_stays(drive):
-    outputs = drive[1]
+@pytest.mark.parametrize("before", ["nothing", "an empty folder", "a link", "a link that leads nowhere"])
+def test_outputs_become_a_link_into_drive_where_nothing_lies(drive, tmp_path, before):
+    mount, outputs = drive
+    outputs.parent.mkdir(parents=True)
+    if before == "an empty folder":
+        outputs.mkdir()
+    elif before != "nothing":
+        outputs.symlink_to(tmp_path if before == "a link" else tmp_path / "nowhere")
+    write_json(mount / colab.IN_DRIVE / "demo" / "config.json", {"from": "there"})
+    for _ in range(2):  # twice is once
+        assert colab.keep_in_drive(outputs) == mount / colab.IN_DRIVE
+        assert outputs.is_symlink()
+        assert read_json(outputs / "demo" / "config.json") == {"from": "there"}
+
+
+def refused(outputs):
+    """Have the folder refused; the command that the message gives."""
+    before = everything(outputs)
+    with pytest.raises(MachineError, match=r"hidden by a link into Drive\. Move it there") as told:
+        colab.keep_in_drive(outputs)
+    assert everything(outputs) == before and not outputs.is_symlink()
+    first, command = str(told.value).splitlines()
+    assert str(outputs) in first and command.startswith("!")
+    return command[1:]
+
+
+def test_what_lies_here_stays_and_the_command_moves_all_of_it(drive):
+    mount, outputs = drive
     config = RunConfig.from_preset("pocket", output_dir=str(outputs))
     upload = data.keep_upload("mine.csv", b"question,answer\nWhy?,So.\n", config)
     for name in (".memory.jsonl", "demo/config.json", "demo/.lock", ".prepared/x/rows.jsonl", "notes.txt"):
         (outputs / name).parent.mkdir(parents=True, exist_ok=True)
         (outputs / name).write_text(f"{name}\n")
     before = everything(outputs)
-    kept = colab.keep_in_drive(outputs)
-    assert everything(kept) == {name: text for name, text in before.items() if not name.startswith(".prepared")}
+    subprocess.run(["sh", "-c", refused(outputs)], check=True)
+    assert everything(colab.keep_in_drive(outputs)) == before == everything(mount / colab.IN_DRIVE)
     assert upload.read_bytes().endswith(b"Why?,So.\n")  # where the page said that it lies
 
 
-def test_an_upload_is_found_by_the_next_machine_where_the_page_said_that_it_lies(drive, monkeypatch):
-    """Before Drive was asked for and after; the next machine has its clone in the same place, and own uploads."""
+def test_of_two_runs_with_one_name_neither_is_lost(drive):
+    mount, outputs = drive
+    for folder, text in ((outputs, "here"), (mount / colab.IN_DRIVE, "there")):
+        write_json(folder / "demo" / "config.json", {"from": text})
+    write_json(outputs / "other" / "config.json", {})
+    subprocess.run(["sh", "-c", refused(outputs)], capture_output=True)
+    refused(outputs)
+    assert read_json(outputs / "demo" / "config.json") == {"from": "here"}
+    assert read_json(mount / colab.IN_DRIVE / "demo" / "config.json") == {"from": "there"}
+    (outputs / "demo").rename(outputs / "demo-2")
+    subprocess.run(["sh", "-c", refused(outputs)], capture_output=True)
+    assert colab.keep_in_drive(outputs) == mount / colab.IN_DRIVE
+    assert sorted(path.name for path in outputs.iterdir()) == ["demo", "demo-2", "other"]
+
+
+def test_where_no_link_can_be_made_it_is_said_what_to_do(drive, monkeypatch):
     outputs = drive[1]
     outputs.mkdir(parents=True)
-    (outputs.parent / "notebooks").mkdir()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "symlink_to", full)
+        with pytest.raises(MachineError, match=r"could not be made a link .*No space left.*Make room .* run this cell"):
+            colab.keep_in_drive(outputs)
+    assert colab.keep_in_drive(outputs).is_dir()
+    outputs.unlink()
+    outputs.write_text("a file")
+    with pytest.raises(MachineError, match="could not be made a link"):
+        colab.keep_in_drive(outputs)
+    assert outputs.read_text() == "a file"
+
+
+def test_an_upload_is_found_by_the_next_machine_where_the_page_said_that_it_lies(drive, monkeypatch):
+    """The next machine has its clone in the same place."""
+    outputs = drive[1]
+    (outputs.parent / "notebooks").mkdir(parents=True)
     monkeypatch.chdir(outputs.parent / "notebooks")
     config = RunConfig.from_preset("pocket", output_dir="../outputs")
     example = (ROOT / "data" / "examples" / "questions.csv").read_bytes()
-    uploads = [data.keep_upload("before.csv", example, config)]
     colab.keep_in_drive(outputs)
-    uploads.append(data.keep_upload("after.csv", example + b"Why?,So.\n", config))
-    (outputs / ".memory.jsonl").write_text('{"tokens": 1}\n')
+    upload = data.keep_upload("mine.csv", example, config)
 
     outputs.unlink()  # the next machine
-    own = [data.keep_upload("same.csv", example, config), data.keep_upload("own.csv", b"a,b\n1,2\n", config)]
-    (outputs / ".memory.jsonl").write_text('{"tokens": 2}\n')
-    kept = colab.keep_in_drive(outputs)
-    assert {line["tokens"] for line in read_jsonl(kept / ".memory.jsonl")} == {1, 2}
-    assert len(list(kept.glob(".uploads/*/*"))) == 4
-    for path in uploads + own:
-        assert path.is_file()
-    assert len({path.parent.name for path in uploads + own}) == 3  # two have the same content
+    colab.keep_in_drive(outputs)
+    assert upload.is_file()
     monkeypatch.chdir(outputs.parent)  # as a notebook and as `qlora run` take it
-    for path in uploads:
-        asked = runner.resolve(preset=None, run_name="mine", output_dir="outputs", parameters={"dataset": str(path)},
-                               start=None)[0]  # fmt: skip
-        run = RunDirectory(asked.run_dir)
-        run.begin(asked)
-        again, _ = runner.resolve(preset=None, run_name="mine", output_dir="outputs", parameters={}, start=None)
-        assert len(list(read_source(again.dataset)["train"])) >= 30
-        shutil.rmtree(asked.run_dir)
-
-
-def test_a_removal_that_was_cut_off_is_done_again(drive):
-    """The run is whole in Drive already, and in part still here; that is no other run of the same name."""
-    mount, outputs = drive
-    for name in ("config.json", "data/report.json"):
-        write_json(mount / colab.IN_DRIVE / "demo" / name, {"run": name})
-    write_json(outputs / "demo" / "data" / "report.json", {"run": "data/report.json"})
-    assert set(everything(colab.keep_in_drive(outputs))) == {"demo/config.json", "demo/data/report.json"}
-
-
-def test_what_an_earlier_try_left_half_copied_is_not_mixed_in(drive):
-    mount, outputs = drive
-    write_json(outputs / "demo" / "config.json", {"run": "demo"})
-    write_json(mount / colab.IN_DRIVE / ".demo.moving" / "adapter" / "of another.json", {})
-    colab.keep_in_drive(outputs)
-    assert list(everything(outputs)) == ["demo/config.json"]
-
-
-@pytest.mark.parametrize("name", ["demo/data/link", "link", ".uploads/link"])
-def test_what_cannot_be_copied_is_told_and_nothing_is_lost(drive, name):
-    mount, outputs = drive
-    write_json(outputs / "demo" / "config.json", {"run": "demo"})
-    (outputs / name).parent.mkdir(parents=True, exist_ok=True)
-    (outputs / name).symlink_to("nowhere")
-    with pytest.raises(MachineError, match=r"could not be moved .*link.*Nothing is lost.* run this cell again") as told:
-        colab.keep_in_drive(outputs)
-    assert str(told.value).count("\n") == 0
-    assert not outputs.is_symlink()
-    assert {**everything(outputs), **everything(mount / colab.IN_DRIVE)} == {"demo/config.json": ANY}
-    assert not list((mount / colab.IN_DRIVE).glob("**/*.moving"))
-    (outputs / name).unlink()
-    assert (colab.keep_in_drive(outputs) / "demo" / "config.json").is_file()
-
-
-def test_a_copy_that_is_not_whole_does_not_count(drive, monkeypatch):
-    """As a mount that answers before it has written, and then has no room."""
-    outputs = drive[1]
-    write_json(outputs / "demo" / "config.json", {"run": "demo"})
-    write_json(outputs / "demo" / "data" / "report.json", {})
-    copy = shutil.copyfile
-
-    def lossy(source, target, **options):
-        copy(source, target, **options)
-        if Path(source).name == "config.json":
-            Path(target).write_text("")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(shutil, "copyfile", lossy)
-        with pytest.raises(MachineError, match=r"could not be moved .*demo.*config\.json.*Nothing is lost"):
-            colab.keep_in_drive(outputs)
-    assert read_json(outputs / "demo" / "config.json") == {"run": "demo"}
-    assert read_json(colab.keep_in_drive(outputs) / "demo" / "config.json") == {"run": "demo"}
-
-
-def test_a_run_that_is_a_link_is_copied_and_what_it_leads_to_stays(drive, tmp_path):
-    mount, outputs = drive
-    write_json(tmp_path / "elsewhere" / "config.json", {"run": "elsewhere"})
-    outputs.mkdir(parents=True)
-    (outputs / "linked").symlink_to(tmp_path / "elsewhere")
-    colab.keep_in_drive(outputs)
-    assert read_json(mount / colab.IN_DRIVE / "linked" / "config.json") == {"run": "elsewhere"}
-    assert (tmp_path / "elsewhere" / "config.json").is_file()
+    asked = runner.resolve(preset=None, run_name="mine", output_dir="outputs", parameters={"dataset": str(upload)},
+                           start=None)[0]  # fmt: skip
+    RunDirectory(asked.run_dir).begin(asked)
+    again, _ = runner.resolve(preset=None, run_name="mine", output_dir="outputs", parameters={}, start=None)
+    assert len(list(read_source(again.dataset)["train"])) >= 30
 
 
 def test_what_is_missing_on_a_borrowed_machine_is_told_with_two_ways_to_get_it(drive, monkeypatch, tmp_path):
