@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import time
-from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ from qlora_utils.report import page
 from qlora_utils.rows.files import SUFFIXES
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import HEADLESS, TERMINAL, RunDirectory, require_adapter
-from qlora_utils.runs.files import read_json, with_few_colours, write_json, write_text
+from qlora_utils.runs.files import read_json, write_json
 
 # The name of the error of a training that was asked to stop and saved first: `loop.interruptions`.
 INTERRUPTED = "Interrupted"
@@ -374,8 +373,6 @@ def _execute_notebook(path: Path, run: RunDirectory, config: RunConfig, paramete
     with catch_stop_signals() as (signals, forward):
         failure = run_in_thread(execute, forward)
     lines.end()
-    if failure is None:
-        _make_smaller(copy)
     resume = _resume_command(config, parameters, path)
     # A signal comes first: it may be the cause of the error that ended the notebook.
     if signals:
@@ -394,18 +391,6 @@ def _execute_notebook(path: Path, run: RunDirectory, config: RunConfig, paramete
         ) from None
     if failure is not None:
         raise failure
-
-
-def _make_smaller(copy: Path) -> None:
-    """Reduce the colours of an executed notebook's figures where that makes them smaller."""
-    import nbformat
-
-    notebook = nbformat.read(copy, as_version=4)  # type: ignore[no-untyped-call]
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if figure := output.get("data", {}).get("image/png"):
-                output["data"]["image/png"] = b64encode(with_few_colours(b64decode(figure))).decode()
-    write_text(copy, nbformat.writes(notebook) + "\n")  # type: ignore[no-untyped-call]
 
 
 def _describe_saved(path: Path, run: RunDirectory, failure: BaseException | None) -> str:

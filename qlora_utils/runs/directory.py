@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import ANSWER_FIELDS, RunConfig
-from qlora_utils.runs.files import damaged, read_json, read_jsonl, require, with_few_colours, write_json
+from qlora_utils.runs.files import damaged, read_json, read_jsonl, require, write_json
 from qlora_utils.runs.locks import is_alive
 from qlora_utils.runs.provenance import provenance
 
@@ -168,7 +168,6 @@ class RunDirectory:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{name}.png.{os.getpid()}.new")
         figure.savefig(temporary, dpi=150, bbox_inches="tight", format="png")
-        temporary.write_bytes(with_few_colours(temporary.read_bytes()))
         temporary.replace(target)
 
     def sweep(self) -> None:

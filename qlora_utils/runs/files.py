@@ -7,7 +7,6 @@ import os
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +57,6 @@ def write_json(path: Path, value: Any) -> None:
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """One JSON value per line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
-
-
-def with_few_colours(png: bytes) -> bytes:
-    """The same picture with a palette of 256 colours, as it is if that is not smaller; figures have few anyway.
-
-    Args:
-        png: of a figure; one with transparent parts is left as it is.
-    """
-    from PIL import Image
-
-    with Image.open(BytesIO(png)) as picture:
-        if picture.mode == "RGBA" and picture.getchannel("A").getextrema() != (255, 255):
-            return png
-        written = BytesIO()
-        few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-        few.save(written, "PNG", optimize=True, dpi=picture.info.get("dpi"))
-    return min(png, written.getvalue(), key=len)
 
 
 class DamagedError(ValueError):

@@ -7,15 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from base64 import b64decode
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
 from conftest import BOTH, ROOT
-from PIL import Image
 
 from qlora_utils import cli
 from qlora_utils.commands import run as runner
@@ -207,9 +204,8 @@ def test_the_seven_notebooks_run_and_leave_the_run_directory(finished):
         text = json.dumps(notebook)
         assert "torch 2" in text  # stamped with versions
         assert "Loading weights" not in text
-        assert copy.stat().st_size < 300_000
+        assert copy.stat().st_size < 400_000
         figures = [o.data["image/png"] for c in cells for o in c.outputs if "image/png" in o.get("data", {})]
-        assert all(Image.open(BytesIO(b64decode(figure))).mode == "P" for figure in figures)
         drawn += len(figures)
         errors = [o["text"] for c in cells for o in c.outputs if o.output_type == "stream" and o.name == "stderr"]
         assert "\r" not in "".join(errors)
