@@ -130,17 +130,6 @@ def split(
     return torch.cat(attended, dim=2).transpose(1, 2)
 
 
-def has_varlen() -> bool:
-    """Return whether this GPU and this version of torch can run `varlen`."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8:
-        return False
-    try:
-        _varlen_attn()
-    except ImportError:
-        return False
-    return True
-
-
 def _attend(
     kernel: Any,
     module: nn.Module,

@@ -17,9 +17,7 @@ from qlora_utils.runs.provenance import provenance
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Beside the run directories lie what was prepared, which is made anew in a moment, and passes that ran out of memory.
-PREPARED = ".prepared"
-LEARNED = ".memory.jsonl"
+LEARNED = ".memory.jsonl"  # beside the run directories: passes that ran out of memory
 HEADLESS = "QLORA_HEADLESS"  # environment variable that the runner sets for its kernels: progress as plain text
 TERMINAL = "QLORA_TERMINAL"  # another, there where their stderr ends up on a terminal: its columns
 
