@@ -418,7 +418,7 @@ class Playground:
         path = RunDirectory(self._runs_folder / exchange.run).preferences
         previous, exchange.preferred = exchange.preferred, model
         try:
-            with locks.held(path.with_name(".preferences.lock"), "a choice", wait_s=10):
+            with locks.hold_lock(path.with_name(".preferences.lock"), "a choice", wait_s=10):
                 # A person may have edited the file, so write its other lines back as they are.
                 lines = path.read_bytes().decode().split("\n") if path.is_file() else []
                 other = [line for line in lines if line.strip() and not exchange.is_recorded_in(line)]

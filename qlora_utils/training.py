@@ -276,7 +276,7 @@ def train(
     # If several processes train together, the first of them locks the run and cleans up.
     is_first = os.environ.get("RANK", "0") == "0"
     lock_path = run.path / ".training.lock"
-    with locks.held(lock_path, "training", wait_s=10) if is_first else nullcontext():
+    with locks.hold_lock(lock_path, "training", wait_s=10) if is_first else nullcontext():
         if is_first:
             _remove_leftovers(run)
 

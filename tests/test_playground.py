@@ -631,12 +631,12 @@ def test_bars_of_next_tokens_show_all_probability_and_what_top_p_leaves_out(logi
         bars = [bar for group in ax.containers for bar in group]
         assert sum(bar.get_width() for bar in bars) == pytest.approx(1, abs=1e-5)
         left_out = sum(bar.get_width() for bar in bars if bar.get_hatch())
-        assert left_out == pytest.approx(float(one.probabilities[one.kept :].sum()), abs=1e-5)
-        assert f"keeps {one.kept:,} of {len(one.ids):,} tokens" in ax.get_title("left")
+        assert left_out == pytest.approx(float(one.probabilities[one.in_top_p :].sum()), abs=1e-5)
+        assert f"keeps {one.in_top_p:,} of {len(one.ids):,} tokens" in ax.get_title("left")
         cuts = [line for line in ax.get_lines() if line.get_linestyle() == "--"]
-        assert len(cuts) == (one.kept < len(one.ids))
-        if cuts and one.kept <= 6:
-            assert list(cuts[0].get_ydata()) == [one.kept - 0.5] * 2
+        assert len(cuts) == (one.in_top_p < len(one.ids))
+        if cuts and one.in_top_p <= 6:
+            assert list(cuts[0].get_ydata()) == [one.in_top_p - 0.5] * 2
     close(figure)
 
 
@@ -664,7 +664,7 @@ def test_next_tokens_are_named_likeliest_first_with_their_spaces_and_those_left_
     assert one.loc[("tuned", "' word0'")].to_list() == [round(1 / (1 + exp(-8) + exp(-9) + 17 * exp(-10)), 4), 1.0]
     assert one.loc[("tuned", "' word2'")].to_list() == [round(float(exp(-8)), 4), 0.0]
     # What top-p keeps becomes 1, and its tail is in the last row.
-    kept = found["base"][1].probabilities[: found["base"][1].kept]
+    kept = found["base"][1].probabilities[: found["base"][1].in_top_p]
     shares = (kept / kept.sum()).tolist()
     assert len(shares) > 6
     assert one.loc["base"]["drawn"].to_list() == pytest.approx([*shares[:6], sum(shares[6:])], abs=1e-4)

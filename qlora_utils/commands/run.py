@@ -255,10 +255,10 @@ def run_series(
     # A resumed run is checked later, under the lock: until then another process may change it.
     if not resumes:
         check_inputs(run, config, notebooks, fresh=fresh)
-    with locks.held(run.path / ".run.lock", "qlora run"):
+    with locks.hold_lock(run.path / ".run.lock", "qlora run"):
         run.sweep()
         if fresh and notebooks == series():
-            with locks.held(run.path / ".training.lock", "qlora run --fresh", wait_s=10):
+            with locks.hold_lock(run.path / ".training.lock", "qlora run --fresh", wait_s=10):
                 _remove_earlier_run(run)
         elif start is None:
             notebooks = _remaining_notebooks(run, config, parameters)

@@ -1,4 +1,4 @@
-"""The runs in a folder: what each is, how far it came, what it scored, how much room it takes (`qlora runs`)."""
+"""List the runs in a folder: how far each came, what it scored, how much disk it takes (`qlora runs`)."""
 
 from __future__ import annotations
 
@@ -23,73 +23,91 @@ from qlora_utils.style import cut
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-# What tells a run directory without a config.json from a folder that is no run at all.
+# Any of these makes a folder without a config.json a damaged run rather than no run at all.
 _OURS = ("history.jsonl", "metrics.json", "adapter", "checkpoints", "data/train.jsonl")
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A run as the list tells it; None where it has not got that far.
+class ListedRun:
+    """Hold what is known of a run; None where it has not got that far.
 
-    `state`: `begun`, `prepared`, `training` (a process is at it), `stopped` (none is, and it can go on), `trained`,
-    `scored` or `damaged`; then `fault` says what is.
+    Attributes:
+        name: of the run directory.
+        state: `begun`, `prepared`, `training` (a process is at work), `stopped` (none is, and it can be resumed),
+            `trained`, `scored` or `damaged`.
+        changed: when its last file was written, seconds since 1970.
+        bytes: on disk, all files together.
+        preset: of its config.
+        model: of its config.
+        step: the last logged of a training at work; of a stopped one that of its checkpoint, or 0.
+        steps: of the whole training; None for a run in epochs that has no checkpoint yet.
+        held_out_loss: of the selected adapter, or else the last measured.
+        exact_match: of base and tuned model.
+        questions: that exact match was measured on.
+        fault: of a damaged run, what is wrong with it.
     """
 
     name: str
     state: str
-    changed: float  # seconds since 1970: the last file written
-    bytes: int  # on disk, all files together
+    changed: float
+    bytes: int
     preset: str | None = None
     model: str | None = None
-    step: int | None = None  # of a training at work the last logged, of a stopped one that of its checkpoint, or 0
-    steps: int | None = None  # None: not known, of a run in epochs that has no checkpoint yet
-    held_out_loss: float | None = None  # of the adapter that is kept, or the last measured
-    exact_match: tuple[float, float] | None = None  # base, tuned
-    questions: int | None = None  # that it was measured on
+    step: int | None = None
+    steps: int | None = None
+    held_out_loss: float | None = None
+    exact_match: tuple[float, float] | None = None
+    questions: int | None = None
     fault: str | None = None
 
 
-def listed(folder: Path) -> list[Listed]:
-    """The runs in a folder of run directories, the one changed last first. One that is damaged stops nothing.
+def list_runs(folder: Path) -> list[ListedRun]:
+    """List the runs in a folder of run directories, the one changed last first. A damaged one does not stop that.
 
     Raises:
         ConfigError: it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir: {folder} is a file; expected a folder of run directories.")
-    found = [look_at(path) for path in _run_directories(folder)]
+    found = [inspect_run(path) for path in _run_directories(folder)]
     return sorted(found, key=lambda run: (-run.changed, run.name))
 
 
 def _run_directories(folder: Path) -> Iterator[Path]:
+    """Yield the folders that hold a run, and those that cannot be read: they might."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():
-        with suppress(OSError):  # gone meanwhile, or a folder that may not be looked into
-            if not path.name.startswith(".") and path.is_dir():
-                try:
-                    ours = any(os.path.lexists(path / name) for name in ("config.json", *_OURS))
-                    readable = os.access(path, os.R_OK | os.X_OK)
-                except OSError:
-                    ours, readable = False, False
-                if ours or not readable:
-                    yield path
+        # It was removed meanwhile, or cannot be looked into.
+        with suppress(OSError):
+            if not path.name.startswith(".") and path.is_dir() and _holds_run(path):
+                yield path
 
 
-def look_at(path: Path) -> Listed:
-    """One run directory. Whatever is wrong with it is told in `fault`."""
-    changed, size = _room(path)
+def _holds_run(path: Path) -> bool:
+    """Check whether a folder holds a file of a run, or cannot be read."""
     try:
-        return Listed(path.name, changed=changed, bytes=size, **_told(RunDirectory(path)))
-    except Exception as error:  # whatever lies there, the others are listed
+        has_file = any(os.path.lexists(path / name) for name in ("config.json", *_OURS))
+        return has_file or not os.access(path, os.R_OK | os.X_OK)
+    except OSError:
+        return True
+
+
+def inspect_run(path: Path) -> ListedRun:
+    """Inspect one run directory. Whatever is wrong with it is described in `fault`."""
+    changed, size = _measure_folder(path)
+    # Whatever lies in this folder, the other runs are to be listed: hence every kind of error.
+    try:
+        return ListedRun(path.name, changed=changed, bytes=size, **_read_state(RunDirectory(path)))
+    except Exception as error:
         fault = first_line(error)
         if not isinstance(error, (ValueError, OSError)):
             fault = f"a file in {path} does not hold what a run leaves ({type(error).__name__}: {fault})"
-        return Listed(path.name, "damaged", changed, size, fault=fault)
+        return ListedRun(path.name, "damaged", changed, size, fault=fault)
 
 
-def _told(run: RunDirectory) -> dict[str, Any]:
-    """What the files of a run say.
+def _read_state(run: RunDirectory) -> dict[str, Any]:
+    """Read from the files of a run how far it came, as fields of `ListedRun`.
 
     Raises:
         OSError, ValueError, KeyError, TypeError, AttributeError: one of them is damaged.
@@ -97,31 +115,40 @@ def _told(run: RunDirectory) -> dict[str, Any]:
     if not run.config.is_file():
         raise ValueError(f"{run.config}: missing, which tells what the run is")
     config = RunConfig.from_file(run.config)
-    told: dict[str, Any] = {"preset": config.preset, "model": config.model}
+    fields: dict[str, Any] = {"preset": config.preset, "model": config.model}
     history = read_jsonl(run.history, dict) if run.history.is_file() else []
     measured = [line["eval_loss"] for line in history if line.get("eval_loss") is not None]
-    told["held_out_loss"] = float(measured[-1]) if measured else None
+    if measured:
+        fields["held_out_loss"] = float(measured[-1])
     metrics = run.known_metrics()
+
+    # A training that is complete, and maybe scored. Its adapter need not be that of the last measurement.
     if trained := run.finished():
-        told["state"], told["step"] = "trained", int(trained["steps"])
-        told["steps"] = told["step"]
+        steps = int(trained["steps"])
+        fields |= {"state": "trained", "step": steps, "steps": steps}
         if trained.get("kept_loss") is not None:
-            told["held_out_loss"] = float(trained["kept_loss"])
+            fields["held_out_loss"] = float(trained["kept_loss"])
         if "tuned" in metrics:
-            pair = tuple(float(metrics[model]["exact_match"]) for model in ("base", "tuned"))
-            told |= {"state": "scored", "exact_match": pair, "questions": int(metrics["held_out"]["questions"])}
-        return told
-    busy = is_at_work(run.path / ".training.lock")
-    saved = _saved(run)
-    if history or saved or busy:
-        logged = int(history[-1]["step"]) if history else 0
-        state, step = ("training", logged) if busy else ("stopped", int(saved.get("global_step", 0)))
-        return {**told, "state": state, "step": step, "steps": _steps(config, saved)}
-    return {**told, "state": "prepared" if (run.data / "train.jsonl").is_file() else "begun"}
+            scores = (float(metrics["base"]["exact_match"]), float(metrics["tuned"]["exact_match"]))
+            fields |= {"state": "scored", "exact_match": scores, "questions": int(metrics["held_out"]["questions"])}
+        return fields
+
+    # A training that has begun. A stopped one is resumed from its checkpoint, whatever was logged after that.
+    at_work = is_at_work(run.path / ".training.lock")
+    checkpoint = _read_last_checkpoint(run)
+    if history or checkpoint or at_work:
+        fields["steps"] = _planned_steps(config, checkpoint)
+        if at_work:
+            return {**fields, "state": "training", "step": int(history[-1]["step"]) if history else 0}
+        return {**fields, "state": "stopped", "step": int(checkpoint.get("global_step", 0))}
+
+    # No training yet.
+    return {**fields, "state": "prepared" if (run.data / "train.jsonl").is_file() else "begun"}
 
 
-def _saved(run: RunDirectory) -> Mapping[str, Any]:
-    """What the last checkpoint says of its training; nothing if there is none that is whole."""
+def _read_last_checkpoint(run: RunDirectory) -> Mapping[str, Any]:
+    """Return the trainer's state in the last checkpoint that can be read; empty if there is none."""
+    # By time: a run that started over may have checkpoints of higher steps.
     paths = sorted(run.checkpoints.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(paths):
         with suppress(OSError, ValueError):
@@ -129,20 +156,21 @@ def _saved(run: RunDirectory) -> Mapping[str, Any]:
     return {}
 
 
-def _steps(config: RunConfig, saved: Mapping[str, Any]) -> int | None:
-    """All steps of a training that is not done."""
+def _planned_steps(config: RunConfig, checkpoint: Mapping[str, Any]) -> int | None:
+    """Return the steps of a whole training that is not complete; None if they are not known."""
     if config.epochs is None:
         return config.steps
-    return int(saved["max_steps"]) if saved else None
+    return int(checkpoint["max_steps"]) if checkpoint else None
 
 
-def _room(path: Path) -> tuple[float, int]:
-    """When something in a folder was last written, and the bytes of its files; links are not followed."""
+def _measure_folder(path: Path) -> tuple[float, int]:
+    """Return when something in a folder was last written, and the bytes of its files; links are not followed."""
     changed, size = 0.0, 0
     with suppress(OSError):
         changed = path.stat().st_mtime
     for folder, _, names in os.walk(path):
         for name in names:
+            # A file that a training at work has removed since counts for nothing.
             with suppress(OSError):
                 found = os.lstat(os.path.join(folder, name))  # noqa: PTH118
                 changed, size = max(changed, found.st_mtime), size + found.st_size
@@ -152,7 +180,7 @@ def _room(path: Path) -> tuple[float, int]:
 # ---------------------------------------------------------------------------------------------------- as text
 
 
-def table(runs: Sequence[Listed]) -> DataFrame:
+def table(runs: Sequence[ListedRun]) -> DataFrame:
     """Return one row per run, with what it does not have yet missing.
 
     Held-out loss in nats per token, exact match of base and tuned model and the number of questions asked for it, the
@@ -179,7 +207,7 @@ def table(runs: Sequence[Listed]) -> DataFrame:
             }
         )
     table = DataFrame(rows, index=Index([cut(run.name, 40) for run in runs], name="run"))
-    # Whole numbers and scores have types that know missing values, also where all are missing.
+    # Types that know missing values, also where all are missing.
     return table.astype(
         {
             **dict.fromkeys(("step", "steps", "asked"), "Int64"),
@@ -188,8 +216,8 @@ def table(runs: Sequence[Listed]) -> DataFrame:
     )
 
 
-def as_json(runs: Iterable[Listed]) -> str:
-    """The runs as a JSON list of objects with the fields of `Listed`, in ASCII: a name may be no UTF-8."""
+def as_json(runs: Iterable[ListedRun]) -> str:
+    """Format runs as a JSON list of objects with the fields of `ListedRun`; in ASCII, for names need not be UTF-8."""
     return json.dumps([asdict(run) for run in runs], indent=2)
 
 
@@ -207,12 +235,13 @@ def add_parser(commands: Any) -> None:
 def main(options: argparse.Namespace) -> int:
     """Print the runs as a table or as JSON; below a table, in full, what is wrong with damaged ones."""
     folder = Path(options.output_dir)
-    found = listed(folder)
+    found = list_runs(folder)
     if options.json:
         print(as_json(found))
     elif not found:
         print(f"no runs in {cut(str(folder), 200)}. The first one: {run_command('demo', preset='pocket')}")
     else:
+        # The time as people write it, and sizes in the unit that suits them.
         formats = {"changed": lambda moment: moment.strftime("%Y-%m-%d %H:%M"), "size": style.size}
         print(style.table_text(table(found), digits=3, formats=formats))
     faults = [f"{cut(run.name, 40)}: {cut(run.fault, 300)}" for run in found if run.fault]

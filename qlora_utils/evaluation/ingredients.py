@@ -1,6 +1,6 @@
-"""What each ingredient of QLoRA does: the same training with one thing changed, over several seeds (notebooks 03, 06).
+"""Find and draw what each ingredient of QLoRA does: the same training with one thing changed, over several seeds.
 
-Measured once by `commands.ingredients` and kept as JSON; notebooks and report only draw what was measured.
+Measured once by `commands.ingredients` and stored as JSON; notebooks 03 and 06 and the report only read that.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# ingredient -> value, as it stands on the axis -> what is set for it. The rank goes with alpha = r, so that the scale
-# of the update, alpha / r, stays 1.
+# ingredient -> value, as it stands on the axis -> the fields of the config that it sets.
+# The rank goes with alpha = r, so that the scale of the update, alpha / r, stays 1.
 INGREDIENTS: dict[str, dict[str, dict[str, Any]]] = {
     "base weights": {"NF4": {"quantize": True}, "full precision": {"quantize": False}},
     "head": {
@@ -35,77 +35,81 @@ INGREDIENTS: dict[str, dict[str, dict[str, Any]]] = {
         "trained at LoRA's rate": {"train_head": True, "head_learning_rate": None},
     },
     "loss on": {"answers": {"response_only": True}, "questions too": {"response_only": False}},
-    "rank": {str(r): {"lora_r": r, "lora_alpha": float(r)} for r in (1, 4, 16, 64)},
+    "rank": {str(rank): {"lora_r": rank, "lora_alpha": float(rank)} for rank in (1, 4, 16, 64)},
 }
-# Student's t for 95 %, by degrees of freedom
+# Student's t for 95 %, by degrees of freedom.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
-# What may differ between two measurements that are to be compared: nothing that training or answers depend on.
-_ASIDE = ("run_name", "output_dir", "seed", "eval_steps", "logging_steps", "save_steps", "save_total_limit", "keep",
-          "trace_rows", "fresh", *SPEED_FIELDS)  # fmt: skip
+# Fields that neither training nor answers depend on: two measurements that differ in these alone can be compared.
+_NOT_COMPARED = ("run_name", "output_dir", "seed", "eval_steps", "logging_steps", "save_steps", "save_total_limit",
+                 "keep", "trace_rows", "fresh", *SPEED_FIELDS)  # fmt: skip
 
 
 def changes(config: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that are not the config's own anyway."""
+    """Return the values that differ from those of a config."""
     return {name: value for name, value in values.items() if getattr(config, name) != value}
 
 
 def variants(config: RunConfig) -> list[dict[str, Any]]:
-    """Every set of changes to be measured, each once; the first is none, the config as it is."""
+    """List the sets of changes to measure, each once. The first is empty: the config as it is."""
     found: list[dict[str, Any]] = [{}]
     for ingredient in INGREDIENTS.values():
         for values in ingredient.values():
+            # Each ingredient has one value that is the config's own.
             if changes(config, values) not in found:
                 found.append(changes(config, values))
     return found
 
 
 def about(config: RunConfig) -> dict[str, Any]:
-    """What a measurement belongs to: the config, local weights and questions, versions and hardware."""
+    """Describe what a measurement is of: the config, local weights and questions, versions and hardware."""
+    # Sums of files, since a name says nothing of what lies there.
     sums = {}
     for name in ("model", "dataset"):
         root = Path(locate(getattr(config, name))).expanduser()
         for path in (root, *sorted(root.rglob("*"))):
             if path.is_file() and path.suffix in (".safetensors", ".arrow", *SUFFIXES):
                 sums[f"{name}/{path.relative_to(root)}"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    kept = {name: value for name, value in config.model_dump().items() if name not in _ASIDE}
-    return {"config": kept, "files_sha256": sums, "versions": versions(), "hardware": hardware()}
+    compared = {name: value for name, value in config.model_dump().items() if name not in _NOT_COMPARED}
+    return {"config": compared, "files_sha256": sums, "versions": versions(), "hardware": hardware()}
 
 
 def find(run: RunDirectory, config: RunConfig) -> dict[str, Any] | None:
-    """What was measured for a run as it is: in its own directory, or for its preset, by whoever made that.
+    """Read what was measured for a run as it is: in its own directory, or else for its preset, as committed in `data/`.
 
     Args:
         run: whose `ingredients.json` comes first.
-        config: of the run; its `seed` and what concerns measuring and saving may differ.
+        config: of the run; its `seed`, and fields about measuring and saving, need not be those of the measurement.
 
     Returns:
         `about`, `base` and `lines`, or None if nothing was measured for this config, these weights and questions.
     """
     for path in (run.ingredients, project_folder("data") / "ingredients" / f"{config.preset}.json"):
-        if path.is_file():
-            stored, now = read_json(path), about(config)
-            if all(stored["about"][name] == now[name] for name in ("config", "files_sha256")):
-                return stored
+        if not path.is_file():
+            continue
+        # Versions and hardware are not compared: on another machine nothing would be found.
+        stored, now = read_json(path), about(config)
+        if all(stored["about"][name] == now[name] for name in ("config", "files_sha256")):
+            return stored
     return None
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of the seeds, and the ends of its 95 % interval by Student's t; wide, since seeds are few.
+    """Return the mean over seeds, and the ends of its 95 % interval by Student's t; wide, since seeds are few.
 
     Args:
         values: one per seed, two to ten.
     """
     count = len(values)
     mean = statistics.mean(values)
-    reach = T_95[count - 1] * statistics.stdev(values) / math.sqrt(count)
-    return mean, mean - reach, mean + reach
+    half_width = T_95[count - 1] * statistics.stdev(values) / math.sqrt(count)
+    return mean, mean - half_width, mean + half_width
 
 
 def _lines_of(stored: Mapping[str, Any], values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The measurements of one value of an ingredient, one per seed."""
-    own = stored["about"]["config"]
-    wanted = {name: value for name, value in values.items() if own[name] != value}
+    """List the measurements of one value of an ingredient, one per seed."""
+    own_config = stored["about"]["config"]
+    wanted = {name: value for name, value in values.items() if own_config[name] != value}
     return [line for line in stored["lines"] if line["changes"] == wanted]
 
 
@@ -122,15 +126,17 @@ def table(stored: Mapping[str, Any]) -> DataFrame:
     names, rows = [], []
     for ingredient, values in INGREDIENTS.items():
         for value, changed in values.items():
-            members = _lines_of(stored, changed)
+            lines = _lines_of(stored, changed)
             # One seed has no interval.
-            if len(members) < 2:
+            if len(lines) < 2:
                 continue
-            row: list[Any] = [members[0]["trainable"], "score" if members == own else "difference"]
+            is_own = lines == own
+            row: list[Any] = [lines[0]["trainable"], "score" if is_own else "difference"]
             for split in splits:
-                row += _score(own, split) if members == own else _difference(own, members, split)
+                row += _score(own, split) if is_own else _difference(own, lines, split)
             names.append((ingredient, value))
             rows.append(row)
+    # Columns of two levels: those of a split stand below its name.
     columns = [("trainable", ""), ("what", "")]
     for split in splits:
         columns += [(cut(split, 26), part) for part in ("mean", "low", "high")]
@@ -148,13 +154,14 @@ def _difference(
     own: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], split: str
 ) -> tuple[float, float, float]:
     """Return the mean difference of others from the run itself, over the seeds that both have, and its interval."""
+    # Seed by seed: both trainings begin alike, so that what varies with the seed alone cancels.
     scores = {line["seed"]: line["exact_match"][split] for line in others}
     gains = [scores[line["seed"]] - line["exact_match"][split] for line in own if line["seed"] in scores]
     return mean_and_interval(gains) if len(gains) > 1 else (math.nan, math.nan, math.nan)
 
 
 def plot(stored: Mapping[str, Any], name: str, ax: Axes) -> Figure:
-    """Exact match against the values of one ingredient: every seed as a dot, their mean with its 95 % interval.
+    """Draw exact match against the values of one ingredient: every seed as a dot, their mean with its 95 % interval.
 
     Args:
         stored: from `find`.
@@ -162,17 +169,20 @@ def plot(stored: Mapping[str, Any], name: str, ax: Axes) -> Figure:
         ax: to draw on.
     """
     splits = list(stored["lines"][0]["exact_match"])
-    values = {v: m for v, changed in INGREDIENTS[name].items() if len(m := _lines_of(stored, changed)) > 1}
+    # One seed has no interval.
+    measured = {value: _lines_of(stored, changed) for value, changed in INGREDIENTS[name].items()}
+    values = {value: lines for value, lines in measured.items() if len(lines) > 1}
     for index, split in enumerate(splits):
+        # Splits stand side by side at each value, and the dots of their seeds beside the mean.
         color = COLORS[index % len(COLORS)]
-        aside = 0.16 * (index - (len(splits) - 1) / 2)
-        for place, members in enumerate(values.values()):
-            scores = [line["exact_match"][split] for line in members]
-            mean, low, high = mean_and_interval(scores)
-            reach = [[mean - max(0.0, low)], [min(1.0, high) - mean]]
+        offset = 0.16 * (index - (len(splits) - 1) / 2)
+        for place, lines in enumerate(values.values()):
+            mean, low, high = _score(lines, split)
             label = in_figure(cut(split, 80)) if place == 0 else None
-            ax.errorbar(place + aside, mean, yerr=reach, fmt="o", color=color, capsize=4, markersize=6, label=label)
-            ax.plot([place + aside + 0.05] * len(scores), scores, ".", color=color, alpha=0.5, markersize=5)
+            ax.errorbar(place + offset, mean, yerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=4,
+                        markersize=6, label=label)  # fmt: skip
+            scores = [line["exact_match"][split] for line in lines]
+            ax.plot([place + offset + 0.05] * len(scores), scores, ".", color=color, alpha=0.5, markersize=5)
     ax.set_xticks(range(len(values)), [value.replace(" at ", "\nat ") for value in values])
     ax.set(title=name, ylabel="exact match", xlim=(-0.5, len(values) - 0.5))
     unframed(ax, grid="y")
@@ -180,7 +190,7 @@ def plot(stored: Mapping[str, Any], name: str, ax: Axes) -> Figure:
 
 
 def plot_all(stored: Mapping[str, Any]) -> Figure:
-    """A panel for each ingredient, on one scale."""
+    """Draw a panel for each ingredient, on one scale."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(INGREDIENTS), figsize=(14, 3.6), layout="constrained", sharey=True)

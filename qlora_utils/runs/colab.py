@@ -1,7 +1,7 @@
-"""A borrowed machine, Colab's or Kaggle's: installed without replacing what it came with, and outputs that outlive it.
+"""Set up a borrowed machine, Colab's or Kaggle's, without replacing what it came with, and have outputs outlive it.
 
 The set-up cell clones the repository and calls `python -m qlora_utils.runs.colab` there, before anything is installed:
-at import this module needs Python alone.
+importing this module needs Python alone.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ from qlora_utils.runs.provenance import host
 DISTRIBUTION = "qlora-utils"
 # What pip must leave as it is. Torch and its kin are built for the machine's CUDA, numpy and pandas are loaded before
 # the first cell runs, and the rest is the kernel itself and its page: replaced, a session crashes or shows no widgets.
-KEPT = (
+PINNED = (
     "torch", "torchvision", "torchaudio", "triton", "numpy", "pandas",
     "ipykernel", "ipython", "ipywidgets", "jupyter-client", "pyzmq", "tornado", "traitlets",
 )  # fmt: skip
-RECORD = ".installed.json"  # in the clone: when pip ran, and what it changed
-IN_DRIVE = Path("MyDrive") / "qlora" / "outputs"  # below the mount
+# In the clone: when pip ran, and what it changed.
+RECORD = ".installed.json"
+# Below the mount of Google Drive.
+IN_DRIVE = Path("MyDrive") / "qlora" / "outputs"
 
 
 class MachineError(RuntimeError):
-    """This machine is not ready; the message says what is wrong and what to do."""
+    """Report a machine that is not ready; say what is wrong and what to do."""
 
 
 def install(checkout: Path) -> str:
-    """Install this package from a clone; what `KEPT` names stays at the version that it has.
+    """Install this package from a clone, and leave the packages in `PINNED` at the versions that they have.
 
     Args:
         checkout: the clone.
 
     Returns:
-        What pip installed and replaced, a line each; nothing if this clone is installed already.
+        The packages that pip installed and replaced, a line each; nothing if this clone is installed already.
 
     Raises:
         MachineError: what the machine came with is too old, or pip failed; says what to do.
@@ -51,28 +53,33 @@ def install(checkout: Path) -> str:
     if _is_installed(checkout):
         return ""
     before = _versions()
-    _check(checkout, before)
+    _check_versions(checkout, before)
+    # Constraints rather than requirements: pip fails where something needs another version, and replaces nothing.
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
-        constraints.write_text("".join(f"{name}=={before[name]}\n" for name in KEPT if name in before))
+        pins = [f"{name}=={before[name]}\n" for name in PINNED if name in before]
+        constraints.write_text("".join(pins))
         options = ["--disable-pip-version-check", "--root-user-action=ignore", "-c", str(constraints)]
         pip = subprocess.run(
             [sys.executable, "-m", "pip", "install", *options, str(checkout)], capture_output=True, text=True
         )
     if pip.returncode:
-        said = pip.stdout + pip.stderr
-        said = said[max(0, said.find("The conflict is caused by")) :][-2000:].strip()
+        # Of pip's many lines the ones about a conflict, or else the last.
+        output = pip.stdout + pip.stderr
+        output = output[max(0, output.find("The conflict is caused by")) :][-2000:].strip()
         raise MachineError(
-            f"{said}\npip could not install {checkout}. Is there a network? If packages "
+            f"{output}\npip could not install {checkout}. Is there a network? If packages "
             "were changed here before, begin with a fresh machine (Colab: Runtime, Disconnect and delete runtime)."
         )
+    # Recorded for `ready`: a package that this session loaded before pip replaced it asks for a restart.
     after = _versions()
     changed = {name: [before.get(name), new] for name, new in after.items() if before.get(name) != new}
     (checkout / RECORD).write_text(json.dumps({"at": time.time(), "changed": changed}))
-    return _told(changed)
+    return _format_changes(changed)
 
 
 def _is_installed(checkout: Path) -> bool:
+    """Check whether this version is installed, and from this clone."""
     try:
         installed = metadata.distribution(DISTRIBUTION)
     except metadata.PackageNotFoundError:
@@ -82,55 +89,74 @@ def _is_installed(checkout: Path) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    """Every installed distribution and its version, names as pip writes them in requirements."""
-    # Of two with one name the first on the path is the one that is imported.
+    """Return every installed distribution and its version, with names as pip writes them in requirements."""
+    # Of two with the same name, the first on the path is the one that is imported.
     found: dict[str, str] = {}
-    for one in metadata.distributions():
-        if name := one.metadata["Name"]:
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), one.version)
+    for distribution in metadata.distributions():
+        if name := distribution.metadata["Name"]:
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution.version)
     return found
 
 
-def _check(checkout: Path, versions: dict[str, str]) -> None:
-    """Refuse a machine whose own packages are too old: pip would replace them, and break what depends on them."""
+def _check_versions(checkout: Path, versions: dict[str, str]) -> None:
+    """Refuse a machine whose own packages are too old: pip would replace them, and break what depends on them.
+
+    Raises:
+        MachineError: names the first such package, and how to get a newer machine.
+    """
     project: dict[str, Any] = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    ours = dict(re.findall(r"([\w-]+)>=([\d.]+)", " ".join(project["dependencies"])))
-    found = {name: versions[name] for name in KEPT if name in versions and name in ours}
-    ours["Python"], found["Python"] = project["requires-python"].removeprefix(">="), sys.version.split()[0]
+    # What this version needs at least, and what the machine came with.
+    needed = dict(re.findall(r"([\w-]+)>=([\d.]+)", " ".join(project["dependencies"])))
+    found = {name: versions[name] for name in PINNED if name in versions and name in needed}
+    needed["Python"], found["Python"] = project["requires-python"].removeprefix(">="), sys.version.split()[0]
     for name, version in found.items():
-        if _numbers(version) < _numbers(ours[name]):
+        if _leading_numbers(version) < _leading_numbers(needed[name]):
             raise MachineError(
-                f"{name} {version} came with this machine, and {ours[name]} or later is needed. It is not replaced, "
+                f"{name} {version} came with this machine, and {needed[name]} or later is needed. It is not replaced, "
                 "for the machine's other packages are built for it. Take a newer machine: on Colab choose Runtime, "
                 "Change runtime type, Runtime version, Latest; on Kaggle Settings, Environment, Always use latest."
             )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, so that 2.10 is more than 2.8."""
-    return tuple(int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", version)[0]))
+def _leading_numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version, so that 2.10 is more than 2.8."""
+    release = re.split(r"[^\d.]", version)[0]
+    return tuple(map(int, re.findall(r"\d+", release)))
 
 
-def _told(changed: dict[str, list[str | None]]) -> str:
-    new = [f"{name} {now}" for name, (was, now) in sorted(changed.items()) if was is None]
-    replaced = [f"{name} {was} → {now}" for name, (was, now) in sorted(changed.items()) if was is not None]
-    lines = [f"installed: {', '.join(new)}" if new else "", f"replaced: {', '.join(replaced)}" if replaced else ""]
-    return "\n".join(line for line in lines if line)
+def _format_changes(changed: dict[str, list[str | None]]) -> str:
+    """Format the packages that pip installed and replaced, a line each.
+
+    Args:
+        changed: name -> version before, None if there was none, and version now.
+    """
+    new, replaced = [], []
+    for name, (before, now) in sorted(changed.items()):
+        if before is None:
+            new.append(f"{name} {now}")
+        else:
+            replaced.append(f"{name} {before} → {now}")
+    lines = []
+    if new:
+        lines.append(f"installed: {', '.join(new)}")
+    if replaced:
+        lines.append(f"replaced: {', '.join(replaced)}")
+    return "\n".join(lines)
 
 
 def ready(version: str, *, keep_in_drive: bool = False) -> str:
-    """The end of the set-up cell: sees to it that what was installed is what runs, and that outputs are kept.
+    """Finish the set-up cell: check that what was installed is what runs, and settle where outputs lie.
 
     Args:
         version: of the notebook, as `v0.1.0`.
         keep_in_drive: put the folder of run directories into Google Drive; only Colab can.
 
     Returns:
-        What pip changed, where outputs lie, and versions and hardware, to be printed.
+        Lines to print: the packages that pip changed, where outputs lie, versions and hardware.
 
     Raises:
-        MachineError: on a borrowed machine, of another version than the notebook; packages that were loaded before pip
-            replaced them; Drive not to be mounted, or runs that lie here already.
+        MachineError: on a borrowed machine that has another version than the notebook, that loaded packages before pip
+            replaced them, where Drive cannot be mounted, or where runs lie here already.
     """
     from qlora_utils.locate import project_folder
     from qlora_utils.runs.provenance import environment_line
@@ -142,47 +168,55 @@ def ready(version: str, *, keep_in_drive: bool = False) -> str:
         lines.append(f"This notebook is of {version}, the installed qlora-utils is v{__version__}.")
     if where is not None:
         checkout = project_folder("notebooks").parent
+        # A clone of another version, from a session before, would run with cells that are not its own.
         if lines:
             raise MachineError(f"{lines[0]} Keep {checkout / 'outputs'}, remove {checkout}, and restart the session.")
-        record = _record(checkout)
+        record = _read_record(checkout)
         if stale := _loaded_before(record):
             raise MachineError(
                 f"{', '.join(stale)}: loaded in this session before pip replaced it. Restart the session (Colab: "
                 "Runtime, Restart session; Kaggle: Run, Restart session) and run this again; nothing is fetched twice."
             )
-        lines += [_told(record["changed"]), _outputs(checkout / "outputs", where, keep_in_drive)]
+        lines += [_format_changes(record["changed"]), _place_outputs(checkout / "outputs", where, keep_in_drive)]
     elif keep_in_drive:
         lines.append("KEEP_IN_DRIVE is for Colab. Here outputs stay where output_dir says.")
     without_formulas()
-    return "\n".join(line for line in [*lines, environment_line()] if line)
+    lines.append(environment_line())
+    return "\n".join(filter(None, lines))
 
 
-def _record(checkout: Path) -> dict[str, Any]:
+def _read_record(checkout: Path) -> dict[str, Any]:
+    """Return when `install` ran pip and what that changed; nothing if this was installed by hand."""
     try:
         return dict(json.loads((checkout / RECORD).read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # installed by hand
+    except (OSError, ValueError):
         return {"at": 0.0, "changed": {}}
 
 
 def _loaded_before(record: dict[str, Any]) -> list[str]:
-    """Packages of which this process still runs the version from before pip replaced it, as `numpy 2.0.2`."""
+    """List the packages that this process loaded before pip replaced them, as `numpy 2.0.2`."""
     import psutil
+
+    # A process that began after pip cannot have loaded anything older.
 
     if psutil.Process().create_time() > record["at"]:
         return []
     found = []
-    for name, (was, now) in record["changed"].items():
-        if was is not None:
-            files = metadata.distribution(name).files or []
-            for module in {file.parts[0].removesuffix(".py") for file in files} & set(sys.modules):
-                loaded = getattr(sys.modules[module], "__version__", now)
-                if loaded != now:
-                    found.append(f"{name} {loaded}")
+    for name, (before, now) in record["changed"].items():
+        if before is None:
+            continue
+        # A module knows its version from when it was loaded, and its files are new already.
+        files = metadata.distribution(name).files or []
+        modules = {file.parts[0].removesuffix(".py") for file in files}
+        for module in modules & set(sys.modules):
+            loaded = getattr(sys.modules[module], "__version__", now)
+            if loaded != now:
+                found.append(f"{name} {loaded}")
     return sorted(found)
 
 
-def _outputs(outputs: Path, where: str, keep: bool) -> str:
-    """See to the folder of run directories; where it lies, and for how long, in words."""
+def _place_outputs(outputs: Path, where: str, keep: bool) -> str:
+    """Put the folder of run directories into Drive if asked to; say where it lies, and for how long."""
     if where == "Kaggle":
         note = "KEEP_IN_DRIVE is for Colab. " if keep else ""
         return f"{note}Outputs lie in {outputs}. Save Version keeps them; else they end with this session."
@@ -214,11 +248,13 @@ def keep_in_drive(outputs: Path) -> Path:
     mount = outputs.parent.parent / "drive"
     try:
         drive.mount(str(mount))
-    except Exception as error:  # of Colab's own, several kinds
+    # Colab's own errors are of several kinds.
+    except Exception as error:
         raise MachineError(
             f"Google Drive was not mounted ({error}). Run this again and allow access, or set KEEP_IN_DRIVE = False."
         ) from error
     in_drive = mount / IN_DRIVE
+    # A link that is there was made by this function before, maybe for a mount that has gone.
     try:
         in_drive.mkdir(parents=True, exist_ok=True)
         if outputs.is_symlink():
@@ -253,7 +289,7 @@ def _check_empty(outputs: Path, in_drive: Path) -> None:
 
 
 def main() -> int:
-    """Install the clone that this file lies in. Exit status 1 if that cannot be."""
+    """Install the clone that this file lies in; return the exit status, 1 if that failed."""
     try:
         print(install(Path(__file__).resolve().parents[2]))
     except MachineError as error:

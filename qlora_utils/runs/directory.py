@@ -1,4 +1,4 @@
-"""The run directory, the contract between notebooks: where each thing lies."""
+"""Name the files of a run directory, the contract between notebooks, and write those that several of them share."""
 
 from __future__ import annotations
 
@@ -18,96 +18,107 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEARNED = ".memory.jsonl"  # beside the run directories: passes that ran out of memory
-HEADLESS = "QLORA_HEADLESS"  # environment variable that the runner sets for its kernels: progress as plain text
-TERMINAL = "QLORA_TERMINAL"  # another, there where their stderr ends up on a terminal: its columns
+# Environment variables that `qlora run` sets for its kernels: progress as plain text, and the columns of the terminal
+# that their stderr ends up on, where it does.
+HEADLESS = "QLORA_HEADLESS"
+TERMINAL = "QLORA_TERMINAL"
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of one run. Folders are made when something is written into them."""
+    """Hold the paths of one run. Folders are made when something is written into them."""
 
     path: Path
 
     @property
     def config(self) -> Path:
-        """The resolved RunConfig, versions, git commit and hardware."""
+        """Return the path of the resolved RunConfig, versions, git commit and hardware."""
         return self.path / "config.json"
 
     @property
     def data(self) -> Path:
-        """Prepared train and held-out conversations and the data report."""
+        """Return the folder of prepared train and held-out conversations and of the data report."""
         return self.path / "data"
 
     @property
     def instructions(self) -> Path:
-        """How the questions were put to an encoder-decoder in training."""
+        """Return the path of the instructions that an encoder-decoder was trained with."""
         return self.data / "instructions.toml"
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter: LoRA weights and head, safetensors."""
+        """Return the folder of the trained adapter: LoRA weights and head, safetensors."""
         return self.path / "adapter"
 
     @property
     def merged(self) -> Path:
-        """Adapter and base model as one plain 16-bit model, if they were merged (`qlora merge --run NAME`)."""
+        """Return the folder of adapter and base model as one plain 16-bit model (`qlora merge --run NAME`)."""
         return self.path / "merged"
 
     @property
     def checkpoints(self) -> Path:
-        """The Trainer's checkpoints."""
+        """Return the folder of the Trainer's checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def history(self) -> Path:
-        """One JSON line per logged step."""
+        """Return the path of the training history, one JSON line per logged step."""
         return self.path / "history.jsonl"
 
     @property
     def answers(self) -> Path:
-        """One JSON line per question asked: its split, what was expected, base and tuned answer, scores."""
+        """Return the path of the answers.
+
+        One JSON line per question asked: its split, the expected answer, base and tuned answer, scores.
+        """
         return self.path / "answers.jsonl"
 
     @property
     def metrics(self) -> Path:
-        """`train`; `held_out`, `base`, `tuned` and `paired` on held-out questions; `groups` of them."""
+        """Return the path of the metrics.
+
+        Sections `train`; `held_out`, `base`, `tuned` and `paired` on held-out questions; `groups` of these.
+        """
         return self.path / "metrics.json"
 
     @property
     def ingredients(self) -> Path:
-        """The same training with one thing changed, if that was measured (`qlora ingredients --run NAME`)."""
+        """Return the path of the same training measured with one thing changed (`qlora ingredients --run NAME`)."""
         return self.path / "ingredients.json"
 
     @property
     def comparison(self) -> Path:
-        """This run beside others on the same held-out questions, if that was asked for (`qlora compare --runs …`)."""
+        """Return the path of the comparison with other runs on the same questions (`qlora compare --runs …`)."""
         return self.path / "comparison.json"
 
     @property
     def preferences(self) -> Path:
-        """Answers that a person chose in the playground over others, one JSON line each. A fresh run keeps them."""
+        """Return the path of the answers that a person preferred in the playground, one JSON line each.
+
+        `--fresh` does not delete them.
+        """
         return self.path / "preferences.jsonl"
 
     @property
     def figures(self) -> Path:
-        """PNG figures."""
+        """Return the folder of PNG figures."""
         return self.path / "figures"
 
     @property
     def notebooks(self) -> Path:
-        """Executed copies of the notebooks."""
+        """Return the folder of executed copies of the notebooks."""
         return self.path / "notebooks"
 
     @property
     def report(self) -> Path:
-        """The run as one self-contained page."""
+        """Return the path of the run as one self-contained page."""
         return self.path / "report.html"
 
     def begin(self, config: RunConfig) -> None:
         """Write `config.json` at the start of a notebook, as long as no training has begun.
 
-        From then on it tells what is trained with and on what: a parameter tried out later, or a playground opened on
-        another machine, does not change that. Only a new training does.
+        From then on it holds the config of that training and the machine it ran on: a parameter tried out later, or a
+        playground opened on another machine, does not change that. Only a new training does.
         """
         begun = self.adapter.is_dir() or any(self.checkpoints.glob("checkpoint-*"))
         if not (begun and self.config.is_file()):
@@ -115,7 +126,8 @@ class RunDirectory:
 
     def record(self, config: RunConfig) -> None:
         """Write `config.json`: the config, and the versions, commit and hardware of this process."""
-        lasting = {**config.model_dump(), "fresh": False}  # which holds for one training only
+        # `fresh` is an order to one training: whoever resumes the run must not start over.
+        lasting = {**config.model_dump(), "fresh": False}
         write_json(self.config, {"config": lasting, **provenance()})
 
     def record_answers(self, config: RunConfig) -> None:
@@ -131,10 +143,10 @@ class RunDirectory:
         return {**known, **sections}
 
     def known_metrics(self) -> dict[str, Any]:
-        """What `metrics.json` holds, nothing if there is none.
+        """Return the content of `metrics.json`, empty if there is no such file.
 
         Raises:
-            DamagedError: it is no JSON, or a section of it is no object.
+            DamagedError: it is not JSON, or a section of it is not an object.
         """
         known: dict[str, Any] = read_json(self.metrics) if self.metrics.is_file() else {}
         for name, section in known.items():
@@ -143,7 +155,7 @@ class RunDirectory:
         return known
 
     def finished(self) -> dict[str, Any] | None:
-        """The section `train` of `metrics.json` if a training came to its end here and no other has begun since.
+        """Return the section `train` of `metrics.json` if the last training of this run is complete, else None.
 
         Raises:
             DamagedError: `metrics.json` or `history.jsonl` is.
@@ -151,6 +163,8 @@ class RunDirectory:
         if not (self.adapter.is_dir() and self.history.is_file()):
             return None
         trained: dict[str, Any] | None = self.known_metrics().get("train")
+        # Adapter and metrics may be those of an earlier training. A new one starts a new history, whose last step tells
+        # them apart.
         steps = [line["step"] for line in read_jsonl(self.history) if "loss" in line]
         return trained if trained and steps and steps[-1] == trained["steps"] else None
 
@@ -158,28 +172,29 @@ class RunDirectory:
         """Save a figure as `figures/NAME.png` at 150 dots per inch.
 
         Raises:
-            ValueError: a name that leads out of the folder.
+            ValueError: the name leads out of the folder.
         """
         if Path(name).name != name:
             raise ValueError(f"{name}: no name of a figure; expected one without folders, as 05_loss.")
         target = self.figures / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed once it is whole: a process that is killed meanwhile leaves no half picture.
         temporary = target.with_name(f".{name}.png.{os.getpid()}.new")
         figure.savefig(temporary, dpi=150, bbox_inches="tight", format="png")
         temporary.replace(target)
 
     def sweep(self) -> None:
-        """Remove half-written files of processes that are no more; those of living ones are about to be renamed."""
+        """Remove half-written files of processes that have ended; those of living ones are about to be renamed."""
         for folder in (self.path, self.data, self.figures, self.notebooks):
             for path in folder.glob(".*.*"):
                 process = re.fullmatch(r"\..+\.(\d{1,9})\.[^.]+", path.name)
-                # one of this process' own number was left by another: before it writes, it sweeps
+                # A file with this process' own number was left by another: a process sweeps before it writes.
                 if process and (int(process[1]) == os.getpid() or not is_alive(int(process[1]))):
                     path.unlink(missing_ok=True)
 
 
 def require_adapter(run: RunDirectory) -> Path:
-    """The run's adapter folder.
+    """Return the folder of a run's adapter.
 
     Raises:
         FileNotFoundError: nothing was trained in this run directory yet.

@@ -1,4 +1,4 @@
-"""Files of a run, written whole or not at all, and read with an error that says what to do about a damaged one."""
+"""Write files whole or not at all, and read them with errors that say what to do about a damaged one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from qlora_utils.config import resume_command, run_command
 from qlora_utils.runs.provenance import host
 
-# Which notebook writes what.
+# File or folder of a run -> the notebook that writes it.
 WRITTEN_BY = {
     "config.json": "01_data",
     "train.jsonl": "01_data",
@@ -28,15 +28,17 @@ WRITTEN_BY = {
 
 
 def write_bytes(path: Path, blocks: Iterable[bytes]) -> None:
-    """Write a file whole or not at all: into a temporary file beside it, then renamed over it."""
+    """Write a file whole or not at all: into a temporary file in its folder, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.writelines(blocks)
+            # On the disk before the new name is: after a power cut the file would be there, and empty.
             file.flush()
             os.fsync(file.fileno())
-        with suppress(PermissionError):  # some mounts, as Google Drive, have permissions of their own
+        # Temporary files are for their owner alone. Some mounts, as Google Drive, have permissions of their own.
+        with suppress(PermissionError):
             Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:
@@ -45,26 +47,27 @@ def write_bytes(path: Path, blocks: Iterable[bytes]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The same for text, in UTF-8."""
+    """Write text in UTF-8, whole or not at all."""
     write_bytes(path, [text.encode()])
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as readable JSON, atomically."""
+    """Write a value as readable JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """One JSON value per line, atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    """Write one JSON value per line, whole or not at all."""
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    write_text(path, "".join(lines))
 
 
 class DamagedError(ValueError):
-    """A file of ours that does not hold what was once written into it; names it, the line and what to do."""
+    """Report a file of a run that does not hold what was written into it; name it, the line and what to do."""
 
 
 def damaged(path: Path, what: str, line: int | None = None) -> DamagedError:
-    """The error for a file that does not hold what it should.
+    """Return the error for a file that does not hold what it should.
 
     Args:
         path: of the file.
@@ -72,23 +75,26 @@ def damaged(path: Path, what: str, line: int | None = None) -> DamagedError:
         line: of the file, from 1.
     """
     where = f"{path}, line {line}" if line else str(path)
-    return DamagedError(f"{where}: damaged, {what}. {_again(path)}")
+    return DamagedError(f"{where}: damaged, {what}. {_repair_advice(path)}")
 
 
-def _again(path: Path) -> str:
+def _repair_advice(path: Path) -> str:
+    """Return a sentence that says how to get a damaged file back: from a copy, or from the notebook that writes it."""
     maker = WRITTEN_BY.get(path.name)
     if not maker:
         return "Restore it from a copy, or remove it."
     run_dir = path.parent.parent if path.parent.name == "data" else path.parent
-    if path.name == "config.json":  # without which nothing can be gone on with
+    # Without its config a run cannot be resumed.
+    if path.name == "config.json":
         command = resume_command(run_dir, preset="PRESET", fresh=True)
         return f"Restore it from a copy, or begin the run anew: {command}"
+    # Notebooks up to the training refuse to write over what a training has begun with, unless the run starts over.
     command = resume_command(run_dir, start=maker[:2], fresh=maker < "05")
     return f"Restore it from a copy, or remove it and have notebook {maker} write it anew: {command}"
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """The value of a JSON file.
+    """Return the value of a JSON file.
 
     Args:
         path: of the file.
@@ -96,17 +102,23 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
     Raises:
         FileNotFoundError: says which notebook writes the file.
-        DamagedError: it is no JSON, or another kind of value.
+        DamagedError: it is not JSON, or another kind of value.
     """
     require(path)
     return json_value(path, path.read_bytes(), kind)
 
 
 def json_value(path: Path, text: bytes, kind: type, line: int | None = None) -> Any:
-    """The value that a file or one of its lines holds.
+    """Return the value that a file or one of its lines holds.
+
+    Args:
+        path: of the file, for the error.
+        text: of the file or line.
+        kind: of the value: dict, list, or object for any.
+        line: number of the line, from 1; None for a whole file.
 
     Raises:
-        DamagedError: names file and line; it is no JSON, or another kind of value.
+        DamagedError: names file and line; it is not JSON, or another kind of value.
     """
     try:
         value = json.loads(text.decode("utf-8"))
@@ -121,7 +133,7 @@ def json_value(path: Path, text: bytes, kind: type, line: int | None = None) -> 
 
 
 def read_jsonl(path: Path, kind: type = object) -> list[Any]:
-    """The values of a JSON-lines file; a last line cut off by a crash is passed over.
+    """Return the values of a JSON-lines file; a last line that a crash cut off is skipped.
 
     Args:
         path: of the file.
@@ -129,34 +141,37 @@ def read_jsonl(path: Path, kind: type = object) -> list[Any]:
 
     Raises:
         FileNotFoundError: says which notebook writes the file.
-        DamagedError: a line is no JSON, or another kind of value.
+        DamagedError: a line is not JSON, or another kind of value.
     """
     require(path)
     # Not str.splitlines: it also splits at U+2028 and its like, which may stand in any answer.
-    *whole, _cut_off = path.read_bytes().split(b"\n")
-    return [json_value(path, line, kind, number) for number, line in enumerate(whole, start=1) if line.strip()]
+    *whole_lines, _cut_off = path.read_bytes().split(b"\n")
+    return [json_value(path, line, kind, number) for number, line in enumerate(whole_lines, start=1) if line.strip()]
 
 
 def require(path: Path) -> None:
-    """See that a file or folder of a run is there.
+    """Check that a file or folder of a run exists.
 
     Raises:
-        FileNotFoundError: it is not; says which notebook writes it.
+        FileNotFoundError: it does not; says which notebook writes it.
     """
-    if not path.exists():
-        maker = WRITTEN_BY.get(path.name)
-        run = path.parent.parent if path.parent.name == "data" else path.parent
-        advice = (
-            f" Notebook {maker} writes it: run that first.{_advice_on_a_borrowed_machine(run.name)}" if maker else ""
-        )
-        raise FileNotFoundError(f"{path}: missing.{advice}")
+    if path.exists():
+        return
+    advice = ""
+    if maker := WRITTEN_BY.get(path.name):
+        run_dir = path.parent.parent if path.parent.name == "data" else path.parent
+        advice = f" Notebook {maker} writes it: run that first.{_advice_on_a_borrowed_machine(run_dir.name)}"
+    raise FileNotFoundError(f"{path}: missing.{advice}")
 
 
 def _advice_on_a_borrowed_machine(run: str) -> str:
-    """What to add, on a borrowed machine, when an earlier notebook left nothing here. Empty elsewhere.
+    """Return what to do on a borrowed machine about files that an earlier notebook wrote on another one.
 
     Args:
-        run: name of the run that is looked for.
+        run: name of the run whose files are missing.
+
+    Returns:
+        A sentence that begins with a space; nothing on a machine of one's own.
     """
     where = host()
     if where is None:

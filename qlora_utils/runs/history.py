@@ -1,9 +1,10 @@
-"""What `history.jsonl` says of a training: its lines, their columns, and where the held-out loss was lowest."""
+"""Read the history of a training, `history.jsonl`: its lines, their columns, and where the held-out loss was lowest."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from qlora_utils.runs.directory import RunDirectory
@@ -13,7 +14,8 @@ History = list[dict[str, Any]]
 
 # column of history.jsonl -> title with unit
 COLUMNS = {
-    "loss": "training loss (nats per labelled token)",  # of answers; with response_only=false of questions too
+    # Labelled are the tokens of answers; with response_only=false those of questions too.
+    "loss": "training loss (nats per labelled token)",
     "eval_loss": "held-out loss (nats per answer token)",
     "eval_exact_match": "exact match on held-out questions",
     "lr": "learning rate",
@@ -23,15 +25,16 @@ COLUMNS = {
 }
 
 NUMBERS = (*COLUMNS, "epoch")
-SAMPLE = ("question", "expected", "answer")  # of one held-out question, asked at every measurement
+# Texts of the one held-out question that is asked at every measurement.
+SAMPLE = ("question", "expected", "answer")
 
 
 def read_history(run: RunDirectory) -> History:
-    """The lines of a run's `history.jsonl`, in order.
+    """Return the lines of a run's `history.jsonl`, in order.
 
     Raises:
         FileNotFoundError: nothing was trained in this run directory yet.
-        DamagedError: a line that is none of a training, or no line at all.
+        DamagedError: a line does not come from a training, or there is no line at all.
     """
     lines: History = read_jsonl(run.history, dict)
     if not lines:
@@ -43,9 +46,9 @@ def read_history(run: RunDirectory) -> History:
 
 
 def fault_of_numbers(line: Mapping[str, Any]) -> str:
-    """What keeps a line from being one of a training: its step, or a column that is no number. Empty if nothing does.
+    """Return what is wrong with the step or a column of a line; nothing if all are numbers.
 
-    Fields that are not drawn may hold whatever they like: a later version may add some.
+    Other fields are not looked at, since a later version may add some.
     """
     if not isinstance(line.get("step"), int):
         return "expected step, a whole number, and what was measured then"
@@ -56,34 +59,37 @@ def fault_of_numbers(line: Mapping[str, Any]) -> str:
 
 
 def fault_of_sample(line: Mapping[str, Any]) -> str:
-    """What keeps a line's sample, which it need not have, from being shown. Empty if nothing does."""
+    """Return what is wrong with the sample of a line, which not every line has; nothing if it can be shown."""
     sample = line.get("sample", {})
-    if isinstance(sample, dict) and all(isinstance(sample.get(name, ""), str) for name in SAMPLE):
+    texts = [sample.get(name, "") for name in SAMPLE] if isinstance(sample, dict) else [None]
+    if all(isinstance(text, str) for text in texts):
         return ""
     return f"sample: expected an object with {', '.join(SAMPLE)} as text"
 
 
 def sample_answers(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, bool]]:
-    """How the sample question was answered: steps, the answer, whether it was right.
+    """List the answers to the sample question: steps, the answer, whether it was right.
 
-    Measurements one after the other that gave the same answer are told as one.
+    Measurements one after the other that gave the same answer are one entry.
     """
     asked = [(line["step"], line["sample"]) for line in history if line.get("sample")]
+    answered = [(step, sample.get("answer", ""), bool(sample.get("right"))) for step, sample in asked]
     rows = []
-    for (answer, right), same in groupby(asked, key=lambda one: (one[1].get("answer", ""), bool(one[1].get("right")))):
-        steps = [step for step, _ in same]
-        rows.append((f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,}–{steps[-1]:,}", answer, right))
+    for (answer, right), same in groupby(answered, key=itemgetter(1, 2)):
+        steps = [f"{step:,}" for step, _, _ in same]
+        rows.append((steps[0] if len(steps) == 1 else f"{steps[0]}–{steps[-1]}", answer, right))
     return rows
 
 
 def column(history: History, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one column, over the lines that have it."""
-    points = [(line["step"], line[name]) for line in history if line.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
+    """Return steps and values of one column, over the lines that have it."""
+    lines = [line for line in history if line.get(name) is not None]
+    steps = [line["step"] for line in lines]
+    return steps, [line[name] for line in lines]
 
 
 def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
-    """Centred moving average, which unlike an exponential one does not lag behind a steep curve.
+    """Return a centred moving average, which unlike an exponential one does not lag behind a steep curve.
 
     Args:
         values: one per logged step.
@@ -91,6 +97,7 @@ def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
     """
     smoothed = []
     for index in range(len(values)):
+        # As many on the left as on the right: else the ends of a steep curve would be bent.
         near = min(reach, index, len(values) - 1 - index)
         window = values[index - near : index + near + 1]
         smoothed.append(sum(window) / len(window))
@@ -98,7 +105,7 @@ def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
 
 
 def lowest(history: History, name: str = "eval_loss") -> tuple[int, float] | None:
-    """Step and value at which a column was lowest, None if no line has it."""
+    """Return step and value at which a column was lowest, None if no line has it."""
     steps, values = column(history, name)
     if not values:
         return None
@@ -107,12 +114,12 @@ def lowest(history: History, name: str = "eval_loss") -> tuple[int, float] | Non
 
 
 def turned(history: History, margin: float = 0.01) -> bool:
-    """Whether the held-out loss ends above its lowest point, by more than a share of `margin`."""
+    """Check whether the held-out loss ends above its lowest point, by more than a share of `margin`."""
     best = lowest(history)
     return best is not None and column(history, "eval_loss")[1][-1] > (1 + margin) * best[1]
 
 
 def rose(history: History) -> bool:
-    """Whether the held-out loss rose from the start: what `turned` without ever having fallen did not overfit."""
+    """Check whether the held-out loss rose from the start; what has never fallen did not overfit."""
     best = lowest(history)
     return best is not None and turned(history) and best[0] == column(history, "eval_loss")[0][0]

@@ -1,4 +1,4 @@
-"""One process at a time writes a run directory: a lock that ends with the process that holds it, however that ends."""
+"""Lock run directories, so that one process at a time writes them; a lock ends with its process, however that ends."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TOLERANCE_S = 60.0  # by which clocks may differ: the time a process began is counted from the start of the machine
-# What file systems answer that know no locks, as some network and FUSE mounts.
+# Seconds by which two clocks may differ: when a process began is counted from the start of the machine.
+TOLERANCE_S = 60.0
+# Errors of file systems without locks, as some network and FUSE mounts.
 _NO_LOCKS = {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
 
 class LockedError(RuntimeError):
-    """Another process is at work in this run directory; the message names it and says what to do."""
+    """Report another process at work in this run directory; name it and say what to do."""
 
 
 @contextmanager
-def held(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
+def hold_lock(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
     """Hold a lock file as long as this context lasts.
 
-    The system keeps the lock with the open file (`flock`), so none is left behind by a process that was killed. The
-    file itself holds who has it, for the message, and is removed at the end.
+    The system ties the lock to the open file (`flock`), so a process that was killed leaves none behind. The file
+    itself names its process, for the message that others get, and is removed at the end.
 
     Args:
         path: of the lock file; its folder is made.
         doing: what this process does, for the message that others get.
-        wait_s: seconds to wait for one who is just leaving.
+        wait_s: seconds to wait for a process that is about to end.
 
     Raises:
         LockedError: another process holds it.
@@ -45,18 +46,24 @@ def held(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
             os.write(file, json.dumps({"pid": os.getpid(), "doing": doing, "since": time.time()}).encode())
         yield
     finally:
+        # Removed before it is released: a process that waits for it sees that the name is gone, and makes a new file.
         if file is not None:
-            path.unlink(missing_ok=True)  # while it is still held: who waits for it sees that it is gone
+            path.unlink(missing_ok=True)
             os.close(file)
 
 
 def _acquire(path: Path, deadline: float) -> int | None:
-    """The open, locked file; None where the file system has no locks."""
+    """Open and lock a file; None where the file system has no locks.
+
+    Raises:
+        LockedError: another process holds it until the deadline, which is in seconds of `time.monotonic`.
+    """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still(path, file):
+            # A lock on a file that its last holder has removed in between excludes nobody: try again.
+            if _is_same_file(path, file):
                 return file
         except BlockingIOError:
             if time.monotonic() >= deadline:
@@ -75,8 +82,8 @@ def _acquire(path: Path, deadline: float) -> int | None:
         time.sleep(0.05)
 
 
-def _is_still(path: Path, file: int) -> bool:
-    """Whether the name still means the file that was opened: its last holder may have removed it in between."""
+def _is_same_file(path: Path, file: int) -> bool:
+    """Check that a path still names the file that was opened."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file))
     except FileNotFoundError:
@@ -84,25 +91,28 @@ def _is_still(path: Path, file: int) -> bool:
 
 
 def is_alive(process: int, since: float | None = None) -> bool:
-    """Whether there is a process of that number on this machine, whoever it belongs to.
+    """Check whether a process of that number exists on this machine, whoever it belongs to.
 
     Args:
         process: its number.
-        since: seconds since 1970 by which it must have begun; one that began later has taken over a number that was
-            free again. None: any counts.
+        since: seconds since 1970 by which it must have begun; one that began later was given the number of a process
+            that has ended. None: any counts.
     """
-    if process <= 0:  # groups of processes
+    # Zero and negative numbers are groups of processes.
+    if process <= 0:
         return False
+    # Signal 0 is not delivered. The process of another user exists, although it must not be signalled.
     try:
         os.kill(process, 0)
     except PermissionError:
-        pass  # somebody else's
+        pass
     except (ProcessLookupError, OverflowError):
         return False
     return since is None or not _is_another(process, since)
 
 
 def _is_another(process: int, since: float) -> bool:
+    """Check whether a process has ended, or began after a time, in seconds since 1970."""
     import psutil
 
     try:
@@ -110,12 +120,13 @@ def _is_another(process: int, since: float) -> bool:
         return known.status() == psutil.STATUS_ZOMBIE or known.create_time() > since + TOLERANCE_S
     except psutil.NoSuchProcess:
         return True
-    except (psutil.Error, OSError):  # it does not tell
+    # Where its start cannot be read, a lock counts: two trainings in one directory are worse than a refusal.
+    except (psutil.Error, OSError):
         return False
 
 
 def is_at_work(path: Path) -> bool:
-    """Whether the process that a lock file names is alive. The lock itself is left alone: to try it would hold it."""
+    """Check whether the process that a lock file names is alive. The lock itself is not tried: that would hold it."""
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return is_alive(int(known["pid"]), float(known["since"]))
@@ -124,7 +135,7 @@ def is_at_work(path: Path) -> bool:
 
 
 def _holder(path: Path) -> str:
-    """Who holds the lock, in words."""
+    """Format the error about a lock that another process holds: which process it is, and what to do."""
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         who = f"process {known['pid']} ({known['doing']}, for {max(0, time.time() - known['since']) / 60:.0f} min)"

@@ -1,6 +1,6 @@
-"""What a run runs on: versions of packages, the commit, the hardware, and whose machine it is.
+"""Record what a run runs on: versions of packages, the commit, the hardware, and whose machine it is.
 
-At import this module needs Python alone: the set-up cell asks for the machine before anything is installed.
+Importing this module needs Python alone: the set-up cell asks for the machine before anything is installed.
 """
 
 from __future__ import annotations
@@ -17,28 +17,33 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accele
 
 
 def host() -> str | None:
-    """`Colab` or `Kaggle`, whichever this kernel runs on; None on a machine of one's own."""
+    """Return `Colab` or `Kaggle`, whichever this kernel runs on; None on a machine of one's own."""
     if "google.colab" in sys.modules:
         return "Colab"
     return "Kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else None
 
 
 def provenance() -> dict[str, Any]:
-    """What a run ran on: package versions, git commit of the project, hardware."""
+    """Return package versions, the git commit of the project, and the hardware."""
     return {"versions": versions(), "git_commit": git_commit(), "hardware": hardware()}
 
 
 def repository() -> str | None:
-    """The address of the project's repository, as the installed package has it."""
+    """Return the address of the project's repository, as the installed package has it."""
     try:
         addresses = metadata.metadata("qlora-utils").get_all("Project-URL") or []
     except metadata.PackageNotFoundError:
         return None
-    return next((line.partition(", ")[2] for line in addresses if line.startswith("Repository, ")), None)
+    # Each line is a label, a comma and an address.
+    for line in addresses:
+        label, _, address = line.partition(", ")
+        if label == "Repository":
+            return address
+    return None
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of the packages that matter; absent ones are left out."""
+    """Return the versions of Python, of this package and of those in `PACKAGES` that are installed."""
     found = {"python": platform.python_version()}
     for name in ("qlora-utils", *PACKAGES):
         try:
@@ -49,19 +54,24 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, `+` appended when it has changes; None outside a checkout."""
+    """Return the commit of the checkout that this package runs from, with `+` if it has changes; None outside one."""
     here = Path(__file__).resolve().parent
     try:
-        run = lambda *args: subprocess.run(  # noqa: E731
-            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
+        commit = _run_git(here, "rev-parse", "HEAD")
+        changes = _run_git(here, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
+    return f"{commit}+" if changes else commit
+
+
+def _run_git(folder: Path, *arguments: str) -> str:
+    """Run git in a folder and return what it prints."""
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, memory (bytes), and GPU (name, memory in bytes) if there is one."""
+    """Return processor, cores, memory in bytes, and name and memory of the GPU if there is one."""
     import psutil
     import torch
 
@@ -78,6 +88,8 @@ def hardware() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
+    """Return the name of the processor."""
+    # Linux has it in a file; `platform` knows little more than the architecture there.
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -88,7 +100,7 @@ def _cpu_name() -> str:
 
 
 def environment_line() -> str:
-    """Versions and hardware in one line, as each notebook prints it."""
+    """Format versions and hardware as each notebook prints them."""
     machine = hardware()
     gpu = machine["gpu"]
     where = gpu["name"] if gpu else f"{machine['cores']} CPU cores"

@@ -60,7 +60,7 @@ def test_each_run_is_told_as_far_as_it_came(tmp_path):
     for make in (begun, prepared, stopped, trained, scored):
         make(tmp_path, make.__name__)
     lock(stopped(tmp_path, "training"), os.getpid())
-    found = {run.name: run for run in runs.listed(tmp_path)}
+    found = {run.name: run for run in runs.list_runs(tmp_path)}
     assert {name: run.state for name, run in found.items()} == {name: name for name in found}
     assert len(found) == 6
     for name, step in (("stopped", 5), ("training", 7)):  # a stopped one goes on from its checkpoint
@@ -79,10 +79,10 @@ def test_each_run_is_told_as_far_as_it_came(tmp_path):
 
 def test_of_a_run_in_epochs_the_checkpoint_knows_the_steps(tmp_path):
     run = stopped(tmp_path, "a", epochs=3)
-    assert runs.look_at(run.path).steps == 40
+    assert runs.inspect_run(run.path).steps == 40
     shutil.rmtree(run.checkpoints)
-    assert runs.look_at(run.path).steps is None
-    table = runs.table([runs.look_at(run.path)])
+    assert runs.inspect_run(run.path).steps is None
+    table = runs.table([runs.inspect_run(run.path)])
     assert table.loc["a", ["state", "step"]].to_list() == ["stopped", 0]
     assert table["steps"].isna().all()
 
@@ -90,19 +90,19 @@ def test_of_a_run_in_epochs_the_checkpoint_knows_the_steps(tmp_path):
 def test_a_training_that_begins_is_one_before_its_first_step(tmp_path):
     run = prepared(tmp_path, "a")
     lock(run, os.getpid())
-    assert (runs.look_at(run.path).state, runs.look_at(run.path).step) == ("training", 0)
+    assert (runs.inspect_run(run.path).state, runs.inspect_run(run.path).step) == ("training", 0)
 
 
 def test_a_number_of_a_process_that_was_given_anew_is_no_training(tmp_path):
     run = stopped(tmp_path, "a")
     (run.path / ".training.lock").write_text(json.dumps({"pid": os.getpid(), "doing": "training", "since": 1e9}))
-    assert runs.look_at(run.path).state == "stopped"
+    assert runs.inspect_run(run.path).state == "stopped"
 
 
 def test_an_adapter_of_a_training_before_does_not_make_a_new_one_done(tmp_path):
     run = scored(tmp_path, "a")
     write_jsonl(run.history, [{"step": 3, "loss": 1.0}])
-    found = runs.look_at(run.path)
+    found = runs.inspect_run(run.path)
     assert (found.state, found.step, found.exact_match) == ("stopped", 0, None)
 
 
@@ -131,7 +131,7 @@ def test_a_damaged_run_is_listed_as_that_and_stops_nothing(tmp_path, capsys, wha
     scored(tmp_path, "good")
     run = scored(tmp_path, "bad")
     DAMAGE[what](run)
-    found = {run.name: run for run in runs.listed(tmp_path)}
+    found = {run.name: run for run in runs.list_runs(tmp_path)}
     assert found["good"].state == "scored"
     assert found["bad"].state == "damaged"
     status, out, error = asked(capsys, "runs", "--output-dir", str(tmp_path))
@@ -153,7 +153,7 @@ def test_the_newest_stands_first_and_what_is_no_run_is_not_listed(tmp_path):
     (tmp_path / "notes" / "a.txt").write_text("x")
     (tmp_path / "ingredients.json").write_text("{}")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
-    assert [run.name for run in runs.listed(tmp_path)] == ["new", "middle", "old"]
+    assert [run.name for run in runs.list_runs(tmp_path)] == ["new", "middle", "old"]
 
 
 def test_the_size_is_that_of_all_files_and_links_are_not_followed(tmp_path, capsys):
@@ -161,12 +161,12 @@ def test_the_size_is_that_of_all_files_and_links_are_not_followed(tmp_path, caps
     (run.adapter / "deep").mkdir(parents=True)
     (run.adapter / "deep" / "weights").write_bytes(bytes(10**6))
     (tmp_path / "elsewhere").write_bytes(bytes(10**7))
-    before = runs.look_at(run.path).bytes
+    before = runs.inspect_run(run.path).bytes
     assert before == 10**6 + run.config.stat().st_size
     (run.path / "link").symlink_to(tmp_path / "elsewhere")
     (run.path / "round").symlink_to(run.path)
-    assert before < runs.look_at(run.path).bytes < before + 1000
-    assert runs.table([runs.look_at(run.path)]).loc["a", "size"] == runs.look_at(run.path).bytes
+    assert before < runs.inspect_run(run.path).bytes < before + 1000
+    assert runs.table([runs.inspect_run(run.path)]).loc["a", "size"] == runs.inspect_run(run.path).bytes
     assert asked(capsys, "runs", "--output-dir", str(run.path.parent))[1].splitlines()[1].endswith(" 1 MB")
 
 

@@ -48,7 +48,7 @@ def test_next_tokens_of_base_and_tuned_are_those_with_the_adapter_off_and_on(ask
             expected = (logits / one.sampling.temperature).softmax(dim=-1)
             assert torch.allclose(by_id(one), expected, atol=1e-5)
             assert sorted(one.ids.tolist()) == list(range(len(logits)))
-        assert asker.next_tokens(question, WAYS[:1], models=[name], **told)[name][0].kept == found[name][0].kept
+        assert asker.next_tokens(question, WAYS[:1], models=[name], **told)[name][0].in_top_p == found[name][0].in_top_p
     assert not torch.allclose(by_id(found["base"][4]), by_id(found["tuned"][4]), atol=1e-3)
 
 
@@ -62,14 +62,14 @@ def test_top_p_keeps_of_the_next_tokens_what_generate_draws_from(asker):
         options.update(max_new_tokens=1, output_scores=True, return_dict_in_generate=True)
         batch = on_its_device(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         drawn = model.generate(**batch, generation_config=options).scores[0][0].cpu()
-        assert one.kept == int((drawn > -torch.inf).sum())
-        kept = one.ids[: one.kept]
+        assert one.in_top_p == int((drawn > -torch.inf).sum())
+        kept = one.ids[: one.in_top_p]
         assert (drawn[kept] > -torch.inf).all()
-        share = one.probabilities[: one.kept] / one.probabilities[: one.kept].sum()
+        share = one.probabilities[: one.in_top_p] / one.probabilities[: one.in_top_p].sum()
         assert torch.allclose(drawn.softmax(dim=-1)[kept], share, atol=1e-5)
         if one.sampling.top_p < 1:  # the fewest that reach the share
-            assert one.probabilities[: one.kept].sum() >= one.sampling.top_p - 1e-5
-            assert one.probabilities[: one.kept - 1].sum() < one.sampling.top_p + 1e-5
+            assert one.probabilities[: one.in_top_p].sum() >= one.sampling.top_p - 1e-5
+            assert one.probabilities[: one.in_top_p - 1].sum() < one.sampling.top_p + 1e-5
 
 
 @given(st.lists(st.sampled_from([-3.0, 0.0, 0.5, 2.0, 7.0]), min_size=1, max_size=12), st.floats(0.05, 2.0))
@@ -77,10 +77,10 @@ def test_a_higher_temperature_keeps_the_order_and_more_tokens(logits, temperatur
     ways = [Sampling(temperature=t, top_p=0.87) for t in (temperature, 2 * temperature, 0)]
     low, high, greedy = (next_tokens(torch.tensor(logits), way) for way in ways)
     assert low.ids.tolist() == high.ids.tolist() == greedy.ids.tolist()
-    assert low.kept <= high.kept
+    assert low.in_top_p <= high.in_top_p
     assert high.probabilities[0] <= low.probabilities[0] + 1e-6
     assert int(greedy.ids[0]) == int(torch.tensor(logits).argmax())
-    assert (greedy.kept, greedy.probabilities.tolist()) == (1, [1.0] + [0.0] * (len(logits) - 1))
+    assert (greedy.in_top_p, greedy.probabilities.tolist()) == (1, [1.0] + [0.0] * (len(logits) - 1))
 
 
 def test_looking_at_the_next_tokens_leaves_the_model_as_it_was(asker):

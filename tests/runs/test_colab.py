@@ -499,7 +499,7 @@ def test_a_run_directory_on_a_mount_without_locks_permissions_or_flushed_folders
     monkeypatch.setattr(os, "link", refuse(errno.EPERM))
     monkeypatch.setattr(os, "fsync", sync_files_only)
     run = RunDirectory(config.run_dir)
-    with locks.held(run.path / ".lock", "training"):
+    with locks.hold_lock(run.path / ".lock", "training"):
         run.begin(config)
         data.prepare(config, tokenizer).save(run)
         folder = run.checkpoints / "checkpoint-1"
