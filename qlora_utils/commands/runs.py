@@ -1,4 +1,4 @@
-"""List the runs in a folder: how far each came, what it scored, how much disk it takes (`qlora runs`)."""
+"""List the runs in a folder: how far each came, its scores, its size (`qlora runs`)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class ListedRun:
 
     Attributes:
         name: of the run directory.
-        state: `begun`, `prepared`, `training` (a process is at work), `stopped` (none is, and it can be resumed),
-            `trained`, `scored` or `damaged`.
+        state: `begun`, `prepared`, `training` (a process is at work), `stopped` (none is, and it
+            can be resumed), `trained`, `scored` or `damaged`.
         changed: when its last file was written, seconds since 1970.
         bytes: on disk, all files together.
         preset: of its config.
@@ -62,7 +62,7 @@ class ListedRun:
 
 
 def list_runs(folder: Path) -> list[ListedRun]:
-    """List the runs in a folder of run directories, the one changed last first. A damaged one does not stop that.
+    """List the runs in a folder, the one changed last first. A damaged one does not stop that.
 
     Raises:
         ConfigError: it is a file.
@@ -122,7 +122,8 @@ def _read_state(run: RunDirectory) -> dict[str, Any]:
         fields["held_out_loss"] = float(measured[-1])
     metrics = run.known_metrics()
 
-    # A training that is complete, and maybe scored. Its adapter need not be that of the last measurement.
+    # A training that is complete, and maybe scored. Its adapter need not be that of the last
+    # measurement.
     if trained := run.finished():
         steps = int(trained["steps"])
         fields |= {"state": "trained", "step": steps, "steps": steps}
@@ -133,7 +134,8 @@ def _read_state(run: RunDirectory) -> dict[str, Any]:
             fields |= {"state": "scored", "exact_match": scores, "questions": int(metrics["held_out"]["questions"])}
         return fields
 
-    # A training that has begun. A stopped one is resumed from its checkpoint, whatever was logged after that.
+    # A training that has begun. A stopped one is resumed from its checkpoint, whatever was logged
+    # after that.
     at_work = is_at_work(run.path / ".training.lock")
     checkpoint = _read_last_checkpoint(run)
     if history or checkpoint or at_work:
@@ -147,7 +149,7 @@ def _read_state(run: RunDirectory) -> dict[str, Any]:
 
 
 def _read_last_checkpoint(run: RunDirectory) -> Mapping[str, Any]:
-    """Return the trainer's state in the last checkpoint that can be read; empty if there is none."""
+    """Return the trainer's state in the last readable checkpoint; empty if there is none."""
     # By time: a run that started over may have checkpoints of higher steps.
     paths = sorted(run.checkpoints.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(paths):
@@ -164,7 +166,10 @@ def _planned_steps(config: RunConfig, checkpoint: Mapping[str, Any]) -> int | No
 
 
 def _measure_folder(path: Path) -> tuple[float, int]:
-    """Return when something in a folder was last written, and the bytes of its files; links are not followed."""
+    """Return when something in a folder was last written, and the bytes of its files.
+
+    Links are not followed.
+    """
     changed, size = 0.0, 0
     with suppress(OSError):
         changed = path.stat().st_mtime
@@ -183,8 +188,9 @@ def _measure_folder(path: Path) -> tuple[float, int]:
 def table(runs: Sequence[ListedRun]) -> DataFrame:
     """Return one row per run, with what it does not have yet missing.
 
-    Held-out loss in nats per token, exact match of base and tuned model and the number of questions asked for it, the
-    time of the last change, local, and the size in bytes. Names are cut, and harmless on a terminal.
+    Held-out loss in nats per token, exact match of base and tuned model and the number of questions
+    asked for it, the time of the last change, local, and the size in bytes. Names are cut, and
+    harmless on a terminal.
     """
     from pandas import DataFrame, Index, Timestamp
 
@@ -217,7 +223,10 @@ def table(runs: Sequence[ListedRun]) -> DataFrame:
 
 
 def as_json(runs: Iterable[ListedRun]) -> str:
-    """Format runs as a JSON list of objects with the fields of `ListedRun`; in ASCII, for names need not be UTF-8."""
+    """Format runs as JSON, a list of objects with the fields of `ListedRun`.
+
+    In ASCII, since a name need not be UTF-8.
+    """
     return json.dumps([asdict(run) for run in runs], indent=2)
 
 
@@ -233,7 +242,7 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the runs as a table or as JSON; below a table, in full, what is wrong with damaged ones."""
+    """Print the runs as JSON, or as a table and below it what is wrong with damaged ones."""
     folder = Path(options.output_dir)
     found = list_runs(folder)
     if options.json:

@@ -1,6 +1,7 @@
-"""Find and draw what each ingredient of QLoRA does: the same training with one thing changed, over several seeds.
+"""Read and draw what each ingredient of QLoRA does, measured over several seeds.
 
-Measured once by `commands.ingredients` and stored as JSON; notebooks 03 and 06 and the report only read that.
+The same training with one thing changed is measured once by `commands.ingredients` and stored as
+JSON. Notebooks 03 and 06 and the report only read that.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ INGREDIENTS: dict[str, dict[str, dict[str, Any]]] = {
 # Student's t for 95 %, by degrees of freedom.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
-# Fields that neither training nor answers depend on: two measurements that differ in these alone can be compared.
+# Fields that neither training nor answers depend on: two measurements that differ in these alone
+# can be compared.
 _NOT_COMPARED = ("run_name", "output_dir", "seed", "eval_steps", "logging_steps", "save_steps", "save_total_limit",
                  "keep", "trace_rows", "fresh", *SPEED_FIELDS)  # fmt: skip
 
@@ -62,7 +64,7 @@ def variants(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def about(config: RunConfig) -> dict[str, Any]:
-    """Describe what a measurement is of: the config, local weights and questions, versions and hardware."""
+    """Describe what is measured: the config, local weights and questions, versions, hardware."""
     # Sums of files, since a name says nothing of what lies there.
     sums = {}
     for name in ("model", "dataset"):
@@ -75,14 +77,16 @@ def about(config: RunConfig) -> dict[str, Any]:
 
 
 def find(run: RunDirectory, config: RunConfig) -> dict[str, Any] | None:
-    """Read what was measured for a run as it is: in its own directory, or else for its preset, as committed in `data/`.
+    """Read what was measured for a run: in its own directory, or else in `data/` for its preset.
 
     Args:
         run: whose `ingredients.json` comes first.
-        config: of the run; its `seed`, and fields about measuring and saving, need not be those of the measurement.
+        config: of the run; its `seed`, and fields about measuring and saving, need not be those of
+            the measurement.
 
     Returns:
-        `about`, `base` and `lines`, or None if nothing was measured for this config, these weights and questions.
+        `about`, `base` and `lines`, or None if nothing was measured for this config, these weights
+        and questions.
     """
     for path in (run.ingredients, project_folder("data") / "ingredients" / f"{config.preset}.json"):
         if not path.is_file():
@@ -95,7 +99,9 @@ def find(run: RunDirectory, config: RunConfig) -> dict[str, Any] | None:
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean over seeds, and the ends of its 95 % interval by Student's t; wide, since seeds are few.
+    """Return the mean over seeds, and the ends of its 95 % interval by Student's t.
+
+    It is wide, since seeds are few.
 
     Args:
         values: one per seed, two to ten.
@@ -114,10 +120,11 @@ def _lines_of(stored: Mapping[str, Any], values: Mapping[str, Any]) -> list[Mapp
 
 
 def table(stored: Mapping[str, Any]) -> DataFrame:
-    """Return exact match by ingredient and value, for each split with the ends of its 95 % interval.
+    """Return exact match by ingredient and value, for each split with its 95 % interval.
 
-    For the run as it is, the mean over the seeds; for every other value the mean *difference* from it, seed by seed on
-    the same questions: an interval that holds 0 is no difference that was shown. `what` tells them apart.
+    For the run as it is, the mean over the seeds; for every other value the mean *difference* from
+    it, seed by seed on the same questions: an interval that holds 0 is no difference that was
+    shown. `what` tells them apart.
     """
     from pandas import DataFrame, MultiIndex
 
@@ -153,7 +160,7 @@ def _score(lines: Sequence[Mapping[str, Any]], split: str) -> tuple[float, float
 def _difference(
     own: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], split: str
 ) -> tuple[float, float, float]:
-    """Return the mean difference of others from the run itself, over the seeds that both have, and its interval."""
+    """Return the mean difference from the run itself, seed by seed, and its interval."""
     # Seed by seed: both trainings begin alike, so that what varies with the seed alone cancels.
     scores = {line["seed"]: line["exact_match"][split] for line in others}
     gains = [scores[line["seed"]] - line["exact_match"][split] for line in own if line["seed"] in scores]
@@ -161,7 +168,9 @@ def _difference(
 
 
 def plot(stored: Mapping[str, Any], name: str, ax: Axes) -> Figure:
-    """Draw exact match against the values of one ingredient: every seed as a dot, their mean with its 95 % interval.
+    """Draw exact match against the values of one ingredient.
+
+    Every seed is a dot, beside their mean with its 95 % interval.
 
     Args:
         stored: from `find`.

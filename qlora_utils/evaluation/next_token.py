@@ -1,4 +1,4 @@
-"""Measure and draw how likely each token is to be the next, in the base model and in the tuned one (notebook 07)."""
+"""Measure and draw how likely each token is to be the next (notebook 07)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ class NextTokens:
     Attributes:
         sampling: the temperature and top-p that these are for.
         ids: of tokens, (vocabulary,).
-        probabilities: of these, (vocabulary,), in [0, 1]; they sum to 1, those that top-p excludes included.
-        in_top_p: number of the first tokens that top-p retains. One of these is drawn, by its share of their sum.
+        probabilities: of these, (vocabulary,), in [0, 1]; they sum to 1, those that top-p excludes
+            included.
+        in_top_p: number of the first tokens that top-p retains. One of these is drawn, by its share
+            of their sum.
     """
 
     sampling: Sampling
@@ -41,7 +43,7 @@ class NextTokens:
 
 
 def next_tokens(logits: torch.Tensor, sampling: Sampling) -> NextTokens:
-    """Compute how likely each token is to be chosen, and which top-p excludes, by the very warpers of `generate`.
+    """Compute how likely each token is to be chosen, by the very warpers of `generate`.
 
     Args:
         logits: of the next token, float32 on the CPU, (vocabulary,).
@@ -59,9 +61,10 @@ def next_tokens(logits: torch.Tensor, sampling: Sampling) -> NextTokens:
 
 
 def next_token_table(found: Mapping[str, Sequence[NextTokens]], tokenizer: Any, *, count: int = 6) -> DataFrame:
-    """Return how likely the next token is, a row for each model and token and two columns for each temperature.
+    """Return how likely the next token is: rows of models and tokens, columns of temperatures.
 
-    `probability` is that before top-p. `drawn` is that with which a token is then chosen: 0 for what top-p excludes.
+    `probability` is that before top-p. `drawn` is that with which a token is then chosen: 0 for
+    what top-p excludes.
 
     Args:
         found: of `Asker.next_tokens`, for one top-p.
@@ -70,7 +73,8 @@ def next_token_table(found: Mapping[str, Sequence[NextTokens]], tokenizer: Any, 
     """
     from pandas import DataFrame, MultiIndex
 
-    # The order of tokens is the same at every temperature, so one list of names does for all columns.
+    # The order of tokens is the same at every temperature, so one list of names does for all
+    # columns.
     names: list[tuple[str, str]] = []
     rows: list[tuple[float, ...]] = []
     for model, distributions in found.items():
@@ -90,7 +94,7 @@ def next_token_table(found: Mapping[str, Sequence[NextTokens]], tokenizer: Any, 
 
 
 def _shares(distribution: NextTokens, count: int) -> tuple[list[float], list[float]]:
-    """Return the probabilities of the likeliest tokens and of all others together, before top-p and after it."""
+    """Return the probabilities of the likeliest tokens and of the rest, before and after top-p."""
     retained, excluded = _tail_shares(distribution, count)
     before = distribution.probabilities[:count].tolist()
     # Top-p retains the first tokens, and what these have together becomes 1.
@@ -102,7 +106,7 @@ def _shares(distribution: NextTokens, count: int) -> tuple[list[float], list[flo
 def plot_next_tokens(
     question: str, found: Mapping[str, Sequence[NextTokens]], tokenizer: Any, *, count: int = 6
 ) -> Figure:
-    """Draw how likely the next token is: a row of panels for each model, in it a panel for each temperature.
+    """Draw how likely the next token is: a row of panels per model, a panel per temperature.
 
     What top-p excludes is pale and hatched, and a line marks where it cuts.
 
@@ -179,7 +183,7 @@ def _plot_panel(distribution: NextTokens, ax: Axes, count: int, *, color: str) -
 
 
 def _tail_shares(distribution: NextTokens, count: int) -> tuple[float, float]:
-    """Return the sums over all tokens but the likeliest: over those that top-p retains, and those that it excludes."""
+    """Return the sums over the rest of the tokens: over those in top-p, and over the others."""
     probabilities = distribution.probabilities
     border = max(count, distribution.in_top_p)
     return float(probabilities[count:border].sum()), float(probabilities[border:].sum())

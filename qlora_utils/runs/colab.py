@@ -1,7 +1,8 @@
-"""Set up a borrowed machine, Colab's or Kaggle's, without replacing what it came with, and have outputs outlive it.
+"""Set up a borrowed machine, Colab's or Kaggle's, and have outputs outlive it.
 
-The set-up cell clones the repository and calls `python -m qlora_utils.runs.colab` there, before anything is installed:
-importing this module needs Python alone.
+What the machine came with is not replaced. The set-up cell clones the repository and calls
+`python -m qlora_utils.runs.colab` there, before anything is installed: importing this module needs
+Python alone.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from qlora_utils import __version__
 from qlora_utils.runs.provenance import host
 
 DISTRIBUTION = "qlora-utils"
-# What pip must leave as it is. Torch and its kin are built for the machine's CUDA, numpy and pandas are loaded before
-# the first cell runs, and the rest is the kernel itself and its page: replaced, a session crashes or shows no widgets.
+# What pip must leave as it is. Torch and its kin are built for the machine's CUDA, numpy and pandas
+# are loaded before the first cell runs, and the rest is the kernel itself and its page: replaced, a
+# session crashes or shows no widgets.
 PINNED = (
     "torch", "torchvision", "torchaudio", "triton", "numpy", "pandas",
     "ipykernel", "ipython", "ipywidgets", "jupyter-client", "pyzmq", "tornado", "traitlets",
@@ -39,13 +41,14 @@ class MachineError(RuntimeError):
 
 
 def install(checkout: Path) -> str:
-    """Install this package from a clone, and leave the packages in `PINNED` at the versions that they have.
+    """Install this package from a clone; the packages in `PINNED` stay at their versions.
 
     Args:
         checkout: the clone.
 
     Returns:
-        The packages that pip installed and replaced, a line each; nothing if this clone is installed already.
+        The packages that pip installed and replaced, a line each; nothing if this clone is
+        installed already.
 
     Raises:
         MachineError: what the machine came with is too old, or pip failed; says what to do.
@@ -54,7 +57,8 @@ def install(checkout: Path) -> str:
         return ""
     before = _versions()
     _check_versions(checkout, before)
-    # Constraints rather than requirements: pip fails where something needs another version, and replaces nothing.
+    # Constraints rather than requirements: pip fails where something needs another version, and
+    # replaces nothing.
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         pins = [f"{name}=={before[name]}\n" for name in PINNED if name in before]
@@ -71,7 +75,8 @@ def install(checkout: Path) -> str:
             f"{output}\npip could not install {checkout}. Is there a network? If packages "
             "were changed here before, begin with a fresh machine (Colab: Runtime, Disconnect and delete runtime)."
         )
-    # Recorded for `ready`: a package that this session loaded before pip replaced it asks for a restart.
+    # Recorded for `ready`: a package that this session loaded before pip replaced it asks for a
+    # restart.
     after = _versions()
     changed = {name: [before.get(name), new] for name, new in after.items() if before.get(name) != new}
     (checkout / RECORD).write_text(json.dumps({"at": time.time(), "changed": changed}))
@@ -89,7 +94,7 @@ def _is_installed(checkout: Path) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    """Return every installed distribution and its version, with names as pip writes them in requirements."""
+    """Return the version of every installed distribution, by its name as pip spells it."""
     # Of two with the same name, the first on the path is the one that is imported.
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
@@ -99,7 +104,9 @@ def _versions() -> dict[str, str]:
 
 
 def _check_versions(checkout: Path, versions: dict[str, str]) -> None:
-    """Refuse a machine whose own packages are too old: pip would replace them, and break what depends on them.
+    """Refuse a machine whose own packages are too old.
+
+    pip would replace them, and break what depends on them.
 
     Raises:
         MachineError: names the first such package, and how to get a newer machine.
@@ -145,7 +152,7 @@ def _format_changes(changed: dict[str, list[str | None]]) -> str:
 
 
 def ready(version: str, *, keep_in_drive: bool = False) -> str:
-    """Finish the set-up cell: check that what was installed is what runs, and settle where outputs lie.
+    """Finish the set-up cell: check that what was installed is what runs, and place the outputs.
 
     Args:
         version: of the notebook, as `v0.1.0`.
@@ -155,8 +162,9 @@ def ready(version: str, *, keep_in_drive: bool = False) -> str:
         Lines to print: the packages that pip changed, where outputs lie, versions and hardware.
 
     Raises:
-        MachineError: on a borrowed machine that has another version than the notebook, that loaded packages before pip
-            replaced them, where Drive cannot be mounted, or where runs lie here already.
+        MachineError: on a borrowed machine that has another version than the notebook, that loaded
+            packages before pip replaced them, where Drive cannot be mounted, or where runs lie here
+            already.
     """
     from qlora_utils.locate import project_folder
     from qlora_utils.runs.provenance import environment_line
@@ -168,7 +176,7 @@ def ready(version: str, *, keep_in_drive: bool = False) -> str:
         lines.append(f"This notebook is of {version}, the installed qlora-utils is v{__version__}.")
     if where is not None:
         checkout = project_folder("notebooks").parent
-        # A clone of another version, from a session before, would run with cells that are not its own.
+        # A clone that an earlier session left may be of another version than these cells.
         if lines:
             raise MachineError(f"{lines[0]} Keep {checkout / 'outputs'}, remove {checkout}, and restart the session.")
         record = _read_record(checkout)
@@ -186,7 +194,7 @@ def ready(version: str, *, keep_in_drive: bool = False) -> str:
 
 
 def _read_record(checkout: Path) -> dict[str, Any]:
-    """Return when `install` ran pip and what that changed; nothing if this was installed by hand."""
+    """Return when `install` ran pip, and what that changed; nothing if it never ran."""
     try:
         return dict(json.loads((checkout / RECORD).read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -216,7 +224,7 @@ def _loaded_before(record: dict[str, Any]) -> list[str]:
 
 
 def _place_outputs(outputs: Path, where: str, keep: bool) -> str:
-    """Put the folder of run directories into Drive if asked to; say where it lies, and for how long."""
+    """Put outputs into Drive if asked to; say where they lie, and for how long."""
     if where == "Kaggle":
         note = "KEEP_IN_DRIVE is for Colab. " if keep else ""
         return f"{note}Outputs lie in {outputs}. Save Version keeps them; else they end with this session."
@@ -231,17 +239,20 @@ def _place_outputs(outputs: Path, where: str, keep: bool) -> str:
 
 
 def keep_in_drive(outputs: Path) -> Path:
-    """Mount Google Drive and make the folder of run directories a link into it, where nothing lies in it yet.
+    """Mount Google Drive and make the folder of run directories a link into it.
+
+    Where something lies in the folder already, a link would hide it: that is refused.
 
     Args:
-        outputs: folder of run directories, in the clone; Drive is mounted beside the clone, as `/content/drive`.
+        outputs: folder of run directories, in the clone; Drive is mounted beside the clone, as
+            `/content/drive`.
 
     Returns:
         The folder in Drive.
 
     Raises:
-        MachineError: Drive was not mounted, or the link cannot be made; or runs lie here already, which a link would
-            hide: gives the command that moves them.
+        MachineError: Drive was not mounted, or the link cannot be made; or something lies here
+            already: gives the command that moves it.
     """
     from google.colab import drive
 
@@ -275,8 +286,8 @@ def _check_empty(outputs: Path, in_drive: Path) -> None:
     """Refuse to link a folder in which something lies.
 
     Raises:
-        MachineError: names what lies there, and gives the command that moves it. What is in Drive under the same name
-            is not overwritten: `mv -n` skips it, and it stays here.
+        MachineError: names what lies there, and gives the command that moves it. What is in Drive
+            under the same name is not overwritten: `mv -n` skips it, and it stays here.
     """
     names = sorted(path.name for path in outputs.iterdir())
     if names:

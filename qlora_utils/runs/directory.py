@@ -1,4 +1,4 @@
-"""Name the files of a run directory, the contract between notebooks, and write those that several of them share."""
+"""Name the files of a run directory, the contract between notebooks, and write the shared ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEARNED = ".memory.jsonl"  # beside the run directories: passes that ran out of memory
-# Environment variables that `qlora run` sets for its kernels: progress as plain text, and the columns of the terminal
-# that their stderr ends up on, where it does.
+# Environment variables that `qlora run` sets for its kernels: progress as plain text, and the
+# columns of the terminal that their stderr ends up on, where it does.
 HEADLESS = "QLORA_HEADLESS"
 TERMINAL = "QLORA_TERMINAL"
 
@@ -52,7 +52,7 @@ class RunDirectory:
 
     @property
     def merged(self) -> Path:
-        """Return the folder of adapter and base model as one plain 16-bit model (`qlora merge --run NAME`)."""
+        """Return the folder of the merged plain 16-bit model (`qlora merge --run NAME`)."""
         return self.path / "merged"
 
     @property
@@ -69,7 +69,8 @@ class RunDirectory:
     def answers(self) -> Path:
         """Return the path of the answers.
 
-        One JSON line per question asked: its split, the expected answer, base and tuned answer, scores.
+        One JSON line per question asked: its split, the expected answer, base and tuned answer,
+        scores.
         """
         return self.path / "answers.jsonl"
 
@@ -77,23 +78,24 @@ class RunDirectory:
     def metrics(self) -> Path:
         """Return the path of the metrics.
 
-        Sections `train`; `held_out`, `base`, `tuned` and `paired` on held-out questions; `groups` of these.
+        Sections `train`; `held_out`, `base`, `tuned` and `paired` on held-out questions; `groups`
+        of these.
         """
         return self.path / "metrics.json"
 
     @property
     def ingredients(self) -> Path:
-        """Return the path of the same training measured with one thing changed (`qlora ingredients --run NAME`)."""
+        """Return the path of the measured ingredients (`qlora ingredients --run NAME`)."""
         return self.path / "ingredients.json"
 
     @property
     def comparison(self) -> Path:
-        """Return the path of the comparison with other runs on the same questions (`qlora compare --runs …`)."""
+        """Return the path of the comparison with other runs (`qlora compare --runs …`)."""
         return self.path / "comparison.json"
 
     @property
     def preferences(self) -> Path:
-        """Return the path of the answers that a person preferred in the playground, one JSON line each.
+        """Return the path of the answers that a person preferred, one JSON line each.
 
         `--fresh` does not delete them.
         """
@@ -117,15 +119,16 @@ class RunDirectory:
     def begin(self, config: RunConfig) -> None:
         """Write `config.json` at the start of a notebook, as long as no training has begun.
 
-        From then on it holds the config of that training and the machine it ran on: a parameter tried out later, or a
-        playground opened on another machine, does not change that. Only a new training does.
+        From then on it holds the config of that training and the machine it ran on: a parameter
+        tried out later, or a playground opened on another machine, does not change that. Only a new
+        training does.
         """
         begun = self.adapter.is_dir() or any(self.checkpoints.glob("checkpoint-*"))
         if not (begun and self.config.is_file()):
             self.record(config)
 
     def record(self, config: RunConfig) -> None:
-        """Write `config.json`: the config, and the versions, commit and hardware of this process."""
+        """Write `config.json`: the config, and versions, commit and hardware of this process."""
         # `fresh` is an order to one training: whoever resumes the run must not start over.
         lasting = {**config.model_dump(), "fresh": False}
         write_json(self.config, {"config": lasting, **provenance()})
@@ -155,7 +158,7 @@ class RunDirectory:
         return known
 
     def finished(self) -> dict[str, Any] | None:
-        """Return the section `train` of `metrics.json` if the last training of this run is complete, else None.
+        """Return the section `train` of the metrics if the last training is complete, else None.
 
         Raises:
             DamagedError: `metrics.json` or `history.jsonl` is.
@@ -163,8 +166,8 @@ class RunDirectory:
         if not (self.adapter.is_dir() and self.history.is_file()):
             return None
         trained: dict[str, Any] | None = self.known_metrics().get("train")
-        # Adapter and metrics may be those of an earlier training. A new one starts a new history, whose last step tells
-        # them apart.
+        # Adapter and metrics may be those of an earlier training. A new one starts a new history,
+        # whose last step tells them apart.
         steps = [line["step"] for line in read_jsonl(self.history) if "loss" in line]
         return trained if trained and steps and steps[-1] == trained["steps"] else None
 
@@ -184,11 +187,15 @@ class RunDirectory:
         temporary.replace(target)
 
     def sweep(self) -> None:
-        """Remove half-written files of processes that have ended; those of living ones are about to be renamed."""
+        """Remove half-written files of processes that have ended.
+
+        Those of living processes are about to be renamed.
+        """
         for folder in (self.path, self.data, self.figures, self.notebooks):
             for path in folder.glob(".*.*"):
                 process = re.fullmatch(r"\..+\.(\d{1,9})\.[^.]+", path.name)
-                # A file with this process' own number was left by another: a process sweeps before it writes.
+                # A file with this process' own number was left by another: a process sweeps before
+                # it writes.
                 if process and (int(process[1]) == os.getpid() or not is_alive(int(process[1]))):
                     path.unlink(missing_ok=True)
 

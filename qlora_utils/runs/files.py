@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and read them with errors that say what to do about a damaged one."""
+"""Write files whole or not at all, and read them with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ WRITTEN_BY = {
 
 
 def write_bytes(path: Path, blocks: Iterable[bytes]) -> None:
-    """Write a file whole or not at all: into a temporary file in its folder, which is then renamed."""
+    """Write a file whole or not at all: into a temporary file, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.writelines(blocks)
-            # On the disk before the new name is: after a power cut the file would be there, and empty.
+            # On the disk before the new name is: after a power cut the file would be there, and
+            # empty.
             file.flush()
             os.fsync(file.fileno())
-        # Temporary files are for their owner alone. Some mounts, as Google Drive, have permissions of their own.
+        # Temporary files are for their owner alone. Some mounts, as Google Drive, have permissions
+        # of their own.
         with suppress(PermissionError):
             Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
@@ -63,7 +65,7 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 class DamagedError(ValueError):
-    """Report a file of a run that does not hold what was written into it; name it, the line and what to do."""
+    """Report a file of a run that does not hold what was written into it, and what to do."""
 
 
 def damaged(path: Path, what: str, line: int | None = None) -> DamagedError:
@@ -79,7 +81,7 @@ def damaged(path: Path, what: str, line: int | None = None) -> DamagedError:
 
 
 def _repair_advice(path: Path) -> str:
-    """Return a sentence that says how to get a damaged file back: from a copy, or from the notebook that writes it."""
+    """Say how to get a damaged file back: from a copy, or from the notebook that writes it."""
     maker = WRITTEN_BY.get(path.name)
     if not maker:
         return "Restore it from a copy, or remove it."
@@ -88,7 +90,7 @@ def _repair_advice(path: Path) -> str:
     if path.name == "config.json":
         command = resume_command(run_dir, preset="PRESET", fresh=True)
         return f"Restore it from a copy, or begin the run anew: {command}"
-    # Notebooks up to the training refuse to write over what a training has begun with, unless the run starts over.
+    # What a training stands on, and what it leaves, is written anew only by a run that starts over.
     command = resume_command(run_dir, start=maker[:2], fresh=maker < "05")
     return f"Restore it from a copy, or remove it and have notebook {maker} write it anew: {command}"
 
@@ -146,7 +148,8 @@ def read_jsonl(path: Path, kind: type = object) -> list[Any]:
     require(path)
     # Not str.splitlines: it also splits at U+2028 and its like, which may stand in any answer.
     *whole_lines, _cut_off = path.read_bytes().split(b"\n")
-    return [json_value(path, line, kind, number) for number, line in enumerate(whole_lines, start=1) if line.strip()]
+    numbered = enumerate(whole_lines, start=1)
+    return [json_value(path, line, kind, number) for number, line in numbered if line.strip()]
 
 
 def require(path: Path) -> None:
@@ -165,7 +168,7 @@ def require(path: Path) -> None:
 
 
 def _advice_on_a_borrowed_machine(run: str) -> str:
-    """Return what to do on a borrowed machine about files that an earlier notebook wrote on another one.
+    """Return advice about files that an earlier notebook wrote on another borrowed machine.
 
     Args:
         run: name of the run whose files are missing.

@@ -1,4 +1,4 @@
-"""Read the history of a training, `history.jsonl`: its lines, their columns, and where the held-out loss was lowest."""
+"""Read the history of a training, `history.jsonl`, and find where its loss was lowest."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def fault_of_numbers(line: Mapping[str, Any]) -> str:
 
 
 def fault_of_sample(line: Mapping[str, Any]) -> str:
-    """Return what is wrong with the sample of a line, which not every line has; nothing if it can be shown."""
+    """Return what is wrong with the sample of a line, if it has one; nothing if it is sound."""
     sample = line.get("sample", {})
     texts = [sample.get(name, "") for name in SAMPLE] if isinstance(sample, dict) else [None]
     if all(isinstance(text, str) for text in texts):
@@ -89,11 +89,14 @@ def column(history: History, name: str) -> tuple[list[int], list[float]]:
 
 
 def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
-    """Return a centred moving average, which unlike an exponential one does not lag behind a steep curve.
+    """Return a centred moving average.
+
+    Unlike an exponential one it does not lag behind a steep curve.
 
     Args:
         values: one per logged step.
-        reach: neighbours on either side that count; fewer near the ends, so that both sides stay even.
+        reach: neighbours on either side that count; fewer near the ends, so that both sides stay
+            even.
     """
     smoothed = []
     for index in range(len(values)):
@@ -114,12 +117,12 @@ def lowest(history: History, name: str = "eval_loss") -> tuple[int, float] | Non
 
 
 def turned(history: History, margin: float = 0.01) -> bool:
-    """Check whether the held-out loss ends above its lowest point, by more than a share of `margin`."""
+    """Check whether the held-out loss ends more than a share of `margin` above its lowest point."""
     best = lowest(history)
     return best is not None and column(history, "eval_loss")[1][-1] > (1 + margin) * best[1]
 
 
 def rose(history: History) -> bool:
-    """Check whether the held-out loss rose from the start; what has never fallen did not overfit."""
+    """Check whether the held-out loss rose from the start, which is no overfitting."""
     best = lowest(history)
     return best is not None and turned(history) and best[0] == column(history, "eval_loss")[0][0]

@@ -1,4 +1,7 @@
-"""Lock run directories, so that one process at a time writes them; a lock ends with its process, however that ends."""
+"""Lock run directories, so that one process at a time writes them.
+
+A lock ends with the process that holds it, however that ends.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Seconds by which two clocks may differ: when a process began is counted from the start of the machine.
+# Seconds by which two clocks may differ: when a process began is counted from the start of the
+# machine.
 TOLERANCE_S = 60.0
 # Errors of file systems without locks, as some network and FUSE mounts.
 _NO_LOCKS = {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
@@ -27,8 +31,9 @@ class LockedError(RuntimeError):
 def hold_lock(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
     """Hold a lock file as long as this context lasts.
 
-    The system ties the lock to the open file (`flock`), so a process that was killed leaves none behind. The file
-    itself names its process, for the message that others get, and is removed at the end.
+    The system ties the lock to the open file (`flock`), so a process that was killed leaves none
+    behind. The file itself names its process, for the message that others get, and is removed at
+    the end.
 
     Args:
         path: of the lock file; its folder is made.
@@ -46,7 +51,8 @@ def hold_lock(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
             os.write(file, json.dumps({"pid": os.getpid(), "doing": doing, "since": time.time()}).encode())
         yield
     finally:
-        # Removed before it is released: a process that waits for it sees that the name is gone, and makes a new file.
+        # Removed before it is released: a process that waits for it sees that the name is gone, and
+        # makes a new file.
         if file is not None:
             path.unlink(missing_ok=True)
             os.close(file)
@@ -56,13 +62,14 @@ def _acquire(path: Path, deadline: float) -> int | None:
     """Open and lock a file; None where the file system has no locks.
 
     Raises:
-        LockedError: another process holds it until the deadline, which is in seconds of `time.monotonic`.
+        LockedError: another process holds it until the deadline, which is in seconds of
+            `time.monotonic`.
     """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A lock on a file that its last holder has removed in between excludes nobody: try again.
+            # Its last holder may have removed the file in between: such a lock excludes nobody.
             if _is_same_file(path, file):
                 return file
         except BlockingIOError:
@@ -95,13 +102,14 @@ def is_alive(process: int, since: float | None = None) -> bool:
 
     Args:
         process: its number.
-        since: seconds since 1970 by which it must have begun; one that began later was given the number of a process
-            that has ended. None: any counts.
+        since: seconds since 1970 by which it must have begun; one that began later was given the
+            number of a process that has ended. None: any counts.
     """
     # Zero and negative numbers are groups of processes.
     if process <= 0:
         return False
-    # Signal 0 is not delivered. The process of another user exists, although it must not be signalled.
+    # Signal 0 is not delivered. The process of another user exists, although it must not be
+    # signalled.
     try:
         os.kill(process, 0)
     except PermissionError:
@@ -120,13 +128,17 @@ def _is_another(process: int, since: float) -> bool:
         return known.status() == psutil.STATUS_ZOMBIE or known.create_time() > since + TOLERANCE_S
     except psutil.NoSuchProcess:
         return True
-    # Where its start cannot be read, a lock counts: two trainings in one directory are worse than a refusal.
+    # Where its start cannot be read, a lock counts: two trainings in one directory are worse than a
+    # refusal.
     except (psutil.Error, OSError):
         return False
 
 
 def is_at_work(path: Path) -> bool:
-    """Check whether the process that a lock file names is alive. The lock itself is not tried: that would hold it."""
+    """Check whether the process that a lock file names is alive.
+
+    The lock itself is not tried: that would hold it.
+    """
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return is_alive(int(known["pid"]), float(known["since"]))
@@ -135,7 +147,7 @@ def is_at_work(path: Path) -> bool:
 
 
 def _holder(path: Path) -> str:
-    """Format the error about a lock that another process holds: which process it is, and what to do."""
+    """Format the error about a lock: which process holds it, and what to do."""
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         who = f"process {known['pid']} ({known['doing']}, for {max(0, time.time() - known['since']) / 60:.0f} min)"

@@ -1,6 +1,7 @@
-"""Record what a run runs on: versions of packages, the commit, the hardware, and whose machine it is.
+"""Record what a run runs on: versions, the commit, the hardware, and whose machine it is.
 
-Importing this module needs Python alone: the set-up cell asks for the machine before anything is installed.
+Importing this module needs Python alone: the set-up cell asks for the machine before anything is
+installed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def repository() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, of this package and of those in `PACKAGES` that are installed."""
+    """Return the versions of Python, of this package and of what is installed of `PACKAGES`."""
     found = {"python": platform.python_version()}
     for name in ("qlora-utils", *PACKAGES):
         try:
@@ -54,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the checkout that this package runs from, with `+` if it has changes; None outside one."""
+    """Return the commit of the checkout, with `+` if it has changes; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
         commit = _run_git(here, "rev-parse", "HEAD")
