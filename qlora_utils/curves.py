@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from qlora_utils.runs.history import COLUMNS, History, column, lowest, rose, smooth, turned
+from qlora_utils.runs.history import COLUMNS, History, column, ends_above_lowest, lowest, rises_from_start, smooth
 from qlora_utils.runs.history import read_history as read_history  # notebook 05 begins with it
 from qlora_utils.style import COLORS, HELD_OUT, PALE, TRAINING, in_figure, unframed
 
@@ -77,7 +77,7 @@ def plot_losses(history: History, ax: Axes) -> Figure:
     best = lowest(history)
     if best is not None:
         side = "right" if best[0] > 0.9 * steps[-1] else "center"
-        if turned(history) and not rose(history):
+        if ends_above_lowest(history) and not rises_from_start(history):
             ax.axvspan(best[0], steps[-1], color=PALE, alpha=0.6, linewidth=0, zorder=0, label="overfitting")
         ax.annotate(f"lowest {best[1]:.3f}\nat step {best[0]}", best, xytext=(0, 18), textcoords="offset points",
                     ha=side, fontsize="small", arrowprops={"arrowstyle": "-", "color": "tab:gray"})  # fmt: skip

@@ -60,12 +60,12 @@ def test_the_lowest_held_out_loss_is_marked():
     figure, ax = plt.subplots()
     curves.plot_losses(HISTORY, ax)
     assert any("lowest 1.000" in text.get_text() and "step 12" in text.get_text() for text in ax.texts)
-    assert curves.turned(HISTORY)
+    assert curves.ends_above_lowest(HISTORY)
     assert "overfitting" in [text.get_text() for text in ax.get_legend().get_texts()]
     plt.close(figure)
     falling = [{"step": step, "loss": 3 / (step + 1), "eval_loss": 4 / (step + 1)} for step in range(5)]
-    assert not curves.turned(falling)
-    assert not curves.turned([])
+    assert not curves.ends_above_lowest(falling)
+    assert not curves.ends_above_lowest([])
     figure, ax = plt.subplots()
     curves.plot_losses(falling, ax)
     assert "overfitting" not in [text.get_text() for text in ax.get_legend().get_texts()]
@@ -79,7 +79,7 @@ def test_the_lowest_held_out_loss_is_marked():
 )  # fmt: skip
 def test_a_loss_that_rises_from_the_start_is_told_from_overfitting(losses, rose, labelled):
     history = [{"step": step, "loss": 1.0, "eval_loss": loss} for step, loss in enumerate(losses)]
-    assert curves.rose(history) == rose
+    assert curves.rises_from_start(history) == rose
     figure, ax = plt.subplots()
     curves.plot_losses(history, ax)
     assert ("overfitting" in [text.get_text() for text in ax.get_legend().get_texts()]) == labelled

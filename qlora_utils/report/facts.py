@@ -13,7 +13,7 @@ from typing import Any
 from qlora_utils.evaluation.scores import TITLES, exact_match, rouge_l, token_f1
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import DamagedError, read_json, read_jsonl
-from qlora_utils.runs.history import fault_of_numbers, fault_of_sample
+from qlora_utils.runs.history import find_wrong_number, find_wrong_sample
 from qlora_utils.style import counted
 
 AnswerLine = Mapping[str, Any]  # of answers.jsonl
@@ -103,7 +103,7 @@ def gather(run: RunDirectory) -> Facts:
         run=run,
         stored=stored,
         metrics=metrics,
-        history=[_step(line) for line in history if not fault_of_numbers(line)],
+        history=[_step(line) for line in history if not find_wrong_number(line)],
         data=taken("data", lambda: read_json(run.data / "report.json"), {}),
         reasons=taken("rejected", lambda: _reasons(run), {}),
         answers=usable,
@@ -113,7 +113,7 @@ def gather(run: RunDirectory) -> Facts:
 
 def _step(line: dict[str, Any]) -> dict[str, Any]:
     """A line of the history, without its sample where that is damaged: the numbers stand without it."""
-    return {name: value for name, value in line.items() if name != "sample"} if fault_of_sample(line) else line
+    return {name: value for name, value in line.items() if name != "sample"} if find_wrong_sample(line) else line
 
 
 def _is_answer(line: Any) -> bool:

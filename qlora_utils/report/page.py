@@ -11,7 +11,7 @@ from qlora_utils.report.facts import Facts, gather, measured
 from qlora_utils.report.html import Html, document, note
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_text
-from qlora_utils.runs.history import column, lowest, rose, turned
+from qlora_utils.runs.history import column, ends_above_lowest, lowest, rises_from_start
 from qlora_utils.style import cut, loss, on_terminal
 
 
@@ -62,9 +62,9 @@ def _name(text: str) -> str:
 def _warning(history: list[dict[str, Any]]) -> str:
     """What the end of a held-out loss calls for, if it is not the lowest point."""
     best = lowest(history)
-    if rose(history):
+    if rises_from_start(history):
         return "   it rose from the start: the learning rate may be too high"
-    if best and turned(history):
+    if best and ends_above_lowest(history):
         return f"   it was {best[1]:.3f} at step {best[0]}: overfitting after that"
     return ""
 

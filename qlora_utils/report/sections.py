@@ -19,7 +19,7 @@ from qlora_utils.report.html import Html, described, element, figure, folded, jo
 from qlora_utils.report.word_diff import differences
 from qlora_utils.rows.statistics import truncated_share
 from qlora_utils.runs.files import read_json
-from qlora_utils.runs.history import column, lowest, rose, sample_answers, smooth, turned
+from qlora_utils.runs.history import column, ends_above_lowest, lowest, rises_from_start, sample_answers, smooth
 from qlora_utils.runs.provenance import repository
 
 if TYPE_CHECKING:
@@ -444,7 +444,11 @@ def _losses(facts: Facts) -> Html:
         Line(points=[*zip(held_steps, held, strict=True)], name="held-out", colour=0, dots=True),
     ]
     best = lowest(history)
-    over = (best[0], held_steps[-1]) if best is not None and turned(history) and not rose(history) else None
+    over = (
+        (best[0], held_steps[-1])
+        if best is not None and ends_above_lowest(history) and not rises_from_start(history)
+        else None
+    )
     # An encoder-decoder writes answers alone, whatever response_only says.
     answers_alone = facts.config.get("response_only", True) or facts.data.get("unit") == "example"
     drawing = line_chart(

@@ -14,7 +14,7 @@ from qlora_utils.evaluation.scores import (
 )
 from qlora_utils.report.facts import AnswerLine, Facts, trained_on_date
 from qlora_utils.rows.statistics import truncated_share
-from qlora_utils.runs.history import column, lowest, rose, smooth, turned
+from qlora_utils.runs.history import column, ends_above_lowest, lowest, rises_from_start, smooth
 from qlora_utils.style import counted, duration, loss, passes, percent, size
 
 FEW = 100  # questions; with fewer an interval is wide enough to be spoken of
@@ -172,12 +172,12 @@ def _of_the_training(facts: Facts) -> list[str]:
     said = []
     steps, losses = column(history, "eval_loss")
     best = lowest(history)
-    if rose(history):
+    if rises_from_start(history):
         said.append(
             f"Held-out loss rose from the start, from {losses[0]:.3f} to {losses[-1]:.3f}: the learning rate may be "
             "too high."
         )
-    elif best and turned(history):
+    elif best and ends_above_lowest(history):
         said.append(
             f"Overfitting: held-out loss was lowest, {best[1]:.3f}, at step {best[0]} and ends at {losses[-1]:.3f}. "
             f"{_kept(train, best[0])}Fewer steps, more rows or a lower rank would help."
@@ -198,7 +198,7 @@ def _of_the_training(facts: Facts) -> list[str]:
         )
     if values and max(smooth(values)[len(values) // 2 :], default=0.0) > 1.5 * values[0]:
         said.append("Training loss rose far above where it began: the learning rate is too high.")
-    if config.get("keep") == "last" and best and turned(history):
+    if config.get("keep") == "last" and best and ends_above_lowest(history):
         said.append("keep=last: it is the last adapter that was scored, not the best.")
     return said
 

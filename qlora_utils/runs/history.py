@@ -40,12 +40,12 @@ def read_history(run: RunDirectory) -> History:
     if not lines:
         raise damaged(run.history, "it holds no line of a training")
     for number, line in enumerate(lines, start=1):
-        if fault := fault_of_numbers(line) or fault_of_sample(line):
+        if fault := find_wrong_number(line) or find_wrong_sample(line):
             raise damaged(run.history, fault, number)
     return lines
 
 
-def fault_of_numbers(line: Mapping[str, Any]) -> str:
+def find_wrong_number(line: Mapping[str, Any]) -> str:
     """Return what is wrong with the step or a column of a line; nothing if all are numbers.
 
     Other fields are not looked at, since a later version may add some.
@@ -58,7 +58,7 @@ def fault_of_numbers(line: Mapping[str, Any]) -> str:
     return ""
 
 
-def fault_of_sample(line: Mapping[str, Any]) -> str:
+def find_wrong_sample(line: Mapping[str, Any]) -> str:
     """Return what is wrong with the sample of a line, if it has one; nothing if it is sound."""
     sample = line.get("sample", {})
     texts = [sample.get(name, "") for name in SAMPLE] if isinstance(sample, dict) else [None]
@@ -116,13 +116,13 @@ def lowest(history: History, name: str = "eval_loss") -> tuple[int, float] | Non
     return steps[best], values[best]
 
 
-def turned(history: History, margin: float = 0.01) -> bool:
+def ends_above_lowest(history: History, margin: float = 0.01) -> bool:
     """Check whether the held-out loss ends more than a share of `margin` above its lowest point."""
     best = lowest(history)
     return best is not None and column(history, "eval_loss")[1][-1] > (1 + margin) * best[1]
 
 
-def rose(history: History) -> bool:
+def rises_from_start(history: History) -> bool:
     """Check whether the held-out loss rose from the start, which is no overfitting."""
     best = lowest(history)
-    return best is not None and turned(history) and best[0] == column(history, "eval_loss")[0][0]
+    return best is not None and ends_above_lowest(history) and best[0] == column(history, "eval_loss")[0][0]

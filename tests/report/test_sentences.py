@@ -122,7 +122,7 @@ def test_a_rate_is_doubted_only_where_the_first_held_out_loss_is_the_lowest(loss
         assert "Overfitting" not in said
     if "Overfitting" in said:
         assert losses[0] > min(losses)
-    assert ("Overfitting" in said or "the learning rate may be too high" in said) == curves.turned(history)
+    assert ("Overfitting" in said or "the learning rate may be too high" in said) == curves.ends_above_lowest(history)
 
 
 @pytest.mark.parametrize(
