@@ -40,7 +40,7 @@ from qlora_utils.rows.statistics import report_table as report_table
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_bytes, write_json
 from qlora_utils.style import BLUE, ORANGE, cut, in_page, on_terminal, unframed
-from qlora_utils.tokens.formats import Format, format_of
+from qlora_utils.tokens.formats import Format, format_of, has_plain_backend
 from qlora_utils.tokens.instructions import instructions_of
 from qlora_utils.tokens.packing import make_collator as make_collator
 from qlora_utils.tokens.packing import plot_padding as plot_padding
@@ -243,14 +243,10 @@ def prepare(
 def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Describe all that a tokenizer's ids follow from; None where code of its own decides about them."""
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+    if not has_plain_backend(tokenizer):
+        return None
     kind = type(tokenizer)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return None
-    encodes_itself = kind._encode_plus is not PreTrainedTokenizerFast._encode_plus  # type: ignore[attr-defined]
-    if encodes_itself or kind.__call__ is not PreTrainedTokenizerBase.__call__:
-        return None
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()  # left from an earlier call, as is truncation
     backend.no_truncation()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -299,6 +300,7 @@ def _work(shard: Dataset, form: Format, path: Path, done: Path, parent: int) -> 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    gc.freeze()  # what the parent has loaded is shared as long as nobody, the collector included, touches it
     # the processes are the parallelism, and threads of the tokenizer would not outlive the fork
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

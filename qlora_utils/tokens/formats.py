@@ -306,11 +306,30 @@ def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     """Token ids of texts in which special tokens, spelled out, are mere letters."""
     if not texts:
         return []
-    options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    encoded: Any = tokenizer(texts, **options)["input_ids"]
+    encoded: Any
+    if has_plain_backend(tokenizer):
+        # the same ids in two thirds of the time; transformers too sets these anew at each call
+        backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        encoded = [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    else:
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     # A sentencepiece vocabulary of the unigram kind, as T5's, finds its own `</s>` among the letters all the same.
     special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
     return [ids if special.isdisjoint(ids) else _as_letters(ids, special, tokenizer) for ids in encoded]
+
+
+def has_plain_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether all that makes a tokenizer's ids is in its backend, and not in code of its own."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return False
+    encodes_itself = kind._encode_plus is not PreTrainedTokenizerFast._encode_plus  # type: ignore[attr-defined]
+    return not encodes_itself and kind.__call__ is PreTrainedTokenizerBase.__call__
 
 
 def _as_letters(ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

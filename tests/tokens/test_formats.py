@@ -184,6 +184,21 @@ def test_a_vocabulary_that_finds_its_special_tokens_among_letters_is_told_better
         assert tokenizer.decode(ids[:-1]) == text
 
 
+MARKED = st.sampled_from(["<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<extra_id_0>", " ", "\n", "好", "\u2028"])
+
+
+@BOTH
+@given(st.lists(st.lists(st.text(max_size=8) | MARKED, max_size=6).map("".join), min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_the_ids_are_those_of_transformers(tokenizer, texts):
+    tokenizer(["one", "two three four"], padding=True, truncation=True, max_length=2)  # which the backend remembers
+    assert formats.has_plain_backend(tokenizer)
+    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    for expected, found in zip(ids, formats._plain_ids(texts, tokenizer), strict=True):
+        assert found == expected or not special.isdisjoint(expected)
+
+
 def test_a_tokenizer_that_drops_the_joiner_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(formats, "defused", lambda text: text)
     with pytest.raises(data.DataError, match=r"drops U\+2060"):
