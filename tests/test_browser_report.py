@@ -8,7 +8,7 @@ import pytest
 from browser import audit, missing, screenshot
 from made_runs import comparison, told
 
-from qlora_utils.report import page as report
+from qlora_utils.report.render import write_report
 from qlora_utils.runs.files import write_json
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(missing()), reason=missing())]
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(missing()), reason=mi
 def address(tmp_path_factory):
     run = told(tmp_path_factory.mktemp("outputs"))
     write_json(run.comparison, comparison(run, "a run of a long name, so that the table is wide"))
-    report.write_report(run)
+    write_report(run)
     return run.report.as_uri()
 
 

@@ -123,6 +123,32 @@ def test_the_notebook_stays_small_with_curves_as_long_and_noisy_as_real_ones(con
     assert sum(path.stat().st_size for path in run.figures.glob("*.png")) < 350_000
 
 
+@pytest.mark.parametrize(("low", "high", "numbers"), [(0.6, 0.8, {0.6, 0.7, 0.8}), (2.4, 4.2, {3, 4}),
+                                                      (0.4, 3, {0.5, 1, 2}), (1e-9, 1e9, {0.01, 1, 100})])  # fmt: skip
+def test_losses_have_numbers_beside_them_wherever_they_lie(low, high, numbers):
+    figure, ax = plt.subplots()
+    curves.plot_losses([{"step": 0, "loss": high}, {"step": 9, "loss": low}], ax)
+    figure.draw_without_rendering()
+    bottom, top = ax.get_ylim()
+    labels = [label.get_text() for label in ax.get_yticklabels() if bottom <= label.get_position()[1] <= top]
+    assert numbers <= {float(label.replace("−", "-")) for label in labels}
+    assert len(labels) <= 12
+    plt.close(figure)
+
+
+def test_lines_are_told_apart_without_colour():
+    figure, ax = plt.subplots()
+    curves.plot_losses(HISTORY, ax, kept_step=12)
+    pale, training, held_out, adapter = ax.get_lines()
+    assert pale.get_alpha() < 1 and pale.get_linewidth() < training.get_linewidth()
+    assert [line.get_linestyle() for line in (training, held_out, adapter)] == ["-", "--", ":"]
+    assert held_out.get_marker() == "o"
+    named = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert named[:3] == ["training", "training, smoothed", "held-out"]
+    assert "adapter of step 12" in named
+    plt.close(figure)
+
+
 def test_in_the_overview_no_title_reaches_into_the_next(tmp_path):
     line = {"step": 1, "loss": 1.0, "eval_loss": 1.0, "eval_exact_match": 0.5, "lr": 1e-4, "grad_norm": 1.0,
             "tokens_per_s": 10.0, "peak_memory_bytes": 1e9}  # fmt: skip

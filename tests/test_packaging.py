@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 
 import nbformat
 import pytest
 import yaml
 from conftest import ROOT
+from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -55,6 +57,14 @@ def test_conda_users_get_the_same_versions():
     assert all(CONSTRAINTS[name] == version for name, version in conda.items())
     assert "-c constraints.txt" in listed
     assert "python=3.11" in CONDA
+
+
+def test_a_wheel_holds_templates_and_style_sheets_beside_the_modules(tmp_path):
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("qlora_utils/")}
+    files = [path for path in (ROOT / "qlora_utils").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert held == {path.relative_to(ROOT).as_posix() for path in files}
+    assert {"qlora_utils/report/report.html.j2", "qlora_utils/report/report.css"} <= held
 
 
 def test_set_up_cell_and_badges_name_this_repository_and_version():

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
+from xml.etree import ElementTree
 
 import numpy
 import pandas
@@ -13,6 +14,7 @@ from conftest import HOSTILE, MARKUP
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from qlora_utils import style
 from qlora_utils.models.memory import PART_COLORS, PARTS
@@ -228,3 +230,33 @@ def test_unframed_axes_have_no_frame():
     assert not ax.spines["top"].get_visible()
     assert ax.spines["left"].get_visible()
     plt.close(figure)
+
+
+@settings(deadline=None, max_examples=30)
+@given(ANYTHING)
+def test_any_text_in_a_figure_is_text_in_its_svg(text):
+    def drawn(words):
+        figure = Figure(figsize=(2, 1))
+        figure.text(0, 0, style.in_figure(words))
+        return ElementTree.fromstring(style.as_svg(figure, "name", title=words, description=words))
+
+    root = drawn(text)
+    tags = {element.tag for element in root.iter()}
+    assert tags <= {"svg", "title", "desc", "defs", "g", "path", "text", "tspan"}
+    known = {"aria-labelledby", "clip-path", "d", "fill", "id", "role", "style", "transform", "viewBox", "x", "y"}
+    assert {name for element in root.iter() for name in element.attrib} <= known
+    assert not set("".join(root.itertext())) & {"\x1b", "\x07", "\r", "\x9b", "\u202e"}
+
+
+def test_a_figure_gives_the_same_svg_again_with_ids_of_its_own():
+    figure = Figure(figsize=(2, 1))
+    figure.add_subplot().plot([1, 2, 3], "o-")
+    first, again, other = (style.as_svg(figure, name, title="t", description="d") for name in ("a", "a", "b"))
+    assert first == again
+    assert "<metadata" not in first
+    assert "<style" not in first
+    ids = [set(re.findall(r' id="([^"]*)"', svg)) for svg in (first, other)]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    for svg, known in zip((first, other), ids, strict=True):
+        assert {*re.findall(r'(?:href="|url\()#([\w-]+)', svg)} <= known

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_utils.commands.options import output_dir_options, run_path
 from qlora_utils.config import ConfigError
 from qlora_utils.evaluation import compare
-from qlora_utils.report.page import write_report
+from qlora_utils.report.render import write_report
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import DamagedError, write_json
 

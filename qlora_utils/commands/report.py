@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_utils.commands.options import run_options, run_path
 from qlora_utils.config import RunConfig
-from qlora_utils.report.page import write_report
+from qlora_utils.report.render import write_report
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.style import on_terminal
 

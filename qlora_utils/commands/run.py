@@ -35,7 +35,8 @@ from qlora_utils.locate import EMBEDDED, first_line, locate, path_exists, projec
 from qlora_utils.loop import checkpoints
 from qlora_utils.models import files as model_files
 from qlora_utils.models.shapes import architecture_of
-from qlora_utils.report import page
+from qlora_utils.report.render import write_report
+from qlora_utils.report.sentences import summary
 from qlora_utils.rows.files import SUFFIXES
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import HEADLESS, TERMINAL, RunDirectory, require_adapter
@@ -513,6 +514,6 @@ def main(options: argparse.Namespace) -> int:
         config_file=options.config,
     )
     run = run_series(config, parameters, start=options.start, fresh=options.fresh)
-    page.write_report(run)
-    print(page.summary(run))
+    write_report(run)
+    print(summary(run))
     return 0

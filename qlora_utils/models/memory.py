@@ -289,7 +289,7 @@ def plot_plan(plans: Mapping[str, MemoryPlan], ax: Axes, card: Card | None = Non
     ax.set_yticks(range(len(plans)), list(plans))
     ax.invert_yaxis()
     ax.margins(x=0.12)
-    ax.set(xlabel="GiB; black line: at the peak")
+    ax.set(xlabel="GiB; long line: at the peak")
     ax.set_title("Memory of a training step", loc="left")
     unframed(ax, grid="x")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -1,4 +1,4 @@
-"""What a run left, read once for the report: all that is there, and of what is not there why."""
+"""Read once what a run directory holds for the report, and why it lacks the rest."""
 
 from __future__ import annotations
 
@@ -17,52 +17,52 @@ from qlora_utils.runs.history import find_wrong_number, find_wrong_sample
 from qlora_utils.style import counted
 
 AnswerLine = Mapping[str, Any]  # of answers.jsonl
-SHOWN = 20  # answers, of which a third each are the best and the worst
+SHOWN = 20  # answers in the report, of which a third each are the best and the worst
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run directory holds, as far as it is there: what is not is empty, and `missing` says why."""
+    """Hold what a run directory holds. What it lacks is empty, and `missing` says why."""
 
     run: RunDirectory
     stored: Mapping[str, Any]
     metrics: Mapping[str, Any]
     history: list[dict[str, Any]]
     data: Mapping[str, Any]
-    reasons: Mapping[str, int]  # why rows were left out, how many
+    reasons: Mapping[str, int]  # why rows were rejected, and how many for each reason
     answers: Sequence[AnswerLine]
     missing: Mapping[str, str]
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The parameters, as they were stored; those of another version may be others than ours."""
+        """Return the parameters as they were stored; another version may have others than ours."""
         config: Mapping[str, Any] = self.stored["config"]
         return config
 
     @property
     def versions(self) -> Mapping[str, Any]:
-        """Versions of the packages it ran with, by name."""
+        """Return the versions of the packages it ran with, by name."""
         return _mapping(self.stored.get("versions"))
 
     @property
     def hardware(self) -> Mapping[str, Any]:
-        """Processor, cores, memory and GPU."""
+        """Return processor, cores, memory and GPU."""
         return _mapping(self.stored.get("hardware"))
 
     @property
     def train(self) -> Mapping[str, Any]:
-        """What the training came to; empty if there was none."""
+        """Return the result of the training, empty if none has ended."""
         train: Mapping[str, Any] = self.metrics.get("train", {})
         return train
 
     @property
     def scored(self) -> bool:
-        """Whether base and tuned model were asked."""
+        """Return whether base and tuned model were asked."""
         return {"base", "tuned", "held_out"} <= set(self.metrics)
 
     @property
     def held_out(self) -> Sequence[AnswerLine]:
-        """The answers to held-out questions, which come first."""
+        """Return the answers to held-out questions, which come first."""
         count = self.metrics.get("held_out", {}).get("questions")
         lines = self.answers[:count] if isinstance(count, int) else self.answers
         return [line for line in lines if line.get("split") != "training rows"]
@@ -73,7 +73,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def gather(run: RunDirectory) -> Facts:
-    """All that a run directory holds, read once. What is missing or damaged is said in `missing` and no error.
+    """Read all that a run directory holds. What is missing or damaged is named in `missing` and raises no error.
 
     Raises:
         FileNotFoundError: there is no config.json, so no run.
@@ -84,16 +84,18 @@ def gather(run: RunDirectory) -> Facts:
         raise DamagedError(f"{run.config}: damaged, expected the config of a run under “config”.")
     missing: dict[str, str] = {}
 
-    def taken(name: str, read: Any, otherwise: Any) -> Any:
+    def read_or(name: str, read: Any, otherwise: Any) -> Any:
         try:
             return read()
         except (OSError, ValueError) as error:
             missing[name] = str(error)
             return otherwise
 
-    metrics = taken("metrics", lambda: read_json(run.metrics) and run.known_metrics(), {})
-    history = taken("history", lambda: read_jsonl(run.history, dict), [])
-    answers = taken("answers", lambda: read_jsonl(run.answers, dict), [])
+    metrics = read_or("metrics", lambda: read_json(run.metrics) and run.known_metrics(), {})
+    history = read_or("history", lambda: read_jsonl(run.history, dict), [])
+    answers = read_or("answers", lambda: read_jsonl(run.answers, dict), [])
+
+    # A line that is damaged does not take the others with it.
     usable = [line for line in answers if _is_answer(line)]
     if len(usable) < len(answers):
         lost = len(answers) - len(usable)
@@ -103,29 +105,32 @@ def gather(run: RunDirectory) -> Facts:
         run=run,
         stored=stored,
         metrics=metrics,
-        history=[_step(line) for line in history if not find_wrong_number(line)],
-        data=taken("data", lambda: read_json(run.data / "report.json"), {}),
-        reasons=taken("rejected", lambda: _reasons(run), {}),
+        history=[_without_damaged_sample(line) for line in history if not find_wrong_number(line)],
+        data=read_or("data", lambda: read_json(run.data / "report.json"), {}),
+        reasons=read_or("rejected", lambda: _count_reasons(run), {}),
         answers=usable,
         missing=missing,
     )
 
 
-def _step(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of the history, without its sample where that is damaged: the numbers stand without it."""
-    return {name: value for name, value in line.items() if name != "sample"} if find_wrong_sample(line) else line
+def _without_damaged_sample(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of the history, without its sample if that is damaged: the numbers are good without it."""
+    if not find_wrong_sample(line):
+        return line
+    return {name: value for name, value in line.items() if name != "sample"}
 
 
 def _is_answer(line: Any) -> bool:
-    return (
-        all(isinstance(line.get(name), str) for name in ("text", "expected"))
-        and all(isinstance(line.get(model), dict) for model in ("base", "tuned"))
-        and all(isinstance(line[model].get("answer"), str) for model in ("base", "tuned"))
-    )
+    """Return whether a line has a question, what was expected, and the answers of both models."""
+    texts = [line.get("text"), line.get("expected")]
+    for model in ("base", "tuned"):
+        given = line.get(model)
+        texts.append(given.get("answer") if isinstance(given, dict) else None)
+    return all(isinstance(text, str) for text in texts)
 
 
-def _reasons(run: RunDirectory) -> Counter[str]:
-    """Why rows were left out, counted; read line by line, since it may be as large as the dataset."""
+def _count_reasons(run: RunDirectory) -> Counter[str]:
+    """Count why rows were rejected, line by line, since the file may be as large as the dataset."""
     found: Counter[str] = Counter()
     with (run.data / "rejected.jsonl").open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
@@ -137,23 +142,25 @@ def _reasons(run: RunDirectory) -> Counter[str]:
 
 
 def measured(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Name and title of the scores that these answers have."""
+    """Return name and title of the scores that these answers have."""
     return {name: title for name, title in TITLES.items() if name in metrics["base"]}
 
 
 def trained_on_date(run: RunDirectory) -> tuple[str, bool] | None:
-    """The day of the training, and whether it was written down; else that of its files, which a copy may change."""
+    """Return the day of the training and True, or the day of its files, which a copy may change, and False.
+
+    None if there is neither.
+    """
     try:
         copy = json.loads((run.notebooks / "04_training.ipynb").read_text(encoding="utf-8"))
         ended = datetime.fromisoformat(copy["metadata"]["papermill"]["end_time"])
-        # papermill's clock is UTC, and the files' below is that of this place
+        # papermill writes UTC, but the files' time below is local.
         return _day((ended if ended.tzinfo else ended.replace(tzinfo=UTC)).astimezone()), True
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         pass
+    written = run.history if run.history.is_file() else run.config
     try:
-        return _day(
-            datetime.fromtimestamp((run.history if run.history.is_file() else run.config).stat().st_mtime)
-        ), False
+        return _day(datetime.fromtimestamp(written.stat().st_mtime)), False
     except OSError:
         return None
 
@@ -163,18 +170,18 @@ def _day(moment: datetime) -> str:
 
 
 def scores_of(line: AnswerLine, model: str) -> tuple[float, float, float]:
-    """Exact match, token F1 and ROUGE-L of an answer: those stored, or measured now."""
+    """Return exact match, token F1 and ROUGE-L of an answer: those stored, or measured now."""
     given, answer = line[model], line[model]["answer"]
     measures = {"exact_match": exact_match, "f1": token_f1, "rouge_l": rouge_l}
-    values = [
-        given[name] if isinstance(given.get(name), (int, float)) else measure(answer, line["expected"])
-        for name, measure in measures.items()
-    ]
+    values = []
+    for name, measure in measures.items():
+        stored = given.get(name)
+        values.append(stored if isinstance(stored, (int, float)) else measure(answer, line["expected"]))
     return values[0], values[1], values[2]
 
 
 def improvement(line: AnswerLine) -> tuple[float, float]:
-    """How much better the tuned answer is than the base model's: by exact match, then by token F1."""
+    """Return by how much the tuned answer is better than the base model's: by exact match, then by token F1."""
     base, tuned = scores_of(line, "base"), scores_of(line, "tuned")
     return tuned[0] - base[0], tuned[1] - base[1]
 
@@ -182,13 +189,14 @@ def improvement(line: AnswerLine) -> tuple[float, float]:
 def chosen(
     lines: Sequence[AnswerLine], count: int = SHOWN, seed: int = 0
 ) -> tuple[list[AnswerLine], list[AnswerLine], list[AnswerLine]]:
-    """The answers that are shown: largest gains, worst, and some drawn from all, which may be among these too.
+    """Choose answers to display: the largest gains, the worst, and some drawn from all, these included.
 
     Args:
         lines: of `answers.jsonl`.
-        count: of all three together, as far as there are that many.
+        count: of all three together, at most.
         seed: of the draw, and of the order of answers that are equally good.
     """
+    # Each group begins with a shuffled list, so that no place in the file is preferred among equals.
     draw = random.Random(seed)
     mixed = draw.sample(list(lines), len(lines))
     drawn = mixed[: max(0, count - 2 * (count // 3))]

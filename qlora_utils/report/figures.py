@@ -1,302 +1,236 @@
-"""Charts as SVG inside a page: small, sharp at any size, in the page's own colours, each with a text alternative.
+"""Draw the pictures of a report by the notebooks' own plot functions, as SVG inside the page.
 
-Nothing is told by colour alone: lines differ in width, dashes and marks, dots in shape, bars have their number beside
-them. Classes are those of the style sheet in `html.py`.
+The style sheet replaces their colours on a dark ground: see `style.as_svg`. The topics that draw are imported when a
+picture is drawn, since some of them bring PyTorch.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qlora_utils.report.html import Html, element, join
-from qlora_utils.style import cut
+from markupsafe import Markup
 
-WIDTH = 560  # of a drawing, in its own units; text is 13 of them high
-NARROW = 400  # of one that stands beside another
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 30, 42
-_LABEL = 24  # characters of a label beside a row
+from qlora_utils.curves import plot_column, plot_losses
+from qlora_utils.evaluation import compare
+from qlora_utils.evaluation.scores import SCORES, score_text
+from qlora_utils.report import sentences
+from qlora_utils.report.facts import Facts
+from qlora_utils.runs.history import History, column, drawable, ends_above_lowest, rises_from_start
+from qlora_utils.style import COLORS, as_svg, cut, in_figure, size
 
-Point = tuple[float, float]
-Interval = tuple[float, float, float]  # value, low, high
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
+    from qlora_utils.models.memory import MemoryPlan
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """One line of a chart.
-
-    `colour` is 0 to 3; `pale` what is in the background, `dots` whether each point is marked, and the line dashed.
-    """
-
-    points: Sequence[Point]
-    name: str = ""
-    colour: int = 1
-    pale: bool = False
-    dots: bool = False
+WIDE, NARROW = 5.4, 3.9  # inches; a narrow picture stands beside another
+LETTERS = {WIDE: 10.5, NARROW: 9.5}  # points: pictures shrink with the window, and their letters must stay readable
+LONGEST_LABEL = 30  # characters beside a row
 
 
-def line_chart(
-    lines: Sequence[Line],
-    *,
-    says: str,
-    across: str = "step",
-    upwards: str = "",
-    logarithmic: bool = False,
-    rules: Mapping[str, float] | None = None,
-    shaded: tuple[float, float] | None = None,
-    top: float | None = None,
-    width: int = WIDTH,
-) -> Html:
-    """Lines over a common axis. Points that are no numbers, or cannot stand on the axis, are left out.
+class Picture(NamedTuple):
+    """Hold a drawing, which has a text alternative of its own, and the caption below it."""
+
+    svg: Markup
+    caption: str
+
+
+def draw(
+    name: str, plot: Callable[[Axes], object], *, title: str, caption: str, description: str = "",
+    width: float = WIDE, height: float = 2.9,
+) -> Picture:  # fmt: skip
+    """Draw a picture.
 
     Args:
-        lines: at least one with a point.
-        says: what one sees, for those who don't.
-        across: title of the axis below.
-        upwards: title of the upward axis, where no legend takes its place.
-        logarithmic: the upward axis, for positive values.
-        rules: upright lines with a name, as the step that was kept.
-        shaded: from where to where the ground is shaded.
-        top: the upward axis ends there; None: a little above the highest point.
-        width: of the drawing, in its own units.
-
-    Raises:
-        ValueError: there is nothing to draw.
+        name: of the picture, which no other of the page has.
+        plot: draws on the axes it is given.
+        title: of the picture.
+        caption: stands below it.
+        description: says what one sees; the caption if there is no other.
+        width: in inches, `WIDE` or `NARROW`.
+        height: in inches.
     """
-    drawn = [(line, _points(line.points, positive=logarithmic)) for line in lines]
-    points = [point for _, inside in drawn for point in inside]
-    if not points:
-        raise ValueError("a chart needs a point: every value is missing, or no number")
-    height, end = width // 2, width - _RIGHT
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    left, right = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-    low, high, ticks = _logarithmic(ys) if logarithmic else _linear(ys, top)
+    import warnings
 
-    def across_at(x: float) -> float:
-        return round(_LEFT + (x - left) / (right - left) * (end - _LEFT), 1)
+    import matplotlib
+    from matplotlib.figure import Figure
 
-    def on_axis(y: float) -> float:
-        return math.log(y) if logarithmic else y
+    letters = LETTERS[width]
+    with matplotlib.rc_context({"font.size": letters, "axes.titlesize": "medium"}), warnings.catch_warnings():
+        # Odd values, as of a damaged run, make matplotlib warn of axes that nobody can mend here.
+        warnings.simplefilter("ignore", UserWarning)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        ax = figure.add_subplot()
+        ax.set_prop_cycle(color=COLORS)
+        plot(ax)
+        _fit(ax, titled=width == NARROW)
+        svg = as_svg(figure, f"figure-{name}", title=title, description=description or caption)
+    return Picture(Markup(svg), caption)
 
-    def up_at(y: float) -> float:
-        share = (on_axis(y) - on_axis(low)) / (on_axis(high) - on_axis(low))
-        return round(height - _BOTTOM - share * (height - _TOP - _BOTTOM), 1)
 
-    parts: list[Html] = []
-    if shaded is not None:
-        begin, until = (across_at(min(max(x, left), right)) for x in shaded)
-        parts.append(element("rect", x=begin, y=_TOP, width=round(until - begin, 1),
-                             height=height - _TOP - _BOTTOM, class_="over"))  # fmt: skip
-    for tick in ticks:
-        parts.append(_straight(_LEFT, up_at(tick), end, up_at(tick), "grid"))
-        parts.append(_text(_LEFT - 7, up_at(tick) + 4, number(tick), anchor="end"))
-    below = height - _BOTTOM + 18
-    parts += [_text(across_at(tick), below, number(tick), anchor="middle") for tick in nice(left, right, 5)]
-    parts.append(_straight(_LEFT, height - _BOTTOM, end, height - _BOTTOM, "axis"))
-    parts.append(_text((_LEFT + end) / 2, height - 5, across, anchor="middle"))
-    for name, x in (rules or {}).items():
-        at = across_at(min(max(x, left), right))
-        late = at > width / 2
-        parts.append(_straight(at, _TOP, at, height - _BOTTOM, "rule"))
-        parts.append(
-            _text(at + (-6 if late else 6), _TOP + 13, name, anchor="end" if late else "start", class_="strong")
+def _fit(ax: Axes, *, titled: bool) -> None:
+    """Shorten what a notebook has more room for: labels of rows, and titles that the caption repeats."""
+    from matplotlib.ticker import FixedLocator
+
+    if not titled:
+        for place in ("left", "center"):
+            ax.set_title("", loc=place)
+
+    # Names of rows are fixed; numbers on an axis are not known yet, and short.
+    if isinstance(ax.yaxis.get_major_locator(), FixedLocator):
+        labels = [_shorten(label.get_text()) for label in ax.get_yticklabels()]
+        ax.set_yticks(ax.get_yticks(), labels)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}…"
+
+
+# ---------------------------------------------------------------------------------------------------- one by one
+
+
+def draw_scores(metrics: Mapping[str, Any]) -> Picture:
+    """Draw every score of base and tuned model."""
+    from qlora_utils.answers import plot_scores
+
+    # The description holds the numbers that others see as bars.
+    found = []
+    for name, title in SCORES.items():
+        if name in metrics["base"]:
+            base, tuned = (score_text(name, metrics[model][name]) for model in ("base", "tuned"))
+            found.append(f"{title}: base {base}, tuned {tuned}")
+    return draw(
+        "scores", partial(plot_scores, metrics), title="Scores on held-out questions",
+        caption="Base and tuned model with their intervals.",
+        description=f"Shares from 0 to 1. {'; '.join(found)}.",
+    )  # fmt: skip
+
+
+def draw_groups(number: int, by: str, groups: Mapping[str, Any], lowest: str) -> Picture:
+    """Draw exact match group by group.
+
+    Args:
+        number: of the way of grouping, from 0.
+        by: its name, as `split`.
+        groups: `metrics["groups"][by]`.
+        lowest: says which group has the lowest exact match.
+    """
+    from qlora_utils.answers import plot_groups
+
+    guessed = any("guess" in group for group in groups.values())
+    mark = "; the upright mark is what a guess would get" if guessed else ""
+    return draw(
+        f"groups-{number}", partial(plot_groups, groups), title=f"Exact match by {by}",
+        caption=f"Exact match by {by}, with 95 % intervals{mark}.",
+        description=f"Exact match of base and tuned model by {by}, {len(groups)} groups; the tuned model's is "
+        f"{lowest}.",
+        height=1.1 + 0.34 * len(groups),
+    )  # fmt: skip
+
+
+def draw_comparison(comparison: Mapping[str, Any]) -> Picture:
+    """Draw exact match of each run, split by split."""
+    splits = dict(comparison["splits"])
+    if len(splits) != 1:
+        splits["all"] = {"questions": comparison["questions"]["shared"], "scores": comparison["scores"]}
+
+    # The description holds the numbers that others see as dots.
+    found = []
+    for split, group in splits.items():
+        values = ", ".join(
+            f"{run['name']} {score_text('exact_match', group['scores'][run['name']]['exact_match'])}"
+            for run in comparison["runs"]
         )
-    for line, inside in drawn:
-        places = [(across_at(x), up_at(y)) for x, y in inside]
-        style = f"{'pale' if line.pale else 'line'} s{line.colour}{' dashed' if line.dots else ''}"
-        parts.append(element("polyline", points=" ".join(f"{x},{y}" for x, y in places), class_=style))
-        if line.dots or len(places) == 1:
-            parts += [element("circle", cx=x, cy=y, r=3.5, class_=f"f{line.colour}") for x, y in places]
-    return _drawing(height, says, _legend(lines, upwards), *parts, width=width)
+        found.append(f"{split} ({group['questions']}): {values}")
+
+    def plot(ax: Axes) -> None:
+        compare.plot(comparison, ax)
+        # The names of several runs have no room beside each other.
+        handles, names = ax.get_legend_handles_labels()
+        ax.legend(handles, map(_shorten, names), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+
+    rows = len(splits) * len(comparison["runs"])
+    return draw(
+        "runs", plot, title="Exact match of each run",
+        caption="Exact match of each run, with 95 % intervals.",
+        description=f"Exact match, by split. {'; '.join(found)}.",
+        height=1.1 + 0.17 * rows + 0.2 * len(comparison["runs"]),
+    )  # fmt: skip
 
 
-def _legend(lines: Sequence[Line], upwards: str) -> Html:
-    """The title of the upward axis, and which line is which where there are several."""
-    named = [line for line in lines if line.name]
-    if len(named) < 2:
-        return _text(4, 16, upwards)
-    parts, at = [], float(_LEFT)
-    for line in named:
-        style = f"{'pale' if line.pale else 'line'} s{line.colour}{' dashed' if line.dots else ''}"
-        parts.append(_straight(at, 12, at + 26, 12, style))
-        parts += [element("circle", cx=at + 13, cy=12, r=3.5, class_=f"f{line.colour}")] if line.dots else []
-        parts.append(_text(at + 32, 16, line.name, class_="label"))
-        at += 52 + 8.6 * len(line.name)
-    return join(parts)
+def draw_losses(facts: Facts) -> Picture:
+    """Draw training and held-out loss, with the step whose adapter was saved and, where there is any, overfitting."""
+    # A loss that rose from the start has no lowest point that training went past.
+    overfits = ends_above_lowest(facts.history) and not rises_from_start(facts.history)
+    # An encoder-decoder writes answers alone, whatever response_only says.
+    answers_alone = facts.config.get("response_only", True) or facts.data.get("unit") == "example"
+    of_tokens = "Loss in nats per answer token"
+    if not answers_alone:
+        of_tokens = "Held-out loss in nats per answer token, the training loss per token of question and answer"
+    return draw(
+        "losses", partial(plot_losses, drawable(facts.history), kept_step=facts.train.get("kept_step")),
+        title="Training and held-out loss",
+        caption=f"{of_tokens}, on a logarithmic scale. The pale line is the training loss as it was logged; the dashed "
+        f"one, with dots, the held-out loss.{' Shaded: overfitting.' * overfits}",
+        description=sentences.course(facts) + " After its lowest point held-out loss rises: overfitting." * overfits,
+        height=3.3,
+    )  # fmt: skip
 
 
-def bar_chart(rows: Sequence[tuple[str, float, str]], *, says: str, strong: Sequence[int] = ()) -> Html:
-    """Bars that lie, with a label before and a number after each.
-
-    Args:
-        rows: label, length and number as text.
-        says: what one sees.
-        strong: rows that are drawn in another colour and set in bold.
-    """
-    step, start, end = 26, 204, WIDTH - 92
-    longest = max((length for _, length, _ in rows), default=0.0) or 1.0
-    parts = []
-    for index, (label, length, said) in enumerate(rows):
-        y, wide = 6 + index * step, max(1.0, round((end - start) * max(0.0, length) / longest, 1))
-        bold, class_ = index in strong, "strong" if index in strong else "label"
-        parts += [
-            _text(start - 8, y + 14, cut(label, _LABEL), anchor="end", class_=class_),
-            element("rect", x=start, y=y, width=wide, height=step - 8, class_="f1" if bold else "f0"),
-            _text(start + wide + 6, y + 14, said, class_=class_),
-        ]
-    return _drawing(10 + step * len(rows), says, *parts)
+# column of history.jsonl → title, unit, factor
+_COLUMNS = {
+    "eval_exact_match": ("Exact match in training, on held-out questions", "", 1.0),
+    "lr": ("Learning rate", "", 1.0),
+    "grad_norm": ("Gradient norm before clipping", "", 1.0),
+    "tokens_per_s": ("Speed", " tokens per second", 1.0),
+    "peak_memory_bytes": ("Peak memory so far", " GB", 1e-9),
+}
 
 
-def histogram(edges: Sequence[float], counts: Sequence[int], *, says: str, across: str, limit: float | None = None,
-              named: str = "") -> Html:  # fmt: skip
-    """How many values lie between each two edges.
-
-    Args:
-        edges: one more than counts.
-        counts: of values between them.
-        says: what one sees.
-        across: title of the axis.
-        limit: a line is drawn there, if it lies within.
-        named: what the limit is.
-    """
-    height, low, high = 220, edges[0], edges[-1] if edges[-1] > edges[0] else edges[0] + 1
-    top = max([*counts, 1])
-
-    def across_at(x: float) -> float:
-        return round(_LEFT + (x - low) / (high - low) * (WIDTH - _LEFT - _RIGHT), 1)
-
-    def up_at(y: float) -> float:
-        return round(height - _BOTTOM - y / top * (height - _TOP - _BOTTOM), 1)
-
-    parts = [_straight(_LEFT, up_at(tick), WIDTH - _RIGHT, up_at(tick), "grid") for tick in nice(0, top, 3)]
-    parts += [_text(_LEFT - 7, up_at(tick) + 4, number(tick), anchor="end") for tick in nice(0, top, 3)]
-    for (start, end), count in zip(pairwise(edges), counts, strict=True):
-        wide = max(0.5, round(across_at(end) - across_at(start) - 1, 1))
-        parts.append(element("rect", x=across_at(start), y=up_at(count), width=wide,
-                             height=round(height - _BOTTOM - up_at(count), 1), class_="f1"))  # fmt: skip
-    parts += [
-        _text(across_at(tick), height - _BOTTOM + 18, number(tick), anchor="middle") for tick in nice(low, high, 6)
-    ]
-    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, height - 5, across, anchor="middle"))
-    if limit is not None and low <= limit <= high:
-        parts.append(_straight(across_at(limit), _TOP - 8, across_at(limit), height - _BOTTOM, "rule"))
-        late = across_at(limit) > WIDTH / 2
-        parts.append(_text(across_at(limit) + (-6 if late else 6), _TOP + 2, named, anchor="end" if late else "start",
-                           class_="strong"))  # fmt: skip
-    return _drawing(height, says, *parts)
+def draw_columns(history: History) -> list[Picture]:
+    """Draw every other column of the history that was measured."""
+    pictures = []
+    for name, (title, unit, factor) in _COLUMNS.items():
+        if column(history, name)[0]:
+            caption = sentences.progress(history, name, title, unit, factor)
+            plot = partial(plot_column, {"": drawable(history)}, name)
+            pictures.append(draw(name, plot, title=title, caption=caption, width=NARROW, height=2.2))
+    return pictures
 
 
-def dot_chart(
-    rows: Sequence[tuple[str, Mapping[str, Interval]]], *, says: str, ticks: Mapping[str, float] | None = None
-) -> Html:
-    """Shares from 0 to 1 with their intervals, a row for each thing and a dot for each of those compared.
+def draw_plan(run_name: str, plan: MemoryPlan) -> Picture:
+    """Draw the planned memory, part by part."""
+    from qlora_utils.models.memory import plot_plan
 
-    Args:
-        rows: label, and by name what is drawn there; the names are those of the first row, and give the legend.
-        says: what one sees.
-        ticks: by label of a row, a small upright mark, as what a guess would get.
-    """
-    names = list(dict.fromkeys(name for _, values in rows for name in values))
-    start, end, step = 186, WIDTH - 16, 13 * max(1, len(names)) + 9
-    top, bottom = 26, 26 + step * len(rows)
+    parts = {name: taken for name, taken in plan.parts.items() if taken}
+    largest = sorted(parts, key=lambda name: -parts[name])[:3]
+    sizes = ", ".join(f"{name} ({size(parts[name])})" for name in largest)
 
-    def across_at(share: float) -> float:
-        return round(start + min(1.0, max(0.0, share)) * (end - start), 1)
+    def plot(ax: Axes) -> None:
+        figure = plot_plan({in_figure(cut(run_name, LONGEST_LABEL)): plan}, ax)
+        # Below the bar the names of its parts leave it the whole width.
+        if (legend := ax.get_legend()) is not None:
+            legend.remove()
+        handles, names = ax.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower left", ncols=3, fontsize="small", frameon=False)
 
-    parts: list[Html] = []
-    at = 8.0
-    for index, name in enumerate(names):
-        parts += [_dot(index, at + 6, 12), _text(at + 18, 16, cut(name, _LABEL), class_="label")]
-        at += 44 + 8.4 * min(len(name), _LABEL)
-    if ticks:
-        parts += [_straight(at + 4, 5, at + 4, 19, "rule"), _text(at + 14, 16, "a guess", class_="label")]
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(_straight(across_at(share), top, across_at(share), bottom, "grid"))
-        parts.append(_text(across_at(share), bottom + 17, number(share), anchor="middle"))
-    for row, (label, values) in enumerate(rows):
-        middle = top + row * step + step / 2
-        parts.append(_text(start - 12, middle + 4, cut(label, _LABEL), anchor="end", class_="label"))
-        for index, name in enumerate(names):
-            if name not in values:
-                continue
-            value, low, high = values[name]
-            y = round(middle + 13 * (index - (len(names) - 1) / 2), 1)
-            parts.append(_straight(across_at(low), y, across_at(high), y, f"whisker s{index % 4}"))
-            parts.append(_dot(index, across_at(value), y))
-        if ticks and label in ticks:
-            parts.append(_straight(across_at(ticks[label]), middle - step / 2 + 2, across_at(ticks[label]),
-                                   middle + step / 2 - 2, "rule"))  # fmt: skip
-    return _drawing(bottom + 24, says, *parts)
+    return draw(
+        "plan", plot, title="Planned memory by part",
+        caption="Planned memory of a training step, part by part.",
+        description=f"Planned memory by part. The largest are {sizes}; {size(plan.peak)} at the peak.",
+        height=2.4,
+    )  # fmt: skip
 
 
-def _dot(index: int, x: float, y: float) -> Html:
-    """The mark of the first, second, … that is compared: hollow and full circles, then squares."""
-    colour = index % 4
-    style = f"f{colour}" if index % 2 else f"hollow s{colour}"
-    if index % 4 < 2:
-        return element("circle", cx=x, cy=y, r=4.5, class_=style)
-    return element("rect", x=round(x - 4, 1), y=round(y - 4, 1), width=8, height=8, class_=style)
+def draw_lengths(data: Mapping[str, Any]) -> Picture:
+    """Draw how long the conversations or examples are."""
+    from qlora_utils.data import plot_lengths
 
-
-def _drawing(height: float, says: str, *parts: Html, width: int = WIDTH) -> Html:
-    return element("svg", *parts, viewBox=f"0 0 {width} {height:g}", role="img", aria_label=says)
-
-
-def _straight(x1: float, y1: float, x2: float, y2: float, class_: str) -> Html:
-    return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
-
-
-def _text(x: float, y: float, said: str, *, anchor: str | None = None, class_: str | None = None) -> Html:
-    return element("text", said, x=round(x, 1), y=round(y, 1), text_anchor=anchor, class_=class_)
-
-
-# ---------------------------------------------------------------------------------------------------- axes
-
-
-def number(value: float) -> str:
-    """A number on an axis, as short as it can be."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.6g}"
-
-
-def nice(low: float, high: float, about: int) -> list[float]:
-    """Round numbers between two ends, both included where they are round: some five of them, in steps of 1, 2 or 5.
-
-    Args:
-        low: where the axis begins.
-        high: where it ends.
-        about: how many, roughly.
-    """
-    if not (math.isfinite(low) and math.isfinite(high)) or high <= low:
-        return [low]
-    rough = (high - low) / max(1, about)
-    size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * 0.999)
-    digits = max(0, 1 - math.floor(math.log10(step)))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(index * step, digits) for index in range(first, last + 1)]
-
-
-def _linear(values: Sequence[float], top: float | None) -> tuple[float, float, list[float]]:
-    """Ends and ticks of an axis with 0 on it, which makes it long enough to be divided."""
-    low = min(0.0, *values)
-    high = max(0.0, top if top is not None else max(values) * 1.05)
-    if high - low < 1e-290:
-        high = low + 1
-    return low, high, nice(low, high, 4)
-
-
-def _logarithmic(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    low, high = max(min(values) / 1.15, 1e-300), min(max(values) * 1.15, 1e300)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(decades) <= 3 else (1, 3) if len(decades) <= 5 else (1,)
-    decades = decades[:: -(-len(decades) // 8)]
-    ticks = [float(f"{factor}e{decade}") for decade in decades for factor in factors]
-    within = [tick for tick in ticks if low <= tick <= high]
-    # All values may lie between two of these, as losses from 0.6 to 0.8 do.
-    return low, high, within if len(within) > 1 else nice(low, high, 4)
-
-
-def _points(points: Sequence[Point], *, positive: bool) -> list[Point]:
-    return [(x, y) for x, y in points if math.isfinite(x) and (1e-300 if positive else -1e300) < y < 1e300]
+    length, unit = data["token_length"], data.get("unit", "conversation")
+    caption = (
+        f"Length of {unit}s in tokens: mean {length['mean']}, 5 % below {length['p5']:g}, half below "
+        f"{length['p50']:g}, 95 % below {length['p95']:g}, longest {length['longest']:,}."
+    )
+    return draw("lengths", partial(plot_lengths, data), title=f"Length of {unit}s", caption=caption, height=2.6)

@@ -1,4 +1,4 @@
-"""An answer beside the one that was expected, word by word: which words are missing, which were not asked for."""
+"""Compare an answer with the expected one, word by word: which words are missing, which were not expected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONGEST = 400  # words that are compared; the time goes by their square
 
 
 def differences(answer: str, expected: str) -> list[Piece]:
-    """The answer in pieces, and between them what it lacks of the expected text.
+    """Return the answer in pieces, and between them what it lacks of the expected text.
 
     Words count as the exact match counts them: case, punctuation and English articles make no difference, and are
     never marked by themselves. Where hardly a word is shared, the whole answer is one added piece, and what was
@@ -29,41 +29,54 @@ def differences(answer: str, expected: str) -> list[Piece]:
     """
     if normalise_answer(answer) == normalise_answer(expected):
         return [("same", answer)] if answer else []
-    given, wanted = _words(answer), _words(expected)
+    given, wanted = _split(answer), _split(expected)
     if not answer.strip():
-        return _together([("same", answer), ("missing", expected)])
-    keys = [[normalise_answer(word) for word in words] for words in (given, wanted)]
-    # What counts for nothing must not hold two texts apart, nor together.
-    places = [[index for index, key in enumerate(side) if key] for side in keys]
-    counting = [[side[index] for index in own] for side, own in zip(keys, places, strict=True)]
-    matcher = SequenceMatcher(None, counting[0], counting[1], autojunk=False)
+        return _merge([("same", answer), ("missing", expected)])
+
+    # Words that do not count, as articles, must neither separate two texts nor make them alike.
+    given_places, given_keys = _counting_words(given)
+    wanted_places, wanted_keys = _counting_words(wanted)
+    matcher = SequenceMatcher(None, given_keys, wanted_keys, autojunk=False)
     if matcher.ratio() < ALIKE:
         return [("added", answer)]
+
+    # `done` words of the answer are in a piece; words that do not count go into the piece that follows them.
     pieces: list[Piece] = []
-    at = 0  # words of the answer that are in a piece by now
+    done = 0
     for tag, start, end, other_start, other_end in matcher.get_opcodes():
         if tag in ("delete", "replace"):
-            first, last = places[0][start], places[0][end - 1] + 1
-            pieces += [("same", "".join(given[at:first])), ("added", "".join(given[first:last]))]
-            at = last
+            first, last = given_places[start], given_places[end - 1] + 1
+            pieces += [("same", "".join(given[done:first])), ("added", "".join(given[first:last]))]
+            done = last
         elif tag == "equal":
-            last = places[0][end - 1] + 1
-            pieces.append(("same", "".join(given[at:last])))
-            at = last
+            last = given_places[end - 1] + 1
+            pieces.append(("same", "".join(given[done:last])))
+            done = last
         if tag in ("insert", "replace"):
-            first, last = places[1][other_start], places[1][other_end - 1] + 1
+            first, last = wanted_places[other_start], wanted_places[other_end - 1] + 1
             pieces.append(("missing", "".join(wanted[first:last])))
-    pieces.append(("same", "".join(given[at:])))
-    return _together(pieces)
+    pieces.append(("same", "".join(given[done:])))
+    return _merge(pieces)
 
 
-def _words(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
+    """Split a text into words, each with the spaces before it; what follows `LONGEST` words is the last."""
     words: list[str] = _WORD.findall(text)
     return words if len(words) <= LONGEST else [*words[:LONGEST], "".join(words[LONGEST:])]
 
 
-def _together(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of one kind in one piece, empty ones left out."""
+def _counting_words(words: list[str]) -> tuple[list[int], list[str]]:
+    """Return places and normal forms of the words that count for exact match."""
+    places, keys = [], []
+    for place, word in enumerate(words):
+        if key := normalise_answer(word):
+            places.append(place)
+            keys.append(key)
+    return places, keys
+
+
+def _merge(pieces: list[Piece]) -> list[Piece]:
+    """Merge neighbours of one kind into one piece, and drop empty ones."""
     result: list[Piece] = []
     for kind, text in pieces:
         if result and result[-1][0] == kind:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import damaged, read_jsonl
+from qlora_utils.style import COLORS, HELD_OUT, PALE, TRAINING, in_figure, unframed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 History = list[dict[str, Any]]
 
@@ -123,6 +129,142 @@ def ends_above_lowest(history: History, margin: float = 0.01) -> bool:
 
 
 def rises_from_start(history: History) -> bool:
-    """Check whether the held-out loss rose from the start, which is no overfitting."""
+    """Check whether the held-out loss rises_from_start from the start, which is no overfitting."""
     best = lowest(history)
     return best is not None and ends_above_lowest(history) and best[0] == column(history, "eval_loss")[0][0]
+
+
+# ---------------------------------------------------------------------------------------------------- drawn
+
+
+Point = tuple[float, float]
+
+
+def drawable(history: Sequence[Mapping[str, Any]], most: int = 200) -> History:
+    """Return a history as it can be drawn: finite numbers alone, and at most about `most` points of each column.
+
+    Neighbours among the logged values are averaged. Of the measurements on held-out rows some are selected, the lowest
+    and the last among them, since what is read from these must have been measured.
+    """
+    lines: History = []
+    for name in COLUMNS:
+        # A logarithmic axis has no place for zero, and no axis one for numbers near the largest float.
+        floor = 1e-300 if name in ("loss", "eval_loss") else -1e300
+        measured = [(line["step"], line[name]) for line in history if line.get(name) is not None]
+        points = [point for point in measured if floor < point[1] < 1e300]
+        size = math.ceil(len(points) / most) or 1
+        fewer = _select(points, size) if name.startswith("eval_") else _average(points, size)
+        lines += [{"step": step, name: value} for step, value in fewer]
+    return lines
+
+
+def _average(points: Sequence[Point], size: int) -> list[Point]:
+    """Return the means of each `size` neighbours."""
+    means = []
+    for start in range(0, len(points), size):
+        steps, values = zip(*points[start : start + size], strict=True)
+        means.append((sum(steps) / len(steps), sum(values) / len(values)))
+    return means if size > 1 else list(points)
+
+
+def _select(points: Sequence[Point], size: int) -> list[Point]:
+    """Return one of each `size` neighbours, and the lowest and the last point."""
+    if size == 1:
+        return list(points)
+    least = min(range(len(points)), key=lambda index: points[index][1])
+    chosen = sorted({*range(0, len(points), size), least, len(points) - 1})
+    return [points[index] for index in chosen]
+
+
+def plot_column(histories: Mapping[str, History], name: str, ax: Axes) -> Figure:
+    """Plot one column against the step, a line for each run.
+
+    Args:
+        histories: run name -> history.
+        name: a key of `COLUMNS`. Losses have a logarithmic scale, and the noisy one of training is smoothed, its raw
+            values in pale behind.
+        ax: to draw on.
+    """
+    for number, (run_name, history) in enumerate(histories.items()):
+        steps, values = column(history, name)
+        color = COLORS[number % len(COLORS)]
+        if name == "peak_memory_bytes":
+            values = [value / 1e9 for value in values]
+        if name == "loss":
+            ax.plot(steps, smooth(values), color=color, label=in_figure(run_name))
+            ax.plot(steps, values, color=color, alpha=0.3, linewidth=1)
+        else:
+            marker = "o" if name.startswith("eval_") else None
+            every = _mark_every(steps)
+            ax.plot(steps, values, color=color, label=in_figure(run_name), marker=marker, markersize=3, markevery=every)
+    ax.set(xlabel="step", title=COLUMNS[name])
+    unframed(ax, grid="both")
+
+    # Each column has the scale on which it can be read.
+    drawn: list[float] = []
+    for history in histories.values():
+        drawn += column(history, name)[1]
+    if name in ("loss", "eval_loss") and min(drawn, default=1) > 0:
+        _use_logarithmic_scale(ax)
+    elif name in ("loss", "eval_loss", "tokens_per_s", "peak_memory_bytes"):
+        ax.set_ylim(bottom=0, top=1.05 * ax.get_ylim()[1])
+    if name == "eval_exact_match":
+        ax.set_ylim(-0.03, 1.03)
+    if len(histories) > 1:
+        ax.legend(frameon=False, fontsize="small")
+    return ax.get_figure()  # type: ignore[return-value]
+
+
+def plot_losses(history: History, ax: Axes, *, kept_step: int | None = None) -> Figure:
+    """Plot training and held-out loss of one run, mark the lowest held-out loss, and shade what comes after it.
+
+    The scale is logarithmic: most of what matters happens after the first steep fall.
+
+    Args:
+        history: of the run.
+        ax: to draw on.
+        kept_step: the step whose adapter was saved as the run's, if it shall be marked.
+    """
+    # Lines differ in width, dashes and marks as well as in colour.
+    steps, values = column(history, "loss")
+    ax.plot(steps, values, color=TRAINING, alpha=0.3, linewidth=1, label="training")
+    ax.plot(steps, smooth(values), color=TRAINING, label="training, smoothed")
+    steps, values = column(history, "eval_loss")
+    every = _mark_every(steps)
+    ax.plot(steps, values, color=HELD_OUT, linestyle="--", marker="o", markersize=4, markevery=every, label="held-out")
+
+    # Held-out loss that rises again is the sign of overfitting that a reader should not miss.
+    best = lowest(history)
+    if best is not None:
+        side = "right" if best[0] > 0.9 * steps[-1] else "center"
+        if ends_above_lowest(history) and not rises_from_start(history):
+            ax.axvspan(best[0], steps[-1], color=PALE, alpha=0.6, linewidth=0, zorder=0, label="overfitting")
+        ax.annotate(f"lowest {best[1]:.3f}\nat step {best[0]}", best, xytext=(0, 18), textcoords="offset points",
+                    ha=side, fontsize="small", arrowprops={"arrowstyle": "-", "color": "tab:gray"})  # fmt: skip
+    if kept_step is not None:
+        ax.axvline(kept_step, color="black", linestyle=":", linewidth=1.2, label=f"adapter of step {kept_step}")
+
+    ax.set(xlabel="step", ylabel="nats per labelled token (logarithmic)")
+    ax.locator_params(axis="x", integer=True)
+    ax.set_title("Loss in training and on rows held out", loc="left")
+    _use_logarithmic_scale(ax)
+    unframed(ax, grid="both")
+    ax.legend(frameon=False)
+    return ax.get_figure()  # type: ignore[return-value]
+
+
+def _mark_every(steps: Sequence[int]) -> int:
+    """Return the step between marked points: beyond 30, marks would run into each other."""
+    return math.ceil(len(steps) / 30) or 1
+
+
+def _use_logarithmic_scale(ax: Axes) -> None:
+    """Set a vertical scale on which most of a training can be seen, with numbers that people read."""
+    from matplotlib.ticker import LogLocator
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    # Of many decades the powers of ten alone are numbered; of less than one the locator finds numbers between.
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")

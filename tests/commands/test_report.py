@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 from commands.test_runs import begun, prepared, stopped
-from report.test_page import finished
+from made_runs import finished
 from rows.test_check import asked
 
-from qlora_utils.report import page as report
+from qlora_utils.report.render import write_report
 
 
 def test_the_report_is_made_anew_and_its_place_is_printed(tmp_path, tokenizer, capsys):
@@ -16,7 +16,7 @@ def test_the_report_is_made_anew_and_its_place_is_printed(tmp_path, tokenizer, c
     run.report.write_text("old")
     assert asked(capsys, "report", "--run", str(run.path))[:2] == (0, f"{run.report}\n")
     assert run.report.read_text() == page
-    report.write_report(run)
+    write_report(run)
     assert run.report.read_text() == page
 
 

@@ -19,7 +19,7 @@ from qlora_utils.commands import run as runner
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.evaluation.asker import Asker, Piece
 from qlora_utils.loop import checkpoints, interruptions
-from qlora_utils.report import page as report
+from qlora_utils.report.sentences import summary
 from qlora_utils.runs.directory import TERMINAL, RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_jsonl
 
@@ -305,7 +305,7 @@ def test_what_an_answer_would_do_to_the_terminal_is_spelled_out(finished, monkey
 @pytest.mark.slow
 @BOTH
 def test_summary_names_place_losses_and_scores(finished):
-    text = report.summary(finished)
+    text = summary(finished)
     assert str(finished.path) in text
     for word in ("training loss", "held-out loss", "exact match", "perplexity", "→", "answers.jsonl"):
         assert word in text
@@ -406,8 +406,8 @@ def test_the_same_command_again_goes_on_where_it_stopped(tmp_path, monkeypatch, 
     monkeypatch.setattr(
         runner, "_execute_notebook", lambda path, run, config, parameters: ran.append((config, parameters))
     )
-    monkeypatch.setattr(report, "write_report", lambda run: None)
-    monkeypatch.setattr(report, "summary", lambda run: "")
+    monkeypatch.setattr(runner, "write_report", lambda run: None)
+    monkeypatch.setattr(runner, "summary", lambda run: "")
     again = ["run", "--config", str(run.config), "--run-name", "again", "--output-dir", str(tmp_path)]
     assert cli.main(again) == 0
     assert RunConfig.from_file(tmp_path / "again" / "config.json", run_name="a") == RunConfig.from_file(run.config)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from qlora_utils.commands import run as runner
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.evaluation import compare, scores
-from qlora_utils.report import page as report
-from qlora_utils.report import sections
+from qlora_utils.report import render, sections
+from qlora_utils.report.facts import gather
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import write_json, write_jsonl
 
@@ -252,7 +252,7 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     ]
     one = runs[0]
     write_json(one.comparison, compare.compare(runs))
-    report.write_report(one)
+    render.write_report(one)
     page = one.report.read_text()
     assert "<script>" not in page
     section = page[page.index('id="beside"') : page.index('id="answers"')]
@@ -278,6 +278,8 @@ def test_a_comparison_knows_when_answers_have_changed(pair):
     assert compare.outdated(found) == []
     write_jsonl(pair[1].answers, answered(3, 0.5))
     assert compare.outdated(found) == ["two"]
-    assert "Out of date:</strong> two" in "".join(sections.beside(found))
+    write_json(pair[0].comparison, found)
+    part = render.render_part(render.load_macros(), sections.other_runs, gather(pair[0]))
+    assert "Out of date:</strong> two" in part
     pair[0].answers.unlink()
     assert compare.outdated(found) == ["one", "two"]
