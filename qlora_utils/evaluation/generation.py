@@ -48,7 +48,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Set how the next token is chosen. Temperature 0 is greedy: always the likeliest."""
+    """Hold the settings for choosing the next token. Temperature 0 is greedy: the likeliest."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
