@@ -76,13 +76,13 @@ def address(root: Path) -> str:
 
 
 def version_of(root: Path) -> str:
-    """The version, from `qlora_utils/__init__.py`."""
+    """Read the version from `qlora_utils/__init__.py`."""
     text = (root / "qlora_utils" / "__init__.py").read_text(encoding="utf-8")
     return re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)[0]
 
 
 def badges(path: str, repository: str, version: str) -> str:
-    """The badges of a notebook, in Markdown."""
+    """Format the badges of a notebook, in Markdown."""
     where = {"repository": repository, "version": version, "path": path}
     colab, kaggle = COLAB.format(**where), KAGGLE.format(**where)
     return f"[![Open in Colab]({COLAB_BADGE})]({colab})\n[![Open in Kaggle]({KAGGLE_BADGE})]({kaggle})"
@@ -96,7 +96,7 @@ def _set_up_cell(path: Path, repository: str, version: str) -> str:
 
 
 def _notebook(path: Path, link: str, set_up: str, repository: str, version: str) -> str:
-    """The notebook with its badges and its set-up cell; a solution may have neither."""
+    """Return the notebook with its badges and its set-up cell; a solution may have neither."""
     notebook: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for number, cell in enumerate(notebook["cells"]):
         source = "".join(cell["source"])

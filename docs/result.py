@@ -46,7 +46,7 @@ def chosen(answers: Sequence[Mapping[str, Any]], right: int = 3) -> list[Mapping
 
 
 def draw(run: RunDirectory) -> Figure:
-    """The picture, 1,600 pixels wide at 160 dots per inch.
+    """Draw the picture, 1,600 pixels wide at 160 dots per inch.
 
     Raises:
         FileNotFoundError: the run has not got as far as its answers; says which notebook to run.
@@ -100,7 +100,7 @@ def _exact_match(history: list[dict[str, Any]], asked: int, metrics: Mapping[str
 
 
 def _answers(lines: Sequence[Mapping[str, Any]], ax: Axes) -> None:
-    """A row for each question, as tall as its longest text."""
+    """Draw a row for each question, as tall as its longest text."""
     ax.set_axis_off()
     table = [[_cell(text, color) for text, color in _texts(line)] for line in lines]
     heights = [0.6 + max(text.count("\n") + 1 for text, _ in cells) for cells in table]  # lines of text
