@@ -71,7 +71,7 @@ def prepare_into(
         DataError: rows cannot be read, or too few can be used to train and to hold out.
         WorkerError: a process ended early.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix="tmp") as cache, _without_their_bars():
+    with tempfile.TemporaryDirectory(dir=_place_for_cache(folder)) as cache, _without_their_bars():
         raw = _read_raw(source, Path(cache))
         judged = _judge_all(raw, form, Path(cache), processes)
         table = judged.data.table
@@ -103,6 +103,18 @@ def prepare_into(
             "leakage": int(find_leaked(_all_keys(keys.take(train)), _first_keys(keys.take(held_out))).sum()),
         }
     write_json(folder / "report.json", report)
+
+
+def _place_for_cache(folder: Path) -> Path | None:
+    """Return the folder, or None for the system's, if `datasets` could not set the permissions of its files there.
+
+    Some mounts, as Google Drive, have permissions of their own.
+    """
+    try:
+        folder.chmod(folder.stat().st_mode)
+    except PermissionError:
+        return None
+    return folder
 
 
 def _split(table: pyarrow.Table, form: Format) -> tuple[dict[str, Any], str]:

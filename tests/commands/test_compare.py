@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from evaluation.test_compare import answered, made
 
@@ -25,7 +27,7 @@ def test_the_command_prints_writes_and_tells_the_report(tmp_path, pair, capsys):
     assert not pair[1].comparison.exists()
     page = one.report.read_text()
     assert "Beside other runs" in page
-    assert 'aria-label="Exact match, by split. split 0 (30): one ' in page
+    assert re.search(r"<desc [^>]*>Exact match, by split\. split 0 \(30\): one ", page)
     assert page.count("<td>✗ ") == 12
 
 

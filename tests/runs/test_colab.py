@@ -495,7 +495,14 @@ def test_a_run_directory_on_a_mount_without_locks_permissions_or_flushed_folders
         sync(descriptor)
 
     monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOSYS))
-    monkeypatch.setattr(os, "chmod", refuse(errno.EPERM))
+    chmod = os.chmod
+
+    def chmod_elsewhere(path, mode, **options):
+        if Path(config.output_dir) in (Path(path), *Path(path).parents):
+            raise OSError(errno.EPERM, "Operation not permitted")
+        chmod(path, mode, **options)
+
+    monkeypatch.setattr(os, "chmod", chmod_elsewhere)
     monkeypatch.setattr(os, "link", refuse(errno.EPERM))
     monkeypatch.setattr(os, "fsync", sync_files_only)
     run = RunDirectory(config.run_dir)
