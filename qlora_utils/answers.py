@@ -271,7 +271,7 @@ def _measure_both(
     # Encode the rows once: both models are measured on the same examples, in the same batches.
     form = format_of(tokenizer, config)
     encoded = form.examples(rows, training=False)
-    examples_per_row = [form.count(row) for row in rows]
+    examples_per_row = [form.count_examples(row) for row in rows]
     collator = make_collator(tokenizer, config)
     lengths = [collator.tokens(example) for example in encoded]
     loss_batch_size = micro_batch_size(resolution_of(tuned_model, config).config, lengths)

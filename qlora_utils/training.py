@@ -192,7 +192,7 @@ def total_steps(config: RunConfig, prepared: Prepared, tokenizer: PreTrainedToke
         return config.steps
     # A conversation is one example of a causal model, and one per answer of an encoder-decoder.
     form = format_of(tokenizer, config)
-    examples = sum(form.count(row) for row in prepared.train)
+    examples = sum(form.count_examples(row) for row in prepared.train)
     return math.ceil(config.epochs * math.ceil(examples / config.batch_size))
 
 

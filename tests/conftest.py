@@ -145,9 +145,9 @@ def prepared(preset, tokenizer):
     whole = prepare(config, tokenizer)
     train, count = [], 0
     for row in whole.train:
-        if count + format_of(tokenizer, config).count(row) <= 64:
+        if count + format_of(tokenizer, config).count_examples(row) <= 64:
             train.append(row)
-            count += format_of(tokenizer, config).count(row)
+            count += format_of(tokenizer, config).count_examples(row)
     return Prepared(train, whole.held_out[:16], whole.rejected, whole.report)
 
 

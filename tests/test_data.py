@@ -229,7 +229,7 @@ def test_rows_that_stream_are_those_that_are_read_one_by_one(many, tokenizer):
     for conversation in read:
         with suppress(UnusableRowError):
             kept.append(usable(conversation))
-    kept = [row for row, answered in zip(kept, form.measured(kept).answered, strict=True) if answered]
+    kept = [row for row, answered in zip(kept, form.count_tokens(kept).answered, strict=True) if answered]
     train, held_out = split_held_out(kept, many.held_out_rows, many.seed)
     assert (prepared.train, prepared.held_out) == (train, held_out)
     assert prepared.report["leakage"] == len(leakage(train, held_out)) == 0

@@ -178,7 +178,7 @@ def look_at_answers(
     config, examples = form.config, 0
     keys, lengths, ends = bytearray(), array("q"), array("q")
     for row in train:
-        examples += form.count(row)
+        examples += form.count_examples(row)
         for answer in (turn.answer for turn in row.turns):
             keys += digest(normalise(answer) or answer)
             lengths.append(len(answer))

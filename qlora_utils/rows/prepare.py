@@ -393,7 +393,7 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, done: Path) -> dic
             try:
                 kept = usable(conversation)
                 if len(kept.turns) < len(conversation.turns):
-                    (answered,) = form.measured([kept]).answered
+                    (answered,) = form.count_tokens([kept]).answered
             except UnusableRowError as error:
                 columns["reason"][place] = str(error)
                 continue

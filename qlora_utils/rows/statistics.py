@@ -83,7 +83,7 @@ def measure(conversations: Sequence[Conversation], form: Format) -> dict[str, li
         example, whole (`lengths`) and within `max_seq_len` (`within`), the examples that are longer (`cut`), and
         `answer_tokens`, of which `unknown` are `<unk>`.
     """
-    measured, limit = form.measured(conversations), form.config.max_seq_len
+    measured, limit = form.count_tokens(conversations), form.config.max_seq_len
     columns: dict[str, list[Any]] = {name: [] for name in REPORTED}
     for conversation, sizes in zip(conversations, measured.lengths, strict=True):
         text = conversation.text

@@ -1,8 +1,9 @@
-"""From conversations to tokens: one format for each architecture (notebook 01).
+"""Turn conversations into tokens, in one format for each architecture (notebook 01).
 
-A causal model such as Llama goes on with a text: a conversation is one sequence in Llama-2 chat format, in which the
-answers carry loss. An encoder-decoder such as Flan-T5 reads one text and writes another: each answer of a conversation
-is an example of its own, with an instruction, the question and the turns before it to read.
+A causal model such as Llama continues a text: a conversation is one sequence in Llama-2 chat
+format, in which the answers carry loss. An encoder-decoder such as Flan-T5 reads one text and
+writes another: each answer of a conversation is an example of its own. Its input is an instruction
+with the question, and the turns before it.
 """
 
 from __future__ import annotations
@@ -43,15 +44,19 @@ from qlora_utils.tokens.instructions import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that carries no loss, in torch and in transformers
+# The label of a token without loss, in torch and in transformers.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What one example is in tokens.
+    """Hold the token ids and labels of one example.
 
-    Causal: the ids of a conversation and the label of each, the id itself where it carries loss, else -100.
-    Encoder-decoder: what the encoder reads, and as labels all that the decoder writes.
+    Attributes:
+        input_ids: of a causal model the whole conversation, of an encoder-decoder the text that
+            the encoder reads.
+        labels: of a causal model one for each id, the id itself where it carries loss and -100
+            elsewhere; of an encoder-decoder the tokens that the decoder learns to write.
     """
 
     input_ids: list[int]
@@ -59,28 +64,40 @@ class Encoded:
 
 
 def hold_examples(batches: Iterable[list[Encoded]]) -> View[Encoded]:
-    """Hold examples in Arrow, 4 bytes for each token and each label; one that is asked for is made anew."""
+    """Hold examples in Arrow, in 4 bytes for each id and each label.
+
+    An example is made anew each time it is asked for.
+    """
     import pyarrow
     from datasets import Dataset
 
+    # Build a table of each batch at once: the lists of all batches would take far more memory.
     ids = pyarrow.list_(pyarrow.int32())
     schema = pyarrow.schema({"input_ids": ids, "labels": ids})
     tables = [schema.empty_table()]
     for batch in batches:
-        columns = {"input_ids": [one.input_ids for one in batch], "labels": [one.labels for one in batch]}
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+        for example in batch:
+            columns["input_ids"].append(example.input_ids)
+            columns["labels"].append(example.labels)
         tables.append(pyarrow.table(columns, schema))
-    # a fingerprint of its own spares a hash of all tokens
+
+    # Without a given fingerprint, `datasets` would hash all tokens to compute one.
     dataset = Dataset(pyarrow.concat_tables(tables), fingerprint="examples")
     return View(dataset, lambda _, row: Encoded(row["input_ids"], row["labels"]))
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Measure conversations in tokens as they are before anything is cut; a value for each conversation.
+class TokenCounts:
+    """Hold counts of tokens in conversations that are not cut, a value for each conversation.
 
-    `lengths`: of each of its examples (tokens,) or, of an encoder-decoder, (read, written). `answered`: an answer
-    begins within `max_seq_len` tokens, so that something carries loss. `answer_tokens`: of all its answers, and how
-    many of these are `<unk>`, which a model learns to write and nobody can read, `unknown`.
+    Attributes:
+        lengths: of each example of the conversation, `(tokens,)` or, for an encoder-decoder,
+            `(read, written)`.
+        answered: True if an answer begins within `max_seq_len` tokens, and so can be learned.
+        answer_tokens: of all its answers together.
+        unknown: answer tokens that are `<unk>`: a model learns to write them, and nobody can read
+            them.
     """
 
     lengths: list[list[tuple[int, ...]]]
@@ -91,133 +108,162 @@ class Measured:
 
 def format_of(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Format:
     """Return the format of the run's base model."""
-    kind = {"causal": ChatFormat, "encoder-decoder": InstructionFormat}[architecture_of(config.model)]
-    return kind(tokenizer, config)
+    kinds = {"causal": ChatFormat, "encoder-decoder": InstructionFormat}
+    return kinds[architecture_of(config.model)](tokenizer, config)
 
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """How the run's model is given conversations."""
+    """Encode conversations as the run's model reads them.
 
-    tokenizer: Any  # of transformers
+    Attributes:
+        tokenizer: of the base model.
+        config: of the run.
+        architecture: of the models that this format is for.
+        unit: name of one example in reports.
+    """
+
+    tokenizer: Any
     config: RunConfig
     architecture: ClassVar[Architecture]
-    unit = "example"  # what one example is called
+    unit = "example"
 
     @abstractmethod
     def examples(self, conversations: Iterable[Conversation], *, training: bool) -> Sequence[Encoded]:
-        """What the model learns from, or is measured on.
+        """Encode conversations as examples to train on or to measure.
 
         Args:
             conversations: to encode, in order.
-            training: with loss on questions too, if the run says so, and with varying instructions. Otherwise only
-                answers count, asked for in one way, so that runs can be compared.
+            training: True trains on questions too, if the config asks for it, and varies the
+                instructions. False gives loss to answers alone and always uses the same
+                instruction, so that runs can be compared.
         """
 
     @abstractmethod
-    def count(self, conversation: Conversation) -> int:
-        """How many examples a conversation makes."""
+    def count_examples(self, conversation: Conversation) -> int:
+        """Return the number of examples that a conversation makes."""
 
     @abstractmethod
     def prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
-        """Token ids of what the model reads before it answers `question`, exactly as where it is measured.
+        """Return the token ids that the model reads before it answers a question.
+
+        They are exactly those of an example from `examples(…, training=False)`.
 
         Args:
             history: earlier turns of the conversation, oldest first.
-            question: the question now.
-            system: what the system is told with this question.
+            question: to answer.
+            system: system prompt of this question.
         """
 
     @abstractmethod
     def whole_prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
-        """The same before anything of it is cut."""
+        """Return the prompt before anything of it is cut."""
 
     @abstractmethod
     def last_answer(self, conversation: Conversation) -> Encoded:
-        """The conversation with loss on its last answer alone, of which at least the first token counts."""
+        """Encode a conversation with loss on its last answer alone.
+
+        At least the first token of that answer is included, however long the rest is.
+        """
 
     @abstractmethod
-    def measured(self, conversations: Sequence[Conversation]) -> Measured:
-        """How long they are and what of them can be learned from, each text tokenized once."""
+    def count_tokens(self, conversations: Sequence[Conversation]) -> TokenCounts:
+        """Count the tokens of conversations; each text is tokenized once."""
 
     @abstractmethod
-    def marked(self, example: Encoded) -> list[tuple[int, str]]:
-        """Each token of an example and what it is: `answer` if it carries loss."""
+    def list_tokens(self, example: Encoded) -> list[tuple[int, str]]:
+        """List the token ids of an example with the role of each: `answer` if it carries loss."""
 
     @abstractmethod
     def record(self, run: RunDirectory) -> None:
-        """Leave in the run directory what the format depends on besides the config, for a training that begins."""
+        """Write what the format depends on besides the config into a run's directory.
+
+        Training does so when it begins.
+        """
 
     @property
     @abstractmethod
     def chat_template(self) -> str:
-        """The same as a chat template, for servers."""
+        """Return the format as a chat template, for servers."""
 
     def table(self, example: Encoded, count: int = 40) -> str:
-        """The first tokens of an example as lines of text: id, letters, and what it is."""
-        rows = self.marked(example)[:count]
-        return "\n".join(f"{token:>6} {self.tokenizer.decode([token])!r:<14} {mark}" for token, mark in rows)
+        """List the first tokens of an example, a line each: id, text and role."""
+        tokens = self.list_tokens(example)[:count]
+        return "\n".join(f"{token:>6} {self.tokenizer.decode([token])!r:<14} {role}" for token, role in tokens)
 
 
-# ---------------------------------------------------------------------------------------------------- causal
+# --------------------------------------------------------------------------------------- causal
 
 
 class ChatFormat(Format):
-    """Llama-2 chat: a conversation is one sequence."""
+    """Encode a conversation as one sequence in Llama-2 chat format."""
 
     architecture = "causal"
     unit = "conversation"
 
     def examples(self, conversations: Iterable[Conversation], *, training: bool) -> Sequence[Encoded]:
-        """As `encode`."""
-        limit, response_only = self.config.max_seq_len, self.config.response_only or not training
-        encode_batch = partial(encode, tokenizer=self.tokenizer, max_seq_len=limit, response_only=response_only)
+        """Encode conversations, one example each; see `encode`."""
+        # Loss on questions is for training alone: measurements count answers, whatever the config.
+        encode_batch = partial(
+            encode,
+            tokenizer=self.tokenizer,
+            max_seq_len=self.config.max_seq_len,
+            response_only=self.config.response_only or not training,
+        )
         return hold_examples(map(encode_batch, batches(conversations)))
 
-    def count(self, conversation: Conversation) -> int:
-        """One."""
+    def count_examples(self, conversation: Conversation) -> int:
+        """Return 1."""
         return 1
 
     def prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
-        """As `encode_prompt`."""
+        """Return the conversation up to the answer; see `encode_prompt`."""
         return encode_prompt(history, question, self.tokenizer, system=system)
 
     def whole_prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
-        """The prompt, of which nothing is cut."""
+        """Return the prompt, which is never cut."""
         return self.prompt(history, question, system)
 
     def last_answer(self, conversation: Conversation) -> Encoded:
-        """The whole conversation, cut at its end."""
+        """Encode the whole conversation, cut at its end."""
         *history, last = conversation.turns
-        begin = len(self.prompt(history, last.question, last.system))
-        limit = max(self.config.max_seq_len, begin + 1)
+        prompt_length = len(self.prompt(history, last.question, last.system))
+        # A long prompt still leaves one token of the answer, on which there is loss.
+        limit = max(self.config.max_seq_len, prompt_length + 1)
         ids = encode([conversation], self.tokenizer, max_seq_len=limit)[0].input_ids
-        return Encoded(ids, [IGNORED] * begin + ids[begin:])
+        return Encoded(ids, [IGNORED] * prompt_length + ids[prompt_length:])
 
-    def measured(self, conversations: Sequence[Conversation]) -> Measured:
-        """Measure sequences; a question may fill `max_seq_len`, and then nothing is answered."""
-        encoded, limit = encode(conversations, self.tokenizer), self.config.max_seq_len
+    def count_tokens(self, conversations: Sequence[Conversation]) -> TokenCounts:
+        """Count the tokens of sequences.
+
+        A question can fill all of `max_seq_len`; then no answer begins within it.
+        """
+        lengths: list[list[tuple[int, ...]]] = []
         answered, answer_tokens, unknown = [], [], []
+        encoded = encode(conversations, self.tokenizer)
         for conversation, example in zip(conversations, encoded, strict=True):
-            answered.append(any(label != IGNORED for label in example.labels[:limit]))
-            # each answer is followed by its `</s>`
+            lengths.append([(len(example.input_ids),)])
+            within = example.labels[: self.config.max_seq_len]
+            answered.append(within.count(IGNORED) < len(within))
+            # The `</s>` after each answer carries loss too, but is no token of the answer.
             labelled = len(example.labels) - example.labels.count(IGNORED)
             answer_tokens.append(labelled - len(conversation.turns))
             unknown.append(example.labels.count(self.tokenizer.unk_token_id))
-        lengths: list[list[tuple[int, ...]]] = [[(len(example.input_ids),)] for example in encoded]
-        return Measured(lengths, answered, answer_tokens, unknown)
+        return TokenCounts(lengths, answered, answer_tokens, unknown)
 
-    def marked(self, example: Encoded) -> list[tuple[int, str]]:
-        """`·` for what carries no loss."""
-        marks = ["·" if label == IGNORED else "answer" for label in example.labels]
-        return list(zip(example.input_ids, marks, strict=True))
+    def list_tokens(self, example: Encoded) -> list[tuple[int, str]]:
+        """List the token ids; the role of those without loss is `·`."""
+        tokens = []
+        for token, label in zip(example.input_ids, example.labels, strict=True):
+            tokens.append((token, "·" if label == IGNORED else "answer"))
+        return tokens
 
     def record(self, run: RunDirectory) -> None:
-        """Nothing."""
+        """Write nothing: the format depends on the config alone."""
 
     @property
     def chat_template(self) -> str:
-        """`conversations.CHAT_TEMPLATE`."""
+        """Return `conversations.CHAT_TEMPLATE`."""
         return CHAT_TEMPLATE
 
 
@@ -228,32 +274,40 @@ def encode(
     max_seq_len: int | None = None,
     response_only: bool = True,
 ) -> list[Encoded]:
-    """Tokenize segment by segment, so that labels follow from where a token comes from and not from a search.
+    """Tokenize conversations in Llama-2 chat format.
 
-    Each turn is `<s>` + prompt + answer + `</s>`; both marks are added by id, never as text, so that a question which
-    spells `</s>` cannot close a turn; one that spells `[/INST]` is defused. The answer and its `</s>` carry loss, the
-    prompt none.
+    Each turn is tokenized as a whole, and its prompt once more by itself: the tokens after those of
+    the prompt are the answer. So labels follow from where a token comes from, and not from a search.
+
+    A turn is `<s>` + prompt + answer + `</s>`. Both marks are added by id, never as text: a question
+    that spells `</s>` cannot close a turn. One that spells `[/INST]` is defused. The answer and its
+    `</s>` carry loss, the prompt does not.
 
     Args:
         conversations: to encode, in order.
         tokenizer: of the base model.
-        max_seq_len: tokens; what lies beyond is cut off (None: nothing is).
-        response_only: False gives every token but each `<s>` a label.
+        max_seq_len: tokens; the rest is cut off (None: nothing is cut).
+        response_only: False gives a label to every token but each `<s>`.
 
     Raises:
         DataError: the tokenizer merges prompt and answer into one token, so that no boundary exists.
     """
-    turns = [turn for conversation in conversations for turn in conversation.turns]
-    prompts = _turn_ids(tokenizer, [prompt_text(turn.question, turn.system) for turn in turns])
-    wholes = _turn_ids(tokenizer, [turn_text(turn) for turn in turns])
+    # Collect the texts first: the tokenizer is much faster with many texts in one call.
+    prompt_texts, whole_texts = [], []
+    for conversation in conversations:
+        for turn in conversation.turns:
+            prompt_texts.append(prompt_text(turn.question, turn.system))
+            whole_texts.append(turn_text(turn))
+    prompts, wholes = _turn_ids(tokenizer, prompt_texts), _turn_ids(tokenizer, whole_texts)
+
+    # The answer is the part of a whole turn that follows its prompt.
     eos = tokenizer.eos_token_id
-    encoded, index = [], 0
+    following = zip(prompts, wholes, strict=True)
+    encoded = []
     for conversation in conversations:
         input_ids: list[int] = []
         labels: list[int] = []
-        for _ in conversation.turns:
-            prompt, whole = prompts[index], wholes[index]
-            index += 1
+        for prompt, whole in islice(following, len(conversation.turns)):
             if whole[: len(prompt)] != prompt:
                 raise DataError(
                     f"{conversation.where} row {conversation.number}: the tokenizer joins the end of the question "
@@ -269,46 +323,57 @@ def encode(
 def encode_prompt(
     history: Sequence[Turn], question: str, tokenizer: PreTrainedTokenizerBase, *, system: str = ""
 ) -> list[int]:
-    """Token ids of what the model reads before it answers `question`, exactly as in training.
+    """Return the token ids that the model reads before it answers a question.
+
+    They are exactly those of training.
 
     Args:
         history: earlier turns of the conversation, oldest first.
-        question: the question now.
+        question: to answer.
         tokenizer: of the base model.
-        system: what the system is told with this question.
+        system: system prompt of this question.
     """
     earlier = encode([Conversation(tuple(history))], tokenizer)[0].input_ids if history else []
     return earlier + _turn_ids(tokenizer, [prompt_text(question, system)])[0]
 
 
 def _turn_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """`<s>` and the ids of each text, which begins with `[INST]` and in which `<s>` or `</s>` are mere letters."""
+    """Return `<s>` and the token ids of each text.
+
+    Each text begins with `[INST]`. Where it spells `<s>` or `</s>`, these are plain letters.
+
+    Raises:
+        DataError: the tokenizer cannot tell the marks of the format from an author's text.
+    """
     if not texts:
         return []
-    # sentencepiece gives a text's first word a leading space, but not after a special token: `[INST]` is tokenized
-    # once as it stands after `<s>` and put in the place of the opening that each text was given.
+    # Sentencepiece puts a space before the first word of a text, but not after a special token.
+    # So `[INST]` is tokenized once after `<s>`, and these ids replace the opening of each text.
     opening, mark, letters = _plain_ids(["[INST]", MARKS[1], defused(MARKS[1])], tokenizer)
     after_bos = tokenizer(f"{tokenizer.bos_token}[INST]", add_special_tokens=False)["input_ids"]
-    encoded = _plain_ids(texts, tokenizer)
-    if any(ids[: len(opening)] != opening for ids in encoded):
-        raise DataError(
-            "the tokenizer joins [INST] with what follows it; the Llama-2 chat format needs a boundary there."
-        )
+    turn_ids = []
+    for ids in _plain_ids(texts, tokenizer):
+        if ids[: len(opening)] != opening:
+            raise DataError(
+                "the tokenizer joins [INST] with what follows it; the Llama-2 chat format needs a boundary there."
+            )
+        turn_ids.append(after_bos + ids[len(opening) :])
+    # A defused mark without its joiner would be the same tokens as a real one.
     if mark == letters:
         raise DataError(
             "the tokenizer drops U+2060, so that nothing tells a [/INST] that an author spelled from the format's own. "
             "Take a model of the Llama family."
         )
-    return [after_bos + ids[len(opening) :] for ids in encoded]
+    return turn_ids
 
 
 def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of texts in which special tokens, spelled out, are mere letters."""
+    """Return the token ids of texts; special tokens that a text spells are plain letters."""
     if not texts:
         return []
     encoded: Any
     if has_plain_backend(tokenizer):
-        # the same ids in two thirds of the time; transformers too sets these anew at each call
+        # The same ids in two thirds of the time. transformers too sets these three anew at each call.
         backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         backend.encode_special_tokens = True
         backend.no_truncation()
@@ -316,9 +381,9 @@ def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
         encoded = [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
     else:
         encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    # A sentencepiece vocabulary of the unigram kind, as T5's, finds its own `</s>` among the letters all the same.
+    # A sentencepiece vocabulary of the unigram kind, as T5's, still finds its own `</s>` in a text.
     special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    return [ids if special.isdisjoint(ids) else _as_letters(ids, special, tokenizer) for ids in encoded]
+    return [ids if special.isdisjoint(ids) else _spell_out(ids, special, tokenizer) for ids in encoded]
 
 
 def has_plain_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -332,79 +397,107 @@ def has_plain_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
     return not encodes_itself and kind.__call__ is PreTrainedTokenizerBase.__call__
 
 
-def _as_letters(ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids with each special one replaced by those of its letters."""
-    spelled: dict[int, Any] = {token: list(str(tokenizer.convert_ids_to_tokens(token))) for token in special & {*ids}}
-    letters: dict[int, Any] = {token: tokenizer.convert_tokens_to_ids(parts) for token, parts in spelled.items()}
-    return [part for token in ids for part in letters.get(token, [token])]
+def _spell_out(ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids with each special one replaced by the ids of its letters."""
+    replaced: list[int] = []
+    for token in ids:
+        if token in special:
+            letters: Any = tokenizer.convert_tokens_to_ids([*str(tokenizer.convert_ids_to_tokens(token))])
+            replaced += letters
+        else:
+            replaced.append(token)
+    return replaced
 
 
-# ---------------------------------------------------------------------------------------------------- encoder-decoder
+# --------------------------------------------------------------------------------------- encoder-decoder
 
 
 class InstructionFormat(Format):
-    """An instruction to read, an answer to write: an example for each answer."""
+    """Encode each answer of a conversation as an example: a text to read, an answer to write."""
 
     architecture = "encoder-decoder"
 
     def examples(self, conversations: Iterable[Conversation], *, training: bool) -> Sequence[Encoded]:
-        """As `encode_answers`, the instructions drawn with the run's seed."""
+        """Encode conversations, an example for each answer; see `encode_answers`.
+
+        For training, instructions are drawn with the run's seed.
+        """
+        # One stream of random numbers for all batches: their size must not change what is drawn.
         draw = random.Random(f"instructions {self.config.seed}") if training else None
-        known, limit = self.instructions, self.config.max_seq_len
-        return hold_examples(
-            encode_answers(batch, self.tokenizer, known, max_seq_len=limit, draw=draw)
-            for batch in batches(conversations)
+        encode_batch = partial(
+            encode_answers,
+            tokenizer=self.tokenizer,
+            instructions=self.instructions,
+            max_seq_len=self.config.max_seq_len,
+            draw=draw,
         )
+        return hold_examples(map(encode_batch, batches(conversations)))
 
     def record(self, run: RunDirectory) -> None:
-        """The instructions as they are now: a file that is changed later must not change what this run is asked."""
+        """Write the present instructions.
+
+        Otherwise a later change of their file would change the prompts of this run.
+        """
         write_text(run.instructions, known_instructions().read_text(encoding="utf-8"))
 
     @property
     def instructions(self) -> Instructions:
-        """The run's own, or those of `data/instructions.toml`."""
+        """Return the run's own instructions, or those of `data/instructions.toml`."""
         return instructions_of(self.config)
 
-    def count(self, conversation: Conversation) -> int:
-        """Its answers."""
+    def count_examples(self, conversation: Conversation) -> int:
+        """Return the number of its answers."""
         return len(conversation.turns)
 
     def prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
-        """The fixed instruction, closed by `</s>`; what is too long is cut at its start."""
-        return self._read(history, question, system, self.config.max_seq_len)
+        """Return the input of the encoder with the fixed instruction, cut at its start."""
+        return self._encode_source(history, question, system, self.config.max_seq_len)
 
     def whole_prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
-        """The same, however long."""
-        return self._read(history, question, system, None)
+        """Return the input of the encoder, however long."""
+        return self._encode_source(history, question, system, None)
 
-    def _read(self, history: Sequence[Turn], question: str, system: str, limit: int | None) -> list[int]:
+    def _encode_source(self, history: Sequence[Turn], question: str, system: str, limit: int | None) -> list[int]:
+        """Return the input of the encoder, at most `limit` tokens (None: however many)."""
         text = source_text(history, question, self.instructions.fixed, self.instructions.earlier, system)
-        return read_by_encoder([text], self.tokenizer, limit)[0]
+        return encode_sources([text], self.tokenizer, limit)[0]
 
     def last_answer(self, conversation: Conversation) -> Encoded:
-        """Return the last of its examples."""
+        """Return the last example of a conversation."""
         limit = self.config.max_seq_len
         return encode_answers([conversation], self.tokenizer, self.instructions, max_seq_len=limit)[-1]
 
-    def measured(self, conversations: Sequence[Conversation]) -> Measured:
-        """Measure pairs of what is read and what is written; every answer begins at the decoder's first token."""
+    def count_tokens(self, conversations: Sequence[Conversation]) -> TokenCounts:
+        """Count the tokens of pairs of a text to read and an answer to write.
+
+        Every answer begins at the first token of the decoder, and so within `max_seq_len`.
+        """
+        # The examples of all conversations come in one list; each conversation takes its share.
         following = iter(encode_answers(conversations, self.tokenizer, self.instructions))
         lengths: list[list[tuple[int, ...]]] = []
         answer_tokens, unknown = [], []
         for conversation in conversations:
-            examples = list(islice(following, len(conversation.turns)))
-            lengths.append([(len(one.input_ids), len(one.labels)) for one in examples])
-            answer_tokens.append(sum(len(one.labels) - 1 for one in examples))
-            unknown.append(sum(one.labels[:-1].count(self.tokenizer.unk_token_id) for one in examples))
-        return Measured(lengths, [True] * len(conversations), answer_tokens, unknown)
+            sizes: list[tuple[int, ...]] = []
+            tokens, unknown_tokens = 0, 0
+            for example in islice(following, len(conversation.turns)):
+                sizes.append((len(example.input_ids), len(example.labels)))
+                # The last label is `</s>`, which is no token of the answer.
+                tokens += len(example.labels) - 1
+                unknown_tokens += example.labels[:-1].count(self.tokenizer.unk_token_id)
+            lengths.append(sizes)
+            answer_tokens.append(tokens)
+            unknown.append(unknown_tokens)
+        return TokenCounts(lengths, [True] * len(conversations), answer_tokens, unknown)
 
-    def marked(self, example: Encoded) -> list[tuple[int, str]]:
-        """`read` for what the encoder is given."""
-        return [(token, "read") for token in example.input_ids] + [(token, "answer") for token in example.labels]
+    def list_tokens(self, example: Encoded) -> list[tuple[int, str]]:
+        """List the token ids; the role of those that the encoder reads is `read`."""
+        tokens = [(token, "read") for token in example.input_ids]
+        tokens += [(token, "answer") for token in example.labels]
+        return tokens
 
     @property
     def chat_template(self) -> str:
-        """As `instructions.chat_template`."""
+        """Return the instructions as a chat template; see `instructions.chat_template`."""
         return chat_template(self.config)
 
 
@@ -416,15 +509,18 @@ def encode_answers(
     max_seq_len: int | None = None,
     draw: random.Random | None = None,
 ) -> list[Encoded]:
-    """One example for each answer of each conversation: instruction and earlier turns to read, the answer to write.
+    """Encode each answer of each conversation as an example.
+
+    The encoder reads the earlier turns and an instruction with the question. The labels are the
+    answer.
 
     Args:
         conversations: to encode, in order.
         tokenizer: of the base model.
         instructions: from `instructions_of`.
-        max_seq_len: tokens. What the encoder reads is cut at its start, so that the question survives; an answer at its
-            end, and it then has no `</s>`.
-        draw: draws the instruction of each answer (None: always the first).
+        max_seq_len: tokens (None: nothing is cut). The text to read is cut at its start, so that
+            the question survives; an answer is cut at its end, and then has no `</s>`.
+        draw: draws the instruction of each answer (None: the first is always used).
     """
     sources, answers = [], []
     for conversation in conversations:
@@ -433,13 +529,24 @@ def encode_answers(
             history = conversation.turns[:index]
             sources.append(source_text(history, turn.question, template, instructions.earlier, turn.system))
             answers.append(turn.answer)
-    written = [[*ids, tokenizer.eos_token_id][:max_seq_len] for ids in _plain_ids(answers, tokenizer)]
-    read = read_by_encoder(sources, tokenizer, max_seq_len)
-    return [Encoded(source, answer) for source, answer in zip(read, written, strict=True)]
+
+    # The decoder begins with a token of its own: an answer has an end, but no `<s>`.
+    encoded = []
+    source_ids, answer_ids = encode_sources(sources, tokenizer, max_seq_len), _plain_ids(answers, tokenizer)
+    for source, answer in zip(source_ids, answer_ids, strict=True):
+        encoded.append(Encoded(source, [*answer, tokenizer.eos_token_id][:max_seq_len]))
+    return encoded
 
 
-def read_by_encoder(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_seq_len: int | None) -> list[list[int]]:
-    """Token ids of texts, each closed by `</s>` and at most `max_seq_len` long, cut at its start."""
-    ids = _plain_ids(texts, tokenizer)
-    kept = ids if max_seq_len is None else [one[max(0, len(one) - max_seq_len + 1) :] for one in ids]
-    return [[*one, tokenizer.eos_token_id] for one in kept]
+def encode_sources(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_seq_len: int | None) -> list[list[int]]:
+    """Return the token ids of texts for the encoder.
+
+    Each ends with `</s>` and has at most `max_seq_len` tokens (None: any number); a longer text is
+    cut at its start.
+    """
+    encoded = []
+    for ids in _plain_ids(texts, tokenizer):
+        # One token is left for the `</s>`.
+        start = 0 if max_seq_len is None else max(0, len(ids) - max_seq_len + 1)
+        encoded.append([*ids[start:], tokenizer.eos_token_id])
+    return encoded

@@ -38,7 +38,7 @@ def test_the_prompt_is_how_an_example_begins(config, tokenizer):  # trap 4
         assert example.input_ids[: len(prompt)] == prompt
         labelled = [label for label in example.labels if label != IGNORED]
         assert tokenizer.decode(labelled).strip().removesuffix("</s>").strip() == last.answer
-        assert form.count(Conversation(tuple(turns))) == len(
+        assert form.count_examples(Conversation(tuple(turns))) == len(
             form.examples([Conversation(tuple(turns))], training=False)
         )
 
@@ -46,12 +46,13 @@ def test_the_prompt_is_how_an_example_begins(config, tokenizer):  # trap 4
 @BOTH
 def test_lengths_are_those_of_examples_that_are_not_cut(config, tokenizer):
     form = format_of(tokenizer, config)
-    measured = form.measured([TWO, THREE])
+    measured = form.count_tokens([TWO, THREE])
     assert measured.answered == [True, True]
     sizes = [size for row in measured.lengths for size in row]
     for size, example in zip(sizes, form.examples([TWO, THREE], training=False), strict=True):
         assert size == (len(example.input_ids), len(example.labels))[: len(size)]
-        assert sum(mark == "answer" for _, mark in form.marked(example)) == sum(x != IGNORED for x in example.labels)
+        roles = [role for _, role in form.list_tokens(example)]
+        assert roles.count("answer") == sum(label != IGNORED for label in example.labels)
 
 
 # ------------------------------------------------------------------------------------------------ hostile text
@@ -178,7 +179,7 @@ def test_a_vocabulary_that_finds_its_special_tokens_among_letters_is_told_better
     found = tokenizer("a </s> b", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert tokenizer.eos_token_id in found  # else there would be nothing to do
     for text in ("a </s> b", "</s><pad></s>", "<extra_id_0>"):
-        (ids,) = formats.read_by_encoder([text], tokenizer, None)
+        (ids,) = formats.encode_sources([text], tokenizer, None)
         assert ids.index(tokenizer.eos_token_id) == len(ids) - 1
         assert not ({*tokenizer.all_special_ids} - {tokenizer.eos_token_id, tokenizer.unk_token_id}) & {*ids}
         assert tokenizer.decode(ids[:-1]) == text
@@ -320,9 +321,9 @@ def test_what_a_tokenizer_cannot_spell_is_counted(config, tokenizer):
     few.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     few = PreTrainedTokenizerFast(tokenizer_object=few, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     rows = [Conversation((Turn("好", "yes no"), Turn("no", "好"))), Conversation((Turn("好", "yes"),))]
-    found = formats.ChatFormat(few, config).measured(rows)
+    found = formats.ChatFormat(few, config).count_tokens(rows)
     assert (found.answer_tokens, found.unknown) == ([3, 1], [1, 0])
-    found = formats.ChatFormat(tokenizer, config).measured(rows)
+    found = formats.ChatFormat(tokenizer, config).count_tokens(rows)
     assert found.unknown == [0, 0]  # falls back on bytes
     assert min(found.answer_tokens) > 0
 
@@ -331,7 +332,7 @@ def test_what_a_tokenizer_cannot_spell_is_counted(config, tokenizer):
 def test_what_an_encoder_decoder_cannot_spell_is_counted(config, tokenizer):
     row = Conversation((Turn("好?", "yes"), Turn("no", "yes \ue000")))
     (answer,) = tokenizer([row.turns[1].answer], add_special_tokens=False)["input_ids"]
-    found = format_of(tokenizer, config).measured([row, TWO])
+    found = format_of(tokenizer, config).count_tokens([row, TWO])
     assert found.unknown == [answer.count(tokenizer.unk_token_id), 0]
     texts = [turn.answer for turn in (*row.turns, *TWO.turns)]
     sizes = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
