@@ -27,7 +27,7 @@ from qlora_utils.config import (
 from qlora_utils.locate import locate, model_advice
 from qlora_utils.models import files as model_files
 from qlora_utils.models.shapes import architecture_of
-from qlora_utils.rows.check import Check, free_name, look_at_answers, safe_name
+from qlora_utils.rows.check import Check, free_name, measure_answers, safe_name
 from qlora_utils.rows.conversations import Conversation, Rejected, first_readable
 from qlora_utils.rows.conversations import defused as defused
 from qlora_utils.rows.files import SUFFIXES, DataError, Row, first_rows, read_source, unknown_type
@@ -305,7 +305,7 @@ def check(dataset: str, config: RunConfig, *, rows: int | None = None) -> Check:
         prepared = prepare(config.model_copy(update={"output_dir": folder}), tokenizer, rows=rows)
     row, first = first_readable(source if rows is None else first_rows(source, rows))
     form = format_of(tokenizer, config)
-    examples, answers = look_at_answers(prepared.train, prepared.held_out, form)
+    examples, answers = measure_answers(prepared.train, prepared.held_out, form)
     return Check(
         config=config,
         architecture=form.architecture,

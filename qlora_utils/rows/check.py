@@ -1,7 +1,7 @@
-"""Can these rows be trained on? What was read of them, what is left out and why, what to know and what to run next.
+"""Report whether rows can be trained on, which were rejected and why, and what to run next.
 
-`data.check` looks at rows as notebook 01 and `qlora run` will, with the same code, and trains nothing; here is what it
-makes of them.
+`data.check` reads rows with the code of notebook 01 and `qlora run`, and trains nothing. This
+module holds what it finds, and puts it into words.
 """
 
 from __future__ import annotations
@@ -27,21 +27,32 @@ from qlora_utils.style import counted, cut, on_terminal, passes, percent
 if TYPE_CHECKING:
     from qlora_utils.tokens.formats import Format
 
-FEW_ROWS = 100  # conversations to train on, below which their number is remarked on
-FEW_SCORED = 30  # scored conversations, below which a score is a hint
-MANY_PASSES = 10  # over the rows to train on, beyond which other parameters are advised,
-FEW_PASSES = 5  # and how many then are, of a model that has read a lot
-ROOM_AT_MOST = 256  # tokens for an answer that are advised at most: every question of notebook 06 may take as many
-_ANSWERS_LOOKED_AT = 1000  # held-out conversations whose answers are measured in tokens
+# With fewer conversations to train on, a warning says that they are few.
+FEW_ROWS = 100
+# With fewer scored conversations, a warning says that a score is only a hint.
+FEW_SCORED = 30
+# A run that makes more passes than this over its rows would learn them by heart; then a model that
+# has read much is advised to make `FEW_PASSES`.
+MANY_PASSES = 10
+FEW_PASSES = 5
+# The largest `max_new_tokens` that is advised: every question of notebook 06 may take as long.
+MOST_ANSWER_TOKENS = 256
+# The answers of at most so many held-out conversations are tokenized.
+_MEASURED_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the answers to train on look like, in three numbers, and those held out in a fourth.
+    """Hold what is known of the answers: four values of those to train on, two of those held out.
 
-    `commonest_share`: of all answers, those that are the same as the commonest, normalised. `long_share`: of all
-    characters of answers, those in the longest tenth of them. `longest` of the held-out ones, in tokens, and the share
-    of them (`cut_share`) that, with the `</s>` which ends an answer, are longer than `max_new_tokens`.
+    Attributes:
+        count: answers to train on.
+        commonest: the commonest of them.
+        commonest_share: of the answers that are the same as the commonest, after normalising.
+        long_share: of all characters of answers, those in the longest tenth of the answers.
+        longest: held-out answer, in tokens.
+        cut_share: of the held-out answers, those that are longer than `max_new_tokens` with the
+            `</s>` that ends them.
     """
 
     count: int
@@ -54,61 +65,86 @@ class Answers:
 
 @dataclass(frozen=True)
 class Check:
-    """What is found of a dataset that can be trained on. `text` tells it."""
+    """Hold what was found in a dataset that can be trained on, and format it.
 
-    config: RunConfig  # of the run that it was checked for
-    architecture: str  # of its base model
-    rows: int | None  # that were looked at of each part (None: all)
-    row: Row  # the first that can be used, as it was found,
-    first: Conversation  # and as it was read
+    Attributes:
+        config: of the run that the dataset was checked for.
+        architecture: of the run's base model.
+        rows: of each part that were read (None: all).
+        row: the first usable row, as it was found.
+        first: the same row, as it was read.
+        report: from `data.prepare`.
+        rejected: rows that cannot be used.
+        examples: to train on: conversations or, for an encoder-decoder, answers.
+        scored: held-out conversations that training does not measure.
+        answers: what is known of the answers.
+    """
+
+    config: RunConfig
+    architecture: str
+    rows: int | None
+    row: Row
+    first: Conversation
     report: Mapping[str, Any]
     rejected: Sequence[Rejected]
-    examples: int  # to train on: conversations, of an encoder-decoder answers
-    scored: int  # held-out conversations that no training measures
+    examples: int
+    scored: int
     answers: Answers
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one pass over the rows to train on."""
+        """Return the number of steps in one pass over the rows to train on."""
         return -(-self.examples // self.config.batch_size)
 
     @property
     def passes(self) -> float:
-        """How often the run would go over the rows to train on."""
-        return _passes(self.config, self.examples)
+        """Return the number of passes that the run would make over the rows to train on."""
+        return _count_passes(self.config, self.examples)
 
     @property
     def advised(self) -> dict[str, Any]:
-        """Parameters that suit these rows better than the preset's, where a run would go wrong with those."""
-        found = {} if self.rows else _advised(self.config, self.examples)
-        plain = RunConfig.from_preset(self.config.preset)
-        room = min(ROOM_AT_MOST, -(-(self.answers.longest + 1) // 16) * 16)  # with the </s>, in whole sixteens
-        if self.answers.cut_share and plain.max_new_tokens == self.config.max_new_tokens < room:
-            found["max_new_tokens"] = room
-        return found
+        """Return parameters that suit these rows, where those of the preset would do harm."""
+        # Of the first rows alone it is not known how many there are.
+        advised = {} if self.rows else _advise_training(self.config, self.examples)
+
+        # Leave room for the longest answer and its </s>, in steps of sixteen tokens.
+        needed = -(-(self.answers.longest + 1) // 16) * 16
+        max_new_tokens = min(MOST_ANSWER_TOKENS, needed)
+        preset = RunConfig.from_preset(self.config.preset)
+        # A value that somebody chose is not corrected.
+        is_chosen = self.config.max_new_tokens != preset.max_new_tokens
+        if self.answers.cut_share and not is_chosen and self.config.max_new_tokens < max_new_tokens:
+            advised["max_new_tokens"] = max_new_tokens
+        return advised
 
     def command(self, preset: str | None = None) -> str:
-        """The `qlora run` that trains on these rows, quoted for a shell.
+        """Return the `qlora run` that trains on these rows, quoted for a shell.
 
         Args:
-            preset: another one; what was given, or suits these rows, with this one is then left away.
+            preset: to train with (None: that of the config). With another preset, the parameters of
+                the config and those advised for it are dropped.
         """
-        config, given = self.config, {name: value for name, (_, value) in self.config.differences().items()}
-        values = {"dataset": config.dataset, **given, **self.advised}
-        if preset is not None:
+        config = self.config
+        values: dict[str, Any] = {"dataset": config.dataset}
+        if preset is None:
+            for name, (_, value) in config.differences().items():
+                values[name] = value
+            values |= self.advised
+        else:
             config = RunConfig.from_preset(preset, dataset=config.dataset, output_dir=config.output_dir)
-            values = {"dataset": config.dataset, **({} if self.rows else _advised(config, self.examples))}
+            if not self.rows:
+                values |= _advise_training(config, self.examples)
         run_dir = Path(config.output_dir).resolve() / free_name(config, preset)
         return resume_command(run_dir, preset=config.preset, parameters=values)
 
     @property
     def warnings(self) -> list[str]:
-        """What a person should know before training on these rows, a sentence or two each."""
-        return [*_of_numbers(self), *_of_texts(self)]
+        """List what to know before training on these rows, one or two sentences each."""
+        return [*_warn_about_counts(self), *_warn_about_texts(self)]
 
     @property
     def verdict(self) -> str:
-        """How much there is to train on, in two sentences."""
+        """Return two sentences on how much there is to train on."""
         config, report = self.config, self.report
         train, held_out = counted(report["train"], "conversation"), f"{report['held_out']:,}"
         if self.rows:
@@ -116,7 +152,7 @@ class Check:
                 f"This can be trained on: of the first {self.rows:,} rows of each part {train} to train on, {held_out} "
                 "held out. What all of them make is told when all are looked at."
             )
-        steps = f"{counted(config.steps, 'step')} {_are(config.steps)}"
+        steps = f"{counted(config.steps, 'step')} {_is_or_are(config.steps)}"
         length = f"{config.epochs:g} epochs are" if config.epochs else steps
         return (
             f"This can be trained on: {train} to train on, {held_out} held out. One pass over them is "
@@ -125,28 +161,33 @@ class Check:
 
     @property
     def text(self) -> str:
-        """All of it as lines of text, safe on a terminal, the verdict after what was found."""
-        return "\n\n".join([self.details, _wrapped(self.verdict), self.next_steps])
+        """Format everything as lines of text that are safe on a terminal."""
+        return "\n\n".join([self.details, _wrap(self.verdict), self.next_steps])
 
     @property
     def details(self) -> str:
-        """The first row as it was read, the report, what is left out and what is worth knowing."""
-        parts = [self._as_read(), on_terminal(report_table(self.report))]
+        """Format the first row as it was read, the report, the rejected rows and the warnings."""
+        parts = [self._format_first_row(), on_terminal(report_table(self.report))]
         parts.append(f"Tokens are those of the tokenizer of {cut(self.config.model, 200)}.")
         if self.rejected:
-            parts.append(left_out(self.rejected))
+            parts.append(format_rejected(self.rejected))
         if self.warnings:
-            parts.append("\n".join(["Worth knowing:", *(_wrapped(warning, "- ") for warning in self.warnings)]))
+            parts.append("\n".join(["Worth knowing:", *(_wrap(warning, "- ") for warning in self.warnings)]))
         return "\n\n".join(parts)
 
-    def _as_read(self) -> str:
+    def _format_first_row(self) -> str:
+        """Format the first usable row: its place and columns, and its first two turns."""
         row, first = self.row, self.first
         columns = ", ".join(cut(str(name), 40) for name in row.columns or ())
-        lines = [f"{cut(row.where, 80)}, row {row.number} (the first is 0), columns {cut(columns, 200)}, read as "
-                 f"{first.shape}:"]  # fmt: skip
+        lines = [
+            f"{cut(row.where, 80)}, row {row.number} (the first is 0), columns {cut(columns, 200)}, read as "
+            f"{first.shape}:"
+        ]
         for turn in first.turns[:2]:
-            lines += [f"  system:   {cut(turn.system, 160)}"] if turn.system else []
-            lines += [f"  question: {cut(turn.question, 160)}", f"  answer:   {cut(turn.answer, 160)}"]
+            if turn.system:
+                lines.append(f"  system:   {cut(turn.system, 160)}")
+            lines.append(f"  question: {cut(turn.question, 160)}")
+            lines.append(f"  answer:   {cut(turn.answer, 160)}")
         if len(first.turns) > 2:
             lines.append(f"  and {counted(len(first.turns) - 2, 'more turn')}")
         if first.tags:
@@ -155,197 +196,250 @@ class Check:
 
     @property
     def next_steps(self) -> str:
-        """The commands that train on these rows."""
+        """Return the commands that train on these rows."""
         lines = ["To train on it:", f"  {on_terminal(self.command())}"]
         if self.config.model.startswith(EMBEDDED) and not self.config.dataset.startswith(EMBEDDED):
-            other = {"causal": "llama2-7b", "encoder-decoder": "flan-t5-large"}[self.architecture]
-            lines += [
-                _wrapped(
-                    "The pocket model knows nothing but its own small world: this shows that the rows are read as you "
-                    "mean them, and that all works. For a model that can speak of your subject, on a GPU:"
-                ),
-                f"  {on_terminal(self.command(other))}",
-            ]
+            larger = {"causal": "llama2-7b", "encoder-decoder": "flan-t5-large"}[self.architecture]
+            reason = (
+                "The pocket model knows nothing but its own small world: this shows that the rows are read as you "
+                "mean them, and that all works. For a model that can speak of your subject, on a GPU:"
+            )
+            lines += [_wrap(reason), f"  {on_terminal(self.command(larger))}"]
         return "\n".join(lines)
 
 
-def look_at_answers(
+def measure_answers(
     train: Sequence[Conversation], held_out: Sequence[Conversation], form: Format
 ) -> tuple[int, Answers]:
-    """Count the examples there are to train on, and see what their answers look like; each row is read once."""
+    """Count the examples to train on, and measure the answers.
+
+    Args:
+        train: conversations to train on, at least one. Each is read once, since rows lie on disk.
+        held_out: conversations held out, at least one; the first thousand are tokenized.
+        form: of the run's model.
+    """
     import numpy
 
-    config, examples = form.config, 0
+    # Digests and lengths take little memory; the answers of a large dataset do not.
+    examples = 0
     keys, lengths, ends = bytearray(), array("q"), array("q")
     for row in train:
         examples += form.count_examples(row)
-        for answer in (turn.answer for turn in row.turns):
-            keys += digest(normalise(answer) or answer)
-            lengths.append(len(answer))
+        for turn in row.turns:
+            keys += digest(normalise(turn.answer) or turn.answer)
+            lengths.append(len(turn.answer))
         ends.append(len(lengths))
+
+    # Find the first answer with the commonest digest: its conversation, and its turn there.
     _, firsts, counts = numpy.unique(digest_array(keys), return_index=True, return_counts=True)
-    first = int(firsts[counts.argmax()])  # among all answers, the first of the commonest
-    place = int(numpy.searchsorted(ends, first, side="right"))  # of its conversation
-    turn = first - (ends[place - 1] if place else 0)
+    first = int(firsts[counts.argmax()])
+    place = int(numpy.searchsorted(ends, first, side="right"))
+    turn_index = first - (ends[place - 1] if place else 0)
+    commonest = train[place].turns[turn_index].answer
+
+    # The model is asked held-out questions alone, so `max_new_tokens` concerns their answers.
+    texts: list[str] = []
+    for row in held_out[:_MEASURED_ROWS]:
+        texts.extend(turn.answer for turn in row.turns)
+    tokens = [len(ids) for ids in form.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    cut_answers = sum(count + 1 > form.config.max_new_tokens for count in tokens)
+
     ordered = numpy.sort(numpy.frombuffer(lengths, dtype=numpy.int64))
-    held = [turn.answer for row in held_out[:_ANSWERS_LOOKED_AT] for turn in row.turns]
-    tokens = [len(ids) for ids in form.tokenizer(held, add_special_tokens=False, verbose=False)["input_ids"]]
+    longest_tenth = ordered[-max(1, len(lengths) // 10) :]
     return examples, Answers(
         count=len(lengths),
-        commonest=train[place].turns[turn].answer,
+        commonest=commonest,
         commonest_share=int(counts.max()) / len(lengths),
-        long_share=float(ordered[-max(1, len(lengths) // 10) :].sum() / ordered.sum()),
+        long_share=float(longest_tenth.sum() / ordered.sum()),
         longest=max(tokens),
-        cut_share=sum(count + 1 > config.max_new_tokens for count in tokens) / len(tokens),
+        cut_share=cut_answers / len(tokens),
     )
 
 
-def left_out(rejected: Sequence[Rejected], *, reasons: int = 8, places: int = 3) -> str:
-    """How many rows were left out for each reason, and where the first of them lie, as lines of text.
+def format_rejected(rejected: Sequence[Rejected], *, reasons: int = 8, places: int = 3) -> str:
+    """Format the number of rejected rows for each reason, and the places of the first of them.
 
-    Reasons that differ in a number or in what they quote are taken for one.
+    Reasons that differ only in a number or in a quoted text count as the same.
 
     Args:
         rejected: from `data.prepare`.
-        reasons: that are listed, the commonest first.
-        places: of rows that are named for each.
+        reasons: number of reasons to list, the commonest first.
+        places: number of rows to name for each reason.
     """
     counts: Counter[str] = Counter()
-    firsts: dict[str, list[Rejected]] = {}
-    for one in rejected:
-        kind = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", one.reason)
+    first_rows: dict[str, list[Rejected]] = {}
+    for row in rejected:
+        kind = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", row.reason)
         counts[kind] += 1
-        if len(firsts.setdefault(kind, [])) < places:
-            firsts[kind].append(one)
+        if len(first_rows.setdefault(kind, [])) < places:
+            first_rows[kind].append(row)
+
     lines = [f"{counted(len(rejected), 'row')} left out:"]
     for kind, count in counts.most_common(reasons):
-        known = firsts[kind]
-        by_file = [(where, [str(one.number) for one in ones]) for where, ones in groupby(known, lambda one: one.where)]
-        named = [f"{cut(where, 60)} {'row' if len(n) == 1 else 'rows'} {', '.join(n)}" for where, n in by_file]
-        more = ", …" if count > len(known) else ""
-        lines.append(f"  {count:,} × {cut(known[0].reason, 160)}: {', '.join(named)}{more}")
+        named = first_rows[kind]
+        more = ", …" if count > len(named) else ""
+        lines.append(f"  {count:,} × {cut(named[0].reason, 160)}: {_format_places(named)}{more}")
     if len(counts) > reasons:
         lines.append(f"  and for {counted(len(counts) - reasons, 'other reason')}")
     return "\n".join(lines)
 
 
-def _of_numbers(found: Check) -> list[str]:
-    """What is remarkable about how many rows there are."""
+def _format_places(rejected: Sequence[Rejected]) -> str:
+    """Format the files and numbers of rows, as in `a.csv rows 1, 2, b.csv row 3`."""
+    places = []
+    for where, rows in groupby(rejected, lambda row: row.where):
+        numbers = [str(row.number) for row in rows]
+        noun = "row" if len(numbers) == 1 else "rows"
+        places.append(f"{cut(where, 60)} {noun} {', '.join(numbers)}")
+    return ", ".join(places)
+
+
+def _warn_about_counts(found: Check) -> list[str]:
+    """Warn about the number of rows: few to train on, few to score, too many passes or too few."""
     config, report = found.config, found.report
-    said, train, held_out = list[str](), report["train"], report["held_out"]
+    train, held_out = report["train"], report["held_out"]
+    warnings: list[str] = []
     if report["held_out_by"] != "the source's own":
-        said.append(
+        warnings.append(
             f"It brings no held-out rows, so {held_out:,} of {train + held_out:,} are set aside at random "
             f"(held_out_rows={config.held_out_rows}, at most a fifth). To choose them yourself, put them into a file "
             "test.csv or test.jsonl beside the others and give the folder."
         )
+    # The rest follows from the number of rows, which is known only once all are read.
     if found.rows:
-        return said  # the rest is known once all rows are
+        return warnings
+
     if train < FEW_ROWS:
-        said.append(
-            f"{counted(train, 'conversation')} to train on {'is' if train == 1 else 'are'} few: enough to see that all "
+        warnings.append(
+            f"{counted(train, 'conversation')} to train on {_is_or_are(train)} few: enough to see that all "
             "works, hardly enough to answer questions that are unlike them."
         )
+
+    # The passes over the rows: too many, or not even one.
     if "keep" in found.advised:
-        said.append(
+        warnings.append(
             f"{config.steps:,} steps go over them {found.passes:,.0f} times. A pocket model must learn their very "
             "words first, and can but learn them by heart: keep=last, in the command below, keeps the adapter that "
             "has, not the one with the lowest held-out loss."
         )
     elif "epochs" in found.advised:
-        said.append(
+        warnings.append(
             f"{config.steps:,} steps would go over them {found.passes:,.0f} times, and the model would learn them by "
             f"heart. The command below makes {FEW_PASSES} passes."
         )
     elif found.passes < 1:
-        said.append(
-            f"{counted(config.steps, 'step')} {'sees' if config.steps == 1 else 'see'} {percent(found.passes)} of "
+        verb = "sees" if config.steps == 1 else "see"
+        warnings.append(
+            f"{counted(config.steps, 'step')} {verb} {percent(found.passes)} of "
             f"them; to see all once takes {found.steps_per_epoch:,}: -p epochs=1."
         )
+
     if found.scored < FEW_SCORED:
-        said.append(
+        warnings.append(
             f"Half of what is held out helps to choose the adapter, and {counted(found.scored, 'conversation')} "
-            f"{'is' if found.scored == 1 else 'are'} scored: one more that is right changes exact match by "
+            f"{_is_or_are(found.scored)} scored: one more that is right changes exact match by "
             f"{1 / found.scored:.0%}. Take the scores as a hint."
         )
-    return said
+    return warnings
 
 
-def _of_texts(found: Check) -> list[str]:
-    """What is remarkable about what the rows say."""
-    config, report, answers = found.config, found.report, found.answers
-    said = []
+def _warn_about_texts(found: Check) -> list[str]:
+    """Warn about the texts: questions on both sides, duplicates, lengths, `<unk>`, odd answers."""
+    config, report = found.config, found.report
+    warnings: list[str] = []
+
+    # Rows that are there more than once.
     if report["leakage"]:
-        said.append(
+        warnings.append(
             f"{report['leakage']:,} of {counted(report['held_out'], 'held-out question')} are also trained on: the "
             "scores will be too good. Take them out of one of the two."
         )
-    if report["normalised_duplicates"]:
-        said.append(
-            f"{counted(report['normalised_duplicates'], 'row')} {_are(report['normalised_duplicates'])} there more "
+    if duplicates := report["normalised_duplicates"]:
+        warnings.append(
+            f"{counted(duplicates, 'row')} {_is_or_are(duplicates)} there more "
             "than once, up to case and punctuation. They stay, and weigh as much as rows of their own."
         )
+
+    # Tokens that are cut, cannot be spelled, or are padding.
     if truncated_share(report):
-        length, most = report["token_length"], math.ceil(report["token_length"]["p95"])
-        within = (
-            f"95% have {most:,} or fewer" if most > config.max_seq_len else f"the longest has {length['longest']:,}"
-        )
-        share, limit = percent(truncated_share(report)), f"max_seq_len={config.max_seq_len} tokens"
-        told = (
-            f"{share} read or write more than {limit}: of what is read the start, and of an answer the end, are cut "
-            f"and not learned; {within}, read and written together."
-            if report.get("unit") == "example"
-            else f"{share} are longer than {limit}, and what lies beyond is cut and not learned; {within}."
-        )
-        said.append(f"{told} More, -p max_seq_len=N, takes memory, and a model that reads as many.")
+        warnings.append(_warn_about_truncation(config, report))
     if report["unknown_share"] >= 0.001:
-        said.append(
+        warnings.append(
             f"{report['unknown_share']:.1%} of the answer tokens are <unk>: the tokenizer of {cut(config.model, 100)} "
             "cannot spell them (T5's knows no line break, brace or Chinese), and the model would learn to write <unk>. "
             "Take another model."
         )
+    # A pack has next to no padding.
     if report["padding_share"] >= 0.4 and (found.architecture == "encoder-decoder" or not config.packing):
-        said.append(
+        warnings.append(
             f"{report['padding_share']:.0%} of a random batch is padding, since lengths differ: -p row_order=length "
             "puts rows of like length together."
         )
+    return warnings + _warn_about_answers(found)
+
+
+def _warn_about_truncation(config: RunConfig, report: Mapping[str, Any]) -> str:
+    """Warn that `max_seq_len` cuts some examples."""
+    share, limit = percent(truncated_share(report)), f"max_seq_len={config.max_seq_len} tokens"
+    # A 95th percentile below the limit says nothing about the examples beyond it.
+    p95 = math.ceil(report["token_length"]["p95"])
+    within = f"the longest has {report['token_length']['longest']:,}"
+    if p95 > config.max_seq_len:
+        within = f"95% have {p95:,} or fewer"
+    if report.get("unit") == "example":
+        lost = (
+            f"{share} read or write more than {limit}: of what is read the start, and of an answer the end, are cut "
+            f"and not learned; {within}, read and written together."
+        )
+    else:
+        lost = f"{share} are longer than {limit}, and what lies beyond is cut and not learned; {within}."
+    return f"{lost} More, -p max_seq_len=N, takes memory, and a model that reads as many."
+
+
+def _warn_about_answers(found: Check) -> list[str]:
+    """Warn about answers that are the same, much longer than others, or too long to generate."""
+    config, answers = found.config, found.answers
+    warnings: list[str] = []
     if answers.count >= 10 and answers.commonest_share >= 0.3:
-        said.append(
+        warnings.append(
             f"{answers.commonest_share:.0%} of the answers are the same, “{cut(answers.commonest, 60)}”: a model that "
             "always says so is right as often."
         )
     if answers.count >= 20 and answers.long_share >= 0.5:
-        said.append(
+        warnings.append(
             f"The longest tenth of the answers holds {answers.long_share:.0%} of their text. The loss counts tokens, "
             "so it is mostly theirs."
         )
     if answers.cut_share:
-        room = found.advised.get("max_new_tokens")
-        said.append(
+        advised = found.advised.get("max_new_tokens")
+        warnings.append(
             f"{percent(answers.cut_share)} of the held-out answers, with the </s> that ends them, are longer than "
             f"max_new_tokens={config.max_new_tokens} tokens (the longest {answers.longest + 1:,}), where the model's "
             "answers are cut off: none of these could come to its end by itself."
-            + (f" The command below has room for {room}." if room else "")
+            + (f" The command below has room for {advised}." if advised else "")
         )
-    return said
+    return warnings
 
 
-def _passes(config: RunConfig, examples: int) -> float:
+def _count_passes(config: RunConfig, examples: int) -> float:
+    """Return the number of passes that a run makes over so many examples."""
     return config.epochs or config.steps / -(-examples // config.batch_size)
 
 
-def _advised(config: RunConfig, examples: int) -> dict[str, Any]:
-    """What to change of a preset that would go over so few examples again and again."""
-    plain = RunConfig.from_preset(config.preset)
-    if config.epochs or config.steps != plain.steps or _passes(config, examples) <= MANY_PASSES:
+def _advise_training(config: RunConfig, examples: int) -> dict[str, Any]:
+    """Return what to change in a preset that would make too many passes over so few examples."""
+    # A length of training that somebody chose is not corrected.
+    preset = RunConfig.from_preset(config.preset)
+    if config.epochs or config.steps != preset.steps or _count_passes(config, examples) <= MANY_PASSES:
         return {}
+    # A pocket model has to learn the very words, which takes all these passes.
     if config.model.startswith(EMBEDDED):
-        return {"keep": "last"} if config.keep == plain.keep == "best" else {}
+        return {"keep": "last"} if config.keep == preset.keep == "best" else {}
     return {"epochs": FEW_PASSES}
 
 
-def _wrapped(text: str, mark: str = "") -> str:
-    """Prose in lines of a hundred characters, those after the first in line with it."""
+def _wrap(text: str, mark: str = "") -> str:
+    """Wrap a text at a hundred characters, after a mark; later lines are indented by its width."""
     return textwrap.fill(
         text,
         100,
@@ -356,21 +450,30 @@ def _wrapped(text: str, mark: str = "") -> str:
     )
 
 
-def _are(count: int) -> str:
+def _is_or_are(count: int) -> str:
+    """Return the verb for a number of things."""
     return "is" if count == 1 else "are"
 
 
 def safe_name(text: str) -> str:
-    """A text as part of a file's or a run's name: letters, digits, dots, _ and -, the first a letter or digit."""
+    """Return a text as part of the name of a file or a run.
+
+    Only letters, digits, dots, `_` and `-` remain; the first is a letter or a digit.
+    """
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:60].rstrip("-._") or "mine"
 
 
 def free_name(config: RunConfig, preset: str | None = None) -> str:
-    """A name for the run, after the dataset, that no run has yet."""
-    name = Path(config.dataset).name
-    name = safe_name(name.removeprefix(EMBEDDED).removesuffix(Path(name).suffix if name.endswith(SUFFIXES) else ""))
-    name = f"{name}-{preset}" if preset else name
-    number = 1
-    while (Path(config.output_dir) / (name if number == 1 else f"{name}-{number}")).exists():
+    """Return a name for the run, after its dataset, that no run in `output_dir` has yet."""
+    # The name of a folder or a hub id may contain a dot that begins no suffix.
+    dataset = Path(config.dataset).name
+    suffix = Path(dataset).suffix if dataset.endswith(SUFFIXES) else ""
+    name = safe_name(dataset.removeprefix(EMBEDDED).removesuffix(suffix))
+    if preset:
+        name = f"{name}-{preset}"
+
+    free, number = name, 1
+    while (Path(config.output_dir) / free).exists():
         number += 1
-    return name if number == 1 else f"{name}-{number}"
+        free = f"{name}-{number}"
+    return free

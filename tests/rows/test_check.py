@@ -134,9 +134,9 @@ def test_rows_left_out_are_counted_by_reason_with_file_and_row(tmp_path, config)
 
 def test_many_reasons_and_many_rows_are_cut():
     rejected = [Rejected("f.csv", n, f"letter {chr(97 + n % 20)}: '{n}' at character {n}") for n in range(100)]
-    lines = check.left_out(rejected).splitlines()
+    lines = check.format_rejected(rejected).splitlines()
     assert lines[0] == "100 rows left out:"
-    assert check.left_out([Rejected("a", 1, "x"), Rejected("b", 0, "x")]).endswith("2 × x: a row 1, b row 0")
+    assert check.format_rejected([Rejected("a", 1, "x"), Rejected("b", 0, "x")]).endswith("2 × x: a row 1, b row 0")
     assert lines[1].endswith(": f.csv rows 0, 20, 40, …")
     assert lines[1].startswith("  5 × letter a")
     assert lines[-1] == "  and for 12 other reasons"
@@ -235,7 +235,7 @@ def test_answers_that_would_be_cut_get_room_in_the_command(tmp_path, config):
     wider = RunConfig.build({**config.model_dump(), "max_new_tokens": room})
     assert not data.check(found.config.dataset, wider).answers.cut_share
     longer = data.check(written(tmp_path, PLAIN[0], [{"question": "Why?", "answer": LONG * 9}] * 2), config)
-    assert longer.answers.longest > longer.advised["max_new_tokens"] == check.ROOM_AT_MOST
+    assert longer.answers.longest > longer.advised["max_new_tokens"] == check.MOST_ANSWER_TOKENS
 
 
 def test_few_rows_get_few_passes_with_a_model_that_knows_something(config):

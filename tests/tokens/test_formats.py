@@ -396,7 +396,7 @@ def test_labels_of_real_rows_are_their_answers(llama_tokenizer, real_rows):
 @T5
 def test_a_conversation_is_one_example_for_each_answer(tokenizer):
     encoded = format_of(tokenizer, CONFIG).examples([THREE], training=False)
-    assert len(encoded) == 3 == format_of(tokenizer, CONFIG).count(THREE)
+    assert len(encoded) == 3 == format_of(tokenizer, CONFIG).count_examples(THREE)
     for index, (example, turn) in enumerate(zip(encoded, THREE.turns, strict=True)):
         assert tokenizer.decode(example.labels) == f"{turn.answer}</s>"
         read = tokenizer.decode(example.input_ids)
