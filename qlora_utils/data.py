@@ -30,7 +30,7 @@ from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.check import Check, free_name, measure_answers, safe_name
 from qlora_utils.rows.conversations import Conversation, Rejected, first_readable
 from qlora_utils.rows.conversations import defused as defused
-from qlora_utils.rows.files import SUFFIXES, DataError, Row, first_rows, read_source, unknown_type
+from qlora_utils.rows.files import SUFFIXES, DataError, Row, describe_unknown_type, first_rows, read_source
 from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.rows.lines import lines_of, read_lines, show_conversations, show_rejected
 from qlora_utils.rows.prepare import find_entry, new_entry, prepare_into, unfinished_entry
@@ -335,7 +335,7 @@ def keep_upload(name: str, content: bytes, config: RunConfig) -> Path:
     """
     suffix = Path(name).suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(f"{cut(name, 80)} has {unknown_type(cut(suffix, 20))}")
+        raise DataError(f"{cut(name, 80)} has {describe_unknown_type(cut(suffix, 20))}")
     if not content:
         raise DataError(f"{cut(name, 80)} is empty. Expected one question and answer or more.")
     if len(content) > UPLOAD_MB * 10**6:

@@ -220,7 +220,7 @@ def parse(row: Row) -> Conversation:
         UnusableRowError: the row has none of these shapes, or no answered turn.
     """
     if row.columns is None:
-        raise UnusableRowError(row.fault or "empty row")
+        raise UnusableRowError(row.error or "empty row")
 
     # Other spellings of extra fields are always read; those of a shape's fields only if the exact
     # spellings make no shape. A row may hold prose under "text", and its question under "Question".

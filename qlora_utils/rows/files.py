@@ -1,4 +1,4 @@
-"""Rows from any known source: files, folders, saved datasets, the hub (notebook 01)."""
+"""Read rows from any known source: files, folders, saved datasets, the hub (notebook 01)."""
 
 from __future__ import annotations
 
@@ -18,43 +18,67 @@ from typing import Any, TextIO
 from qlora_utils.locate import first_line, is_path, locate
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
-SPREADSHEETS = (".xlsx", ".xls", ".ods")  # which are not read
-NAME_COLUMNS = "must name the columns, as in question,answer"  # the first line of a CSV
+# Spreadsheets are recognised only to say how to export them.
+SPREADSHEETS = (".xlsx", ".xls", ".ods")
+# What the first line of a CSV must do, as error messages put it.
+NAME_COLUMNS = "must name the columns, as in question,answer"
 HELD_OUT_WORDS = {"test", "validation", "valid", "val", "dev", "eval", "heldout"}
-_BLOCK = 2**16  # characters
 # Bytes. A larger JSON file is read value by value, which takes little memory.
 LARGE_JSON = 2**26
+_BLOCK = 2**16  # characters
+# Characters. A longer first line of a JSON file is taken for the beginning of one value.
+_LONGEST_LINE = 2**20
+# Half of a surrogate pair, escaped, without its other half.
 _HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _LONE_SURROGATE = re.compile(_HIGH + b"(?!" + _LOW + b")|(?<!" + _HIGH + b")" + _LOW)
-_LONGEST_LINE = 2**20  # characters; a JSON text is not looked at further to see whether it is one value per line
 _EXPORT = "In the spreadsheet program, export it as CSV (UTF-8) and give that file."
-_SHEET_BYTES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # that begin one: a zip archive, an OLE file
-_DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json"}  # of the data, not data
+# The first bytes of a spreadsheet: a zip archive, or an OLE file.
+_SHEET_BYTES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
+# Files that describe a dataset and hold no rows.
+_DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json"}
 
 
 class DataError(ValueError):
-    """A dataset that cannot be read, or of which no row can be used; the message says where and what to do."""
+    """Report a dataset that cannot be read, or that has no usable row.
+
+    The message says where, and what to do.
+    """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it was found: its file or split, its number (from 0) there, and its columns or why it has none."""
+    """Hold one row as it was found.
+
+    Attributes:
+        where: its file or split.
+        number: of the row there, from 0.
+        columns: by name; None if the row cannot be read.
+        error: why it cannot be read.
+    """
 
     where: str
     number: int
     columns: Mapping[str, Any] | None
-    fault: str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A file or a split: its rows, read anew by each `for`, a few at a time."""
+    """Read the rows of one file or split, anew in each loop, a few at a time.
+
+    Attributes:
+        name: of the file without its suffix, or of the split.
+        read: yields the rows.
+        files: that the rows lie in; none for a dataset from the hub.
+        fingerprint: of the content, if it is known without reading it.
+        known_rows: number of rows, if it is known without reading them.
+    """
 
     name: str
     read: Callable[[], Iterator[Row]]
-    files: tuple[Path, ...] = ()  # that its rows lie in
-    fingerprint: str | None = None  # of its content, where that is known without reading it
-    known_rows: int | None = None  # None: not known without reading it
+    files: tuple[Path, ...] = ()
+    fingerprint: str | None = None
+    known_rows: int | None = None
 
     def __iter__(self) -> Iterator[Row]:
         return self.read()
@@ -62,7 +86,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a part, piece by piece. They are read while they are looped over, and again by each loop."""
+    """Read the rows of a part, piece by piece, anew in each loop."""
 
     pieces: tuple[Piece, ...]
 
@@ -72,42 +96,56 @@ class Rows:
 
     @property
     def count(self) -> int | None:
-        """How many rows, or lines that may hold one; None where only reading them tells."""
-        counts = [_count(piece) for piece in self.pieces]
-        return sum(count for count in counts if count is not None) if None not in counts else None
+        """Return the number of rows, or None if it is not known without reading them.
+
+        Of a .jsonl file it is the number of line ends: blank lines are counted too.
+        """
+        total = 0
+        for piece in self.pieces:
+            count = _count(piece)
+            if count is None:
+                return None
+            total += count
+        return total
 
     def digest(self) -> str | None:
-        """What tells this content from any other: of the bytes of files, of names and order, of the hub's fingerprints.
+        """Return a digest of the content: bytes of files, names and order, fingerprints of the hub.
 
-        None where a piece is neither in files nor has a fingerprint.
+        None if a piece has neither files nor a fingerprint.
+
+        Raises:
+            DataError: a file cannot be read.
         """
-        made = hashlib.sha256()
+        content = hashlib.sha256()
         for piece in self.pieces:
             if not piece.files and piece.fingerprint is None:
                 return None
-            made.update(f"{piece.name}\n{piece.fingerprint}\n{len(piece.files)}\n".encode())
+            content.update(f"{piece.name}\n{piece.fingerprint}\n{len(piece.files)}\n".encode())
             for path in piece.files:
                 try:
                     with path.open("rb") as file:
-                        made.update(f"{path.name}\n".encode() + hashlib.file_digest(file, "sha256").digest())
+                        content.update(f"{path.name}\n".encode() + hashlib.file_digest(file, "sha256").digest())
                 except OSError as error:
                     raise DataError(f"dataset: {path} could not be read ({first_line(error)}).") from error
-        return made.hexdigest()
+        return content.hexdigest()
 
 
 def read_source(source: str) -> dict[str, Rows]:
     """Open a dataset by hub id or local path. Rows are read when they are looped over.
 
     Args:
-        source: a local .parquet, .jsonl, .json or .csv file, a folder of such files, a dataset saved by `datasets`,
-            a hub id, or `embedded:…` for the project's own data. Files and hub splits whose names have a word like
-            test, validation, dev, eval or held_out in them are the held-out part. No dataset script is ever run.
+        source: a local .parquet, .jsonl, .json or .csv file, a folder of such files, a dataset saved
+            by `datasets`, a hub id, or `embedded:…` for the project's own data. Files and splits
+            with a word like test, validation, dev, eval or held_out in their names are the held-out
+            part. No dataset script is ever run.
 
     Returns:
-        `{"train": rows}` and, if the source brings one, `{"held_out": rows}`.
+        `{"train": rows}` and, if the source has a held-out part, `{"held_out": rows}`; one without
+        rows to train on has that part alone.
 
     Raises:
-        DataError: nothing there, an unknown file type; and, while rows are read, a file that cannot be.
+        DataError: nothing is there, or the file type is unknown; while rows are read, a file is
+            invalid.
     """
     path = Path(locate(source)).expanduser()
     if not path.exists():
@@ -119,72 +157,109 @@ def read_source(source: str) -> dict[str, Rows]:
     if path.is_file():
         return {"train": Rows((_file(path),))}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        several = (path / "dataset_dict.json").is_file()
-        return _by_part(
-            [_split(name, rows, path / name if several else path) for name, rows in _read_saved(path).items()]
-        )
+        return _by_part(_saved_splits(path))
+    return _by_part(_folder(path))
+
+
+def _saved_splits(path: Path) -> list[Piece]:
+    """List the splits of a dataset that `datasets` saved."""
+    # Each of several splits lies in a folder of its own; a single one lies in the dataset's.
+    several = (path / "dataset_dict.json").is_file()
+    splits = []
+    for name, rows in _read_saved(path).items():
+        splits.append(_split(name, rows, path / name if several else path))
+    return splits
+
+
+def _folder(path: Path) -> list[Piece]:
+    """List the files of a folder, or of the folder `data` in it.
+
+    Raises:
+        DataError: there are none.
+    """
     files = _files_of(path) or _files_of(path / "data")
     if not files:
-        sheet = next((file for file in sorted(path.glob("*")) if file.suffix.lower() in SPREADSHEETS), None)
-        raise DataError(
-            f"dataset: {path} holds no {', '.join(SUFFIXES)} file and no saved dataset. Expected rows in one of these."
-            + (f" It holds {sheet.name}. {_EXPORT}" if sheet else "")
-        )
-    return _by_part([_file(file) for file in files])
+        expected = f"holds no {', '.join(SUFFIXES)} file and no saved dataset. Expected rows in one of these."
+        for file in sorted(path.glob("*")):
+            if file.suffix.lower() in SPREADSHEETS:
+                raise DataError(f"dataset: {path} {expected} It holds {file.name}. {_EXPORT}")
+        raise DataError(f"dataset: {path} {expected}")
+    return [_file(file) for file in files]
 
 
 def first_rows(source: Mapping[str, Rows], count: int) -> dict[str, Rows]:
-    """The first rows of each part, `count` at most, from a source; what they are is not known without reading them."""
+    """Limit each part of a source to its first rows.
 
-    def of_part(rows: Rows) -> Rows:
+    The result has no digest: what these rows are is not known without reading them.
+
+    Args:
+        source: from `read_source`.
+        count: rows of each part, at most.
+    """
+
+    def limit(rows: Rows) -> Rows:
         return Rows((Piece("first rows", lambda: itertools.islice(rows, count)),))
 
-    return {part: of_part(rows) for part, rows in source.items()}
+    return {part: limit(rows) for part, rows in source.items()}
 
 
 def part_of(name: str) -> str:
-    """`train` or `held_out`, by the words in the name of a file or split: `test-00000-of-00001`, `my_eval`."""
+    """Return `train` or `held_out` by the words in a name, such as `test-00000-of-00001` or `my_eval`.
+
+    Args:
+        name: of a file or split.
+    """
     words = set(re.split(r"[^a-z]+", name.lower().replace("held_out", "heldout")))
     return "held_out" if words & HELD_OUT_WORDS and "train" not in words else "train"
 
 
 def _files_of(folder: Path) -> list[Path]:
+    """List the data files in a folder by name; none if it is no folder."""
     if not folder.is_dir():
         return []
-    return sorted(
-        f for f in folder.glob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and f.name not in _DESCRIPTIONS
-    )
+    files = [file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+    return sorted(file for file in files if file.name not in _DESCRIPTIONS)
 
 
 def _by_part(pieces: Iterable[Piece]) -> dict[str, Rows]:
-    """Files or splits told apart by name."""
-    parts: dict[str, tuple[Piece, ...]] = {}
+    """Group files or splits by the part that their names stand for."""
+    parts: dict[str, list[Piece]] = {}
     for piece in pieces:
-        part = part_of(piece.name)
-        parts[part] = (*parts.get(part, ()), piece)
-    return {part: Rows(members) for part, members in parts.items()}
+        parts.setdefault(part_of(piece.name), []).append(piece)
+    return {part: Rows(tuple(members)) for part, members in parts.items()}
 
 
 def _split(name: str, rows: Any, folder: Path | None = None) -> Piece:
-    """A split of a `datasets` dataset, and the folder that it was saved in."""
+    """Return a split of a `datasets` dataset as a piece.
+
+    Args:
+        name: of the split.
+        rows: a `datasets.Dataset`.
+        folder: that it was saved in (None: it is from the hub).
+    """
 
     def read() -> Iterator[Row]:
         number = 0
-        for batch in rows.iter(1000):  # row by row takes ten times as long
+        # Taking rows out of Arrow one by one takes ten times as long.
+        for batch in rows.iter(1000):
             for values in zip(*batch.values(), strict=True):
                 yield Row(name, number, dict(zip(batch, values, strict=True)))
                 number += 1
 
-    files = tuple(sorted(path for path in folder.rglob("*") if path.is_file())) if folder else ()
-    return Piece(name, read, files, None if folder else getattr(rows, "_fingerprint", None), len(rows))
+    if folder is None:
+        return Piece(name, read, (), getattr(rows, "_fingerprint", None), len(rows))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return Piece(name, read, tuple(files), None, len(rows))
 
 
 def _read_hub(source: str) -> Mapping[str, Iterable[Any]]:
+    """Fetch a dataset from the hub, by split."""
     import datasets
 
+    # Catch everything: the hub client raises a dozen unrelated kinds of errors.
     try:
         return datasets.load_dataset(source)
-    except Exception as error:  # the hub client raises a dozen unrelated kinds
+    except Exception as error:
         raise DataError(
             f"dataset: {source} could not be fetched from the hub ({type(error).__name__}: {first_line(error)}). "
             "Check the name and the network, log in with `hf auth login` if it is private, or give a local file."
@@ -192,8 +267,10 @@ def _read_hub(source: str) -> Mapping[str, Iterable[Any]]:
 
 
 def _read_saved(path: Path) -> Mapping[str, Iterable[Any]]:
+    """Load a dataset that `datasets` saved, by split."""
     import datasets
 
+    # Catch everything: damage in such a folder shows in errors of several libraries.
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:
@@ -205,37 +282,45 @@ def _read_saved(path: Path) -> Mapping[str, Iterable[Any]]:
 
 
 def _file(path: Path) -> Piece:
+    """Return a file as a piece.
+
+    Raises:
+        DataError: its type is unknown; while it is read, it is not UTF-8 or cannot be opened.
+    """
     readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}
     kind = path.suffix.lower()
     if kind not in readers:
-        raise DataError(f"dataset: {path} has {unknown_type(kind)}")
+        raise DataError(f"dataset: {path} has {describe_unknown_type(kind)}")
 
     def read() -> Iterator[Row]:
         try:
             yield from readers[kind](path)
         except UnicodeDecodeError as error:
+            # The file may be a spreadsheet that was renamed to .csv.
             if _is_spreadsheet(path):
                 raise DataError(f"dataset: {path} is a spreadsheet under another name. {_EXPORT}") from error
-            line = _first_bad_line(path)
-            raise DataError(f"dataset: {path} is not UTF-8 text (line {line}). Save it as UTF-8.") from error
+            number = _first_bad_line(path)
+            raise DataError(f"dataset: {path} is not UTF-8 text (line {number}). Save it as UTF-8.") from error
         except OSError as error:
             raise DataError(f"dataset: {path} could not be read ({first_line(error)}).") from error
 
     return Piece(path.stem, read, (path,))
 
 
-def unknown_type(suffix: str) -> str:
-    """What to say of a file of a type that is not read."""
-    told = f"type {suffix or 'none'}; expected one of {', '.join(SUFFIXES)}."
-    return f"{told} {_EXPORT}" if suffix in SPREADSHEETS else told
+def describe_unknown_type(suffix: str) -> str:
+    """Return the end of an error message about a file whose type is unknown."""
+    message = f"type {suffix or 'none'}; expected one of {', '.join(SUFFIXES)}."
+    return f"{message} {_EXPORT}" if suffix in SPREADSHEETS else message
 
 
 def _is_spreadsheet(path: Path) -> bool:
+    """Return True if a file begins like a spreadsheet, whatever its suffix."""
     with path.open("rb") as file:
         return file.read(4) in _SHEET_BYTES
 
 
 def _first_bad_line(path: Path) -> int:
+    """Return the number of the first line that is not UTF-8, from 1; 0 if there is none."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -246,7 +331,7 @@ def _first_bad_line(path: Path) -> int:
 
 
 def _count(piece: Piece) -> int | None:
-    """Rows of a piece, where that takes no reading to speak of."""
+    """Count the rows of a piece if that is quick, else return None."""
     if piece.known_rows is not None:
         return piece.known_rows
     if len(piece.files) != 1:
@@ -256,9 +341,10 @@ def _count(piece: Piece) -> int | None:
         import pyarrow
         import pyarrow.parquet
 
+        # A damaged file is reported with more context when its rows are read.
         try:
             return int(pyarrow.parquet.read_metadata(path).num_rows)
-        except pyarrow.ArrowException:  # whoever reads it will hear of it
+        except pyarrow.ArrowException:
             return None
     if path.suffix.lower() == ".jsonl":
         with path.open("rb") as file:
@@ -267,6 +353,11 @@ def _count(piece: Piece) -> int | None:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
+    """Read the rows of a parquet file.
+
+    Raises:
+        DataError: it is damaged, or no parquet file.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -285,29 +376,41 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
+    """Read the rows of a JSON-lines file; blank lines are not counted."""
+    number = 0
     with path.open(encoding="utf-8-sig") as file:
-        lines = (line for line in file if line.strip())
-        for number, line in enumerate(lines):
+        for line in file:
+            if not line.strip():
+                continue
             try:
                 yield _row(path, number, json.loads(line))
             except json.JSONDecodeError as error:
                 yield Row(path.name, number, None, f"not valid JSON: {error.msg} at character {error.pos}")
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+            # A number of thousands of digits, or brackets nested too deeply.
+            except (ValueError, RecursionError) as error:
                 yield Row(path.name, number, None, f"JSON that cannot be read: {first_line(error)}")
+            number += 1
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """Read the rows of a JSON file: a list, or an object with one list in it, `{"data": [...]}` and the like."""
+    """Read the rows of a JSON file: a list, or an object with one list, such as `{"data": [...]}`.
+
+    Raises:
+        DataError: it is invalid, or holds no list or several.
+    """
+    # One value per line: a JSON-lines file under the wrong name.
     with path.open(encoding="utf-8-sig") as file:
         is_lines = _is_json_lines(file)
-    if is_lines:  # one value per line, under the wrong name
+    if is_lines:
         yield from _read_json_lines(path)
         return
+
     number = 0
     if path.stat().st_size > LARGE_JSON and not _has_lone_surrogate(path):
         import ijson
 
-        # Python's json knows more than the standard (NaN) and names the line: it reads what ijson refuses
+        # Python's json accepts more than the standard (NaN), and its errors name the line. So it
+        # reads what ijson refuses, from the row after the last that ijson could read.
         with suppress(ijson.JSONError, ValueError):
             for columns in _stream_members(path):
                 yield _row(path, number, columns)
@@ -319,7 +422,11 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _load_members(path: Path) -> list[Any]:
-    """Return the members of the list in a JSON file, all at once."""
+    """Return the members of the list in a JSON file, all at once.
+
+    Raises:
+        DataError: it is invalid, or holds no list or several.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -331,17 +438,19 @@ def _load_members(path: Path) -> list[Any]:
         raise DataError(f"dataset: {path} is nested too deeply; expected [{{...}}, {{...}}].") from error
     except UnicodeDecodeError:
         raise
-    except ValueError as error:  # a number of thousands of digits
+    # A number of thousands of digits.
+    except ValueError as error:
         raise DataError(f"dataset: {path} holds what no row can: {first_line(error)}. Mend it there.") from error
+
     if isinstance(value, list):
         return value
     lists = {}
     if isinstance(value, dict):
         lists = {name: members for name, members in value.items() if isinstance(members, list)}
-    return lists[_name_of_the_list(path, [*lists])]
+    return lists[_name_of_only_list(path, [*lists])]
 
 
-def _name_of_the_list(path: Path, lists: list[str]) -> str:
+def _name_of_only_list(path: Path, lists: list[str]) -> str:
     """Return the name of the only list in a JSON object.
 
     Raises:
@@ -357,23 +466,29 @@ def _name_of_the_list(path: Path, lists: list[str]) -> str:
 
 
 def _stream_members(path: Path) -> Iterator[Any]:
-    """Yield the members of the list in a large JSON file, of which one at a time is in memory."""
+    """Yield the members of the list in a large JSON file, with one at a time in memory."""
     import ijson
 
     with path.open("rb") as file:
+        # ijson refuses a byte order mark.
         start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
         file.seek(start)
         _, first, _ = next(ijson.parse(file))
+
+        # Of an object, one pass finds the list in it, and another reads its members.
         prefix = "item"
         if first == "start_map":
             file.seek(start)
-            prefix = f"{_name_of_the_list(path, _names_of_lists(ijson.parse(file)))}.item"
+            prefix = f"{_name_of_only_list(path, _names_of_lists(ijson.parse(file)))}.item"
         file.seek(start)
         yield from ijson.items(file, prefix, use_float=True)
 
 
 def _has_lone_surrogate(path: Path) -> bool:
-    """Tell whether half a surrogate pair may be escaped in a JSON file: ijson would make a question mark of it."""
+    """Return True if half of a surrogate pair may be escaped in a JSON file.
+
+    ijson would turn it into a question mark.
+    """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return _LONE_SURROGATE.search(content) is not None
 
@@ -392,8 +507,12 @@ def _names_of_lists(events: Iterable[tuple[str, str, Any]]) -> list[str]:
 
 
 def _is_json_lines(file: TextIO) -> bool:
-    """Whether the first line that is not blank is a whole value, and not the only one."""
-    first = next((line for line in iter(lambda: file.readline(_LONGEST_LINE), "") if line.strip()), "")
+    """Return True if the first line that is not blank is a whole value, and more follows."""
+    first = ""
+    while not first.strip():
+        first = file.readline(_LONGEST_LINE)
+        if not first:
+            return False
     try:
         json.loads(first)
     except (ValueError, RecursionError):
@@ -402,6 +521,11 @@ def _is_json_lines(file: TextIO) -> bool:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
+    """Read the rows of a CSV file.
+
+    Raises:
+        DataError: a quote is never closed.
+    """
     csv.field_size_limit(2**27)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True, skipinitialspace=_has_spaces_after_commas(file))
@@ -412,30 +536,44 @@ def _read_csv(path: Path) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                if "end of data" in str(error):  # it would swallow all rows to the end of the file
+                # An open quote makes one row of all that follows in the file.
+                if "end of data" in str(error):
                     raise DataError(
                         f"dataset: {path}, after line {last_line}: a quote is never closed. Close it, or double it."
                     ) from error
                 yield Row(path.name, number, None, f"not valid CSV: {error}, line {reader.line_num}")
             else:
-                fields = len(reader.fieldnames or [])
-                fault = f"more fields than the header's {fields}" if None in columns else None
-                if not fields:
-                    fault = f"the first line is blank; it {NAME_COLUMNS}"
-                if any("\0" in str(value) for value in columns.values()):
-                    fault = f"a zero byte before or in line {reader.line_num}; expected text"
-                yield Row(path.name, number, None if fault else columns, fault)
+                reason = _check_cells(columns, reader)
+                yield Row(path.name, number, None if reason else columns, reason)
             number, last_line = number + 1, reader.line_num
 
 
+def _check_cells(columns: Mapping[str | None, Any], reader: csv.DictReader[str]) -> str | None:
+    """Return the reason why a row of a CSV file cannot be used, or None."""
+    # A zero byte belongs to no text: the file is damaged, or is no CSV.
+    for value in columns.values():
+        if "\0" in str(value):
+            return f"a zero byte before or in line {reader.line_num}; expected text"
+    if not reader.fieldnames:
+        return f"the first line is blank; it {NAME_COLUMNS}"
+    # The reader files cells beyond the header under None.
+    if None in columns:
+        return f"more fields than the header's {len(reader.fieldnames)}"
+    return None
+
+
 def _has_spaces_after_commas(file: TextIO) -> bool:
-    """Whether each comma in the first line has one, as in `question, answer`; then they are no part of the cells."""
+    """Return True if a space follows each comma in the first line, as in `question, answer`.
+
+    Such spaces are no part of the cells.
+    """
     later = next(csv.reader([file.readline(_LONGEST_LINE)]), [])[1:]
     file.seek(0)
     return bool(later) and all(name.startswith(" ") for name in later)
 
 
 def _row(path: Path, number: int, value: Any) -> Row:
+    """Return a value of a JSON file as a row."""
     if isinstance(value, dict):
         return Row(path.name, number, value)
     return Row(path.name, number, None, f"expected an object with named fields, found {type(value).__name__}")

@@ -237,10 +237,10 @@ def _read_raw(source: Mapping[str, Rows], cache: Path) -> Dataset:
 
 def _pickle(part: str, row: Row) -> bytes:
     try:
-        return pickle.dumps((part, row.where, row.number, row.columns, row.fault), pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps((part, row.where, row.number, row.columns, row.error), pickle.HIGHEST_PROTOCOL)
     except RecursionError:
-        fault = "JSON that cannot be read: nested too deeply"
-        return pickle.dumps((part, row.where, row.number, None, fault), pickle.HIGHEST_PROTOCOL)
+        reason = "JSON that cannot be read: nested too deeply"
+        return pickle.dumps((part, row.where, row.number, None, reason), pickle.HIGHEST_PROTOCOL)
 
 
 # ---------------------------------------------------------------------------------------------------- judged
@@ -374,10 +374,10 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, done: Path) -> dic
     columns: dict[str, list[Any]] = {name: [None] * len(rows) for name in arrow_features()}
     conversations: list[Conversation] = []
     places: list[int] = []
-    for place, (part, where, number, values, fault) in enumerate(rows):
+    for place, (part, where, number, values, reason) in enumerate(rows):
         columns["part"][place], columns["where"][place], columns["number"][place] = part, where, number
         try:
-            conversations.append(parse(Row(where, number, values, fault)))
+            conversations.append(parse(Row(where, number, values, reason)))
             places.append(place)
         except UnusableRowError as error:
             columns["reason"][place] = str(error)

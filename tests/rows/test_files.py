@@ -100,7 +100,7 @@ def test_spaces_after_all_commas_of_a_csv_header_are_no_part_of_any_cell(tmp_pat
 def test_a_csv_that_begins_with_a_blank_line_is_told_what_belongs_there(tmp_path):
     (tmp_path / "rows.csv").write_text("\nquestion,answer\nq,a\n")
     found = list(sources.read_source(str(tmp_path / "rows.csv"))["train"])
-    assert {row.fault for row in found} == {"the first line is blank; it must name the columns, as in question,answer"}
+    assert {row.error for row in found} == {"the first line is blank; it must name the columns, as in question,answer"}
 
 
 @pytest.mark.parametrize("suffix", [".xlsx", ".XLS", ".ods"])
@@ -156,7 +156,7 @@ def test_the_digest_follows_the_content(tmp_path, kind):
 
 def read_json(path, text):
     path.write_text(text)
-    return [(row.columns, row.fault) for row in sources.read_source(str(path))["train"]]
+    return [(row.columns, row.error) for row in sources.read_source(str(path))["train"]]
 
 
 VALUES = st.recursive(
@@ -214,7 +214,7 @@ def test_a_line_that_breaks_the_parser_is_a_bad_row(tmp_path):
     path.write_text("\n".join(["[" * 100_000, "1" * 10_000, json.dumps(PAIRS[0])]))
     found = list(sources.read_source(str(path))["train"])
     assert [row.columns for row in found] == [None, None, PAIRS[0]]
-    assert all("JSON that cannot be read" in row.fault for row in found[:2])
+    assert all("JSON that cannot be read" in row.error for row in found[:2])
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
