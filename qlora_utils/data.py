@@ -1,6 +1,6 @@
-"""Conversations made ready to train on: read, checked, held out, reported on (notebook 01).
+"""Prepare conversations for training: read, check, hold out, report (notebook 01).
 
-Names imported `as` themselves are for notebook 01, which shows them as functions of its topic.
+Names imported `as` themselves are for notebook 01, which uses them as functions of its topic.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.check import Check, free_name, measure_answers, safe_name
 from qlora_utils.rows.conversations import Conversation, Rejected, first_readable
 from qlora_utils.rows.conversations import defused as defused
-from qlora_utils.rows.files import SUFFIXES, DataError, Row, describe_unknown_type, first_rows, read_source
+from qlora_utils.rows.files import SUFFIXES, DataError, Row, Rows, describe_unknown_type, first_rows, read_source
 from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.rows.lines import lines_of, read_lines, show_conversations, show_rejected
 from qlora_utils.rows.prepare import find_entry, new_entry, prepare_into, unfinished_entry
@@ -51,8 +51,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
-UPLOAD_MB = 8  # Jupyter's connection to a page closes on messages of 10 MiB
-# The modules that a preparation follows from, and whose change makes what is kept of it worthless.
+# Jupyter's connection to a page closes on messages of 10 MiB.
+UPLOAD_MB = 8
+# The modules that decide what a preparation contains: a change in one makes cached entries useless.
 _DECIDING = (
     "data.py", "rows/files.py", "rows/conversations.py", "rows/scripts.py", "rows/statistics.py", "rows/held_out.py",
     "rows/lines.py", "rows/prepare.py", "tokens/formats.py", "tokens/instructions.py",
@@ -62,7 +63,7 @@ _DECIDING = (
 
 
 def first_row(config: RunConfig) -> tuple[Row, Conversation]:
-    """Read the first row of the config's dataset that can be used: as it was found, and as it was read.
+    """Return the first usable row of the config's dataset, as it was found and as it was read.
 
     Raises:
         DataError: the dataset cannot be read, or no row of it can be used.
@@ -71,10 +72,10 @@ def first_row(config: RunConfig) -> tuple[Row, Conversation]:
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, `<unk>` standing in where it has no padding token, or pads with `</s>`.
+    """Load the base model's tokenizer; `<unk>` is its padding if it has no token for that alone.
 
-    Llama-2 has none. A new one would grow the vocabulary to 32,001, and `</s>` in its place would teach the model
-    never to stop wherever labels are masked by id; ours are masked by length.
+    Llama-2 has no padding token. A new one would grow the vocabulary to 32,001. `</s>` in its place
+    would teach the model never to stop, wherever labels are masked by id; ours are masked by length.
 
     Raises:
         ModelError: no tokenizer can be loaded, or one without the `<s>` and `</s>` that the format needs.
@@ -88,24 +89,27 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     except Exception as error:
         model_files.refuse_tokenizer(source, error)
         raise ModelError(model_advice(source, error)) from error
-    # a decoder has a token of its own to begin with
-    begins = tokenizer.bos_token_id is not None or architecture_of(config.model) == "encoder-decoder"
-    if not begins or tokenizer.eos_token_id is None:
+
+    # An encoder-decoder needs no `<s>`: its decoder begins with a token of its own.
+    can_begin = tokenizer.bos_token_id is not None or architecture_of(config.model) == "encoder-decoder"
+    if not can_begin or tokenizer.eos_token_id is None:
         raise ModelError(
             f"model: the tokenizer of {source} has no token that begins a text, or none that ends one; the Llama-2 "
             "chat format needs both, an encoder-decoder the second. Take a model of the Llama or the T5 family."
         )
     model_files.check_vocabulary(source, tokenizer)
+
+    # Replace `</s>` as padding too: other code may mask labels by id.
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 
 def show_tokens(conversation: Conversation, form: Format) -> str:
-    """List the first tokens of a conversation, a line each: id, letters, and whether it carries loss.
+    """List the first tokens of a conversation, a line each: id, text and role.
 
     Args:
-        conversation: its first example is shown.
+        conversation: of which the first example is listed.
         form: of the run's base model, from `format_of`.
     """
     return form.table(form.examples([conversation], training=False)[0])
@@ -116,9 +120,9 @@ def show_tokens(conversation: Conversation, form: Format) -> str:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Hold conversations to train on, conversations held out, the rejected rows, and the report on all of them.
+    """Hold prepared rows: those to train on, those held out, the rejected ones, and the report.
 
-    Rows from `prepare` and `load` are made when they are looked at (`lines.View`).
+    Rows from `prepare` and `load` lie on disk; each is read when it is used (`lines.View`).
     """
 
     train: Sequence[Conversation]
@@ -128,7 +132,7 @@ class Prepared:
 
     @property
     def digest(self) -> str:
-        """Identify the rows to train on and those held out: a training is never resumed on others."""
+        """Return a digest of the rows on both sides: a training is never resumed on other rows."""
         sides = ""
         for rows in (self.train, self.held_out):
             content = hashlib.sha256()
@@ -141,17 +145,17 @@ class Prepared:
         """Write `train.jsonl`, `held_out.jsonl`, `rejected.jsonl` and `report.json` into the run's `data/`.
 
         Raises:
-            DataError: an adapter was trained in this run, or is in training, on other rows than these.
+            DataError: an adapter of this run was trained on other rows, or is being trained on them.
         """
+        # After a training, rows that the adapter has seen could become held-out ones and be scored.
         trained = "adapter" if run.adapter.is_dir() else "checkpoints"
-        begun = run.adapter.is_dir() or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
-        if begun and (run.data / "train.jsonl").is_file():
-            known = Prepared.load(run)
-            if known.digest != self.digest:
-                raise DataError(
-                    f"data: the {trained} in {run.path} was trained on other rows, which these would replace. "
-                    "Give this run another run_name."
-                )
+        has_begun = run.adapter.is_dir() or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
+        is_prepared = (run.data / "train.jsonl").is_file()
+        if has_begun and is_prepared and Prepared.load(run).digest != self.digest:
+            raise DataError(
+                f"data: the {trained} in {run.path} was trained on other rows, which these would replace. "
+                "Give this run another run_name."
+            )
         for name in ("train", "held_out", "rejected"):
             write_bytes(run.data / f"{name}.jsonl", lines_of(getattr(self, name)))
         write_json(run.data / "report.json", self.report)
@@ -162,24 +166,26 @@ class Prepared:
 
         Raises:
             FileNotFoundError: nothing was prepared in this run directory yet.
-            DamagedError: when a row is looked at that is no conversation; names the file and line.
+            DamagedError: a row is invalid; raised when the row is read, with its file and line.
         """
-        paths = {name: run.data / f"{name}.jsonl" for name in ("train", "held_out", "rejected")}
-        if not paths["train"].is_file():
-            read_jsonl(paths["train"])  # raises, and says what writes it
+        train, held_out = run.data / "train.jsonl", run.data / "held_out.jsonl"
+        rejected = run.data / "rejected.jsonl"
+        # This raises an error that names the notebook which writes the file.
+        if not train.is_file():
+            read_jsonl(train)
         return cls(
-            show_conversations(read_lines(paths["train"]), paths["train"]),
-            show_conversations(read_lines(paths["held_out"]), paths["held_out"]),
-            show_rejected(read_lines(paths["rejected"]), paths["rejected"]),
+            show_conversations(read_lines(train), train),
+            show_conversations(read_lines(held_out), held_out),
+            show_rejected(read_lines(rejected), rejected),
             read_json(run.data / "report.json"),
         )
 
     @classmethod
     def open(cls, folder: Path) -> Prepared:
-        """Open what `prepare_into` left in a folder.
+        """Open what `prepare_into` wrote into a folder.
 
         Raises:
-            FileNotFoundError: a part of it is not there.
+            FileNotFoundError: a part of it is missing.
         """
         from datasets import Dataset
 
@@ -197,58 +203,72 @@ class Prepared:
 def prepare(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, processes: int | None = None, rows: int | None = None
 ) -> Prepared:
-    """Read the config's dataset, set the held-out part aside, and report on what was found.
+    """Read the config's dataset, hold out rows, and report on what was found.
 
-    Rows lie on disk and are judged by as many processes as there are cores. What was prepared is cached in
-    `output_dir/.prepared`, and taken from there when rows, tokenizer and config are the same.
+    Rows lie on disk, and as many processes as there are cores judge them. The result is cached in
+    `output_dir/.prepared`, and read from there if rows, tokenizer and config are the same.
 
     Args:
-        config: the run.
+        config: of the run.
         tokenizer: of the base model.
-        processes: that judge rows (None: one for each core, for few rows this one alone).
-        rows: read the first so many of each part only, and cache nothing of them (None: read all).
+        processes: that judge rows (None: one for each core, or this one alone for few rows).
+        rows: of each part to read, from its start; then nothing is cached (None: all).
 
     Raises:
-        DataError: the source cannot be read, or too few usable rows are left to train and to hold out.
-        WorkerError: a process ended early, for want of memory, say.
+        DataError: the source cannot be read, or too few of its rows are usable.
+        WorkerError: a process ended early, for example because memory ran out.
     """
     source = read_source(config.dataset)
     if rows is not None:
         source = first_rows(source, rows)
     form = format_of(tokenizer, config)
-    shelf = Path(config.output_dir) / ".prepared"
-    contents = {part: rows.digest() for part, rows in source.items()}
+    cache = Path(config.output_dir) / ".prepared"
+    contents = _digests(source)
     described = _describe_tokenizer(tokenizer)
 
-    # where nothing tells that it is the same another time, nothing is cached
+    # Cache nothing where nothing would show that the input is the same next time. The folder is
+    # removed at once, but files that are open stay readable.
     if described is None or None in contents.values():
-        with unfinished_entry(shelf) as folder:
+        with unfinished_entry(cache) as folder:
             prepare_into(folder, source, config.dataset, form, processes)
-            return Prepared.open(folder)  # its files stay readable when they are gone from here
+            return Prepared.open(folder)
 
+    # The entry may be missing, or another process may be removing it.
     key = _key(form, described, contents)
-    with suppress(FileNotFoundError):  # none, or just removed
-        if entry := find_entry(shelf, key):
+    with suppress(FileNotFoundError):
+        if entry := find_entry(cache, key):
             prepared = Prepared.open(entry)
             if prepared.report["conversations"] > 10_000:
                 print(f"{config.dataset} was prepared before and is taken from {entry}", file=sys.stderr)
             return prepared
-    with new_entry(shelf, key) as folder:
+
+    with new_entry(cache, key) as folder:
         prepare_into(folder, source, config.dataset, form, processes)
-        if {part: rows.digest() for part, rows in source.items()} != contents:
+        # An entry of rows that changed on the way would be found under the digest of the old ones.
+        if _digests(source) != contents:
             raise DataError(f"dataset: {config.dataset} changed while it was read. Run this again once it is whole.")
-    return Prepared.open(shelf / key)
+    return Prepared.open(cache / key)
+
+
+def _digests(source: Mapping[str, Rows]) -> dict[str, str | None]:
+    """Return the digest of each part of a source."""
+    return {part: rows.digest() for part, rows in source.items()}
 
 
 def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Describe all that a tokenizer's ids follow from; None where code of its own decides about them."""
+    """Describe everything that decides about a tokenizer's ids, for the key of a cached entry.
+
+    None if that includes Python code of its own, which cannot be described.
+    """
     from tokenizers import Tokenizer
 
     if not has_plain_backend(tokenizer):
         return None
     kind = type(tokenizer)
+
+    # Padding and truncation are left from earlier calls, and do not matter here.
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()  # left from an earlier call, as is truncation
+    backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = False
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -256,20 +276,29 @@ def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _key(form: Format, tokenizer: str, contents: Mapping[str, str | None]) -> str:
-    """Name a preparation by all that it follows from, the code included."""
+    """Return the key of a cached entry: a digest of everything that decides about its content.
+
+    Args:
+        form: of the run's model.
+        tokenizer: from `_describe_tokenizer`.
+        contents: digests of the source.
+    """
     import datasets
     import numpy
     import tokenizers
 
+    # Of the model, the tokenizer and the architecture matter; its weights do not.
     config = form.config
     fields = [name for name in (*DATA_FIELDS, "batch_size", "instruction") if name != "model"]
+    settings = [(name, getattr(config, name)) for name in fields]
     instructions = instructions_of(config) if form.architecture == "encoder-decoder" else None
+    code = [(Path(__file__).parent / module).read_bytes() for module in _DECIDING]
     parts = [
-        [(name, getattr(config, name)) for name in fields],
+        settings,
         sorted(contents.items()),
         (tokenizer, form.architecture, instructions),
         (sys.version_info, numpy.__version__, tokenizers.__version__, datasets.__version__),
-        [(Path(__file__).parent / module).read_bytes() for module in _DECIDING],
+        code,
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -278,18 +307,19 @@ def _key(form: Format, tokenizer: str, contents: Mapping[str, str | None]) -> st
 
 
 def check(dataset: str, config: RunConfig, *, rows: int | None = None) -> Check:
-    """Read, check and measure a dataset as a run of this config would; what was prepared is kept for that run.
+    """Read, check and measure a dataset as a run of this config would.
 
-    It lies in `output_dir/.prepared`, as after notebook 01, and nothing else is written. With `rows` nothing is.
+    The prepared rows are cached for that run in `output_dir/.prepared`, as in notebook 01. Nothing
+    else is written; with `rows`, nothing at all.
 
     Args:
-        dataset: whatever `RunConfig.dataset` takes.
+        dataset: anything that `RunConfig.dataset` takes.
         config: of the run that the rows are meant for; its own dataset does not matter.
-        rows: look at the first so many rows of each part only (None: at all).
+        rows: of each part to read, from its start (None: all).
 
     Raises:
         ConfigError: no such file or hub id, `rows` below 1.
-        DataError: it cannot be read, or too few rows of it can be used; says why.
+        DataError: the dataset cannot be read, or too few of its rows are usable.
         ModelError: the tokenizer cannot be loaded.
     """
     if rows is not None and not 1 <= rows <= LARGEST:
@@ -299,10 +329,13 @@ def check(dataset: str, config: RunConfig, *, rows: int | None = None) -> Check:
     check_source("dataset", config.dataset, SUFFIXES)
     if rows is None:
         check_folder("output_dir", Path(config.output_dir))
+
+    # Of the first rows nothing is cached: they are prepared in a folder that is removed.
     tokenizer = load_tokenizer(config)
     source = read_source(config.dataset)
     with nullcontext(config.output_dir) if rows is None else tempfile.TemporaryDirectory() as folder:
         prepared = prepare(config.model_copy(update={"output_dir": folder}), tokenizer, rows=rows)
+
     row, first = first_readable(source if rows is None else first_rows(source, rows))
     form = format_of(tokenizer, config)
     examples, answers = measure_answers(prepared.train, prepared.held_out, form)
@@ -320,18 +353,18 @@ def check(dataset: str, config: RunConfig, *, rows: int | None = None) -> Check:
     )
 
 
-def keep_upload(name: str, content: bytes, config: RunConfig) -> Path:
-    """Write a file that somebody uploaded into `output_dir/.uploads`, from where it can be given as `dataset`.
+def save_upload(name: str, content: bytes, config: RunConfig) -> Path:
+    """Write an uploaded file into `output_dir/.uploads`; its path can be given as `dataset`.
 
-    It lies in a folder named after its content: another file of the same name does not replace it.
+    Its folder is named after its content: another file of the same name does not replace it.
 
     Args:
-        name: as the page gave it, which may be anything.
+        name: from the page, which can send anything.
         content: of the file.
         config: for its `output_dir`.
 
     Raises:
-        DataError: of a kind that is not known, empty, or too large.
+        DataError: the file is of an unknown type, empty or too large.
     """
     suffix = Path(name).suffix.lower()
     if suffix not in SUFFIXES:
@@ -343,15 +376,15 @@ def keep_upload(name: str, content: bytes, config: RunConfig) -> Path:
             f"{cut(name, 80)} has {len(content) / 1e6:.0f} MB; expected at most {UPLOAD_MB} MB. Give its path as "
             "dataset instead."
         )
-    mark = hashlib.sha256(content).hexdigest()[:8]
-    path = Path(config.output_dir).resolve() / ".uploads" / mark / f"{safe_name(Path(name).stem)}{suffix}"
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    path = Path(config.output_dir).resolve() / ".uploads" / digest / f"{safe_name(Path(name).stem)}{suffix}"
     if not path.is_file():
         write_bytes(path, [content])
     return path
 
 
 def uploader(config: RunConfig) -> ipywidgets.VBox:
-    """A button to choose a file, and below it the verdict on it, or what is wrong with it, as text of the page.
+    """Return a button to choose a file, and below it a text: the verdict on the file, or the error.
 
     Args:
         config: of the run that the rows would be meant for.
@@ -365,32 +398,34 @@ def uploader(config: RunConfig) -> ipywidgets.VBox:
         tooltip=f"Questions and answers as {', '.join(SUFFIXES)}, at most {UPLOAD_MB} MB",
         layout=widgets.Layout(width="max-content"),
     )
-    told = widgets.HTML(_page(f"No file yet. It may be {', '.join(SUFFIXES)}, of at most {UPLOAD_MB} MB."))
+    text = widgets.HTML(_format_html(f"No file yet. It may be {', '.join(SUFFIXES)}, of at most {UPLOAD_MB} MB."))
 
     def on_file(change: Mapping[str, Any]) -> None:
         name = "The file"
+        # Show any error in the page: in Jupyter, the traceback of a callback ends in a log.
         try:
-            for name, content in _files_of(change["new"]):
-                told.value = _page(f"{cut(name, 80)} is being read …")
-                told.value = _page(*_uploaded(name, content, config))
-        except Exception as error:  # shown where the person looks: of a traceback in a kernel's log nobody hears
+            for name, content in _uploaded_files(change["new"]):
+                text.value = _format_html(f"{cut(name, 80)} is being read …")
+                text.value = _format_html(*_check_upload(name, content, config))
+        except Exception as error:
             kind = "" if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: "
-            told.value = _page(f"{cut(name, 80)} cannot be trained on. {kind}{error}")
+            text.value = _format_html(f"{cut(name, 80)} cannot be trained on. {kind}{error}")
 
     upload.observe(on_file, names="value")
-    return widgets.VBox([upload, told])
+    return widgets.VBox([upload, text])
 
 
-def _files_of(value: Any) -> list[tuple[str, bytes]]:
-    """Name and content of each file in the value of a `FileUpload`: in ipywidgets 7, Colab's, a dict by name."""
+def _uploaded_files(value: Any) -> list[tuple[str, bytes]]:
+    """Return the name and the content of each file in the value of a `FileUpload`."""
+    # Colab has ipywidgets 7, where the value is a dict by name.
     if isinstance(value, Mapping):
         return [(str(name), bytes(file["content"])) for name, file in value.items()]
     return [(str(file["name"]), bytes(file["content"])) for file in value]
 
 
-def _uploaded(name: str, content: bytes, config: RunConfig) -> tuple[str, str]:
-    """What to say of an uploaded file: the verdict, and what led to it and follows from it."""
-    path = keep_upload(name, content, config)
+def _check_upload(name: str, content: bytes, config: RunConfig) -> tuple[str, str]:
+    """Save and check an uploaded file; return the verdict, and the details with the next steps."""
+    path = save_upload(name, content, config)
     found = check(str(path), config)
     here = (
         f"In this notebook: write\n  dataset = {str(path)!r}\n  run_name = {free_name(found.config)!r}\ninto the cell "
@@ -399,13 +434,12 @@ def _uploaded(name: str, content: bytes, config: RunConfig) -> tuple[str, str]:
     return found.verdict, "\n\n".join([found.details, found.next_steps, here])
 
 
-def _page(verdict: str, details: str = "") -> str:
-    """Both as they stand in the page; a screen reader says the first, as `status`, when it changes."""
-    first, rest = (in_page(on_terminal(text)) for text in (verdict, details))
-    kept = "white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.4"
+def _format_html(verdict: str, details: str = "") -> str:
+    """Format both texts as HTML; a screen reader reads the first aloud when it changes."""
+    style = "white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.4"
     return (
-        f'<div role="status" style="{kept}"><b>{first}</b></div>'
-        f'<div style="{kept}; font-family: monospace; margin-top: 1em">{rest}</div>'
+        f'<div role="status" style="{style}"><b>{in_page(on_terminal(verdict))}</b></div>'
+        f'<div style="{style}; font-family: monospace; margin-top: 1em">{in_page(on_terminal(details))}</div>'
     )
 
 
@@ -413,14 +447,20 @@ def _page(verdict: str, details: str = "") -> str:
 
 
 def plot_lengths(report: Mapping[str, Any], ax: Axes) -> Figure:
-    """Histogram of tokens per conversation or example, with `max_seq_len` marked where it lies within.
+    """Draw a histogram of tokens per conversation or example, with the median and `max_seq_len`.
 
-    Not of an encoder-decoder's examples: there the limit is of what is read, and of what is written, not of both.
+    For an encoder-decoder, `max_seq_len` is missing: it limits the text to read and the answer to
+    write separately, and these lengths are those of both together.
+
+    Args:
+        report: from `prepare`.
+        ax: to draw on.
     """
     histogram, unit = report["token_length"]["histogram"], report.get("unit", "conversation")
     edges, counts = histogram["edges"], histogram["counts"]
     widths = [b - a for a, b in pairwise(edges)]
     ax.bar(edges[:-1], counts, width=widths, align="edge", color=BLUE, edgecolor="white", linewidth=0.5)
+    # A line beyond the last bar would stretch the axis.
     marked = {"median": report["token_length"]["p50"]}
     if unit != "example":
         marked["max_seq_len"] = report["max_seq_len"]

@@ -307,7 +307,7 @@ def test_what_lies_beside_the_runs_is_told_of(tmp_path):
 
     page = (ROOT / "docs" / "run_directory.md").read_text()
     config = RunConfig.from_preset("pocket", output_dir=str(tmp_path))
-    data.keep_upload("a.csv", b"question,answer\nwhy,so\n", config)
+    data.save_upload("a.csv", b"question,answer\nwhy,so\n", config)
     plan.learn(config, 100)
     (tmp_path / ".prepared").mkdir()
     assert len(list(tmp_path.iterdir())) == 3

@@ -391,7 +391,7 @@ def refused(outputs):
 def test_what_lies_here_stays_and_the_command_moves_all_of_it(drive):
     mount, outputs = drive
     config = RunConfig.from_preset("pocket", output_dir=str(outputs))
-    upload = data.keep_upload("mine.csv", b"question,answer\nWhy?,So.\n", config)
+    upload = data.save_upload("mine.csv", b"question,answer\nWhy?,So.\n", config)
     for name in (".memory.jsonl", "demo/config.json", "demo/.lock", ".prepared/x/rows.jsonl", "notes.txt"):
         (outputs / name).parent.mkdir(parents=True, exist_ok=True)
         (outputs / name).write_text(f"{name}\n")
@@ -443,7 +443,7 @@ def test_an_upload_is_found_by_the_next_machine_where_the_page_said_that_it_lies
     config = RunConfig.from_preset("pocket", output_dir="../outputs")
     example = (ROOT / "data" / "examples" / "questions.csv").read_bytes()
     colab.keep_in_drive(outputs)
-    upload = data.keep_upload("mine.csv", example, config)
+    upload = data.save_upload("mine.csv", example, config)
 
     outputs.unlink()  # the next machine
     colab.keep_in_drive(outputs)
