@@ -1,4 +1,4 @@
-"""Hold rows as lines of JSON, in Arrow or in a run's `data/`, and make each a value when it is looked at."""
+"""Store rows as lines of JSON, in Arrow or in a run's `data/`, and decode each when it is used."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 T = TypeVar("T")
-_BATCH = 1000  # rows taken out of Arrow at a time
+# Rows to read from Arrow at a time: one by one would take ten times as long.
+_BATCH = 1000
 
 
 class View(Sequence[T], Generic[T]):
-    """Show the rows of a `datasets.Dataset` as values, each made when it is looked at.
+    """Present the rows of a `datasets.Dataset` as a sequence of values.
 
-    Equal is any sequence of equal values.
+    A value is made each time its row is used, so that few of them are in memory at once. A view
+    equals any sequence of equal values.
     """
 
     def __init__(self, dataset: Dataset, make: Callable[[int, dict[str, Any]], T]) -> None:
-        """Show a dataset.
+        """Present a dataset.
 
         Args:
-            dataset: of any columns.
-            make: a value from the number of a row and its columns.
+            dataset: with any columns.
+            make: makes a value from the number of a row and its columns.
         """
         self.dataset, self.make = dataset, make
 
@@ -42,7 +44,7 @@ class View(Sequence[T], Generic[T]):
     def __getitem__(self, index: int | slice) -> T | list[T]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        # a negative number counts from the end, one out of range is refused
+        # This counts a negative index from the end, and raises IndexError if there is no such row.
         number = range(len(self))[index]
         return self.make(number, self.dataset[number])
 
@@ -58,27 +60,33 @@ class View(Sequence[T], Generic[T]):
             return NotImplemented
         return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]  # as of a list
+    # Like a list, a view has no hash: comparing its values takes long.
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"<{len(self):,} rows>"
 
 
 def show_conversations(lines: Dataset, path: Path) -> View[Conversation]:
-    """Show lines as conversations. Looking at a line that is none raises a `DamagedError` that names `path`."""
-    return View(lines, lambda number, row: _read(path, number, row["line"], conversation_of))
+    """Present lines as conversations.
+
+    Args:
+        lines: a dataset with a column `line`.
+        path: where they are stored, for errors: using an invalid line raises `DamagedError`.
+    """
+    return View(lines, lambda number, row: _decode(path, number, row["line"], conversation_of))
 
 
 def show_rejected(lines: Dataset, path: Path) -> View[Rejected]:
-    """Show lines as rejected rows. Looking at a line that is none raises a `DamagedError` that names `path`."""
-    return View(lines, lambda number, row: _read(path, number, row["line"], lambda record: Rejected(**record)))
+    """Present lines as rejected rows; see `show_conversations`."""
+    return View(lines, lambda number, row: _decode(path, number, row["line"], lambda record: Rejected(**record)))
 
 
-def _read(path: Path, number: int, line: bytes, make: Callable[[Any], T]) -> T:
-    """Make a value from a line.
+def _decode(path: Path, number: int, line: bytes, make: Callable[[Any], T]) -> T:
+    """Make a value from a line of JSON.
 
     Raises:
-        DamagedError: the line is not JSON, or not of such a value; names file and line.
+        DamagedError: the line is no JSON, or describes no such value; names file and line.
     """
     record = json_value(path, line, object, number + 1)
     try:
@@ -88,29 +96,33 @@ def _read(path: Path, number: int, line: bytes, make: Callable[[Any], T]) -> T:
 
 
 def read_lines(path: Path) -> Dataset:
-    """Read a JSON-lines file into a dataset of one column, `line`. A last line without an end is skipped.
+    """Read a JSON-lines file into a dataset with one column, `line`.
+
+    A last line without a line end is skipped: it was not written completely.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
     from datasets import Dataset, Features, Value
 
+    # Offsets of 64 bits ("large"): all lines together may have more than 2 GiB.
     with path.open("rb") as file:
         lines = [line for line in file if line.endswith(b"\n")]
     return Dataset.from_dict({"line": lines}, features=Features({"line": Value("large_binary")}))
 
 
-def line(row: Conversation | Rejected) -> bytes:
+def format_line(row: Conversation | Rejected) -> bytes:
     """Format a row as a line of a JSON-lines file."""
     record = record_of(row) if isinstance(row, Conversation) else vars(row)
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def lines_of(rows: Sequence[Conversation] | Sequence[Rejected]) -> Iterator[bytes]:
-    """Yield each row as a line, to the byte as it was stored where it was."""
+    """Yield each row as a line of a JSON-lines file."""
+    # Stored lines are not decoded and formatted again: they remain the same to the byte.
     if isinstance(rows, View):
         for batch in rows.dataset.iter(_BATCH):
             yield from batch["line"]
     else:
         for row in rows:
-            yield line(row)
+            yield format_line(row)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils.rows.conversations import Conversation, Rejected, UnusableRowError, batches, parse, usable
 from qlora_utils.rows.files import DataError, Row, Rows
 from qlora_utils.rows.held_out import choose_held_out, find_leaked
-from qlora_utils.rows.lines import line
+from qlora_utils.rows.lines import format_line
 from qlora_utils.rows.statistics import DIGEST, REPORTED, digest_array, measure, question_keys, report_of
 from qlora_utils.runs.directory import HEADLESS, TERMINAL
 from qlora_utils.runs.files import write_json
@@ -399,7 +399,7 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, done: Path) -> dic
                 continue
             columns["too_long"][place] = not answered
             if answered:
-                columns["line"][place] = line(kept)
+                columns["line"][place] = format_line(kept)
                 columns["questions"][place] = question_keys(kept)
             else:
                 columns["reason"][place] = f"no answer begins within max_seq_len={form.config.max_seq_len} tokens"
@@ -407,7 +407,7 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, done: Path) -> dic
     for place, reason in enumerate(columns["reason"]):
         if reason is not None:
             rejected = Rejected(columns["where"][place], columns["number"][place], reason)
-            columns["line"][place] = line(rejected)
+            columns["line"][place] = format_line(rejected)
             columns["too_long"][place] = bool(columns["too_long"][place])
     with done.open("ab") as file:
         file.write(bytes(len(rows)))

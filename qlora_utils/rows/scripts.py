@@ -1,4 +1,4 @@
-"""Tell the scripts that rows are written in, and what a token of each holds (notebook 01)."""
+"""Find the scripts of rows, and the number of characters per token of each (notebook 01)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLE = 2000  # conversations
-SMALLEST = 0.01  # share of a sample that a script needs for a line of its own
-MOST_UNKNOWN = 0.05  # share of <unk> tokens above which characters per token mean nothing
+# A script with a smaller share of the sample has no line of its own.
+SMALLEST = 0.01
+# With a larger share of <unk>, the number of characters per token means nothing.
+MOST_UNKNOWN = 0.05
 OTHERS = "Other scripts"
 
 
 def script(text: str) -> str:
-    """Return the script of most letters among the first thousand characters, as Unicode names it."""
+    """Return the script of most letters among the first thousand characters of a text.
+
+    It is named as in Unicode, for example `Latin`; the name is `None` if there are no letters.
+    """
     letters: Counter[str] = Counter()
     for character, count in Counter(text[:1000]).items():
         if name := _script_of(character):
@@ -35,7 +40,7 @@ def script(text: str) -> str:
 
 @functools.cache
 def _script_of(character: str) -> str:
-    """Return the first word of a letter's Unicode name, nothing for a character that is no letter."""
+    """Return the first word of a letter's Unicode name; an empty text for any other character."""
     return unicodedata.name(character, "OTHER").split()[0] if character.isalpha() else ""
 
 
@@ -53,44 +58,55 @@ def by_script(
 
     Args:
         conversations: to draw from.
-        tokenizer: of the base model; nothing is cut.
+        tokenizer: of the base model.
         seed: of the sample.
-        sample: conversations, at most.
+        sample: number of conversations to draw, at most.
 
     Returns:
-        A line for each script: `conversations` and their `share`, the percentiles `p5`, `p25`, `median`, `p75` and
-        `p95` of their tokens, `characters_per_token` (NaN where too many tokens are `<unk>`), and the share of tokens
-        that are not `<unk>`, `spelled`.
+        A line for each script: `conversations` and their `share`; the percentiles `p5`, `p25`,
+        `median`, `p75` and `p95` of their tokens; `characters_per_token` (NaN if too many tokens are
+        `<unk>`); and `spelled`, the share of tokens that are not `<unk>`.
     """
     import pandas
 
     chosen = sorted(random.Random(seed).sample(range(len(conversations)), min(sample, len(conversations))))
-    rows = [conversations[number] for number in chosen]
-    texts = [" ".join(f"{turn.question} {turn.answer}" for turn in row.turns) for row in rows]
+    texts, scripts = [], []
+    for number in chosen:
+        row = conversations[number]
+        texts.append(" ".join(f"{turn.question} {turn.answer}" for turn in row.turns))
+        scripts.append(script_of(row))
+
+    # A tokenizer refuses an empty list.
     options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     encoded: Any = tokenizer(texts, **options)["input_ids"] if texts else []
+    tokens, unknown = [], []
+    for ids in encoded:
+        tokens.append(len(ids))
+        unknown.append(ids.count(tokenizer.unk_token_id))
     measured = pandas.DataFrame(
         {
-            "script": pandas.Series([script_of(row) for row in rows], dtype=object),
-            "tokens": [len(ids) for ids in encoded],
+            "script": pandas.Series(scripts, dtype=object),
+            "tokens": tokens,
             "characters": [len(text) for text in texts],
-            "unknown": [ids.count(tokenizer.unk_token_id) for ids in encoded],
+            "unknown": unknown,
         }
     )
-    # a script of few rows says little about its tokens
-    counts = measured["script"].value_counts()
-    small = counts[counts < SMALLEST * len(rows)].index
-    measured.loc[measured["script"].isin(small), "script"] = OTHERS
 
+    # The few rows of a rare script say little about its tokens.
+    counts = measured["script"].value_counts()
+    rare = counts[counts < SMALLEST * len(texts)].index
+    measured.loc[measured["script"].isin(rare), "script"] = OTHERS
+
+    # Characters per token are those of all rows of a script together, not the mean of each row's.
     groups = measured.groupby("script")
     sums = groups[["tokens", "characters", "unknown"]].sum()
     table = pandas.DataFrame({"conversations": groups.size()})
-    table["share"] = table["conversations"] / max(1, len(rows))
+    table["share"] = table["conversations"] / max(1, len(texts))
     for name, quantile in {"p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95}.items():
         table[name] = groups["tokens"].quantile(quantile)
     table["characters_per_token"] = sums["characters"] / sums["tokens"].clip(lower=1)
     table["spelled"] = 1 - sums["unknown"] / sums["tokens"].clip(lower=1)
-    # each <unk> stands for a stretch of any length, so that such a script would look cheap
+    # One <unk> stands for any number of characters, which would make such a script look cheap.
     table.loc[table["spelled"] < 1 - MOST_UNKNOWN, "characters_per_token"] = float("nan")
     return table.sort_values("conversations", ascending=False, kind="stable")
 
@@ -98,8 +114,8 @@ def by_script(
 def plot_scripts(table: pandas.DataFrame, ax: Axes) -> Figure:
     """Draw the tokens per conversation of each script: median, middle half, 90 %.
 
-    On the right stand the characters that a token holds or, of a script that the tokenizer cannot spell, the share of
-    tokens that are not `<unk>`.
+    On the right are the characters per token or, for a script that the tokenizer cannot spell, the
+    share of tokens that are not `<unk>`.
 
     Args:
         table: from `by_script`.
@@ -108,6 +124,7 @@ def plot_scripts(table: pandas.DataFrame, ax: Axes) -> Figure:
     import numpy
     from matplotlib.ticker import LogLocator
 
+    # A line for each script: the wide bar is its middle half, the thin one 90 % of it.
     for place, line in enumerate(table.itertuples()):
         ax.plot([line.p5, line.p95], [place, place], color=SKY, linewidth=2, solid_capstyle="butt")
         ax.plot([line.p25, line.p75], [place, place], color=BLUE, linewidth=9, solid_capstyle="butt")
@@ -118,11 +135,12 @@ def plot_scripts(table: pandas.DataFrame, ax: Axes) -> Figure:
         ax.annotate(label, (1.02, place), xycoords=("axes fraction", "data"), va="center")
     ax.annotate("characters\nper token", (1.0, 1.01), xycoords="axes fraction", fontsize="small")
 
+    # The commonest script is at the top.
     names = [f"{line.Index} ({line.conversations:,})" for line in table.itertuples()]
     ax.set_yticks(range(len(table)), names)
     ax.set_ylim(len(table) - 0.5, -0.5)
     ax.set(xlabel="tokens of question and answer: median, middle half, 90 %")
-    # pocket questions differ too little in length for a logarithmic scale
+    # A logarithmic scale is of use only if lengths differ much; pocket questions do not.
     if ax.get_xlim()[1] > 10 * max(1.0, ax.get_xlim()[0]):
         ax.set(xscale="log", xlabel=f"{ax.get_xlabel()} (logarithmic)")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

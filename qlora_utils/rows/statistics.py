@@ -18,24 +18,33 @@ if TYPE_CHECKING:
     from qlora_utils.tokens.formats import Format
 
 DIGEST = 16  # bytes
-# The key of a question without words (an emoji, say), which is like no other question.
+# The digest of a question without words, such as an emoji. It counts as different from all others.
 NO_TEXT = bytes(DIGEST)
 
 # ---------------------------------------------------------------------------------------------------- texts
 
 
 def normalise(text: str) -> str:
-    """Return a text as compared for near-duplicates: compatibility forms, lower case, words, single spaces."""
+    """Return the form of a text in which near-duplicates are the same.
+
+    Characters are in compatibility form (NFKC) and lower case, and single spaces separate words.
+    """
     return " ".join(words(unicodedata.normalize("NFKC", text).casefold()))
 
 
 def words(text: str) -> list[str]:
-    """Split a text into runs of letters, digits and the marks that belong to them, as vowels do in Thai or Hindi."""
+    """Split a text into words: runs of letters, digits and combining marks.
+
+    Without the marks, the vowels of Thai or Hindi would split words.
+    """
     return text.translate(_known_characters()).split()
 
 
 class _Characters(dict[int, int]):
-    """Map a character to itself or to a space, looking each up in Unicode's tables once."""
+    """Map a character of a word to itself and any other to a space.
+
+    Unicode's tables are slow, so that each character is looked up once.
+    """
 
     def __missing__(self, code: int) -> int:
         character = chr(code)
@@ -46,6 +55,7 @@ class _Characters(dict[int, int]):
 
 @functools.cache
 def _known_characters() -> _Characters:
+    """Return the map of characters, the same one for each call."""
     return _Characters()
 
 
@@ -55,13 +65,22 @@ def digest(text: str) -> bytes:
 
 
 def question_keys(conversation: Conversation) -> bytes:
-    """Return the digest of each question, normalised, one after another; `NO_TEXT` for a question without words."""
-    texts = [normalise(turn.question) for turn in conversation.turns]
-    return b"".join(digest(text) if text else NO_TEXT for text in texts)
+    """Return the digests of all questions, normalised, end to end.
+
+    That of a question without words is `NO_TEXT`.
+    """
+    keys = []
+    for turn in conversation.turns:
+        text = normalise(turn.question)
+        keys.append(digest(text) if text else NO_TEXT)
+    return b"".join(keys)
 
 
 def digest_array(digests: bytes | bytearray) -> Any:
-    """Return digests laid end to end as a numpy array, shape (digests,), that can be compared and sorted."""
+    """Return digests that lie end to end as a numpy array, shape `(digests,)`.
+
+    Its elements can be compared and sorted.
+    """
     import numpy
 
     return numpy.frombuffer(digests, dtype=f"S{DIGEST}")
@@ -74,18 +93,22 @@ def measure(conversations: Sequence[Conversation], form: Format) -> dict[str, li
     """Measure conversations as they were read, blank turns included.
 
     Args:
-        conversations: to measure, a batch that fits into memory in tokens (`conversations.batches`).
+        conversations: a batch whose tokens fit into memory (`conversations.batches`).
         form: of the run's model.
 
     Returns:
-        Columns of one value for each conversation: `answered` (an answer begins within `max_seq_len`); for the report
-        `turns`, `shape`, `script`, `blank`, `unanswered`, the digests `text` and `plain_text`, the tokens of each
-        example, whole (`lengths`) and within `max_seq_len` (`within`), the examples that are longer (`cut`), and
-        `answer_tokens`, of which `unknown` are `<unk>`.
+        Columns with a value for each conversation. `answered` is True if an answer begins within
+        `max_seq_len` tokens. All others are for the report:
+
+        - `turns`, `shape`, `script`, `unanswered`, and `blank` if a turn is;
+        - the digests `text` and, normalised, `plain_text`;
+        - the tokens of each example, whole (`lengths`) and within `max_seq_len` (`within`), and the
+          number of examples that are longer (`cut`);
+        - `answer_tokens`, of which `unknown` are `<unk>`.
     """
-    measured, limit = form.count_tokens(conversations), form.config.max_seq_len
+    counts, limit = form.count_tokens(conversations), form.config.max_seq_len
     columns: dict[str, list[Any]] = {name: [] for name in REPORTED}
-    for conversation, sizes in zip(conversations, measured.lengths, strict=True):
+    for conversation, sizes in zip(conversations, counts.lengths, strict=True):
         text = conversation.text
         columns["turns"].append(len(conversation.turns))
         columns["shape"].append(conversation.shape)
@@ -94,12 +117,19 @@ def measure(conversations: Sequence[Conversation], form: Format) -> dict[str, li
         columns["plain_text"].append(digest(normalise(text) or text))
         columns["blank"].append(any(turn.blank for turn in conversation.turns))
         columns["unanswered"].append(conversation.unanswered)
-        columns["lengths"].append([sum(size) for size in sizes])
-        columns["within"].append([sum(min(length, limit) for length in size) for size in sizes])
-        columns["cut"].append(sum(max(size) > limit for size in sizes))
-    columns["answer_tokens"] = measured.answer_tokens
-    columns["unknown"] = measured.unknown
-    return {**columns, "answered": measured.answered}
+
+        # A size has one number, or two that are limited separately: tokens to read and to write.
+        lengths, within, longer = [], [], 0
+        for size in sizes:
+            lengths.append(sum(size))
+            within.append(sum(min(length, limit) for length in size))
+            longer += max(size) > limit
+        columns["lengths"].append(lengths)
+        columns["within"].append(within)
+        columns["cut"].append(longer)
+    columns["answer_tokens"] = counts.answer_tokens
+    columns["unknown"] = counts.unknown
+    return {**columns, "answered": counts.answered}
 
 
 # The columns of `measure` that a report is made of, with their types in Arrow.
@@ -114,21 +144,23 @@ REPORTED = {
 
 
 def report_of(measured: pyarrow.Table, form: Format) -> dict[str, Any]:
-    """Report on a dataset: counts, lengths in tokens, duplicates, blank turns, scripts, the cost of padding.
+    """Report on a dataset: counts, lengths in tokens, duplicates, blank turns, scripts, padding.
 
-    Lengths are those of conversations or, for an encoder-decoder, of its examples, read and written together.
+    Lengths are those of conversations or, for an encoder-decoder, of examples, with the tokens to
+    read and to write together.
 
     Args:
-        measured: the columns of `measure`, of all conversations that could be read.
+        measured: the columns of `measure`, for all conversations that could be read.
         form: of the run's model, for its `max_seq_len`, its `batch_size` and the seed of random batches.
     """
     import numpy
     import pyarrow.compute
 
     def total(name: str) -> int:
+        # The sum of no rows is null.
         return int(pyarrow.compute.sum(measured[name]).as_py() or 0)
 
-    def different(name: str) -> int:
+    def distinct(name: str) -> int:
         return int(pyarrow.compute.count_distinct(measured[name]).as_py())
 
     config, rows = form.config, measured.num_rows
@@ -136,7 +168,7 @@ def report_of(measured: pyarrow.Table, form: Format) -> dict[str, Any]:
     within = pyarrow.compute.list_flatten(measured["within"]).to_numpy().astype(numpy.int64)
     tokens = int(lengths.sum())
 
-    # how long: percentiles and a histogram
+    # Summarize lengths by percentiles and a histogram: a report must not grow with the dataset.
     marks = (5, 25, 50, 75, 95, 99)
     percentiles = numpy.percentile(lengths, marks) if len(lengths) else [0.0] * len(marks)
     token_length: dict[str, Any] = {"mean": round(tokens / max(1, len(lengths)), 1)}
@@ -162,33 +194,35 @@ def report_of(measured: pyarrow.Table, form: Format) -> dict[str, Any]:
         "unknown_share": _share(total("unknown"), total("answer_tokens")),
         "batch_size": config.batch_size,
         "padding_share": padding_share(within, config.batch_size, config.seed),
-        "exact_duplicates": rows - different("text"),
-        "normalised_duplicates": rows - different("plain_text"),
+        "exact_duplicates": rows - distinct("text"),
+        "normalised_duplicates": rows - distinct("plain_text"),
         "rows_with_blank_turn": total("blank"),
         "rows_ending_unanswered": total("unanswered"),
     }
 
 
 def _counts(column: pyarrow.ChunkedArray) -> dict[Any, int]:
-    """Count each value of a column, the most common first, of equal counts the one that comes first."""
+    """Count each value of a column, the most common first; equal counts stay in order of occurrence."""
     import pyarrow.compute
 
     found = pyarrow.compute.value_counts(column).to_pylist()
-    found.sort(key=lambda one: -one["counts"])
-    return {one["values"]: one["counts"] for one in found}
+    found.sort(key=lambda entry: -entry["counts"])
+    return {entry["values"]: entry["counts"] for entry in found}
 
 
 def report_table(report: Mapping[str, Any]) -> str:
     """Format the data report as lines of text."""
+    # Reports of earlier versions lack `unit` and `unknown_share`.
     length = report["token_length"]
-    shares = {
-        name: f"{value} ({value / max(1, report['conversations']):.0%})" for name, value in report["scripts"].items()
-    }
+    shapes = [f"{name}: {count:,}" for name, count in report["shapes"].items()]
+    scripts = []
+    for name, count in report["scripts"].items():
+        scripts.append(f"{name} {count} ({count / max(1, report['conversations']):.0%})")
     lines = {
         "conversations": f"{report['conversations']:,}",
         "turns": f"{report['turns']:,}",
-        "row shapes": ", ".join(f"{name}: {count:,}" for name, count in report["shapes"].items()),
-        "scripts": ", ".join(f"{name} {share}" for name, share in shares.items()),
+        "row shapes": ", ".join(shapes),
+        "scripts": ", ".join(scripts),
         "tokens": f"{report['tokens']:,}",
         f"tokens per {report.get('unit', 'conversation')}": f"mean {length['mean']}, median {length['p50']}, "
         f"p95 {length['p95']}, longest {length['longest']:,}",
@@ -199,6 +233,7 @@ def report_table(report: Mapping[str, Any]) -> str:
         "rows with a blank turn": str(report["rows_with_blank_turn"]),
         "rows ending unanswered": str(report["rows_ending_unanswered"]),
     }
+    # `report_of` alone knows nothing of the split.
     if "train" in report:
         lines["left out"] = str(report["rejected"])
         lines["train / held-out"] = f"{report['train']:,} / {report['held_out']:,} ({report['held_out_by']})"
@@ -208,33 +243,36 @@ def report_table(report: Mapping[str, Any]) -> str:
 
 
 def _share(part: int, whole: int) -> float:
-    """Return a share that isn't rounded: 0 and 1 stand for none and all alone."""
+    """Return a share that is not rounded, so that 0 always means none and 1 always means all."""
     return part / whole if whole else 0.0
 
 
 def truncated_share(report: Mapping[str, Any]) -> float:
-    """Return the share of examples that `max_seq_len` cuts, from a report of any version; 0 only if none is cut.
+    """Return the share of examples that `max_seq_len` cuts, from a report of any version.
 
-    Earlier versions rounded it to four digits. There the longest conversation shows that one is cut; of an
-    encoder-decoder, which cuts what it reads and what it writes separately, a report has the sum alone.
+    Earlier versions rounded it to four digits, so that a small share became 0. Then the length of
+    the longest conversation shows whether any is cut. That does not work for an encoder-decoder: it
+    cuts the tokens to read and to write separately, and the report has only their sum.
     """
     share: float = report.get("truncated_share", 0.0)
     if share or report.get("unit") == "example" or report["token_length"]["longest"] <= report["max_seq_len"]:
         return share
+    # At least one is cut.
     return 1 / max(1, report["conversations"])
 
 
 def padding_share(lengths: Any, batch_size: int, seed: int = 0, *, shuffles: int = 20) -> float:
-    """Estimate the share of padding tokens in random batches that are padded to their longest member.
+    """Estimate the share of padding in random batches that are padded to their longest member.
 
     Args:
         lengths: tokens of each conversation, an array or a list.
         batch_size: conversations per batch.
         seed: of the random batches.
-        shuffles: passes over the data that the mean is taken over.
+        shuffles: passes over the data to average over.
     """
     import numpy
 
+    # Leave the last batch aside if it is not full, unless it is the only one.
     draw = numpy.random.default_rng(seed)
     whole = len(lengths) // batch_size * batch_size or len(lengths)
     if not whole:
