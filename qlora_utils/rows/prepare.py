@@ -1,4 +1,7 @@
-"""Prepare a dataset of any size with `datasets`: rows are read, judged in parallel, split and cached on disk."""
+"""Prepare a dataset of any size with `datasets`: read, judge in parallel, split, cache on disk.
+
+To judge a row is to decide whether it can be trained on, and to measure it for the report.
+"""
 
 from __future__ import annotations
 
@@ -38,75 +41,90 @@ if TYPE_CHECKING:
 
     from qlora_utils.tokens.formats import Format
 
-CACHED = 5  # entries that stay
-FEW = 2000  # rows below which starting other processes takes longer than it saves
-BATCH = 1000  # rows handed over at a time
-PATIENCE = 3  # seconds before a progress bar shows
-MOST_PROCESSES = 8  # one process that reads keeps no more of them busy
-_UNFINISHED = ".new-"  # begins the name of an entry that is still written
+# The number of cached entries; beyond it, the least recently used are removed.
+CACHED = 5
+# For fewer rows, starting other processes takes longer than they save.
+FEW = 2000
+# Rows that a process judges at a time.
+BATCH = 1000
+# Seconds before a progress bar is displayed.
+PATIENCE = 3
+# Rows are read in one process before they are judged, so that more processes than this save little.
+MOST_PROCESSES = 8
+# The name of an entry begins like this while it is being written.
+_UNFINISHED = ".new-"
 _LOCK = ".lock"
-_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+# The number of a Linux call: choose the signal that a process gets when its parent ends.
+_PR_SET_PDEATHSIG = 1
 
 
 class WorkerError(RuntimeError):
-    """A worker process ended before its work was done; the message says what to do."""
+    """Report a worker process that ended before its work was done; the message says what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------- prepared
+# --------------------------------------------------------------------------------------- prepared
 
 
 def prepare_into(
     folder: Path, source: Mapping[str, Rows], name: str, form: Format, processes: int | None = None
 ) -> None:
-    """Leave the datasets `train`, `held_out` and `rejected`, of lines, and `report.json` in a folder.
+    """Write prepared rows into a folder.
+
+    They are the datasets `train`, `held_out` and `rejected`, of lines (`lines.py`), and
+    `report.json`.
 
     Args:
         folder: that exists.
         source: from `files.read_source`.
         name: of the source, for the report and errors.
         form: of the run's model.
-        processes: that judge rows (None: one for each core, for few rows this one alone).
+        processes: that judge rows (None: one for each core, or this one alone for few rows).
 
     Raises:
-        DataError: rows cannot be read, or too few can be used to train and to hold out.
+        DataError: rows cannot be read, or too few are usable to train and to hold out.
         WorkerError: a process ended early.
     """
-    with tempfile.TemporaryDirectory(dir=_place_for_cache(folder)) as cache, _without_their_bars():
-        raw = _read_raw(source, Path(cache))
-        judged = _judge_all(raw, form, Path(cache), processes)
+    import numpy
+
+    with tempfile.TemporaryDirectory(dir=_choose_cache_folder(folder)) as temporary, _hide_datasets_bars():
+        raw = _read_raw(source, Path(temporary))
+        judged = _judge_all(raw, form, Path(temporary), processes)
         table = judged.data.table
 
-        report = report_of(_where(table, "turns", True).select([*REPORTED]), form)
-        sides, held_out_by = _split(table, form)
+        # Report on all rows that could be parsed, usable or not: those with a number of turns.
+        report = report_of(table.filter(_has_value(table, "turns")).select([*REPORTED]), form)
+        is_rejected = _has_value(table, "reason")
+        sides, held_out_by = _split(table, ~is_rejected, form)
         train, held_out = sides["train"], sides["held_out"]
         if not len(train) or not len(held_out):
-            raise DataError(_too_few(name, len(train), len(held_out), _where(table, "reason", True)))
-        train_rows = form.config.train_rows
-        if train_rows is not None and train_rows < len(train):
-            train = train[sorted(random.Random(form.config.seed).sample(range(len(train)), train_rows))]
+            raise DataError(_explain_too_few(name, len(train), len(held_out), table.filter(is_rejected)))
+        train = _limit_rows(train, form)
 
-        # the lines alone stay, each side in a dataset of its own
-        rejected = _indices(table, "reason", True)
+        # Only the lines are saved, each side in a dataset of its own. Without `num_shards`, one
+        # without rows would have no file.
+        rejected = numpy.flatnonzero(is_rejected)
         lines = judged.select_columns("line")
         for part, rows in {"train": train, "held_out": held_out, "rejected": rejected}.items():
             selected: Dataset = lines.select(rows)
-            selected.save_to_disk(folder / part, num_shards=1)  # without rows it would write none
+            selected.save_to_disk(folder / part, num_shards=1)
 
+        # Where `train_rows` leaves rows aside, the three numbers add up to less than `rows_read`.
         keys = table["questions"]
+        is_leaked = find_leaked(_all_keys(keys.take(train)), _first_keys(keys.take(held_out)))
         report |= {
             "source": name,
-            "rows_read": len(judged),  # more than the three that follow where `train_rows` leaves some aside
+            "rows_read": len(judged),
             "rejected": len(rejected),
             "train": len(train),
             "held_out": len(held_out),
             "held_out_by": held_out_by,
-            "leakage": int(find_leaked(_all_keys(keys.take(train)), _first_keys(keys.take(held_out))).sum()),
+            "leakage": int(is_leaked.sum()),
         }
     write_json(folder / "report.json", report)
 
 
-def _place_for_cache(folder: Path) -> Path | None:
-    """Return the folder, or None for the system's, if `datasets` could not set the permissions of its files there.
+def _choose_cache_folder(folder: Path) -> Path | None:
+    """Return the folder or, where `datasets` can't set the permissions of its files, None for the system's.
 
     Some mounts, as Google Drive, have permissions of their own.
     """
@@ -117,63 +135,66 @@ def _place_for_cache(folder: Path) -> Path | None:
     return folder
 
 
-def _split(table: pyarrow.Table, form: Format) -> tuple[dict[str, Any], str]:
-    """Split usable rows into those to train on and those held out, as arrays of their numbers.
+def _has_value(table: pyarrow.Table, column: str) -> Any:
+    """Return a boolean array, shape `(rows,)`, True where a column has a value."""
+    import pyarrow.compute
+
+    return pyarrow.compute.is_valid(table[column]).to_numpy()
+
+
+def _split(table: pyarrow.Table, is_usable: Any, form: Format) -> tuple[dict[str, Any], str]:
+    """Split usable rows into those to train on and those to hold out.
+
+    Args:
+        table: of judged rows.
+        is_usable: a boolean array, shape `(rows,)`.
+        form: of the run's model.
 
     Returns:
-        Both sides, and who chose the rows held out.
+        The numbers of the rows of `train` and `held_out` as arrays, and who chose the rows to hold
+        out, for the report.
     """
     import numpy
     import pyarrow.compute
 
-    is_usable = _mask(table, "reason", False)
     is_train = pyarrow.compute.equal(table["part"], "train").to_numpy()
     own = numpy.flatnonzero(is_usable & ~is_train)
     if len(own):
         return {"train": numpy.flatnonzero(is_usable & is_train), "held_out": own}, "the source's own"
 
-    # No test split, or one that was published without answers. The choice follows from the order in which rows are
-    # read; the sides are then put in order of file and number, whatever that was.
+    # The source has no held-out part, or one that was published without answers. The choice follows
+    # from the order in which rows are read; each side is then sorted by file and number.
     rows = numpy.flatnonzero(is_usable)
-    chosen = choose_held_out(_first_keys(table["questions"].take(rows)), form.config.held_out_rows, form.config.seed)
+    first_keys = _first_keys(table["questions"].take(rows))
+    chosen = choose_held_out(first_keys, form.config.held_out_rows, form.config.seed)
     places = table.select(["where", "number"]).take(rows)
     order = pyarrow.compute.sort_indices(places, sort_keys=[("where", "ascending"), ("number", "ascending")])
     rows, chosen = rows[order.to_numpy()], chosen[order.to_numpy()]
     return {"train": rows[~chosen], "held_out": rows[chosen]}, "set aside at random"
 
 
-def _mask(table: pyarrow.Table, column: str, there: bool) -> Any:
-    """Return a boolean array, shape (rows,): whether the column has a value there, or has none."""
-    import pyarrow.compute
-
-    check = pyarrow.compute.is_valid if there else pyarrow.compute.is_null
-    return check(table[column]).to_numpy()
-
-
-def _indices(table: pyarrow.Table, column: str, there: bool) -> Any:
-    import numpy
-
-    return numpy.flatnonzero(_mask(table, column, there))
-
-
-def _where(table: pyarrow.Table, column: str, there: bool) -> pyarrow.Table:
-    return table.filter(_mask(table, column, there))
+def _limit_rows(train: Any, form: Format) -> Any:
+    """Draw `train_rows` of the rows to train on, if the config sets a limit; their order remains."""
+    train_rows = form.config.train_rows
+    if train_rows is None or train_rows >= len(train):
+        return train
+    return train[sorted(random.Random(form.config.seed).sample(range(len(train)), train_rows))]
 
 
 def _all_keys(questions: pyarrow.ChunkedArray) -> Any:
-    """Return the keys of all questions of all rows, shape (questions,)."""
+    """Return the keys of all questions of all rows, shape `(questions,)`."""
     return digest_array(b"".join(questions.to_pylist()))
 
 
 def _first_keys(questions: pyarrow.ChunkedArray) -> Any:
-    """Return the key of each row's first question, shape (rows,)."""
+    """Return the key of each row's first question, shape `(rows,)`."""
     import pyarrow.compute
 
     return digest_array(b"".join(pyarrow.compute.binary_slice(questions, 0, DIGEST).to_pylist()))
 
 
-def _too_few(name: str, train: int, held_out: int, rejected: pyarrow.Table) -> str:
-    """Say that rows to train on or to hold out are missing, why, and what to do."""
+def _explain_too_few(name: str, train: int, held_out: int, rejected: pyarrow.Table) -> str:
+    """Explain that rows to train on or to hold out are missing, why, and what to do."""
     if not train and not held_out and not rejected.num_rows:
         return f"dataset: {name} holds no rows. Expected one question and answer or more."
     if train > 1:
@@ -183,28 +204,37 @@ def _too_few(name: str, train: int, held_out: int, rejected: pyarrow.Table) -> s
     else:
         why = "" if rejected.num_rows else " Give more rows."
 
-    # the first three reasons, each with its first row
+    # Name the first three reasons, each with its first row.
     reasons: dict[str, str] = {}
-    for place in rejected.select(["where", "number", "reason"]).to_pylist():
+    for row in rejected.select(["where", "number", "reason"]).to_pylist():
         if len(reasons) < 3:
-            reasons.setdefault(place["reason"], f"{place['where']} row {place['number']}: {place['reason']}")
+            reasons.setdefault(row["reason"], f"{row['where']} row {row['number']}: {row['reason']}")
+    listed = "; ".join(reason if len(reason) <= 150 else f"{reason[:149]}…" for reason in reasons.values())
+    examples = f" ({listed})" if listed else ""
+
+    # Rows cannot be mended where most are only too long.
     advice = ". Mend them; what rows may look like stands in docs/data.md." if reasons else "."
     too_long = sum(rejected["too_long"].to_pylist())
     if too_long and 2 * too_long >= rejected.num_rows:
         advice = ". Give a larger max_seq_len, or shorter rows."
-    listed = "; ".join(reason if len(reason) <= 150 else f"{reason[:149]}…" for reason in reasons.values())
-    examples = f" ({listed})" if listed else ""
     return (
         f"dataset: {name} leaves {train} rows to train on and {held_out} to hold out; expected at least one of "
         f"each.{why} Rows left out: {rejected.num_rows}{examples}{advice}"
     )
 
 
-# ---------------------------------------------------------------------------------------------------- read
+# --------------------------------------------------------------------------------------- read
 
 
-def _read_raw(source: Mapping[str, Rows], cache: Path) -> Dataset:
-    """Read all rows of a source into a dataset, as they are: Arrow's own types would change odd values in silence.
+def _read_raw(source: Mapping[str, Rows], temporary: Path) -> Dataset:
+    """Read all rows of a source into a dataset with one column, `row`.
+
+    Rows are pickled, because Arrow's own types would silently change odd values. The first one is
+    empty.
+
+    Args:
+        source: from `files.read_source`.
+        temporary: folder for the dataset's file.
 
     Raises:
         DataError: as raised by the source's readers.
@@ -218,9 +248,10 @@ def _read_raw(source: Mapping[str, Rows], cache: Path) -> Dataset:
         total = sum(count or 0 for count in counts)
 
     def pickled() -> Iterator[dict[str, bytes]]:
-        # from_generator refuses a source without rows, and says less about it than `_too_few`
+        # `from_generator` refuses a source without rows, and says less about it than
+        # `_explain_too_few`: hence a first row that is empty.
         yield {"row": b""}
-        with _progress("reading rows", total) as bar:
+        with _progress_bar("reading rows", total) as bar:
             for part, rows in source.items():
                 for row in rows:
                     yield {"row": _pickle(part, row)}
@@ -228,14 +259,16 @@ def _read_raw(source: Mapping[str, Rows], cache: Path) -> Dataset:
 
     features = Features({"row": Value("binary")})
     try:
-        return Dataset.from_generator(pickled, features=features, cache_dir=str(cache), fingerprint="raw")
+        return Dataset.from_generator(pickled, features=features, cache_dir=str(temporary), fingerprint="raw")
+    # Raise what a reader raised, which says more.
     except DatasetGenerationError as error:
         if error.__cause__ is None:
             raise
-        raise error.__cause__ from None  # what a reader raised says more
+        raise error.__cause__ from None
 
 
 def _pickle(part: str, row: Row) -> bytes:
+    """Pickle a row; one that is nested too deeply for that becomes a row with an error."""
     try:
         return pickle.dumps((part, row.where, row.number, row.columns, row.error), pickle.HIGHEST_PROTOCOL)
     except RecursionError:
@@ -243,30 +276,34 @@ def _pickle(part: str, row: Row) -> bytes:
         return pickle.dumps((part, row.where, row.number, None, reason), pickle.HIGHEST_PROTOCOL)
 
 
-# ---------------------------------------------------------------------------------------------------- judged
+# --------------------------------------------------------------------------------------- judged
 
 
-def _judge_all(raw: Dataset, form: Format, cache: Path, processes: int | None) -> Dataset:
-    """Judge and measure all rows, in several processes if they are many.
+def _judge_all(raw: Dataset, form: Format, temporary: Path, processes: int | None) -> Dataset:
+    """Judge all rows, in several processes if there are many rows.
 
-    `map(num_proc=…)` has processes of its own, but waits forever for one that was killed, and they for a killed parent.
+    They are our own processes. Those of `map(num_proc=…)` do not end when their parent is killed,
+    and if one of them is killed, `map` waits for it forever.
     """
     from datasets import concatenate_datasets
 
     if processes is None:
         processes = min(available_cores(), MOST_PROCESSES) if len(raw) > FEW else 1
-    done = cache / "done"
-    done.touch()
-    with _progress("preparing rows", len(raw) - 1) as bar, _following(done, bar):
+
+    # The processes report progress by the size of a file: a byte for each row that is judged.
+    progress = temporary / "done"
+    progress.touch()
+    with _progress_bar("preparing rows", len(raw) - 1) as bar, _follow_size(progress, bar):
         if processes == 1:
-            return _judge_shard(raw, form, cache / "judged.arrow", done)
+            return _judge_shard(raw, form, temporary / "judged.arrow", progress)
         shards = [raw.shard(processes, number, contiguous=True) for number in range(processes)]
-        return concatenate_datasets(_judge_in_processes(shards, form, cache, done))
+        return concatenate_datasets(_judge_in_processes(shards, form, temporary, progress))
 
 
-def _judge_shard(shard: Dataset, form: Format, path: Path, done: Path) -> Dataset:
+def _judge_shard(shard: Dataset, form: Format, path: Path, progress: Path) -> Dataset:
+    """Judge some of the rows in this process, and write the result to a file in Arrow's format."""
     return shard.map(
-        partial(_judge, form=form, done=done),
+        partial(_judge, form=form, progress=progress),
         batched=True,
         batch_size=BATCH,
         remove_columns=["row"],
@@ -276,26 +313,30 @@ def _judge_shard(shard: Dataset, form: Format, path: Path, done: Path) -> Datase
     )
 
 
-def _judge_in_processes(shards: list[Dataset], form: Format, cache: Path, done: Path) -> list[Dataset]:
+def _judge_in_processes(shards: list[Dataset], form: Format, temporary: Path, progress: Path) -> list[Dataset]:
     """Judge each shard in a process of its own.
 
     Raises:
-        WorkerError: a process ended early. An error of a process is raised as it is.
+        WorkerError: a process ended early. An error that a process raised is raised as it is.
     """
     from datasets import Dataset
 
+    # A fork has the tokenizer and the rows already, and does not run the main script again.
     context = multiprocessing.get_context("fork")
-    paths = [cache / f"judged-{number}.arrow" for number in range(len(shards))]
+    paths = [temporary / f"judged-{number}.arrow" for number in range(len(shards))]
     workers = []
     for shard, path in zip(shards, paths, strict=True):
-        workers.append(context.Process(target=_work, args=(shard, form, path, done, os.getpid()), daemon=True))
+        arguments = (shard, form, path, progress, os.getpid())
+        workers.append(context.Process(target=_run_worker, args=arguments, daemon=True))
+
+    # Whatever happens here, an interrupt too, no worker remains.
     try:
         for worker in workers:
             worker.start()
         running = {worker.sentinel: (worker, path) for worker, path in zip(workers, paths, strict=True)}
         while running:
             for sentinel in multiprocessing.connection.wait([*running]):
-                _check_ended(*running.pop(sentinel))  # type: ignore[arg-type]
+                _raise_worker_error(*running.pop(sentinel))  # type: ignore[arg-type]
     finally:
         for worker in workers:
             if worker.pid is not None:
@@ -304,41 +345,55 @@ def _judge_in_processes(shards: list[Dataset], form: Format, cache: Path, done: 
     return [Dataset.from_file(str(path)) for path in paths]
 
 
-def _work(shard: Dataset, form: Format, path: Path, done: Path, parent: int) -> None:
-    """Judge a shard in this process, which was forked for it and ends with its parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+def _run_worker(shard: Dataset, form: Format, path: Path, progress: Path, parent: int) -> None:
+    """Judge a shard in this process, which was forked for that and ends when its parent does."""
+    # An interrupt reaches all processes of a terminal; the parent decides what it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with suppress(OSError, AttributeError):  # Linux alone knows this
+
+    # Let Linux kill this process when its parent is killed; other systems lack the call. The parent
+    # may have ended before the call.
+    with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    gc.freeze()  # what the parent has loaded is shared as long as nobody, the collector included, touches it
-    # the processes are the parallelism, and threads of the tokenizer would not outlive the fork
+    # Memory that the parent has filled stays shared as long as the garbage collector doesn't touch it.
+    gc.freeze()
+
+    # There is a process for each core already, and the tokenizer's threads do not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        _judge_shard(shard, form, path, done)
+        _judge_shard(shard, form, path, progress)
     except Exception as error:
         path.with_suffix(".error").write_bytes(_pickle_error(error))
         os._exit(1)
 
 
 def _pickle_error(error: Exception) -> bytes:
+    """Pickle an error, or its text if it cannot be pickled and restored."""
     try:
         pickled = pickle.dumps(error)
         pickle.loads(pickled)
         return pickled
-    except Exception:  # an error that can't be pickled keeps its words
+    except Exception:
         return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
-def _check_ended(worker: BaseProcess, path: Path) -> None:
-    """Raise what ended a worker early, if anything did."""
+def _raise_worker_error(worker: BaseProcess, path: Path) -> None:
+    """Raise the error that ended a worker early, if there is one.
+
+    Args:
+        worker: that has ended.
+        path: file that it wrote; an error is beside it.
+    """
     worker.join()
     code = worker.exitcode or 0
     if code == 0:
         return
     if path.with_suffix(".error").exists():
         raise pickle.loads(path.with_suffix(".error").read_bytes())
+
+    # It left no error: it was killed, as Linux does when memory runs out, or it crashed.
     how = f"was killed by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with status {code}"
     raise WorkerError(
         f"workers: process {worker.pid} {how} before its work was done. Where memory ran out, end other programs; then "
@@ -356,62 +411,82 @@ def arrow_features() -> Features:
     return Features(types)
 
 
-def _judge(batch: Mapping[str, list[bytes]], *, form: Format, done: Path) -> dict[str, list[Any]]:
-    """Judge and measure pickled rows: which can be trained on, and the reason why others can't.
+def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) -> dict[str, list[Any]]:
+    """Judge pickled rows: find those that can be trained on, and the reason why others cannot.
 
-    A row can be trained on if it has a turn that is not blank, and an answer that begins within `max_seq_len` tokens.
+    A row can be trained on if it has a turn that is not blank, and an answer that begins within
+    `max_seq_len` tokens.
 
     Args:
-        batch: a column `row`.
+        batch: a column `row`, empty for the row that stands for none.
         form: of the run's model.
-        done: file that grows by a byte for each row, by which this process's parent sees how far it is.
+        progress: file that grows by a byte for each row, so that the parent process sees progress.
 
     Returns:
-        Columns `part`, `where` and `number`; `line` of JSON, of the conversation, or of a row rejected for a `reason`;
-        `too_long` of those rejected for `max_seq_len`; the `questions` keys; and what `statistics.measure` found.
+        Columns with a value for each row, None where it does not apply:
+
+        - `part`, `where` and `number` of the row;
+        - `reason`, of a rejected row; `too_long`, True if `max_seq_len` is the reason;
+        - `line`, in JSON, of the conversation or of the rejected row;
+        - `questions`, the keys of a usable conversation;
+        - the columns of `statistics.measure`, of a row that could be read.
     """
     rows = [pickle.loads(row) for row in batch["row"] if row]
     columns: dict[str, list[Any]] = {name: [None] * len(rows) for name in arrow_features()}
-    conversations: list[Conversation] = []
-    places: list[int] = []
-    for place, (part, where, number, values, reason) in enumerate(rows):
-        columns["part"][place], columns["where"][place], columns["number"][place] = part, where, number
-        try:
-            conversations.append(parse(Row(where, number, values, reason)))
-            places.append(place)
-        except UnusableRowError as error:
-            columns["reason"][place] = str(error)
+    conversations, indices = _parse_rows(rows, columns)
 
-    following = iter(places)
+    # Measure in batches of limited size, since lists of token ids take much memory.
+    following = iter(indices)
     for group in batches(conversations):
         measured = measure(group, form)
-        for index, conversation in enumerate(group):
-            place = next(following)
+        for number, conversation in enumerate(group):
+            index = next(following)
             for name in REPORTED:
-                columns[name][place] = measured[name][index]
-            answered = measured["answered"][index]
-            try:
-                kept = usable(conversation)
-                if len(kept.turns) < len(conversation.turns):
-                    (answered,) = form.count_tokens([kept]).answered
-            except UnusableRowError as error:
-                columns["reason"][place] = str(error)
-                continue
-            columns["too_long"][place] = not answered
-            if answered:
-                columns["line"][place] = format_line(kept)
-                columns["questions"][place] = question_keys(kept)
-            else:
-                columns["reason"][place] = f"no answer begins within max_seq_len={form.config.max_seq_len} tokens"
+                columns[name][index] = measured[name][number]
 
-    for place, reason in enumerate(columns["reason"]):
+            # Without its blank turns, an answer may begin earlier.
+            answered = measured["answered"][number]
+            try:
+                filled = usable(conversation)
+                if len(filled.turns) < len(conversation.turns):
+                    (answered,) = form.count_tokens([filled]).answered
+            except UnusableRowError as error:
+                columns["reason"][index] = str(error)
+                continue
+
+            columns["too_long"][index] = not answered
+            if answered:
+                columns["line"][index] = format_line(filled)
+                columns["questions"][index] = question_keys(filled)
+            else:
+                columns["reason"][index] = f"no answer begins within max_seq_len={form.config.max_seq_len} tokens"
+
+    # Rejected rows have lines too, which the run directory stores.
+    for index, reason in enumerate(columns["reason"]):
         if reason is not None:
-            rejected = Rejected(columns["where"][place], columns["number"][place], reason)
-            columns["line"][place] = format_line(rejected)
-            columns["too_long"][place] = bool(columns["too_long"][place])
-    with done.open("ab") as file:
+            rejected = Rejected(columns["where"][index], columns["number"][index], reason)
+            columns["line"][index] = format_line(rejected)
+            columns["too_long"][index] = bool(columns["too_long"][index])
+    with progress.open("ab") as file:
         file.write(bytes(len(rows)))
     return columns
+
+
+def _parse_rows(rows: list[Any], columns: dict[str, list[Any]]) -> tuple[list[Conversation], list[int]]:
+    """Parse rows, and set the columns `part`, `where`, `number` and, of invalid rows, `reason`.
+
+    Returns:
+        The conversations, and the index of the row of each.
+    """
+    conversations, indices = [], []
+    for index, (part, where, number, values, error) in enumerate(rows):
+        columns["part"][index], columns["where"][index], columns["number"][index] = part, where, number
+        try:
+            conversations.append(parse(Row(where, number, values, error)))
+            indices.append(index)
+        except UnusableRowError as refusal:
+            columns["reason"][index] = str(refusal)
+    return conversations, indices
 
 
 def available_cores() -> int:
@@ -419,48 +494,54 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ---------------------------------------------------------------------------------------------------- progress
+# --------------------------------------------------------------------------------------- progress
 
 
 @contextmanager
-def _without_their_bars() -> Iterator[None]:
-    """Hide the progress bars of `datasets`, which show at once and for every small step."""
+def _hide_datasets_bars() -> Iterator[None]:
+    """Hide the progress bars of `datasets`, which appear at once and for every small step."""
     import datasets
 
-    shown = not datasets.are_progress_bars_disabled()
+    are_enabled = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if are_enabled:
             datasets.enable_progress_bars()
 
 
-def _progress(doing: str, total: int | None) -> Any:
-    """Return a bar that shows once it takes longer than a few seconds, with the time left if the total is known."""
+def _progress_bar(task: str, total: int | None) -> Any:
+    """Return a progress bar, which is displayed only for a task that takes more than a few seconds.
+
+    Args:
+        task: its name, for the bar.
+        total: number of rows (None: unknown, and so is the time left).
+    """
     from tqdm.auto import tqdm as notebook_tqdm
     from tqdm.std import tqdm as text_tqdm
 
     options: dict[str, Any] = {}
     bar: Any = notebook_tqdm
     if HEADLESS in os.environ:
-        # a terminal draws a bar over itself; in a log every one stays
+        # A terminal draws a bar over the last one, but a log lists them all: update it less often.
         columns = os.environ.get(TERMINAL, "")
         options = {"mininterval": 2.0 if columns else 30.0, "ncols": int(columns or 100)}
         bar = text_tqdm
-    return bar(total=total, desc=doing, unit="row", delay=PATIENCE, file=sys.stderr, leave=False, **options)
+    return bar(total=total, desc=task, unit="row", delay=PATIENCE, file=sys.stderr, leave=False, **options)
 
 
 @contextmanager
-def _following(done: Path, bar: Any) -> Iterator[None]:
-    """Let a bar follow the size of a file, in bytes, as long as this context lasts."""
+def _follow_size(progress: Path, bar: Any) -> Iterator[None]:
+    """Update a bar with the size of a file, in bytes, while this context lasts."""
     ended = threading.Event()
 
     def follow() -> None:
-        last = False
-        while not last:
-            last = ended.wait(0.2)
-            bar.update(done.stat().st_size - bar.n)
+        # After the end, update once more: the last rows may have been judged since.
+        is_last = False
+        while not is_last:
+            is_last = ended.wait(0.2)
+            bar.update(progress.stat().st_size - bar.n)
 
     follower = threading.Thread(target=follow, daemon=True)
     follower.start()
@@ -471,12 +552,12 @@ def _following(done: Path, bar: Any) -> Iterator[None]:
         follower.join()
 
 
-# ---------------------------------------------------------------------------------------------------- cached
+# --------------------------------------------------------------------------------------- cached
 
 
-def find_entry(shelf: Path, key: str) -> Path | None:
+def find_entry(cache: Path, key: str) -> Path | None:
     """Return the folder of a cached entry and mark it as most recently used, or None."""
-    entry = shelf / key
+    entry = cache / key
     try:
         os.utime(entry)
     except OSError:
@@ -485,73 +566,87 @@ def find_entry(shelf: Path, key: str) -> Path | None:
 
 
 @contextmanager
-def unfinished_entry(shelf: Path) -> Iterator[Path]:
-    """Give a folder among the entries to write into; it is locked as long as this context lasts, and then removed.
+def unfinished_entry(cache: Path) -> Iterator[Path]:
+    """Create a folder in the cache, and remove it when this context ends; until then it is locked.
 
-    Entries that killed processes left unfinished are removed. If what follows fails, so is each folder that was made.
+    Unfinished entries of killed processes are removed. On an error, folders that did not exist
+    before, such as the cache, are removed too.
     """
-    made = [folder for folder in (shelf, *shelf.parents) if not folder.exists()]
-    shelf.mkdir(parents=True, exist_ok=True)
+    created = [folder for folder in (cache, *cache.parents) if not folder.exists()]
+    cache.mkdir(parents=True, exist_ok=True)
     try:
-        _remove_old(shelf)
-        folder = Path(tempfile.mkdtemp(dir=shelf, prefix=_UNFINISHED))
+        _remove_old(cache)
+        folder = Path(tempfile.mkdtemp(dir=cache, prefix=_UNFINISHED))
         try:
             with (folder / _LOCK).open("wb") as lock:
-                with suppress(OSError):  # a file system without locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)  # given up with the process, however that ends
+                # The system releases the lock with the process, even one that is killed. Some file
+                # systems have no locks.
+                with suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
                 yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
-        for parent in made:
-            with suppress(OSError):  # somebody else has put something into it
+        for parent in created:
+            # Another process may have written something into it.
+            with suppress(OSError):
                 parent.rmdir()
         raise
 
 
 @contextmanager
-def new_entry(shelf: Path, key: str) -> Iterator[Path]:
-    """Give a folder to write an entry into, which gets its name, `key`, only once it is whole.
+def new_entry(cache: Path, key: str) -> Iterator[Path]:
+    """Create a folder to write an entry into; it gets its name, `key`, only when it is complete.
 
-    Entries beyond the last few used are removed. Whoever has one of these open can go on reading it.
+    Then the least recently used entries are removed. A process that has one of them open can still
+    read it.
     """
-    with unfinished_entry(shelf) as folder:
+    with unfinished_entry(cache) as folder:
         yield folder
+
+        # Otherwise a crash of the machine could leave an entry with a name but without content.
         for path in folder.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
         (folder / _LOCK).unlink()
-        with suppress(OSError):  # another process was quicker: the same is in it
-            folder.rename(shelf / key)
-        os.utime(shelf / key)
-        _remove_old(shelf)
+
+        # Another process may have written the same entry first; then that one stays.
+        with suppress(OSError):
+            folder.rename(cache / key)
+        os.utime(cache / key)
+        _remove_old(cache)
 
 
-def _remove_old(shelf: Path) -> None:
-    """Remove unfinished entries that nobody writes, and whole ones beyond the last few used."""
-    for folder in shelf.glob(f"{_UNFINISHED}*"):
-        if not _is_written(folder):
+def _remove_old(cache: Path) -> None:
+    """Remove unfinished entries that no process is writing, and the least recently used ones."""
+    for folder in cache.glob(f"{_UNFINISHED}*"):
+        if not _is_being_written(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+    # Another process may remove an entry meanwhile.
     entries = []
-    for path in shelf.iterdir():
-        with suppress(OSError):  # gone meanwhile
+    for path in cache.iterdir():
+        with suppress(OSError):
             if not path.name.startswith("."):
                 entries.append((path.stat().st_mtime_ns, path))
+
+    # Rename an entry before removing it: other processes find it complete or not at all.
     for _, path in sorted(entries)[:-CACHED]:
-        with suppress(OSError):  # renamed first: whoever looks for an entry finds a whole one or none
-            shutil.rmtree(path.rename(shelf / f"{_UNFINISHED}{path.name}"), ignore_errors=True)
+        with suppress(OSError):
+            shutil.rmtree(path.rename(cache / f"{_UNFINISHED}{path.name}"), ignore_errors=True)
 
 
-def _is_written(folder: Path) -> bool:
-    """Tell whether a process is writing this entry: it holds the lock, or is about to take it."""
+def _is_being_written(folder: Path) -> bool:
+    """Return True if a process is writing this entry: it holds the lock, or is about to take it."""
     try:
         with (folder / _LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return False
     except BlockingIOError:
         return True
-    except OSError:  # no lock yet, or just renamed
+    # There is no lock yet, or the entry was just renamed: only a new folder is being written.
+    except OSError:
         with suppress(OSError):
             return time.time() - folder.stat().st_mtime < 60
         return False
