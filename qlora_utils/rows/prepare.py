@@ -289,6 +289,8 @@ def _judge_all(raw: Dataset, form: Format, temporary: Path, processes: int | Non
 
     if processes is None:
         processes = min(available_cores(), MOST_PROCESSES) if len(raw) > FEW else 1
+    # A shard must have a row.
+    processes = min(processes, len(raw))
 
     # The processes report progress by the size of a file: a byte for each row that is judged.
     progress = temporary / "done"

@@ -61,6 +61,12 @@ def test_rows_of_several_files_are_put_in_place(tmp_path, form, monkeypatch, pro
     assert {path.name for path in out.iterdir()} == {"train", "held_out", "rejected", "report.json"}
 
 
+def test_few_rows_are_judged_by_more_processes(tmp_path, form):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows_of("a", 2)))
+    prepare.prepare_into(tmp_path, read_source(str(tmp_path / "rows.jsonl")), "here", form, 8)
+    assert read_json(tmp_path / "report.json")["rows_read"] == 2
+
+
 @pytest.mark.parametrize("train_rows", [None, 5])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_all_rows_that_were_read_are_counted_whatever_is_then_trained_on(tmp_path, form, train_rows, processes):
