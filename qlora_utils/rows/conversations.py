@@ -517,14 +517,14 @@ def first_readable(source: Mapping[str, Iterable[Row]]) -> tuple[Row, Conversati
     Raises:
         DataError: no row can be used; the message says why the first cannot.
     """
-    reason = "it has no rows"
+    reason = ""
     for part in sorted(source, key=lambda part: part != "train"):
         for row in source[part]:
             try:
                 return row, usable(parse(row))
             except UnusableRowError as error:
-                reason = f"{row.where} row {row.number}: {error}" if reason == "it has no rows" else reason
-    raise DataError(f"dataset: no row can be used; {reason}.")
+                reason = reason or f"{row.where} row {row.number}: {error}"
+    raise DataError(f"dataset: no row can be used; {reason or 'it has no rows'}.")
 
 
 def parse_rows(rows: Iterable[Row]) -> tuple[list[Conversation], list[Rejected]]:
@@ -538,11 +538,12 @@ def parse_rows(rows: Iterable[Row]) -> tuple[list[Conversation], list[Rejected]]
     return conversations, rejected
 
 
-ROOM = 2**18  # characters encoded at a time, since lists of token ids take much memory
+# Characters that are encoded at a time: lists of token ids take much memory.
+BATCH_CHARACTERS = 2**18
 
 
 def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
-    """Yield the conversations in order, in batches of about `ROOM` characters."""
+    """Yield the conversations in order, in batches of about `BATCH_CHARACTERS` characters."""
     batch, characters = [], 0
     for conversation in conversations:
         batch.append(conversation)
@@ -550,7 +551,7 @@ def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation
         characters += 16
         for turn in conversation.turns:
             characters += len(turn.question) + len(turn.answer)
-        if characters >= ROOM:
+        if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:

@@ -54,7 +54,7 @@ MOST_PROCESSES = 8
 # The name of an entry begins like this while it is being written.
 _UNFINISHED = ".new-"
 _LOCK = ".lock"
-# The number of a Linux call: choose the signal that a process gets when its parent ends.
+# An option of Linux's `prctl`: the signal that this process gets when its parent ends.
 _PR_SET_PDEATHSIG = 1
 
 

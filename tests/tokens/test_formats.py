@@ -232,7 +232,8 @@ def test_an_encoder_reads_what_the_system_is_told_before_its_turn(tokenizer):
 def test_examples_are_a_list_of_what_each_batch_makes(config, tokenizer, prepared, monkeypatch, training):
     whole = format_of(tokenizer, config).examples(prepared.train, training=training)
     listed = list(whole)
-    monkeypatch.setattr(conversations, "ROOM", 100)  # a batch for each conversation or two; T5's instructions go on
+    # a batch for each conversation or two; T5's instructions go on
+    monkeypatch.setattr(conversations, "BATCH_CHARACTERS", 100)
     assert format_of(tokenizer, config).examples(prepared.train, training=training) == whole == listed
     assert len(whole) == len(listed)
     assert whole[2:9:3] == listed[2:9:3]
