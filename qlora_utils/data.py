@@ -244,7 +244,7 @@ def prepare(
 
     with new_entry(cache, key) as folder:
         prepare_into(folder, source, config.dataset, form, processes)
-        # An entry of rows that changed on the way would be found under the digest of the old ones.
+        # Rows that changed meanwhile would be cached under the digest of the old ones.
         if _digests(source) != contents:
             raise DataError(f"dataset: {config.dataset} changed while it was read. Run this again once it is whole.")
     return Prepared.open(cache / key)

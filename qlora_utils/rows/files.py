@@ -26,7 +26,7 @@ HELD_OUT_WORDS = {"test", "validation", "valid", "val", "dev", "eval", "heldout"
 # Bytes. A larger JSON file is read value by value, which takes little memory.
 LARGE_JSON = 2**26
 _BLOCK = 2**16  # characters
-# Characters. A longer first line of a JSON file is taken for the beginning of one value.
+# Characters. If the first line of a JSON file is longer, the file is read as a single value.
 _LONGEST_LINE = 2**20
 # Half of a surrogate pair, escaped, without its other half.
 _HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -163,7 +163,7 @@ def read_source(source: str) -> dict[str, Rows]:
 
 def _saved_splits(path: Path) -> list[Piece]:
     """List the splits of a dataset that `datasets` saved."""
-    # Each of several splits lies in a folder of its own; a single one lies in the dataset's.
+    # Several splits have a folder each; a single one lies directly in the dataset's folder.
     several = (path / "dataset_dict.json").is_file()
     splits = []
     for name, rows in _read_saved(path).items():
@@ -475,7 +475,7 @@ def _stream_members(path: Path) -> Iterator[Any]:
         file.seek(start)
         _, first, _ = next(ijson.parse(file))
 
-        # Of an object, one pass finds the list in it, and another reads its members.
+        # If the value is an object, read it once to find the list, and again for its members.
         prefix = "item"
         if first == "start_map":
             file.seek(start)

@@ -162,8 +162,8 @@ def _split(table: pyarrow.Table, is_usable: Any, form: Format) -> tuple[dict[str
     if len(own):
         return {"train": numpy.flatnonzero(is_usable & is_train), "held_out": own}, "the source's own"
 
-    # The source has no held-out part, or one that was published without answers. The choice follows
-    # from the order in which rows are read; each side is then sorted by file and number.
+    # The source has no held-out part, or one that was published without answers. The choice depends
+    # on the order in which rows are read; each side is then sorted by file and number.
     rows = numpy.flatnonzero(is_usable)
     first_keys = _first_keys(table["questions"].take(rows))
     chosen = choose_held_out(first_keys, form.config.held_out_rows, form.config.seed)
@@ -212,7 +212,7 @@ def _explain_too_few(name: str, train: int, held_out: int, rejected: pyarrow.Tab
     listed = "; ".join(reason if len(reason) <= 150 else f"{reason[:149]}…" for reason in reasons.values())
     examples = f" ({listed})" if listed else ""
 
-    # Rows cannot be mended where most are only too long.
+    # If most rows are only too long, there is nothing to mend in them.
     advice = ". Mend them; what rows may look like stands in docs/data.md." if reasons else "."
     too_long = sum(rejected["too_long"].to_pylist())
     if too_long and 2 * too_long >= rejected.num_rows:
@@ -420,7 +420,7 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) ->
     `max_seq_len` tokens.
 
     Args:
-        batch: a column `row`, empty for the row that stands for none.
+        batch: a column `row`, as in `_read_raw`.
         form: of the run's model.
         progress: file that grows by a byte for each row, so that the parent process sees progress.
 
@@ -463,7 +463,7 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) ->
             else:
                 columns["reason"][index] = f"no answer begins within max_seq_len={form.config.max_seq_len} tokens"
 
-    # Rejected rows have lines too, which the run directory stores.
+    # A rejected row has a line too: its place and the reason, for the run's `data/rejected.jsonl`.
     for index, reason in enumerate(columns["reason"]):
         if reason is not None:
             rejected = Rejected(columns["where"][index], columns["number"][index], reason)

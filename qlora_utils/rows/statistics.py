@@ -202,7 +202,7 @@ def report_of(measured: pyarrow.Table, form: Format) -> dict[str, Any]:
 
 
 def _counts(column: pyarrow.ChunkedArray) -> dict[Any, int]:
-    """Count each value of a column, the most common first; equal counts stay in order of occurrence."""
+    """Count each value of a column, the most common first; equal counts in order of occurrence."""
     import pyarrow.compute
 
     found = pyarrow.compute.value_counts(column).to_pylist()

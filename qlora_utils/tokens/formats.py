@@ -66,7 +66,7 @@ class Encoded:
 def hold_examples(batches: Iterable[list[Encoded]]) -> View[Encoded]:
     """Hold examples in Arrow, in 4 bytes for each id and each label.
 
-    An example is made anew each time it is asked for.
+    An `Encoded` is made each time an example is used.
     """
     import pyarrow
     from datasets import Dataset
@@ -358,7 +358,7 @@ def _turn_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
                 "the tokenizer joins [INST] with what follows it; the Llama-2 chat format needs a boundary there."
             )
         turn_ids.append(after_bos + ids[len(opening) :])
-    # A defused mark without its joiner would be the same tokens as a real one.
+    # Without its joiner, a defused mark has the same tokens as a real one.
     if mark == letters:
         raise DataError(
             "the tokenizer drops U+2060, so that nothing tells a [/INST] that an author spelled from the format's own. "
