@@ -24,7 +24,7 @@ _NEW, _OLD = ".new-", ".old-"
 
 
 class DiskError(OSError):
-    """Report too little space on the disk: folder, bytes needed and bytes free."""
+    """Report too little space on the disk: the folder, the bytes free and, if known, those needed."""
 
 
 def step_of(checkpoint: Path) -> int:
@@ -193,14 +193,14 @@ def check_free_space(folder: Path, needed: int, what: str) -> None:
     """Refuse to start if the disk has too little free space.
 
     Args:
-        folder: folder to write to; if it does not exist, the nearest folder above it is asked.
+        folder: folder to write to; if it does not exist, the nearest folder above it counts.
         needed: bytes.
         what: name of what needs them, for the message.
 
     Raises:
         DiskError: fewer bytes are free.
     """
-    # Only a folder that exists lies on a disk whose free space can be asked for.
+    # Free space can be queried only for a folder that exists.
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -245,5 +245,5 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
     if "No space left on device" in text or "os error 28" in text:
         return True
 
-    # torch names neither, only the writer that failed: the disk itself is asked.
+    # torch names only the writer that failed: look at the free space of the disk.
     return "PytorchStreamWriter" in text and shutil.disk_usage(folder).free < 2**20

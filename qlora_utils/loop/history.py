@@ -23,7 +23,7 @@ class HistoryWriter(TrainerCallback):
         path: of the file.
         lines: all lines of the file; if the training was resumed, also those from before.
         training_s: seconds of training, without evaluation and saving.
-        tokens_before: tokens up to the last line, from which the speed is counted.
+        tokens_before: tokens up to the last line; the next speed counts from there.
         seconds_before: `training_s` at the last line.
         began: time at which the clock was started, 0 if it is stopped.
         writes: whether this process writes the file.
@@ -40,7 +40,7 @@ class HistoryWriter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Drop the lines of steps that a resumed training is about to repeat."""
-        # Of several processes only the first writes.
+        # Only the first of several processes writes.
         self.writes = getattr(state, "is_world_process_zero", True)
         if not self.writes:
             return
@@ -62,8 +62,8 @@ class HistoryWriter(TrainerCallback):
         if state.global_step == state.max_steps:
             control.should_evaluate = True
 
-        # The GPU is waited for only where the clock stops: elsewhere the next step is prepared
-        # while it works.
+        # Wait for the GPU only where the clock stops: elsewhere the CPU prepares the next step while
+        # the GPU works.
         pauses = control.should_log or control.should_evaluate or control.should_save
         if pauses or control.should_training_stop:
             if torch.cuda.is_available():
@@ -85,7 +85,7 @@ class HistoryWriter(TrainerCallback):
         logs = logs or {}
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
 
-        # The Trainer logs the training loss, measurements and a summary at the end, one at a time.
+        # The Trainer logs training loss, measurements and a final summary in separate calls.
         if "loss" in logs:
             line |= self._training_columns(logs, int(state.num_input_tokens_seen))
         elif "eval_loss" in logs:
@@ -132,5 +132,5 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # The system counts in kilobytes, macOS in bytes.
+    # Linux counts in kilobytes, macOS in bytes.
     return peak if sys.platform == "darwin" else peak * 1024

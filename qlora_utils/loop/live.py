@@ -1,7 +1,7 @@
-"""Show a training while it runs (notebook 04): its curve as it grows in a notebook, a line of text elsewhere.
+"""Show a training while it runs (notebook 04): in a notebook its growing curve, elsewhere a line of text.
 
-The Trainer calls `Progress` at each step, which decides when there is time to show it. `as_page` and `as_line` format
-a moment of the training as HTML and as a line of text; a view displays one of them.
+At each step the Trainer calls `Progress`, which shows the training if there is time for it. `as_page` and `as_line`
+format a moment of the training as HTML and as a line of text; a view displays one of them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from qlora_utils.style import as_svg, cut, in_page, on_terminal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHARE = 0.02  # of the training's time, at most, is spent on showing it
+SHARE = 0.02  # largest share of the training's time that may be spent on showing it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
     """Hold the state of a training. Times in seconds, memory in bytes; `lines` are those of `history.jsonl` so far.
 
-    `phase` is `training`, `measuring` (of held-out rows), `done`, `stopped` or `failed`, the last two with a `reason`.
+    `phase` is `training`, `measuring` (of held-out rows), `done`, `stopped` or `failed`. `reason` says why a training
+    stopped or failed, if that is known.
     """
 
     step: int
@@ -78,7 +79,7 @@ def as_line(moment: Moment, columns: int | None = None) -> str:
 
     Args:
         moment: of a training.
-        columns: of the terminal; what matters least is left out until the line fits. None: of any length.
+        columns: of the terminal; what matters least is left out until the line fits. None: no limit.
     """
     # Each part stands beside its rank: the lowest is left out first.
     parts = [(2 if moment.phase == "training" else 9, moment.phase), (10, f"{moment.step}/{moment.steps}")]
@@ -131,15 +132,14 @@ def _format_gb(amount: int) -> str:
 
 
 def as_page(moment: Moment, figure: Figure | None = None, name: str = "training") -> str:
-    """Format a moment as HTML: a headline, figures in words, the curve, and the answers to the sample question.
+    """Format a moment as HTML: a headline, the numbers, the curve, and the answers to the sample question.
 
-    Colours are those of the page around it, whether light or dark; whatever a line's colour tells, its dashes and
-    marks tell too.
+    Colours follow the page around it, light or dark. Dashes and marks repeat what a line's colour tells.
 
     Args:
         moment: of a training.
-        figure: to draw the curve on, whatever is there; None makes one.
-        name: of the curve, which no other picture of the page has.
+        figure: to draw the curve on, cleared first; None makes a new figure.
+        name: of the curve, unique among the pictures of the page.
     """
     exact, speed = moment.latest("eval_exact_match"), moment.latest("tokens_per_s")
     measured = {
@@ -153,7 +153,7 @@ def as_page(moment: Moment, figure: Figure | None = None, name: str = "training"
         "at peak": _format_gb(moment.peak_memory_bytes),
     }
 
-    # What has not been measured yet has no place.
+    # Leave out what has not been measured yet.
     facts = ""
     for title, value in measured.items():
         if value:
@@ -169,19 +169,20 @@ def as_page(moment: Moment, figure: Figure | None = None, name: str = "training"
     )
 
 
-# Notebooks style lists and tables of their own: bold, floating, to the right.
+# Undo how notebooks style lists and tables: bold, floating, aligned to the right.
 _PLAIN = "margin:0;padding:0;float:none;width:auto;font-weight:normal;text-align:left;"
 _CELL = "text-align:left;vertical-align:top;padding:.15em .8em .15em 0;"
-_LONG_CELL = f"{_CELL}overflow-wrap:anywhere;"  # breaks within a word, so that the words beside it need not
+_LONG_CELL = f"{_CELL}overflow-wrap:anywhere;"  # breaks long words, so that the column takes no width from the others
 _FONT = "font-family:var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-content-font-color1,inherit)"
 
 
 def samples_table(lines: Sequence[Mapping[str, Any]], most: int = 8) -> str:
-    """Format the answers to the sample question, measurement by measurement, as HTML; empty if none was asked.
+    """Format the answers to the sample question, measurement by measurement, as HTML; empty if there are none.
 
     Args:
         lines: of `history.jsonl`.
-        most: rows at most: the first and the last ones. Measurements that gave the same answer share a row.
+        most: limit of rows; beyond it the first row and the last rows stay. Measurements that gave the same answer
+            share a row.
     """
     asked = [line["sample"] for line in lines if line.get("sample")]
     if not asked:
@@ -214,18 +215,18 @@ def samples_table(lines: Sequence[Mapping[str, Any]], most: int = 8) -> str:
 def draw_curve(
     lines: Sequence[Mapping[str, Any]], steps: int, figure: Figure | None = None, name: str = "training"
 ) -> str:
-    """Draw the losses so far as notebook 05 does, with exact match below; return SVG, empty before the first loss.
+    """Draw the losses as notebook 05 does, with exact match below; return SVG, empty before the first loss.
 
     Args:
         lines: of `history.jsonl`.
-        steps: of the whole training, which is as wide as the picture.
-        figure: to draw on, whatever is there; None makes one.
-        name: of the picture, which no other of the page has.
+        steps: of the whole training; the x axis spans them all.
+        figure: to draw on, cleared first; None makes a new figure.
+        name: of the picture, unique on the page.
     """
     history = drawable(lines, most=100)
     if not any("loss" in line or "eval_loss" in line for line in history):
         return ""
-    # A figure that is used again spares matplotlib the making of another.
+    # Callers pass a figure to use it again: making a new one takes matplotlib time.
     if figure is None:
         figure = new_figure()
     figure.clear()
@@ -249,7 +250,7 @@ def draw_curve(
 
 
 def new_figure() -> Figure:
-    """Return an empty figure that no other part of matplotlib knows of."""
+    """Return an empty figure that pyplot does not know of, so that no notebook displays it by itself."""
     from matplotlib.figure import Figure
 
     return Figure()
@@ -273,7 +274,7 @@ def _describe(history: History) -> str:
 
 
 class View(Protocol):
-    """Display a training. `every_s` seconds at least lie between two updates, `news_s` if something was measured."""
+    """Display a training. Updates are at least `every_s` seconds apart, or `news_s` if something was measured."""
 
     every_s: float
     news_s: float
@@ -298,8 +299,8 @@ class NotebookView:
         self.handle: Any = None
         # A notebook may show several trainings, whose curves need names of their own.
         self.name = f"training-{uuid.uuid4().hex[:8]}"
-        # The first drawing loads matplotlib and its fonts. It is done here, or `Progress` would take every drawing to
-        # be as slow and wait accordingly.
+        # The first drawing loads matplotlib and its fonts. Do it here: `Progress` would expect every drawing to be that
+        # slow, and wait before the next.
         self.figure = new_figure()
         draw_curve([{"step": 0, "loss": 1.0, "eval_exact_match": 0.0}], 1, self.figure, self.name)
 
@@ -349,7 +350,7 @@ class LogView:
         self.file, self.every_s = file, 30.0
 
     def show(self, moment: Moment) -> None:
-        """Write a line. The longer the training, the fewer there are, so that those of a day can still be read."""
+        """Write a line. A longer training writes fewer lines per hour, so that the log of a day can still be read."""
         self.file.write(as_line(moment) + "\n")
         self.file.flush()
         self.every_s = max(30.0, moment.elapsed_s / 100)
@@ -359,11 +360,11 @@ class LogView:
 
 def view_here() -> View:
     """Choose the view for where this runs: a notebook that is looked at, a terminal, or neither."""
-    # A kernel has imported IPython; where nobody has, there is no notebook.
+    # A kernel imports IPython: if it is not imported, there is no notebook.
     ipython = sys.modules.get("IPython")
     if HEADLESS not in os.environ and ipython is not None and hasattr(ipython.get_ipython(), "kernel"):
         return NotebookView()
-    # A kernel's stderr is never a terminal, even if its lines reach one: the runner has looked and says how wide.
+    # A kernel's stderr is never a terminal, even if its lines reach one: the runner passes the width of that terminal.
     if HEADLESS in os.environ:
         columns = os.environ.get(TERMINAL)
         return TerminalView(sys.stderr, int(columns)) if columns else LogView(sys.stderr)
@@ -404,7 +405,7 @@ class Progress(TrainerCallback):
         self.step, self.steps, self.first_step = state.global_step, state.max_steps, state.global_step
         self.began, self.stepping = self.now(), math.inf
         self.phase = "measuring" if getattr(args, "eval_on_start", False) else "training"
-        # Of several processes one shows the training.
+        # Only one of several processes shows the training.
         if not getattr(state, "is_world_process_zero", True):
             self.view = None
             return
@@ -423,7 +424,7 @@ class Progress(TrainerCallback):
         self.step = state.global_step
         if control.should_evaluate:
             self.phase = "measuring"
-        # In a log this line would stay, and the next one repeats it with what was measured.
+        # A log is spared this line, which would stay: the next line repeats it with what was measured.
         self._show(news=control.should_evaluate and not isinstance(self.view, LogView))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -480,7 +481,7 @@ class Progress(TrainerCallback):
         self.view = None
 
     def _on_view(self, show: Callable[[Moment], None]) -> None:
-        """Call a method of the view. A training of hours does not end because it cannot be displayed."""
+        """Call a method of the view. Its errors must not end a training of hours."""
         try:
             show(self.moment())
         except Exception as error:

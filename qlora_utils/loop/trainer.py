@@ -1,4 +1,4 @@
-"""Extend transformers' Trainer by an exact response-only loss and steps that survive (notebook 04).
+"""Extend transformers' Trainer by an exact response-only loss and robust steps (notebook 04).
 
 The loss is a mean over the answer tokens of the whole optimizer step. If a step runs out of memory,
 it is repeated in smaller passes. If its loss or gradient is NaN or infinite, it is skipped.
@@ -50,7 +50,7 @@ class TraceResult:
 
 
 class StepTrainer(Trainer):
-    """Train with steps cut by tokens, two learning rates and an exact held-out loss.
+    """Train with passes bounded in tokens, two learning rates and an exact held-out loss.
 
     To the Trainer a batch is a whole optimizer step; `packing.StepCollator` has cut it into forward
     passes. The loss is summed over the answer tokens of a pass and divided by the number of answer
@@ -58,7 +58,7 @@ class StepTrainer(Trainer):
 
     Attributes:
         config: the run, resolved.
-        trace: function from the model to its answers on a few held-out questions; None: no tracing.
+        trace: function that scores the model on a few held-out questions; None: no tracing.
         progress: the live view of the training.
         watch: counter of skipped steps.
         step_loss: loss of the last step.
@@ -106,7 +106,7 @@ class StepTrainer(Trainer):
         Raises:
             OutOfMemoryError: one example alone is too large.
         """
-        # `model.training` is not asked first: peft's wrapper reports training mode while the layers
+        # Don't look at `model.training` first: peft's wrapper reports training mode while the layers
         # of a loaded model inside it are in evaluation mode.
         model.train()
 
@@ -291,7 +291,7 @@ class StepTrainer(Trainer):
         return model(**batch).loss * (answered / answers)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return a random sampler of rows or, with `row_order` length, one of similar lengths."""
+        """Return a sampler of rows: random, or of similar lengths if `row_order` is "length"."""
         if self.config.row_order == "random":
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -341,7 +341,7 @@ class StepTrainer(Trainer):
         limit = int(self.args.save_total_limit or 1)
 
         # Each of several processes writes its random state, so all of them run the Trainer's own
-        # method. Without its limit it removes no old checkpoint before this one is whole.
+        # method. Its limit is lifted, so that old checkpoints stay until the new one is whole.
         if self.args.world_size > 1:
             self.args.save_total_limit = None
             super()._save_checkpoint(model, trial)
@@ -375,7 +375,7 @@ class StepTrainer(Trainer):
     def _init_training_state(self, *arguments: Any) -> tuple[int, int]:
         """Restore the Trainer's state, but forget a best step whose checkpoint cannot be used.
 
-        The next best one then counts.
+        The best step is then chosen anew, from the next measurement on.
         """
         found = super()._init_training_state(*arguments)
 
