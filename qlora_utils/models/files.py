@@ -79,7 +79,7 @@ def check_tokenizer(source: str) -> None:
 
 
 def refuse_tokenizer(source: str, error: Exception) -> None:
-    """Name the local folder whose tokenizer could not be loaded; do nothing for a hub id.
+    """Refuse a local folder whose tokenizer could not be loaded; do nothing for a hub id.
 
     Args:
         source: as `check`.
@@ -88,7 +88,7 @@ def refuse_tokenizer(source: str, error: Exception) -> None:
     Raises:
         ModelError: `source` is a local folder.
     """
-    # of code that comes with a tokenizer `model_advice` speaks
+    # `model_advice` covers tokenizers that come with code
     if Path(source).is_dir() and "trust_remote_code" not in str(error):
         raise ModelError(
             f"model: the tokenizer in {source} could not be loaded ({type(error).__name__}: {first_line(error)[:120]})."
@@ -106,7 +106,7 @@ def check_vocabulary(source: str, tokenizer: Any) -> None:
     Raises:
         ModelError: names both sizes.
     """
-    # a hub id has no folder here, and some configs have no size: there the model itself will say
+    # a hub id has no folder here, and some configs have no size: then the error comes from the model, when it runs
     path = Path(source) / "config.json"
     size = _read_object(path).get("vocab_size") if path.is_file() else None
     largest = max(tokenizer.get_vocab().values(), default=0)
@@ -124,7 +124,7 @@ def check_weights(source: str, architecture: Architecture) -> None:
     The model is built without memory for its weights, on the meta device, and names and shapes are compared.
 
     Args:
-        source: as `check`, which comes first.
+        source: as `check`; call that first.
         architecture: of the model.
 
     Raises:
@@ -136,7 +136,7 @@ def check_weights(source: str, architecture: Architecture) -> None:
         return
     from transformers.utils import logging as transformers_logging
 
-    # its bar would say that weights are loaded
+    # hide transformers' progress bar: it would say that weights are loaded
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -149,7 +149,7 @@ def check_weights(source: str, architecture: Architecture) -> None:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except Exception as error:  # of transformers: whatever values of a config.json bring about
+    except Exception as error:  # transformers raises all kinds for odd values in a config.json
         raise ModelError(
             f"model: {folder / 'config.json'} describes no model that can be built ({first_line(error)}). {_REMEDY}"
         ) from error
@@ -218,9 +218,10 @@ def refuse_incomplete(source: str, found: Mapping[str, Any]) -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Silence what transformers logs while it loads a model; `refuse_incomplete` says in one line what it found.
+    """Silence the load report of transformers: `refuse_incomplete` says in one line what was found.
 
-    Silenced too: transformers 5 takes every T5 for one whose head is tied to its embeddings, and says at length if not.
+    Another warning is silenced too: transformers 5 expects that every T5 ties its head to the embeddings, and explains
+    at length that some do not.
     """
     logger = logging.getLogger("transformers.modeling_utils")
 
@@ -263,7 +264,7 @@ def _check_config(path: Path) -> None:
             f"model: {path.parent} brings Python code of its own (auto_map in its config.json), which is never run "
             "here. Take a model that transformers knows by itself."
         )
-    # often a letter is wrong
+    # an unknown kind is often a typo, so the message suggests the nearest known one
     if kind not in known:
         near = difflib.get_close_matches(str(kind), known, n=1, cutoff=0.75)
         raise ModelError(

@@ -85,7 +85,7 @@ def this_card() -> Card | None:
 
 
 def precision(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[str, str]:
-    """Choose the dtype of matrix products by its name, with a reason.
+    """Choose the dtype of matrix products; return its name and a reason.
 
     bf16 where the GPU has it in silicon, fp16 on older ones such as the T4, fp32 on a CPU, where small models gain
     nothing from less. T5 and its kin were trained in bf16 and leave the range of fp16, so they get fp32 on a T4.
@@ -112,7 +112,7 @@ def precision(config: RunConfig, card: Card | None, architecture: Architecture =
 
 
 def attention_kernel(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[str, str]:
-    """Choose the kernel for packs by its name in `RunConfig.attention_kernel`, with a reason."""
+    """Choose the kernel for packs; return its name in `RunConfig.attention_kernel` and a reason."""
     if config.attention_kernel != "auto":
         return config.attention_kernel, "as given"
     if architecture == "encoder-decoder":
@@ -166,7 +166,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory() -> None:
     """Free memory that nothing refers to.
 
-    Call it outside of `except` blocks: there the traceback still refers to the tensors of a pass.
+    Don't call it in an `except` block: there the traceback still refers to the tensors of a pass.
     """
     import torch
 

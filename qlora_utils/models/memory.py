@@ -63,7 +63,7 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
     Args:
         shape: of the base model.
         config: the run, resolved: nothing in it left open.
-        pass_tokens: of the largest forward pass; None: `micro_batch_tokens`, or one example that is longer.
+        pass_tokens: of the largest forward pass; None: `micro_batch_tokens`, or the longest example if that is larger.
         passes: forward passes in a step. From the second one on, the gradients of the first exist beside activations.
     """
     wide = 4 if config.compute_dtype == "float32" else 2  # bytes of a hidden value
@@ -72,11 +72,11 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
     head_trained = shape.head_parameters if config.train_head else 0
     trained = lora + head_trained
 
-    # what is stored: a head that is tied to the embeddings is counted with them, weights can be stored expanded as well
+    # what is stored: a tied head counts with the embeddings; quantized weights may also have a dequantized copy
     head = 0 if shape.head_is_tied else shape.head_parameters * wide
     expanded = shape.linear_parameters * wide if config.keep_expanded and config.quantize else 0
     adapter_copy = lora * wide if config.fused_layers else 0  # in the precision of products
-    # what a pass adds: the head's gradient exists before it is added to that of earlier passes
+    # what a pass adds: the head's gradient exists twice until it is added to that of earlier passes
     head_twice = head_trained if passes > 1 else 0
     layer, saved_per_layer = shape.activations(config, wide)
     # with checkpointing one layer at a time is computed again, and saved whole
@@ -96,7 +96,7 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
         "workspace": dequantized + flowing_back,
     }
 
-    # the peak is at one of three moments: parts of one are freed before the next
+    # the peak is at one of three moments: some of what exists at one is freed before the next
     fixed = sum(parts[name] for name in PARTS[:5]) + parts["optimizer"]
     gradients_before = 4 * trained if passes > 1 else 0
     head_gradient = 4 * head_trained
@@ -107,7 +107,7 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
 
 
 def _weight_bytes(shape: Shape, config: RunConfig, wide: int) -> int:
-    """Return the bytes of all frozen weights but the head: NF4 or as they are, embeddings and norms."""
+    """Return the bytes of all frozen weights but the head: linear layers (in NF4 or as they are), embeddings, norms."""
     linear = shape.linear_parameters // 2 if config.quantize else shape.linear_parameters * wide
     return linear + (shape.embedding_parameters + shape.small_parameters) * wide + shape.fp32_parameters * 4
 
@@ -135,8 +135,9 @@ def _cast_bytes(shape: Shape, config: RunConfig, wide: int) -> int:
 def _logit_bytes(shape: Shape, config: RunConfig, tokens: int, wide: int) -> int:
     """Return the bytes of the loss: logits exist for one chunk of answer tokens at a time.
 
-    Of a chunk: logits as they are computed, in fp32, their softmax, which becomes the gradient, and a cast of them.
-    Besides: the head in the precision of products, hidden states of the last norm, of answers alone, their gradient.
+    A chunk has four tensors: the logits as they are computed; the logits in fp32; their softmax, which becomes the
+    gradient; and that gradient in the precision of products. The head, if it trains, has a copy in that precision. Four
+    hidden states are counted for each token: input and output of the last norm, those of answers, and their gradient.
     """
     rows = min(tokens, CHUNK // (4 * shape.vocabulary))
     cast = wide if wide < 4 else 0
@@ -168,7 +169,7 @@ def answer_room(config: RunConfig) -> int | None:
     card = this_card()
     if card is None:
         return None
-    # a model that no plan counts can still be asked: batches then are as large as the config says
+    # a model that cannot be planned can still answer, in batches as large as the config says
     try:
         shape = shapes.read(config.model)
     except ModelError:
@@ -271,7 +272,7 @@ def fit_text(plan: MemoryPlan, card: Card) -> str:
 
 
 def plot_plan(plans: Mapping[str, MemoryPlan], ax: Axes, card: Card | None = None) -> Figure:
-    """Draw a bar for each plan, its parts stacked; mark the peak, less than their sum, and the card's memory."""
+    """Draw a bar for each plan, its parts stacked; mark the peak (below their sum) and the card's memory."""
     for position, plan in enumerate(plans.values()):
         left = 0.0
         for number, name in enumerate(PARTS):

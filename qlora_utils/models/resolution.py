@@ -1,4 +1,4 @@
-"""Decide what a config leaves open: by the hardware, and by the fastest that fits its memory (notebooks 02, 03)."""
+"""Decide what a config leaves open: from the hardware, then for speed within its memory (notebooks 02, 03)."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def _fill_open(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 
 def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | None = None) -> Resolved:
-    """Decide what the config leaves open: from the hardware, and by the fastest that fits into its memory.
+    """Decide what the config leaves open: from the hardware, then for the most speed within the hardware's memory.
 
-    Values that are given stay, so a config with nothing open is returned as it is. For a model that cannot be planned
-    the values are chosen that take the least memory.
+    Values that are given stay, so a config with nothing open is returned as it is. A model that cannot be planned gets
+    the values that take the least memory.
 
     Args:
         config: the run.
@@ -86,7 +86,7 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
     """
     given, on_this_machine = config, card is None
     architecture = shape.architecture if shape else _read_architecture(config)
-    # refuses a precision that the model cannot be computed in, given or not
+    # called for its error alone: the given precision may be one that the model cannot be computed in
     precision(config, card, architecture)
     if not any(is_open(config, name) for name in OPEN):
         return Resolved(config, given, architecture, {})
@@ -165,14 +165,14 @@ def _explain_choices(chosen: RunConfig, card: Card, shape: Shape) -> dict[str, s
 
 
 def _resolve_on_cpu(config: RunConfig) -> RunConfig:
-    """Return the config with what is fastest on a CPU in place of all that a plan would decide."""
+    """Return the config with a CPU's fastest values for the fields that a plan would decide."""
     fast = {"keep_expanded": False, "gradient_checkpointing": False, "micro_batch_tokens": 2048,
             "optimizer": "adamw_torch"}  # fmt: skip
     return _fill_open(config, fast)
 
 
 def use_least_memory(config: RunConfig) -> RunConfig:
-    """Return the config with what takes the least memory in place of all that a plan would decide."""
+    """Return the config with the values of least memory for the fields that a plan would decide."""
     small = {"keep_expanded": False, "gradient_checkpointing": True, "micro_batch_tokens": config.max_seq_len,
              "optimizer": "adamw_8bit"}  # fmt: skip
     return _fill_open(config, small)
@@ -194,7 +194,7 @@ def resolution_of(model: Any, config: RunConfig) -> Resolved:
         config: the run.
 
     Raises:
-        ConfigError: nothing fits. So a model that was loaded where no training fits is refused for one.
+        ConfigError: nothing fits. A model that was loaded only to answer is then refused for training.
     """
     resolved = getattr(model, "resolved", None)
     if isinstance(resolved, Resolved) and resolved.given == config:
@@ -204,7 +204,7 @@ def resolution_of(model: Any, config: RunConfig) -> Resolved:
 
 def candidates(config: RunConfig, shape: Shape) -> Iterator[RunConfig]:
     """List every way to fill in what is open for a GPU."""
-    # peft's own layers, and those with DoRA, dequantize weights that are stored expanded all the same
+    # peft's own layers, and those with DoRA, would dequantize even if a dequantized copy were stored
     useful = config.quantize and config.fused_layers and not config.dora
     # a pass is no smaller than an example, and hardly larger than a step can be
     longest = shape.longest_example(config)
@@ -264,7 +264,7 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
         2 * (shape.linear_parameters + shape.fp32_parameters) * forwards + 6 * shape.lora_parameters(config)
     )
     flops += tokens * 6 * shape.head_parameters
-    # bytes: weights dequantized in each pass; all that trains, by one kernel for many weights or by one for each
+    # bytes: to dequantize weights in each pass; for the optimizer, in one kernel for many weights or one for each
     expanding = 0 if config.keep_expanded or not config.quantize else 2.5 * shape.linear_parameters * forwards * passes
     trained = shape.lora_parameters(config) + shape.head_parameters * config.train_head
     stepping = trained * (28 if config.optimizer == "adamw_torch_fused" else 150)
@@ -284,7 +284,8 @@ def plan_for(config: RunConfig, card: Card | None, shape: Shape) -> tuple[Resolv
 def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> DataFrame:
     """Choose for each card what a training leaves open, and return one row per card.
 
-    `verdict` is `fits`, or the error that says what does not fit and what to change; then the row is empty but for it.
+    `verdict` is `fits`, or the error that says what does not fit and what to change; then the row has only `room (GiB)`
+    besides.
     """
     from pandas import DataFrame, Index
 

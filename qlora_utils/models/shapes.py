@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # The module that gives each token of the vocabulary its score.
 HEAD = "lm_head"
 
-# What the config.json of these models says of sizes, so that a plan of the presets needs no network and no login.
+# The sizes in the config.json of these models, so that a plan of the presets needs no network and no login.
 LLAMA_2_7B: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
@@ -50,7 +50,7 @@ class Linears:
 
     @property
     def parameters(self) -> int:
-        """Return the weights of one of these layers."""
+        """Count the weights of one of these layers."""
         return self.inputs * self.outputs
 
 
@@ -90,11 +90,11 @@ class Shape(ABC):
 
     @abstractmethod
     def longest_example(self, config: RunConfig) -> int:
-        """Return the tokens of the longest example that a run can have."""
+        """Count the tokens of the longest example that a run can have."""
 
     @abstractmethod
     def activations(self, config: RunConfig, wide: int) -> tuple[int, int]:
-        """Return bytes for each token: what autograd saves in one layer, and what of it stays until the backward pass.
+        """Return bytes per token: what autograd saves in one layer, and how much stays until the backward pass.
 
         Args:
             config: the run, resolved.
@@ -113,17 +113,17 @@ class Shape(ABC):
 
     @property
     def linear_parameters(self) -> int:
-        """Return the weights that NF4 stores: of all linear layers but the head and those in fp32."""
+        """Count the weights that NF4 stores: those of all linear layers but the head and the layers in fp32."""
         return sum(linears.count * linears.parameters for linears in self.linears if not linears.in_fp32)
 
     @property
     def fp32_parameters(self) -> int:
-        """Return the weights of the linear layers that stay in fp32."""
+        """Count the weights of the linear layers that stay in fp32."""
         return sum(linears.count * linears.parameters for linears in self.linears if linears.in_fp32)
 
     @property
     def largest_linear(self) -> int:
-        """Return the weights of the largest layer that NF4 stores."""
+        """Count the weights of the largest layer that NF4 stores."""
         return max(linears.parameters for linears in self.linears if not linears.in_fp32)
 
     @property
@@ -138,7 +138,7 @@ class Shape(ABC):
         return [linears for linears in self.linears if names == ["all-linear"] or linears.name in names]
 
     def lora_parameters(self, config: RunConfig) -> int:
-        """Return the weights of the LoRA matrices."""
+        """Count the weights of the LoRA matrices."""
         widths = sum(linears.count * (linears.inputs + linears.outputs) for linears in self.adapted(config))
         return config.lora_r * widths
 
@@ -166,22 +166,22 @@ class DecoderShape(Shape):
         return 2 * self.layers * self.kv_heads * self.head_size
 
     def longest_example(self, config: RunConfig) -> int:
-        """Return the tokens of the longest conversation."""
+        """Count the tokens of the longest conversation."""
         return config.max_seq_len
 
     def activations(self, config: RunConfig, wide: int) -> tuple[int, int]:
         """Return what one layer saves and what stays, as `Shape.activations` says, for layers like those of Llama."""
         queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
         layer = wide * (
-            4 * self.hidden  # the residual stream before each norm, and what the norms make of it
-            + 2 * queries + 2 * keys  # q, k, v and what attention makes of them
+            4 * self.hidden  # the residual stream before each norm, and the norms' output
+            + 2 * queries + 2 * keys  # q, k, v and the output of attention
             + 3 * self.intermediate  # gate, up and their product
         ) + 4 * (self.heads + 2)  # fmt: skip  # the softmax's sums, the norms' scales
         # layers can differ from each other, so adapters count as their mean over all layers
         adapters = sum(linears.count * _adapter_activations(linears, config, wide) for linears in self.adapted(config))
         layer += adapters // self.layers
         if not config.liger:
-            # the norms' input in fp32 and what they made of it before the weight; the gate after SiLU
+            # the norms' input in fp32 and their output before the weight; the gate after SiLU
             layer += 4 * self.hidden + wide * self.intermediate
         return layer, wide * self.hidden if config.gradient_checkpointing else layer
 
@@ -190,7 +190,7 @@ class DecoderShape(Shape):
 class T5Shape(Shape):
     """Hold the sizes of an encoder-decoder of the T5 kind.
 
-    Passes are taken to be half read and half written, which takes the most memory.
+    Half of a pass's tokens count as read and half as written: that takes the most memory.
     """
 
     encoder_layers: int
@@ -213,11 +213,11 @@ class T5Shape(Shape):
 
     @property
     def cached_values(self) -> int:
-        """Return the keys and values of a token: of one read for cross-attention, of one written for self-attention."""
+        """Count a token's cached keys and values: of cross-attention if it is read, of self-attention if it is written."""
         return 2 * self.decoder_layers * self.heads * self.head_size
 
     def longest_example(self, config: RunConfig) -> int:
-        """Return the tokens of the longest example, read and written."""
+        """Count the tokens of the longest example, read and written."""
         return 2 * config.max_seq_len
 
     @property
@@ -238,16 +238,17 @@ class T5Shape(Shape):
         def adapters(*names: str) -> int:
             return sum(_adapter_activations(adapted[name], config, wide) for name in names if name in adapted)
 
-        # the norm's input, in fp32 too, what it made of it in fp32, before and after its weight; dropout's mask
+        # the norm's input, also in fp32; its result in fp32, and before and after its weight; dropout's mask
         norm = (3 * wide + 8 + 1) * self.hidden
-        # q, k, v and what attention makes of them, and the softmax's sums. Where padding is masked, each layer makes a
+        # q, k, v and the output of attention, and the softmax's sums. Where padding is masked, each layer makes a
         # tensor of bias and mask for every pair of tokens.
         attention = norm + wide * 4 * inner + 4 * self.heads + adapters("q", "k", "v", "o")
         masked = self.heads * config.max_seq_len * wide
         across_read = wide * 2 * inner + adapters("k", "v")  # for a token that is read
         across_written = masked + norm + wide * 2 * inner + 4 * self.heads + adapters("q", "o")
-        # both halves, the steps of GELU and their product, or ReLU's output; dropout's mask
+        # gated: both projections, GELU's result and three steps; else two for ReLU. An adapted wo saves its input, too
         steps = (6 if self.gated else 2) + ("wo" in adapted)
+        # the byte is dropout's mask
         forward = norm + (steps * wide + 1) * self.intermediate + adapters("wi", "wi_0", "wi_1", "wo")
         read = self.encoder_layers * (masked + attention + forward) + self.decoder_layers * across_read
         written = self.decoder_layers * (attention + across_written + forward)
@@ -274,7 +275,7 @@ def known(source: str) -> dict[str, Any] | None:
 
 
 def read(source: str) -> Shape:
-    """Count the model of a local folder or hub id from its config.json; of the presets' models it is stored here.
+    """Count the sizes of a model from the config.json of its folder or hub id; those of the presets are stored here.
 
     Raises:
         ModelError: there is no config, or it describes a model that a plan cannot count.
@@ -284,9 +285,9 @@ def read(source: str) -> Shape:
 
 @functools.cache
 def architecture_of(source: str) -> Architecture:
-    """Return whether the model of a local folder or hub id continues a text or writes an answer to one.
+    """Return the architecture of the model of a local folder or hub id: causal or encoder-decoder.
 
-    Its config.json says so; no model is built for it.
+    It is read from config.json; no model is built for it.
 
     Raises:
         ModelError: there is no such model; says what to do next.
@@ -314,7 +315,7 @@ def _model_config(source: str) -> PreTrainedConfig:
 
 
 def count_shape(model_config: PreTrainedConfig, source: str = "") -> Shape:
-    """Count the model that a config describes, without memory for its weights.
+    """Count the sizes of a config's model, without memory for its weights.
 
     Args:
         model_config: as transformers reads it.
@@ -324,7 +325,7 @@ def count_shape(model_config: PreTrainedConfig, source: str = "") -> Shape:
         ModelError: the model cannot be built, or has parts that a plan cannot count; names the first of them.
     """
     model = build_empty(model_config, source)
-    # of Any type: torch cannot tell that their weights are tensors
+    # annotated Any: to the type checker torch's modules have no weight that is a tensor
     head: Any = model.get_output_embeddings()
     embeddings: Any = model.get_input_embeddings()
     linears, small_parameters = _count_layers(model, source)
@@ -335,11 +336,11 @@ def count_shape(model_config: PreTrainedConfig, source: str = "") -> Shape:
         "linears": linears,
         "embedding_parameters": embeddings.weight.numel(),
         "head_parameters": head.weight.numel(),
-        # transformers calls every T5 tied, but keeps a head of its own where the weights have one
+        # transformers calls every T5 tied, but loads a separate head where the weights have one
         "head_is_tied": head.weight is embeddings.weight and not model_config.is_encoder_decoder,
         "small_parameters": small_parameters,
     }
-    # what the formulas of activations need besides: attributes that most configs of transformers share
+    # the formulas of activations also need attributes that most configs of transformers share
     try:
         if model_config.is_encoder_decoder:
             shape: Shape = T5Shape(
@@ -364,14 +365,14 @@ def count_shape(model_config: PreTrainedConfig, source: str = "") -> Shape:
             )
     except AttributeError as error:
         _refuse(source, f"its config.json has no {error.name}", "a model like Llama or T5")
-    except RuntimeError as error:  # of transformers: an attribute that has a value for each layer
+    except RuntimeError as error:  # transformers raises it for an attribute that has a value for each layer
         _refuse(source, first_line(error), "layers that are all alike")
     _check_layers(shape, source)
     return shape
 
 
 def build_empty(model_config: PreTrainedConfig, source: str = "") -> PreTrainedModel:
-    """Build the model that a config describes on the meta device: all of its modules, no memory for weights.
+    """Build a config's model on the meta device: all of its modules, no memory for weights.
 
     Raises:
         ModelError: transformers cannot build it.
@@ -382,7 +383,7 @@ def build_empty(model_config: PreTrainedConfig, source: str = "") -> PreTrainedM
     try:
         with torch.device("meta"), model_files.quietly():
             return loader.from_config(model_config, trust_remote_code=False)
-    except Exception as error:  # of transformers: whatever values of a config.json bring about
+    except Exception as error:  # transformers raises all kinds for odd values in a config.json
         raise ModelError(
             f"model: the config.json of {source or model_config.model_type} describes no model that can be built "
             f"({first_line(error)}). Copy or download the model again."
@@ -446,7 +447,7 @@ def _check_layers(shape: Shape, source: str) -> None:
         if other := sorted(names.keys() - {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"}):
             _refuse(source, f"its layers hold a {other[0]}", "an encoder-decoder with the layers of T5")
         return
-    # several of one name in a block are experts, or blocks of another kind
+    # more layers of one name than blocks: they are experts, or the blocks are of another kind
     name, count = names.most_common(1)[0]
     if count > shape.layers:
         found = f"it has {count} linear layers named {name} in {shape.layers} blocks"
