@@ -1,4 +1,4 @@
-"""Read once what a run directory holds for the report, and why it lacks the rest."""
+"""Gather for the report what a run directory holds, and why it lacks the rest."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Facts:
 
     @property
     def scored(self) -> bool:
-        """Return whether base and tuned model were asked."""
+        """Return whether both models have scores."""
         return {"base", "tuned", "held_out"} <= set(self.metrics)
 
     @property
@@ -95,7 +95,7 @@ def gather(run: RunDirectory) -> Facts:
     history = read_or("history", lambda: read_jsonl(run.history, dict), [])
     answers = read_or("answers", lambda: read_jsonl(run.answers, dict), [])
 
-    # A line that is damaged does not take the others with it.
+    # A damaged line must not hide the others.
     usable = [line for line in answers if _is_answer(line)]
     if len(usable) < len(answers):
         lost = len(answers) - len(usable)
@@ -147,9 +147,9 @@ def measured(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def trained_on_date(run: RunDirectory) -> tuple[str, bool] | None:
-    """Return the day of the training and True, or the day of its files, which a copy may change, and False.
+    """Return the day of the training and True, or else the day of its files and False: copying may change the latter.
 
-    None if there is neither.
+    Return None if neither is known.
     """
     try:
         copy = json.loads((run.notebooks / "04_training.ipynb").read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Draw the pictures of a report by the notebooks' own plot functions, as SVG inside the page.
 
-The style sheet replaces their colours on a dark ground: see `style.as_svg`. The topics that draw are imported when a
-picture is drawn, since some of them bring PyTorch.
+The style sheet replaces their colours on a dark ground: see `style.as_svg`. Modules that draw are imported when a
+picture is drawn, since some of them import PyTorch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LONGEST_LABEL = 30  # characters beside a row
 
 
 class Picture(NamedTuple):
-    """Hold a drawing, which has a text alternative of its own, and the caption below it."""
+    """Hold a drawing, with its text alternative inside, and the caption below it."""
 
     svg: Markup
     caption: str
@@ -44,11 +44,11 @@ def draw(
     """Draw a picture.
 
     Args:
-        name: of the picture, which no other of the page has.
+        name: of the picture, unique on the page.
         plot: draws on the axes it is given.
         title: of the picture.
         caption: stands below it.
-        description: says what one sees; the caption if there is no other.
+        description: says what one sees; if it is empty, the caption does.
         width: in inches, `WIDE` or `NARROW`.
         height: in inches.
     """
@@ -78,7 +78,7 @@ def _fit(ax: Axes, *, titled: bool) -> None:
         for place in ("left", "center"):
             ax.set_title("", loc=place)
 
-    # Names of rows are fixed; numbers on an axis are not known yet, and short.
+    # Only names of rows are set by now; numbers on an axis come later, and are short anyway.
     if isinstance(ax.yaxis.get_major_locator(), FixedLocator):
         labels = [_shorten(label.get_text()) for label in ax.get_yticklabels()]
         ax.set_yticks(ax.get_yticks(), labels)
@@ -95,7 +95,7 @@ def draw_scores(metrics: Mapping[str, Any]) -> Picture:
     """Draw every score of base and tuned model."""
     from qlora_utils.answers import plot_scores
 
-    # The description holds the numbers that others see as bars.
+    # Those who cannot see the bars read their numbers in the description.
     found = []
     for name, title in SCORES.items():
         if name in metrics["base"]:
@@ -136,7 +136,7 @@ def draw_comparison(comparison: Mapping[str, Any]) -> Picture:
     if len(splits) != 1:
         splits["all"] = {"questions": comparison["questions"]["shared"], "scores": comparison["scores"]}
 
-    # The description holds the numbers that others see as dots.
+    # Those who cannot see the dots read their numbers in the description.
     found = []
     for split, group in splits.items():
         values = ", ".join(
@@ -190,7 +190,7 @@ _COLUMNS = {
 
 
 def draw_columns(history: History) -> list[Picture]:
-    """Draw every other column of the history that was measured."""
+    """Draw each remaining column of the history, if it was measured."""
     pictures = []
     for name, (title, unit, factor) in _COLUMNS.items():
         if column(history, name)[0]:
@@ -210,7 +210,7 @@ def draw_plan(run_name: str, plan: MemoryPlan) -> Picture:
 
     def plot(ax: Axes) -> None:
         figure = plot_plan({in_figure(cut(run_name, LONGEST_LABEL)): plan}, ax)
-        # Below the bar the names of its parts leave it the whole width.
+        # A legend below the bar leaves the whole width to the bar.
         if (legend := ax.get_legend()) is not None:
             legend.remove()
         handles, names = ax.get_legend_handles_labels()

@@ -28,7 +28,7 @@ OPENING = (sections.what_was_tuned, sections.what_came_of_it, sections.where_it_
 
 
 def write_report(run: RunDirectory) -> None:
-    """Write `report.html`: one page that fetches and runs nothing, with every text from data or models as text.
+    """Write `report.html`: one page that fetches and runs nothing; no text from data or models becomes markup.
 
     Where a run lacks something, or holds it damaged, a sentence says so.
 

@@ -123,14 +123,14 @@ def scores(facts: Facts) -> Values:
     if not facts.scored:
         raise AbsentError(facts.missing.get("metrics", "Not measured yet: notebook 06 does it."))
 
-    # A score that one version measures another may lack: the rows are those that are there.
+    # Versions measure different scores: the table has a row for each score that was stored.
     base, tuned, held = metrics["base"], metrics["tuned"], metrics["held_out"]
     rows: list[tuple[Any, ...]] = []
     for name, title in measured(metrics).items():
         rows.append((title, _score(base, name), _score(tuned, name)))
     rows.append(("stops by itself", f"{base['stopped']:.3f}", f"{tuned['stopped']:.3f}"))
 
-    # Rows that chose the adapter flatter its scores; earlier versions did not record it.
+    # Rows by which the adapter was chosen flatter its scores; earlier versions don't record whether they did.
     by_these = {True: ", though the adapter was chosen by them", False: " and the adapter was not chosen by"}
     verdict = ""
     if "paired" in metrics:
@@ -182,7 +182,7 @@ def other_runs(facts: Facts, count: int = 12) -> Values:
     """Return the comparison that `qlora compare` left in the run directory, with `count` disagreements at most."""
     comparison = read_json(facts.run.comparison)
 
-    # What the runs are stands above what they score.
+    # First come the settings of the runs, then their scores.
     names = [run["name"] for run in comparison["runs"]]
     rows = []
     for title, cells in (compare.facts(comparison) | compare.score_rows(comparison)).items():
@@ -274,7 +274,10 @@ def answer_card(line: AnswerLine) -> Values:
 
 
 def mark(answer: str, expected: str) -> list[dict[str, str]]:
-    """Return an answer in pieces of one `kind`, the blanks around marked words apart: they would be underlined too."""
+    """Split an answer into pieces of one `kind` each.
+
+    Blanks around marked words are split off, or else they would be underlined too.
+    """
     pieces = []
     for kind, text in differences(answer, expected):
         words, before, after = text, "", ""
@@ -293,7 +296,7 @@ def _shorten(text: str) -> str:
 
 
 def _with_turn_before(line: Mapping[str, Any]) -> str:
-    """Return a question, a follow-up below the turn before it."""
+    """Return a question; a follow-up comes below the turn before it."""
     history = line.get("history")
     if not history:
         return str(line["text"])
@@ -309,7 +312,7 @@ def training(facts: Facts) -> Values:
     if not history:
         raise AbsentError(facts.missing.get("history", "Nothing was logged: notebook 04 trains."))
 
-    # Losses are logged more often than held-out rows are measured: the table has the steps that have both.
+    # Losses are logged more often than held-out rows are measured: the table has the steps with a held-out loss.
     logged, held_out, exact = (
         dict(zip(*column(history, name), strict=True)) for name in ("loss", "eval_loss", "eval_exact_match")
     )
@@ -456,7 +459,7 @@ def _counts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     shapes = [f"{name}: {count:,}" for name, count in data["shapes"].items()]
     lengths = f"mean {length['mean']}, median {length['p50']:g}, p95 {length['p95']:g}, longest {length['longest']:,}"
 
-    # The order follows a row's way: its shape, its tokens, what is wrong with it.
+    # The order: conversations, their shapes, their tokens, then what is wrong with rows.
     rows = [
         ("conversations", f"{data['conversations']:,}"),
         ("turns", f"{data['turns']:,}"),
@@ -536,7 +539,7 @@ def repetition(facts: Facts) -> Values:
     if isinstance(commit, str):
         commands.append(f"git checkout {shlex.quote(commit.rstrip('+'))}")
 
-    # By the preset a run can be repeated without its directory, if this version knows the preset.
+    # With a preset that this version knows, a run can be repeated without its directory.
     by_file = run_command(name, config_file=_relative(facts.run.config))
     known = bool(_preset_values(config))
     if known:

@@ -163,9 +163,9 @@ def what_came_of_it(facts: Facts) -> str:
 
 
 def gain(facts: Facts) -> tuple[float, list[float]] | None:
-    """Return exact match of tuned less base on the held-out questions, and its 95 % interval, drawn by entity or row.
+    """Return held-out exact match, tuned minus base, and its 95 % interval, resampled by entity or row.
 
-    None if there are no answers, or answers of an earlier version without what this needs.
+    Return None if there are no answers, or answers of an earlier version without what this needs.
     """
     lines = facts.held_out
     try:
@@ -310,7 +310,7 @@ def _score_caveats(facts: Facts) -> list[str]:
     if not facts.scored:
         return sentences
 
-    # Rows that chose the adapter, and few rows, make a score less certain than it looks.
+    # Scores look too certain if the adapter was chosen by these same rows, or if the rows are few.
     held, tuned = metrics["held_out"], metrics["tuned"]
     if held.get("chosen_on"):
         sentences.append("The adapter was chosen by these same rows: take the scores as slightly too good.")
@@ -369,7 +369,7 @@ def _data_caveats(facts: Facts) -> list[str]:
             "and the model cannot learn to write them."
         )
 
-    # Earlier versions stored no count of all rows read, and train_rows may have set most of those to train on aside.
+    # Earlier versions stored no count of all rows read. Their sum is too small where train_rows left out training rows.
     rejected = data.get("rejected", 0)
     whole = data.get("rows_read", data.get("train", 0) + data.get("held_out", 0) + rejected)
     if rejected > 0.1 * max(1, whole):

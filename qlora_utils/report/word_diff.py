@@ -22,7 +22,7 @@ def differences(answer: str, expected: str) -> list[Piece]:
 
     Words count as the exact match counts them: case, punctuation and English articles make no difference, and are
     never marked by themselves. Where hardly a word is shared, the whole answer is one added piece, and what was
-    expected is not repeated. Of a text of more than `LONGEST` words the rest is compared as one.
+    expected is not repeated. The words of a text beyond `LONGEST` are compared as a single word.
 
     Returns:
         Pieces in order; those that are `same` or `added` make up the answer, letter by letter.
@@ -60,7 +60,7 @@ def differences(answer: str, expected: str) -> list[Piece]:
 
 
 def _split(text: str) -> list[str]:
-    """Split a text into words, each with the spaces before it; what follows `LONGEST` words is the last."""
+    """Split a text into words, each with the spaces before it; all that follows `LONGEST` words is one more word."""
     words: list[str] = _WORD.findall(text)
     return words if len(words) <= LONGEST else [*words[:LONGEST], "".join(words[LONGEST:])]
 
