@@ -213,7 +213,7 @@ class T5Shape(Shape):
 
     @property
     def cached_values(self) -> int:
-        """Count a token's cached keys and values: of cross-attention if it is read, of self-attention if it is written."""
+        """Count a token's cached keys and values: of cross-attention if read, of self-attention if written."""
         return 2 * self.decoder_layers * self.heads * self.head_size
 
     def longest_example(self, config: RunConfig) -> int:
