@@ -1,6 +1,6 @@
 """Set up a borrowed machine, Colab's or Kaggle's, and have outputs outlive it.
 
-What the machine came with is not replaced. The set-up cell clones the repository and calls
+The machine's own packages are not replaced. The set-up cell clones the repository and calls
 `python -m qlora_utils.runs.colab` there, before anything is installed: importing this module needs
 Python alone.
 """
@@ -23,9 +23,9 @@ from qlora_utils import __version__
 from qlora_utils.runs.provenance import host
 
 DISTRIBUTION = "qlora-utils"
-# What pip must leave as it is. Torch and its kin are built for the machine's CUDA, numpy and pandas
-# are loaded before the first cell runs, and the rest is the kernel itself and its page: replaced, a
-# session crashes or shows no widgets.
+# What pip must leave as it is. Torch and its kin are built for the machine's CUDA. Numpy and pandas
+# are loaded before the first cell runs. All others belong to the kernel and its page: if pip
+# replaced them, the session would crash or show no widgets.
 PINNED = (
     "torch", "torchvision", "torchaudio", "triton", "numpy", "pandas",
     "ipykernel", "ipython", "ipywidgets", "jupyter-client", "pyzmq", "tornado", "traitlets",
@@ -68,15 +68,14 @@ def install(checkout: Path) -> str:
             [sys.executable, "-m", "pip", "install", *options, str(checkout)], capture_output=True, text=True
         )
     if pip.returncode:
-        # Of pip's many lines the ones about a conflict, or else the last.
+        # pip prints many lines: quote those about a conflict, or else the last.
         output = pip.stdout + pip.stderr
         output = output[max(0, output.find("The conflict is caused by")) :][-2000:].strip()
         raise MachineError(
             f"{output}\npip could not install {checkout}. Is there a network? If packages "
             "were changed here before, begin with a fresh machine (Colab: Runtime, Disconnect and delete runtime)."
         )
-    # Recorded for `ready`: a package that this session loaded before pip replaced it asks for a
-    # restart.
+    # Recorded for `ready`: the session must restart if it loaded a package before pip replaced it.
     after = _versions()
     changed = {name: [before.get(name), new] for name, new in after.items() if before.get(name) != new}
     (checkout / RECORD).write_text(json.dumps({"at": time.time(), "changed": changed}))
@@ -95,7 +94,7 @@ def _is_installed(checkout: Path) -> bool:
 
 def _versions() -> dict[str, str]:
     """Return the version of every installed distribution, by its name as pip spells it."""
-    # Of two with the same name, the first on the path is the one that is imported.
+    # If two have the same name, Python imports the first on the path.
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
         if name := distribution.metadata["Name"]:
@@ -224,7 +223,7 @@ def _loaded_before(record: dict[str, Any]) -> list[str]:
 
 
 def _place_outputs(outputs: Path, where: str, keep: bool) -> str:
-    """Put outputs into Drive if asked to; say where they lie, and for how long."""
+    """Put outputs into Drive if `keep` is set; describe where they lie, and for how long."""
     if where == "Kaggle":
         note = "KEEP_IN_DRIVE is for Colab. " if keep else ""
         return f"{note}Outputs lie in {outputs}. Save Version keeps them; else they end with this session."

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LEARNED = ".memory.jsonl"  # beside the run directories: passes that ran out of memory
 # Environment variables that `qlora run` sets for its kernels: progress as plain text, and the
-# columns of the terminal that their stderr ends up on, where it does.
+# columns of the terminal that displays their stderr, if there is one.
 HEADLESS = "QLORA_HEADLESS"
 TERMINAL = "QLORA_TERMINAL"
 
@@ -69,7 +69,7 @@ class RunDirectory:
     def answers(self) -> Path:
         """Return the path of the answers.
 
-        One JSON line per question asked: its split, the expected answer, base and tuned answer,
+        One JSON line per question: its split, the expected answer, base and tuned answer,
         scores.
         """
         return self.path / "answers.jsonl"
@@ -161,7 +161,7 @@ class RunDirectory:
         """Return the section `train` of the metrics if the last training is complete, else None.
 
         Raises:
-            DamagedError: `metrics.json` or `history.jsonl` is.
+            DamagedError: `metrics.json` or `history.jsonl` is damaged.
         """
         if not (self.adapter.is_dir() and self.history.is_file()):
             return None
@@ -189,13 +189,13 @@ class RunDirectory:
     def sweep(self) -> None:
         """Remove half-written files of processes that have ended.
 
-        Those of living processes are about to be renamed.
+        Files of living processes stay: they are about to be renamed.
         """
         for folder in (self.path, self.data, self.figures, self.notebooks):
             for path in folder.glob(".*.*"):
                 process = re.fullmatch(r"\..+\.(\d{1,9})\.[^.]+", path.name)
-                # A file with this process' own number was left by another: a process sweeps before
-                # it writes.
+                # A file with this process' own number was left by an earlier process, since a
+                # process sweeps before it writes.
                 if process and (int(process[1]) == os.getpid() or not is_alive(int(process[1]))):
                     path.unlink(missing_ok=True)
 

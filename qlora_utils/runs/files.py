@@ -34,8 +34,8 @@ def write_bytes(path: Path, blocks: Iterable[bytes]) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.writelines(blocks)
-            # On the disk before the new name is: after a power cut the file would be there, and
-            # empty.
+            # Flush the content to the disk before the file is renamed: otherwise a power cut could
+            # leave an empty file under the new name.
             file.flush()
             os.fsync(file.fileno())
         # Temporary files are for their owner alone. Some mounts, as Google Drive, have permissions
@@ -90,7 +90,7 @@ def _repair_advice(path: Path) -> str:
     if path.name == "config.json":
         command = resume_command(run_dir, preset="PRESET", fresh=True)
         return f"Restore it from a copy, or begin the run anew: {command}"
-    # What a training stands on, and what it leaves, is written anew only by a run that starts over.
+    # Only a run that starts over writes the inputs and results of its training anew.
     command = resume_command(run_dir, start=maker[:2], fresh=maker < "05")
     return f"Restore it from a copy, or remove it and have notebook {maker} write it anew: {command}"
 
@@ -156,7 +156,7 @@ def require(path: Path) -> None:
     """Check that a file or folder of a run exists.
 
     Raises:
-        FileNotFoundError: it does not; says which notebook writes it.
+        FileNotFoundError: it does not exist; says which notebook writes it.
     """
     if path.exists():
         return

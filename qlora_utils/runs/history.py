@@ -20,7 +20,7 @@ History = list[dict[str, Any]]
 
 # column of history.jsonl -> title with unit
 COLUMNS = {
-    # Labelled are the tokens of answers; with response_only=false those of questions too.
+    # Tokens of answers are labelled; with response_only=false tokens of questions are, too.
     "loss": "training loss (nats per labelled token)",
     "eval_loss": "held-out loss (nats per answer token)",
     "eval_exact_match": "exact match on held-out questions",
@@ -31,7 +31,7 @@ COLUMNS = {
 }
 
 NUMBERS = (*COLUMNS, "epoch")
-# Texts of the one held-out question that is asked at every measurement.
+# Texts of the sample: a held-out question that is asked at every measurement.
 SAMPLE = ("question", "expected", "answer")
 
 
@@ -76,7 +76,7 @@ def find_wrong_sample(line: Mapping[str, Any]) -> str:
 def sample_answers(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, bool]]:
     """List the answers to the sample question: steps, the answer, whether it was right.
 
-    Measurements one after the other that gave the same answer are one entry.
+    Consecutive measurements with the same answer are one entry.
     """
     asked = [(line["step"], line["sample"]) for line in history if line.get("sample")]
     answered = [(step, sample.get("answer", ""), bool(sample.get("right"))) for step, sample in asked]
@@ -129,7 +129,7 @@ def ends_above_lowest(history: History, margin: float = 0.01) -> bool:
 
 
 def rises_from_start(history: History) -> bool:
-    """Check whether the held-out loss rises_from_start from the start, which is no overfitting."""
+    """Check whether the held-out loss rises from the start, which is no overfitting."""
     best = lowest(history)
     return best is not None and ends_above_lowest(history) and best[0] == column(history, "eval_loss")[0][0]
 
@@ -143,12 +143,12 @@ Point = tuple[float, float]
 def drawable(history: Sequence[Mapping[str, Any]], most: int = 200) -> History:
     """Return a history as it can be drawn: finite numbers alone, and at most about `most` points of each column.
 
-    Neighbours among the logged values are averaged. Of the measurements on held-out rows some are selected, the lowest
-    and the last among them, since what is read from these must have been measured.
+    Neighbours among the logged values are averaged. Measurements on held-out rows are selected instead, always with
+    the lowest and the last, since values that a reader takes from these must have been measured.
     """
     lines: History = []
     for name in COLUMNS:
-        # A logarithmic axis has no place for zero, and no axis one for numbers near the largest float.
+        # A logarithmic axis cannot show zero, and no axis can show numbers near the largest float.
         floor = 1e-300 if name in ("loss", "eval_loss") else -1e300
         measured = [(line["step"], line[name]) for line in history if line.get(name) is not None]
         points = [point for point in measured if floor < point[1] < 1e300]
@@ -159,7 +159,7 @@ def drawable(history: Sequence[Mapping[str, Any]], most: int = 200) -> History:
 
 
 def _average(points: Sequence[Point], size: int) -> list[Point]:
-    """Return the means of each `size` neighbours."""
+    """Average every `size` neighbours into one point."""
     means = []
     for start in range(0, len(points), size):
         steps, values = zip(*points[start : start + size], strict=True)
@@ -168,7 +168,7 @@ def _average(points: Sequence[Point], size: int) -> list[Point]:
 
 
 def _select(points: Sequence[Point], size: int) -> list[Point]:
-    """Return one of each `size` neighbours, and the lowest and the last point."""
+    """Select one point of every `size` neighbours, and the lowest and the last point."""
     if size == 1:
         return list(points)
     least = min(range(len(points)), key=lambda index: points[index][1])
@@ -181,8 +181,8 @@ def plot_column(histories: Mapping[str, History], name: str, ax: Axes) -> Figure
 
     Args:
         histories: run name -> history.
-        name: a key of `COLUMNS`. Losses have a logarithmic scale, and the noisy one of training is smoothed, its raw
-            values in pale behind.
+        name: a key of `COLUMNS`. Losses have a logarithmic scale. The training loss is noisy, so it is smoothed, with
+            its raw values pale behind.
         ax: to draw on.
     """
     for number, (run_name, history) in enumerate(histories.items()):
@@ -223,7 +223,7 @@ def plot_losses(history: History, ax: Axes, *, kept_step: int | None = None) -> 
     Args:
         history: of the run.
         ax: to draw on.
-        kept_step: the step whose adapter was saved as the run's, if it shall be marked.
+        kept_step: the step whose adapter was saved as the run's; None: it is not marked.
     """
     # Lines differ in width, dashes and marks as well as in colour.
     steps, values = column(history, "loss")
@@ -264,7 +264,7 @@ def _use_logarithmic_scale(ax: Axes) -> None:
 
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    # Of many decades the powers of ten alone are numbered; of less than one the locator finds numbers between.
+    # Over many decades only powers of ten get numbers; within a single decade the locator also finds others.
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")

@@ -32,12 +32,12 @@ def hold_lock(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
     """Hold a lock file as long as this context lasts.
 
     The system ties the lock to the open file (`flock`), so a process that was killed leaves none
-    behind. The file itself names its process, for the message that others get, and is removed at
-    the end.
+    behind. The file itself names its process, for the error that other processes raise, and is
+    removed at the end.
 
     Args:
         path: of the lock file; its folder is made.
-        doing: what this process does, for the message that others get.
+        doing: what this process does, for the error that other processes raise.
         wait_s: seconds to wait for a process that is about to end.
 
     Raises:
@@ -51,8 +51,8 @@ def hold_lock(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
             os.write(file, json.dumps({"pid": os.getpid(), "doing": doing, "since": time.time()}).encode())
         yield
     finally:
-        # Removed before it is released: a process that waits for it sees that the name is gone, and
-        # makes a new file.
+        # Remove the file before the lock is released: a process that waits for it then sees that
+        # the name is gone, and makes a new file.
         if file is not None:
             path.unlink(missing_ok=True)
             os.close(file)
@@ -102,8 +102,8 @@ def is_alive(process: int, since: float | None = None) -> bool:
 
     Args:
         process: its number.
-        since: seconds since 1970 by which it must have begun; one that began later was given the
-            number of a process that has ended. None: any counts.
+        since: seconds since 1970 by which it must have begun. A process that began later has taken
+            over the number of one that has ended. None: the time does not count.
     """
     # Zero and negative numbers are groups of processes.
     if process <= 0:

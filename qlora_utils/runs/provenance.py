@@ -1,6 +1,6 @@
 """Record what a run runs on: versions, the commit, the hardware, and whose machine it is.
 
-Importing this module needs Python alone: the set-up cell asks for the machine before anything is
+Importing this module needs Python alone: the set-up cell looks up the machine before anything is
 installed.
 """
 
@@ -44,7 +44,7 @@ def repository() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, of this package and of what is installed of `PACKAGES`."""
+    """Return the versions of Python, of this package and of those `PACKAGES` that are installed."""
     found = {"python": platform.python_version()}
     for name in ("qlora-utils", *PACKAGES):
         try:
