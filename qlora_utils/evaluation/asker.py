@@ -249,7 +249,7 @@ class Asker:
         # Raw logits of a single token: each sampling is then applied to the same logits.
         single_token = Sampling(max_new_tokens=1).generation_config(self.tuned_model, self.tokenizer)
         single_token.update(output_logits=True, return_dict_in_generate=True)
-        # Without dropout, and afterwards as it was: a notebook may ask in the middle of a training.
+        # Switch dropout off, and back afterwards: a notebook may ask in the middle of a training.
         was_training = self.tuned_model.training
         self.tuned_model.eval()
         candidates = {}

@@ -54,7 +54,7 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
         questions `asked`, and facts of the training. `differences`: parameters whose values differ,
         by run. `questions`: the number of `shared` questions, and of the `clusters` (entities or
         rows) that they are about. `scores` by run, and the same for each of the `splits`. `pairs`,
-        for each two runs: `difference` (exact match of the second run less that of the first) with
+        for each two runs: `difference` (exact match of the second run minus the first's) with
         `interval`, `gained`, `lost`, `p_value` and `p_holm`. `disagreements`: the number of
         questions that some runs answer right and others wrong (`count`), and at most
         `SAVED_DISAGREEMENTS` of them, spread evenly over all (`shown`).
@@ -314,7 +314,7 @@ def _pairs(lines: Mapping[str, Sequence[Line]], clusters: Sequence[Any]) -> list
                 **mcnemar(before, after),
             }
         )
-    # Of many pairs some would differ by chance alone.
+    # Among many pairs some would differ by chance alone.
     corrected = holm([pair["p_value"] for pair in pairs])
     for pair, p_value in zip(pairs, corrected, strict=True):
         pair["p_holm"] = p_value

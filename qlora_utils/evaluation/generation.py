@@ -222,6 +222,6 @@ def _decode_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer
     if stopped:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-    # Marks in training rows were made harmless by another spelling; a model that learned them
-    # writes that spelling, and here the original one comes back.
+    # Marks in training rows were made harmless by another spelling. A model that learned them
+    # writes that spelling; here it becomes the original spelling again.
     return Answer(restored(text, MARKS), stopped)

@@ -65,7 +65,7 @@ def variants(config: RunConfig) -> list[dict[str, Any]]:
 
 def about(config: RunConfig) -> dict[str, Any]:
     """Describe what is measured: the config, local weights and questions, versions, hardware."""
-    # Sums of files, since a name says nothing of what lies there.
+    # Checksums of files, since a name says nothing about their content.
     sums = {}
     for name in ("model", "dataset"):
         root = Path(locate(getattr(config, name))).expanduser()
@@ -122,9 +122,9 @@ def _lines_of(stored: Mapping[str, Any], values: Mapping[str, Any]) -> list[Mapp
 def table(stored: Mapping[str, Any]) -> DataFrame:
     """Return exact match by ingredient and value, for each split with its 95 % interval.
 
-    For the run as it is, the mean over the seeds; for every other value the mean *difference* from
-    it, seed by seed on the same questions: an interval that holds 0 is no difference that was
-    shown. `what` tells them apart.
+    The run as it is has the mean over the seeds. Every other value has the mean *difference* from
+    that, seed by seed on the same questions: an interval that contains 0 shows no difference. The
+    column `what` tells the two kinds apart.
     """
     from pandas import DataFrame, MultiIndex
 
@@ -143,7 +143,7 @@ def table(stored: Mapping[str, Any]) -> DataFrame:
                 row += _score(own, split) if is_own else _difference(own, lines, split)
             names.append((ingredient, value))
             rows.append(row)
-    # Columns of two levels: those of a split stand below its name.
+    # Columns have two levels: below the name of a split stand its numbers.
     columns = [("trainable", ""), ("what", "")]
     for split in splits:
         columns += [(cut(split, 26), part) for part in ("mean", "low", "high")]

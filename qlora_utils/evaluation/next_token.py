@@ -30,10 +30,10 @@ class NextTokens:
     Attributes:
         sampling: the temperature and top-p that these are for.
         ids: of tokens, (vocabulary,).
-        probabilities: of these, (vocabulary,), in [0, 1]; they sum to 1, those that top-p excludes
-            included.
-        in_top_p: number of the first tokens that top-p retains. One of these is drawn, by its share
-            of their sum.
+        probabilities: of `ids`, (vocabulary,), in [0, 1]; they sum to 1, including tokens that
+            top-p excludes.
+        in_top_p: number of the first tokens that top-p retains. The next token is drawn from these,
+            in proportion to their probabilities.
     """
 
     sampling: Sampling
@@ -49,11 +49,11 @@ def next_tokens(logits: torch.Tensor, sampling: Sampling) -> NextTokens:
         logits: of the next token, float32 on the CPU, (vocabulary,).
         sampling: temperature and top-p.
     """
-    # Stable: of tokens with the same logit `generate` takes the first when it is greedy.
+    # A stable sort: among tokens with equal logits, greedy `generate` takes the first.
     ordered, ids = logits.sort(descending=True, stable=True)
     if sampling.temperature == 0:
         return NextTokens(sampling, ids, (torch.arange(len(ids)) == 0).float(), 1)
-    # Both warpers take the tokens before as their first argument, and do not look at them.
+    # Both warpers get the earlier tokens as their first argument, and ignore them.
     no_ids: Any = None
     warmed: Any = TemperatureLogitsWarper(float(sampling.temperature))(no_ids, ordered[None])  # type: ignore[arg-type]
     retained: Any = TopPLogitsWarper(sampling.top_p)(no_ids, warmed) if sampling.top_p < 1 else warmed
@@ -63,13 +63,13 @@ def next_tokens(logits: torch.Tensor, sampling: Sampling) -> NextTokens:
 def next_token_table(found: Mapping[str, Sequence[NextTokens]], tokenizer: Any, *, count: int = 6) -> DataFrame:
     """Return how likely the next token is: rows of models and tokens, columns of temperatures.
 
-    `probability` is that before top-p. `drawn` is that with which a token is then chosen: 0 for
-    what top-p excludes.
+    `probability` is that before top-p. `drawn` is the probability that a token is chosen after
+    top-p: 0 for an excluded token.
 
     Args:
         found: of `Asker.next_tokens`, for one top-p.
         tokenizer: of the base model.
-        count: of tokens, the likeliest; all others are one row.
+        count: how many of the likeliest tokens; all others share a row.
     """
     from pandas import DataFrame, MultiIndex
 
@@ -111,10 +111,10 @@ def plot_next_tokens(
     What top-p excludes is pale and hatched, and a line marks where it cuts.
 
     Args:
-        question: that was asked, for the title.
+        question: the title.
         found: of `Asker.next_tokens`, for one top-p.
         tokenizer: of the base model.
-        count: of tokens, the likeliest; all others are one bar.
+        count: how many of the likeliest tokens; all others share a bar.
     """
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
@@ -156,7 +156,7 @@ def _plot_panel(distribution: NextTokens, ax: Axes, count: int, *, color: str) -
     """Draw the likeliest tokens as bars, all others as one bar below them, and the cut."""
     in_top_p, vocabulary = distribution.in_top_p, len(distribution.ids)
 
-    # A bar for each token. The last, in two parts, is that of all others.
+    # A bar for each token. The last bar, in two parts, stands for all others.
     shares = distribution.probabilities[:count].tolist()
     for place, share in enumerate(shares):
         ax.barh(place, share, height=0.72, **({"color": color} if place < in_top_p else _EXCLUDED))

@@ -24,7 +24,7 @@ TITLES = {**SCORES, "perplexity": "perplexity"}
 
 
 def score_text(name: str, value: float) -> str:
-    """Format a score: three decimals, but four digits of a perplexity, which has no upper limit."""
+    """Format a score: three decimals; for a perplexity four digits, since it has no upper limit."""
     return f"{value:.4g}" if name == "perplexity" else f"{value:.3f}"
 
 
