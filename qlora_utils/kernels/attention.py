@@ -72,8 +72,8 @@ def varlen(
 def _varlen_attn() -> Any:
     """Return torch's FlashAttention over packs, with causal attention switched on.
 
-    The options differ between versions of torch: that for causal attention was renamed, and the one
-    for the scale was added later.
+    The options differ between versions of torch: the option for causal attention was renamed, and
+    the option for the scale was added later.
 
     Raises:
         ImportError: torch is older than 2.10.
@@ -166,7 +166,7 @@ def _attend(
         total, tokens = sum(lengths), query.shape[2]
         raise ValueError(f"lengths: they add up to {total}, and the pack holds {tokens} tokens")
 
-    # In grouped-query attention several query heads share one key head; the kernels want as many.
+    # In grouped-query attention query heads share key heads; the kernels want equal numbers.
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)

@@ -47,7 +47,7 @@ def fuse(tuned_model: PeftModel) -> int:
                 layer.__class__ = forms[type(layer)]
             groups.append(LayerGroup(members))
 
-    # The copies of A and B are refreshed once per pass through the model, not once per layer. Of an
+    # The copies of A and B are refreshed once per pass through the model, not once per layer. In an
     # encoder-decoder the encoder runs first.
     if groups:
         model: Any = tuned_model.get_base_model()
@@ -115,15 +115,15 @@ def _can_share(layers: Sequence[Any]) -> bool:
 class LayerGroup:
     """Hold layers that read the same input, with copies of their A and B as products take them.
 
-    transformers calls one layer after the other. The first call computes the outputs of all; the
-    calls of the others return what is pending for them.
+    transformers calls one layer after the other. The first call computes the outputs of all; later
+    calls return the pending outputs.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = list(layers)
         self.name = next(iter(layers[0].lora_A))
         self.scale: float = layers[0].scaling[self.name]
-        # The trained weights, A (rank, in) and B (out, rank), one of each per layer.
+        # The trained weights of each layer, A (rank, in) and B (out, rank).
         self.a: list[torch.Tensor] = [layer.lora_A[self.name].weight for layer in layers]
         self.b: list[torch.Tensor] = [layer.lora_B[self.name].weight for layer in layers]
         self.bases = [layer.base_layer for layer in layers]
@@ -331,8 +331,8 @@ def _products(
 class _AdaptedLinears(torch.autograd.Function):
     """Compute the layers of a group, with gradients for their input, A and B.
 
-    W is frozen: no gradient is computed for it. Of all intermediate results only the adapters'
-    input and its product with A are saved for the backward pass.
+    W is frozen: no gradient is computed for it. Only two intermediate results are saved for the
+    backward pass: the adapters' input, and its product with A.
 
     Inputs: `x` (tokens, in); `lora_x`, the same after dropout; whether they are the same; the
     group; all A, all B.

@@ -36,7 +36,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (tokens, hidden), in the precision of the products.
-        weight: (vocabulary, hidden), in any precision; of a frozen head no gradient is computed.
+        weight: (vocabulary, hidden), in any precision; a frozen head gets no gradient.
         targets: (tokens,) token ids.
 
     Returns:
@@ -141,8 +141,8 @@ def answer_states(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[torch.
 
     Args:
         model: with its head, without peft's wrapping.
-        batch: tensors from `packing`: `labels` (batch, seq), of an encoder-decoder (batch, answer),
-            and the model's inputs. Without `answer_positions` the labelled tokens are searched for,
+        batch: tensors from `packing`: `labels`, (batch, seq) or for an encoder-decoder (batch,
+            answer), and the model's inputs. Without `answer_positions` the labelled tokens are searched for,
             which makes the CPU wait for a GPU.
 
     Returns:
@@ -183,7 +183,7 @@ def decoder_inputs(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor
 def last_hidden_state(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """Return the last hidden state (batch, seq, hidden), which the head reads.
 
-    Of an encoder-decoder it is that of the decoder.
+    For an encoder-decoder it is the decoder's.
 
     Args:
         model: with its head, without peft's wrapping.
@@ -224,8 +224,8 @@ def use_chunked_loss(model: PreTrainedModel) -> bool:
     The loss is the mean over the labelled tokens or, with `answer_tokens=N`, their sum divided by
     N: all labelled tokens of the optimizer step. Without labels the model computes as before.
 
-    A model is left unchanged if its head is more than a matrix product (a bias, a cap on logits),
-    which is found out by a small forward pass.
+    A small forward pass finds out whether the head is more than a matrix product (a bias, a cap on
+    logits). Such a model is left unchanged.
 
     Returns:
         Whether the model could be changed.
