@@ -28,7 +28,7 @@ def main(options: argparse.Namespace) -> int:
     given = parse_parameters(options.parameters)
     if "dataset" in given:
         raise ConfigError("-p dataset: the dataset is named already, first of all; leave one of them away.")
-    # Rows are judged for a run: its model, its tokens at most, its number of held-out rows.
+    # Rows are judged for a run: for its model, its token limit and its number of held-out rows.
     config = RunConfig.from_preset(
         given.pop("preset", options.preset), **{"dataset": options.dataset, "output_dir": options.output_dir, **given}
     )

@@ -245,10 +245,10 @@ def merged_weights(tuned_model: PeftModel, dtype: torch.dtype, source: Source) -
         if ".lora_" in name or ".original_module." in name:
             continue
         layer_name, _, rest = name.rpartition(".base_layer.")
-        # Of a module that was trained in full, the trained copy is used.
+        # A module that was trained in full has a trained copy, which is used.
         if trained_copy in name:
             plain, value = name.replace(trained_copy, "."), parameter.detach
-        # Of a layer that peft wrapped, LoRA changes the weight and leaves the bias as it was.
+        # In a layer that peft wrapped, LoRA changes the weight and leaves the bias as it was.
         elif layer_name:
             plain = f"{layer_name}.{rest}"
             value = partial(source, plain, parameter)

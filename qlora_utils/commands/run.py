@@ -42,11 +42,12 @@ from qlora_utils.runs import locks
 from qlora_utils.runs.directory import HEADLESS, TERMINAL, RunDirectory, require_adapter
 from qlora_utils.runs.files import read_json, write_json
 
-# The name of the error of a training that was asked to stop and saved first: `loop.interruptions`.
+# The error that a training raises when it was stopped and has saved, see `loop.interruptions`.
 INTERRUPTED = "Interrupted"
 # The file that lists the executed notebooks, in the folder of their copies.
 DONE = "done.json"
-# What a notebook writes that later ones need. Every other one needs only the config.
+# Later notebooks need these outputs, so a notebook is done only while its output exists. All
+# other notebooks are done as long as the config exists.
 _OUTPUTS = {"01_data": "data/train.jsonl", "04_training": "adapter", "06_answers": "answers.jsonl"}
 
 
@@ -299,7 +300,7 @@ def check_inputs(run: RunDirectory, config: RunConfig, notebooks: Sequence[Path]
     """Check the inputs of the notebooks before a kernel is started or any file is replaced.
 
     Model and dataset are read as notebook 01 will read them, unless both are part of the project.
-    Of an existing run, the outputs of earlier notebooks are read.
+    In an existing run, the outputs of earlier notebooks are read, too.
 
     Raises:
         DataError: the dataset cannot be read, or none of its rows can be used.

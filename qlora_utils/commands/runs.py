@@ -29,22 +29,23 @@ _OURS = ("history.jsonl", "metrics.json", "adapter", "checkpoints", "data/train.
 
 @dataclass(frozen=True)
 class ListedRun:
-    """Hold what is known of a run; None where it has not got that far.
+    """Hold what is known of a run; None where the run has not got that far.
 
     Attributes:
         name: of the run directory.
-        state: `begun`, `prepared`, `training` (a process is at work), `stopped` (none is, and it
-            can be resumed), `trained`, `scored` or `damaged`.
+        state: `begun`, `prepared`, `training` (a process is at work), `stopped` (no process is,
+            and the training can be resumed), `trained`, `scored` or `damaged`.
         changed: when its last file was written, seconds since 1970.
         bytes: on disk, all files together.
         preset: of its config.
         model: of its config.
-        step: the last logged of a training at work; of a stopped one that of its checkpoint, or 0.
+        step: last logged step while a training is at work; for a stopped training the step of its
+            checkpoint; 0 without a logged step or checkpoint.
         steps: of the whole training; None for a run in epochs that has no checkpoint yet.
         held_out_loss: of the selected adapter, or else the last measured.
         exact_match: of base and tuned model.
-        questions: that exact match was measured on.
-        fault: of a damaged run, what is wrong with it.
+        questions: number of questions that exact match was measured on.
+        fault: what is wrong with a damaged run.
     """
 
     name: str
@@ -62,7 +63,7 @@ class ListedRun:
 
 
 def list_runs(folder: Path) -> list[ListedRun]:
-    """List the runs in a folder, the one changed last first. A damaged one does not stop that.
+    """List the runs in a folder, most recently changed first; a damaged run is listed, too.
 
     Raises:
         ConfigError: it is a file.
@@ -74,7 +75,7 @@ def list_runs(folder: Path) -> list[ListedRun]:
 
 
 def _run_directories(folder: Path) -> Iterator[Path]:
-    """Yield the folders that hold a run, and those that cannot be read: they might."""
+    """Yield the folders that hold a run, and unreadable folders, since they might hold a run."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():
@@ -94,9 +95,9 @@ def _holds_run(path: Path) -> bool:
 
 
 def inspect_run(path: Path) -> ListedRun:
-    """Inspect one run directory. Whatever is wrong with it is described in `fault`."""
+    """Inspect one run directory. If it is damaged, `fault` describes what is wrong."""
     changed, size = _measure_folder(path)
-    # Whatever lies in this folder, the other runs are to be listed: hence every kind of error.
+    # Catch every kind of error: an odd file in this folder must not hide the other runs.
     try:
         return ListedRun(path.name, changed=changed, bytes=size, **_read_state(RunDirectory(path)))
     except Exception as error:
@@ -134,8 +135,8 @@ def _read_state(run: RunDirectory) -> dict[str, Any]:
             fields |= {"state": "scored", "exact_match": scores, "questions": int(metrics["held_out"]["questions"])}
         return fields
 
-    # A training that has begun. A stopped one is resumed from its checkpoint, whatever was logged
-    # after that.
+    # A training that has begun. A stopped training resumes from its checkpoint, even if later steps
+    # were logged.
     at_work = is_at_work(run.path / ".training.lock")
     checkpoint = _read_last_checkpoint(run)
     if history or checkpoint or at_work:
@@ -186,10 +187,10 @@ def _measure_folder(path: Path) -> tuple[float, int]:
 
 
 def table(runs: Sequence[ListedRun]) -> DataFrame:
-    """Return one row per run, with what it does not have yet missing.
+    """Return one row per run; values that it does not have yet are missing.
 
-    Held-out loss in nats per token, exact match of base and tuned model and the number of questions
-    asked for it, the time of the last change, local, and the size in bytes. Names are cut, and
+    Columns hold held-out loss in nats per token, exact match of base and tuned model and the number
+    of its questions, the local time of the last change, and the size in bytes. Names are cut, and
     harmless on a terminal.
     """
     from pandas import DataFrame, Index, Timestamp
