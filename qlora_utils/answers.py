@@ -525,7 +525,7 @@ def _whiskers(values: Sequence[float], bounds: Sequence[Sequence[float]]) -> lis
 
 def plot_scores(metrics: Mapping[str, Any], ax: Axes) -> Figure:
     """Draw the scores of base and tuned model as bars with their 95 % intervals."""
-    # Scores that no question could be scored by are missing from the metrics.
+    # The metrics lack scores that apply to none of the questions.
     names = [name for name in SCORES if name in metrics["base"]]
     # Two bars for each score, side by side, each with its value above the interval.
     for offset, model, color in ((-0.2, "base", BASE), (0.2, "tuned", TUNED)):

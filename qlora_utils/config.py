@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qlora_utils.locate import is_path, locate, path_exists
 from qlora_utils.presets import PRESETS
 
-# Fields by what they decide. Those in none of these groups decide what a training learns.
+# Fields by what they decide. Fields in none of these groups decide what a training learns.
 # Once the rows are prepared, these can't be changed any more.
 DATA_FIELDS = ("model", "dataset", "train_rows", "held_out_rows", "max_seq_len", "seed")
 # These only change speed and memory.
@@ -25,12 +25,12 @@ ANSWER_FIELDS = ("score_rows", "max_new_tokens", "answer_batch_size")
 # These name a run and its place, or hold for one training only. Two runs that differ in them alone
 # are the same.
 PLACE_FIELDS = ("preset", "run_name", "output_dir", "fresh")
-# These change memory, or what a training displays and saves, and nothing of what it learns.
+# These change memory, or what a training displays and saves, but not what it learns.
 NEUTRAL_FIELDS = (*SPEED_FIELDS, *ANSWER_FIELDS, "gradient_checkpointing", "micro_batch_size", "micro_batch_tokens",
                 "logging_steps", "eval_steps", "save_steps", "save_total_limit", "trace_rows")  # fmt: skip
 # A finished training may get new values of these: it trains further, or selects another adapter.
 FINISHED_FIELDS = (*NEUTRAL_FIELDS, "steps", "epochs", "keep")
-# An unfinished one may also get new values of these, since they may save a training that diverges.
+# An unfinished training may also get new values of these, which may save it if it diverges.
 RESUME_FIELDS = (
     *FINISHED_FIELDS, "learning_rate", "head_learning_rate", "warmup_ratio", "max_grad_norm", "compute_dtype"
 )  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING
 
-# Reading and drawing a history are this notebook's front doors, wherever they lie.
+# Notebook 05 reads and draws a history by these names, wherever they are defined.
 from qlora_utils.runs.history import COLUMNS, History, column, plot_column
 from qlora_utils.runs.history import ends_above_lowest as ends_above_lowest
 from qlora_utils.runs.history import lowest as lowest

@@ -284,8 +284,8 @@ def _ignore_harmless_warnings(base_model: PreTrainedModel) -> Iterator[None]:
         # Transformers 5.23 renamed gradient checkpointing to activation checkpointing; peft and
         # earlier versions of transformers know the old name only.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-        # Transformers declares the head of every T5 tied to the embeddings, of which peft warns. Only
-        # the weights themselves show whether it is tied.
+        # Transformers declares the head of every T5 tied to the embeddings, and peft warns of that.
+        # Only the weights themselves show whether it is tied.
         if head is not None and head.weight is not embeddings.weight:
             warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*", category=UserWarning)
         yield

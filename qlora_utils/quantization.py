@@ -19,7 +19,7 @@ from qlora_utils.kernels.lora_layers import keep_expanded
 from qlora_utils.locate import first_line, locate, model_advice
 from qlora_utils.models import files as model_files
 from qlora_utils.models.resolution import Resolved, resolve_to_load
-from qlora_utils.models.resolution import resolve_auto as resolve_auto  # notebook 02 asks what is left open
+from qlora_utils.models.resolution import resolve_auto as resolve_auto  # notebook 02 calls it
 from qlora_utils.models.shapes import architecture_of
 from qlora_utils.runs.files import read_json
 from qlora_utils.style import BLUE, GRAY, ORANGE, SKY, YELLOW, unframed
@@ -87,7 +87,7 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     model, found = loaded
     model_files.refuse_incomplete(source, found)
 
-    # what the loader leaves otherwise than training needs it
+    # change what the loader leaves in a state that does not suit training
     for linear in parts_in_fp32(model):
         linear.float()
     for layer in model.modules():
@@ -99,15 +99,15 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
         keep_expanded(model)
     model.requires_grad_(False)
     # With a key-value cache transformers builds no block-diagonal mask, and packed conversations would see each other.
-    # Generation asks for its cache itself.
+    # Generation switches its cache on by itself.
     model.config.use_cache = False
-    # training and generation read from it what was resolved, and need not resolve it again
+    # training and generation read here what was resolved, and need not resolve it again
     model.resolved = resolved  # type: ignore[assignment]
     return model
 
 
 def parts_in_fp32(model: PreTrainedModel) -> list[nn.Linear]:
-    """List the layers that stay out of NF4 and in fp32, as the model's own class asks.
+    """List the layers that stay out of NF4 and in fp32, as the model's own class requires.
 
     In T5 that is `wo`, whose outputs grow large. Flan-T5 overflows in fp16 there; `hardware.precision` therefore never
     chooses fp16 for an encoder-decoder.

@@ -115,7 +115,7 @@ def table_text(table: DataFrame, *, digits: int = 2, formats: Mapping[str, Calla
     Args:
         table: its index becomes the first columns. Long texts in it are cut already.
         digits: decimals of numbers that are not whole.
-        formats: column -> how a value of it is formatted, where its type does not say it.
+        formats: column -> function that formats its values, where their type does not suffice.
     """
     import pandas
 
@@ -126,7 +126,7 @@ def table_text(table: DataFrame, *, digits: int = 2, formats: Mapping[str, Calla
         parts = title if isinstance(title, tuple) else (str(title),)
         write = (formats or {}).get(parts[0]) or _format_for(values, digits)
         cells = ["-" if missing else write(value) for value, missing in zip(values, values.isna(), strict=True)]
-        # pandas moves everything to the right. What fills its column with spaces of its own stays where it is.
+        # pandas aligns everything to the right. Cells padded to the width of their column stay as they are.
         *groups, name = [part for part in parts if part]
         width = max(map(len, [name, *cells]))
         side = ">" if pandas.api.types.is_numeric_dtype(values) else "<"
@@ -197,7 +197,7 @@ def as_svg(figure: Figure, name: str, *, title: str, description: str) -> str:
 
     Args:
         figure: to write; it may be used again.
-        name: begins every id in the element. No two elements of a page have the same.
+        name: begins every id in the element, so it must be unique on the page.
         title: of the picture, for those who don't see it.
         description: what one sees there.
     """
@@ -244,7 +244,7 @@ def _svg_source(figure: Figure, name: str) -> str:
 
 
 def _without_namespace(root: Element) -> Element:
-    """Take the namespaces away, which HTML neither needs nor knows, and the blanks between elements."""
+    """Remove the namespaces, which HTML does not know, and the blanks between elements."""
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
@@ -275,7 +275,7 @@ def _rewrite_attributes(element: Element, name: str, used: set[str]) -> None:
         elif key == "id":
             element.attrib[key] = f"{name}-{value}"
         elif key == "style":
-            # Sizes stay, so that texts keep to their places; the kind of letters is that of the page.
+            # Sizes stay, so that texts keep their places; the font is that of the page.
             plain = re.sub(r"font-family:[^;]*;? ?", "", value).replace("#000000", "currentColor")
             element.attrib[key] = re.sub(r"#([0-9a-f]{6})\b", r"var(--\1, #\1)", plain)
         else:

@@ -62,7 +62,7 @@ BEGUN = "begun_in"
 class TrainingSummary:
     """Summarize a training, as `metrics.json` stores it under `train`.
 
-    Of a resumed training all fields count the steps before it was resumed, too.
+    In a resumed training all fields also count the steps before it was resumed.
 
     Attributes:
         steps: number of optimizer steps.
@@ -270,7 +270,7 @@ def train(
         OutOfMemoryError: there is no memory even for one example at a time.
         DiskError: the disk has too little free space; files that were written before are whole.
         LockedError: another process trains in this run directory.
-        Interrupted: the training was asked to stop, and has saved.
+        Interrupted: the training was stopped, and has saved.
     """
     run.path.mkdir(parents=True, exist_ok=True)
     # If several processes train together, the first of them locks the run and cleans up.
@@ -327,11 +327,11 @@ def _check_startable(
         run: the run directory.
         last: newest whole checkpoint, None if there is none.
         done: summary of the finished training, None if there is none.
-        total: steps that this training asks for.
+        total: steps of the whole training, as configured.
         is_trained: whether the model in memory has been trained already.
 
     Raises:
-        ConfigError: more steps are done than asked for, or there is no checkpoint to resume from.
+        ConfigError: more steps are done than configured, or there is no checkpoint to resume from.
     """
     at = max(_step_or_zero(last), done.steps if done else 0)
     if at > total:
@@ -409,7 +409,7 @@ def _check_rows(prepared: Prepared, stored_digest: str, run: RunDirectory) -> No
     """Refuse to resume a training with other rows than those it was started with.
 
     Raises:
-        DataError: the rows are others.
+        DataError: the rows differ.
     """
     if stored_digest and stored_digest != prepared.digest:
         raise DataError(
@@ -460,7 +460,7 @@ def _train_from(
     if not trainer.is_world_process_zero():
         return summary
 
-    # Answers, comparison and merged model are those of the adapter before. The metrics come last:
+    # Answers, comparison and merged model belong to the previous adapter. The metrics come last:
     # they mark the training as finished.
     save_adapter(tuned_model, tokenizer, run.adapter)
     run.record(config)
@@ -517,7 +517,7 @@ def _run_trainer(trainer: StepTrainer, run: RunDirectory, last: Path | None) -> 
     """Run the Trainer from a checkpoint or, if `last` is None, from the beginning.
 
     Raises:
-        Interrupted: the training was asked to stop.
+        Interrupted: the training was stopped.
         OutOfMemoryError: memory ran out where no smaller pass helps, as in the optimizer's first
             step.
     """
@@ -694,7 +694,7 @@ def held_out_loss(
 ) -> tuple[float, int]:
     """Measure the held-out loss, as a training does every `eval_steps` steps.
 
-    The rows are those that choose the adapter.
+    The adapter is chosen by the same rows.
 
     Returns:
         The mean over their answer tokens in nats, and the number of these tokens.
@@ -746,7 +746,7 @@ def plot_tokens(
     ax.bar(left, before, width=0.4, color=BASE, label="before training")
     ax.bar(right, after, width=0.4, color=TUNED, label="after")
 
-    # Tokens are text of others: `in_figure` makes it harmless. A line break would break the label.
+    # Tokens are text from anywhere: `in_figure` makes it harmless. A line break would break the label.
     names = [in_figure(piece).replace("\n", "⏎") for piece in pieces]
     ax.set_xticks(places, names, rotation=60, ha="right", rotation_mode="anchor", fontsize="small")
     ax.set(ylabel="nats")
