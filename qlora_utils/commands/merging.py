@@ -361,8 +361,8 @@ def save(
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, config: RunConfig) -> None:
     """Write the tokenizer with the chat template of the training, and `generation_config.json`.
 
-    The template replaces that of the base model. The generation config asks for greedy answers,
-    which are those that were scored, and names the tokens that start, end and pad an answer.
+    The template replaces that of the base model. The generation config sets greedy answers, as
+    they were scored, and names the tokens that start, end and pad an answer.
     """
     from transformers import GenerationConfig
 

@@ -18,7 +18,7 @@ from qlora_utils.locate import project_folder
 from qlora_utils.runs.directory import RunDirectory, require_adapter
 
 # Content security policy of the page, which the browser enforces: nothing is fetched from other
-# hosts, although Voilà's template asks a content network for an icon font. Some browsers don't
+# hosts, although Voilà's template wants an icon font from a content network. Some browsers don't
 # count web sockets as 'self', so `ws:` is listed too.
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "

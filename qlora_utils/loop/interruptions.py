@@ -46,7 +46,7 @@ class DivergenceWatch:
     Attributes:
         skipped: number of skipped steps in the whole training.
         since_log: number of skipped steps since the last logged step.
-        in_a_row: number of skipped steps since the last good one.
+        in_a_row: number of skipped steps since the last good step.
     """
 
     def __init__(self) -> None:

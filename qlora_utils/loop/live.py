@@ -189,7 +189,7 @@ def samples_table(lines: Sequence[Mapping[str, Any]], most: int = 8) -> str:
         return ""
     question, expected = in_page(cut(asked[-1]["question"], 300)), in_page(cut(asked[-1]["expected"], 300))
 
-    # The first answer and the last ones tell the story; those between are counted.
+    # The first answer and the last answers tell the story; the others are only counted.
     rows = []
     for span, answer, right in sample_answers(lines):
         text = in_page(cut(answer, 300)) or "(nothing)"

@@ -33,7 +33,7 @@ from qlora_utils.models.shapes import HEAD
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.tokens.packing import LengthSampler
 
-# The schedule that lowers the rate when the held-out loss stops falling, by transformers' name.
+# transformers' name of the schedule that lowers the rate when the held-out loss stops falling.
 PLATEAU = "reduce_lr_on_plateau"
 
 
@@ -578,9 +578,9 @@ def _interval_arguments(config: RunConfig) -> dict[str, Any]:
 
 
 def _liger_arguments(config: RunConfig) -> dict[str, Any]:
-    """Return the arguments for Liger Kernel, of which all but the loss is used.
+    """Return the arguments for Liger Kernel: all of it is used but its loss.
 
-    The loss is that of `kernels.loss`: Liger's computes logits for tokens without a label too.
+    The loss is that of `kernels.loss`: Liger's loss computes logits for tokens without a label too.
     """
     without_loss = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     return {

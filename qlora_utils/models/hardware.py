@@ -87,11 +87,11 @@ def this_card() -> Card | None:
 def precision(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[str, str]:
     """Choose the dtype of matrix products; return its name and a reason.
 
-    bf16 where the GPU has it in silicon, fp16 on older ones such as the T4, fp32 on a CPU, where small models gain
+    bf16 where the GPU has it in silicon, fp16 on older GPUs such as the T4, fp32 on a CPU, where small models gain
     nothing from less. T5 and its kin were trained in bf16 and leave the range of fp16, so they get fp32 on a T4.
 
     Raises:
-        ConfigError: fp16 was asked for with an encoder-decoder.
+        ConfigError: fp16 is given for an encoder-decoder.
     """
     # refused even if it was given: the training would only fail later, with a loss of NaN
     if architecture == "encoder-decoder" and config.compute_dtype == "float16":

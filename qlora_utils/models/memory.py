@@ -159,10 +159,10 @@ def _step_workspace(config: RunConfig, trained: int) -> int:
 
 
 def answer_room(config: RunConfig) -> int | None:
-    """Return how many tokens' keys and values fit into this GPU now, beside the model and whatever else is there.
+    """Return how many tokens' keys and values fit into this GPU now, beside the model and all other tensors.
 
-    Only six tenths of what is free, since generation copies the cache as it grows. None without a GPU, or for a model
-    that cannot be planned.
+    Only six tenths of the free memory count, since generation copies the cache as it grows. Return None without a GPU,
+    or for a model that cannot be planned.
     """
     import torch
 

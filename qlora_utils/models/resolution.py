@@ -129,7 +129,7 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
 
 
 def _read_architecture(config: RunConfig) -> Architecture:
-    """Return the model's architecture, or causal for a model that cannot be read: loading it will say why."""
+    """Return the model's architecture, or causal for a model that cannot be read: loading it raises the reason."""
     try:
         return architecture_of(config.model)
     except ModelError:
@@ -224,7 +224,7 @@ def candidates(config: RunConfig, shape: Shape) -> Iterator[RunConfig]:
 
 
 def choose_fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
-    """Choose the fastest candidate that fits into memory; of equally fast ones the one that takes the least memory.
+    """Choose the fastest candidate that fits into memory; among equally fast candidates, that of least memory.
 
     Moments in 8 bits, which are rounded, are chosen only where those in 32 do not fit or cost time.
 
@@ -284,8 +284,8 @@ def plan_for(config: RunConfig, card: Card | None, shape: Shape) -> tuple[Resolv
 def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> DataFrame:
     """Choose for each card what a training leaves open, and return one row per card.
 
-    `verdict` is `fits`, or the error that says what does not fit and what to change; then the row has only `room (GiB)`
-    besides.
+    `verdict` is `fits`, or the error that says what does not fit and what to change; then only `room (GiB)` is
+    filled, too.
     """
     from pandas import DataFrame, Index
 
@@ -318,7 +318,7 @@ def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> DataFram
 
 
 def recorded_plan(config: RunConfig, gpu: Mapping[str, Any] | None, shape: Shape) -> MemoryPlan | None:
-    """Predict the memory of a stored run on the machine that its `config.json` names, whatever this machine is.
+    """Predict the memory of a stored run on the machine that its `config.json` names, not on this one.
 
     Args:
         config: as it was stored.
@@ -339,7 +339,7 @@ def recorded_plan(config: RunConfig, gpu: Mapping[str, Any] | None, shape: Shape
             return None
         nearest = min(similar, key=lambda card: abs(card.memory - gpu["memory_bytes"]))
         return plan_for(config, replace(nearest, name=str(gpu["name"]), memory=gpu["memory_bytes"]), shape)[1]
-    # not `resolve_auto`, which would ask this machine for a GPU
+    # not `resolve_auto`, which would look for a GPU in this machine
     resolved = {name: choose(config, None, shape.architecture)[0] for name, choose in _BY_HARDWARE.items()}
     return predict(shape, _resolve_on_cpu(config.model_copy(update=resolved)))
 

@@ -54,7 +54,7 @@ def render_page(facts: Facts) -> str:
     if not facts.run.comparison.is_file():
         del parts["beside"]
 
-    # Each part is rendered by itself, so that a damaged one cannot take the page with it.
+    # Each part is rendered by itself, so that a damaged part does not cost the whole page.
     macros = load_macros()
     rendered = []
     for key, (title, gather_values) in parts.items():

@@ -1,6 +1,6 @@
 """Gather the values of each part of a report from the facts of a run.
 
-Each function returns what the macro of its name in `report.html.j2` takes, as plain values, and raises where the run
+Each function returns plain values for the macro of its name in `report.html.j2`. It raises an error where the run
 directory holds something else than expected; `render.py` then puts a sentence in place of that part.
 """
 
@@ -64,7 +64,7 @@ def key_figures(facts: Facts) -> Values:
     def add(name: str, value: str, compared: str) -> None:
         figures.append({"name": name, "value": value, "compared": compared})
 
-    # Scores, where both models have been asked.
+    # Scores exist once both models have answered the held-out questions.
     if facts.scored:
         tuned, base = facts.metrics["tuned"], facts.metrics["base"]
         low, high = (score_text("exact_match", bound) for bound in tuned["intervals"]["exact_match"])
@@ -331,7 +331,7 @@ def training(facts: Facts) -> Values:
 
 
 def _sample(facts: Facts, most: int = 8) -> Values | None:
-    """Return the answers to the sample question during training, `most` of them; None if none was asked."""
+    """Return the answers to the sample question during training, `most` of them; None without a sample question."""
     asked = [line["sample"] for line in facts.history if line.get("sample")]
     if not asked:
         return None
@@ -436,7 +436,7 @@ def data(facts: Facts, most_reasons: int = 12) -> Values:
     if not data:
         raise AbsentError(facts.missing.get("data", "The data report is missing: notebook 01 writes it."))
 
-    # The commonest reasons come first: they are what a person would mend.
+    # The commonest reasons come first: a person would mend these.
     by_count = sorted(facts.reasons.items(), key=lambda reason: -reason[1])
     reasons = [(reason, f"{count:,}") for reason, count in by_count[:most_reasons]]
     more = len(by_count) - len(reasons)

@@ -287,7 +287,7 @@ def _training_caveats(facts: Facts) -> list[str]:
             f"{'was' if train['skipped_steps'] == 1 else 'were'} skipped: the training was near to diverging."
         )
 
-    # Training loss itself must fall; and the last adapter may have been asked for though it is not the best.
+    # Training loss itself must fall. With keep=last the saved adapter need not be the best.
     if values and max(smooth(values)[len(values) // 2 :], default=0.0) > 1.5 * values[0]:
         sentences.append("Training loss rose far above where it began: the learning rate is too high.")
     if config.get("keep") == "last" and best and ends_above_lowest(history):
@@ -297,7 +297,7 @@ def _training_caveats(facts: Facts) -> list[str]:
 
 def _describe_saved_adapter(train: Mapping[str, Any], best: int) -> str:
     """Describe which adapter was saved, compared with the step of the lowest held-out loss; empty if none was."""
-    # Earlier versions saved the last.
+    # Earlier versions saved the adapter of the last step.
     step = train.get("kept_step", train.get("steps"))
     if step == best:
         return "That step's adapter is kept. "

@@ -19,7 +19,7 @@ from typing import Any
 # Seconds by which two clocks may differ: when a process began is counted from the start of the
 # machine.
 TOLERANCE_S = 60.0
-# Errors of file systems without locks, as some network and FUSE mounts.
+# Errors of file systems without locks, such as some network and FUSE mounts.
 _NO_LOCKS = {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
 
