@@ -43,15 +43,15 @@ _MEASURED_ROWS = 1000
 
 @dataclass(frozen=True)
 class Answers:
-    """Hold what is known of the answers: four values of those to train on, two of those held out.
+    """Hold what is known of the answers to train on and, in the last two values, of those held out.
 
     Attributes:
         count: answers to train on.
         commonest: the commonest of them.
-        commonest_share: of the answers that are the same as the commonest, after normalising.
-        long_share: of all characters of answers, those in the longest tenth of the answers.
-        longest: held-out answer, in tokens.
-        cut_share: of the held-out answers, those that are longer than `max_new_tokens` with the
+        commonest_share: share of the answers that equal the commonest after normalising.
+        long_share: share of all characters that the longest tenth of the answers has.
+        longest: tokens of the longest held-out answer.
+        cut_share: share of the held-out answers that are longer than `max_new_tokens`, with the
             `</s>` that ends them.
     """
 
@@ -71,8 +71,8 @@ class Check:
         config: of the run that the dataset was checked for.
         architecture: of the run's base model.
         rows: of each part that were read (None: all).
-        row: the first usable row, as it was found.
-        first: the same row, as it was read.
+        row: the first usable row as it was found.
+        first: the same row as a conversation.
         report: from `data.prepare`.
         rejected: rows that cannot be used.
         examples: to train on: conversations or, for an encoder-decoder, answers.
