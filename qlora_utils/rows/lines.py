@@ -103,12 +103,15 @@ def read_lines(path: Path) -> Dataset:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    from datasets import Dataset, Features, Value
+    import pyarrow
+    from datasets import Dataset
 
-    # Offsets of 64 bits ("large"): all lines together may have more than 2 GiB.
     with path.open("rb") as file:
         lines = [line for line in file if line.endswith(b"\n")]
-    return Dataset.from_dict({"line": lines}, features=Features({"line": Value("large_binary")}))
+    # Offsets of 64 bits ("large"): all lines together may have more than 2 GiB.
+    table = pyarrow.table({"line": pyarrow.array(lines, pyarrow.large_binary())})
+    # With a fingerprint given, `datasets` doesn't hash all lines to make one.
+    return Dataset(table, fingerprint="lines")
 
 
 def format_line(row: Conversation | Rejected) -> bytes:

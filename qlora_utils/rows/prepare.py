@@ -578,6 +578,20 @@ def unfinished_entry(cache: Path) -> Iterator[Path]:
     cache.mkdir(parents=True, exist_ok=True)
     try:
         _remove_old(cache)
+        with _locked_folder(cache) as folder:
+            yield folder
+    except BaseException:
+        for parent in created:
+            # Another process may have written something into it.
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+@contextmanager
+def _locked_folder(cache: Path) -> Iterator[Path]:
+    """Create a folder for an unfinished entry, locked, and remove it when this context ends."""
+    while True:
         folder = Path(tempfile.mkdtemp(dir=cache, prefix=_UNFINISHED))
         try:
             with (folder / _LOCK).open("wb") as lock:
@@ -585,15 +599,12 @@ def unfinished_entry(cache: Path) -> Iterator[Path]:
                 # systems have no locks.
                 with suppress(OSError):
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                yield folder
+                # Before it was locked, another process may have taken the folder for abandoned.
+                if (folder / _LOCK).exists():
+                    yield folder
+                    return
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    except BaseException:
-        for parent in created:
-            # Another process may have written something into it.
-            with suppress(OSError):
-                parent.rmdir()
-        raise
 
 
 @contextmanager
@@ -623,8 +634,7 @@ def new_entry(cache: Path, key: str) -> Iterator[Path]:
 def _remove_old(cache: Path) -> None:
     """Remove unfinished entries that no process is writing, and the least recently used ones."""
     for folder in cache.glob(f"{_UNFINISHED}*"):
-        if not _is_being_written(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove_if_abandoned(folder)
 
     # Another process may remove an entry meanwhile.
     entries = []
@@ -639,16 +649,17 @@ def _remove_old(cache: Path) -> None:
             shutil.rmtree(path.rename(cache / f"{_UNFINISHED}{path.name}"), ignore_errors=True)
 
 
-def _is_being_written(folder: Path) -> bool:
-    """Return True if a process is writing this entry: it holds the lock, or is about to take it."""
+def _remove_if_abandoned(folder: Path) -> None:
+    """Remove an unfinished entry unless a process is writing it, and so holds its lock."""
     try:
         with (folder / _LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
+            # Still locked, so that a process that has just created the folder sees that it is gone.
+            shutil.rmtree(folder, ignore_errors=True)
     except BlockingIOError:
-        return True
-    # There is no lock yet, or the entry was just renamed: only a new folder is being written.
+        return
+    # There is no lock yet, or the file system has none: a new folder is being written.
     except OSError:
         with suppress(OSError):
-            return time.time() - folder.stat().st_mtime < 60
-        return False
+            if time.time() - folder.stat().st_mtime >= 60:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,3 +270,19 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     os.utime(lost, (time.time() - 100,) * 2)
     write(tmp_path, "d", "1")
     assert not lost.exists()
+
+
+def test_a_folder_taken_for_abandoned_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    flock, removed = prepare.fcntl.flock, []
+
+    def remove_first(file, operation):
+        if not removed:
+            removed.append(Path(file.name).parent)
+            shutil.rmtree(removed[0])
+        flock(file, operation)
+
+    monkeypatch.setattr(prepare.fcntl, "flock", remove_first)
+    write(tmp_path, "k", "1")
+    assert removed
+    assert [path.name for path in tmp_path.iterdir()] == ["k"]
+    assert (tmp_path / "k" / "content").read_text() == "1"
