@@ -10,7 +10,7 @@ from qlora_utils.config import RunConfig
 from qlora_utils.evaluation.scores import exact_match, rouge_l, token_f1
 from qlora_utils.loop.history import HistoryWriter
 from qlora_utils.rows.conversations import batches
-from qlora_utils.rows.prepare import arrow_features
+from qlora_utils.rows.judge import arrow_features
 from qlora_utils.rows.statistics import REPORTED, measure, report_of
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import write_json, write_jsonl

@@ -1,0 +1,380 @@
+"""Read rows as they are and judge them in parallel, with `datasets`.
+
+To judge a row is to decide whether it can be trained on, and to measure it for the report.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_utils.rows.conversations import Conversation, Rejected, UnusableRowError, batches, parse, usable
+from qlora_utils.rows.files import Row, Rows
+from qlora_utils.rows.lines import format_line
+from qlora_utils.rows.statistics import REPORTED, measure, question_keys
+from qlora_utils.runs.directory import HEADLESS, TERMINAL
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from datasets import Dataset, Features
+
+    from qlora_utils.tokens.formats import Format
+
+# For fewer rows, starting other processes takes longer than they save.
+FEW = 2000
+# Rows that a process judges at a time.
+BATCH = 1000
+# Seconds before a progress bar is displayed.
+PATIENCE = 3
+# Rows are read in one process before they are judged, so that more processes than this save little.
+MOST_PROCESSES = 8
+# An option of Linux's `prctl`: the signal that this process gets when its parent ends.
+_PR_SET_PDEATHSIG = 1
+
+
+class WorkerError(RuntimeError):
+    """Report a worker process that ended before its work was done; the message says what to do."""
+
+
+# --------------------------------------------------------------------------------------- read
+
+
+def read_raw(source: Mapping[str, Rows], temporary: Path) -> Dataset:
+    """Read all rows of a source into a dataset with one column, `row`.
+
+    Rows are pickled, because Arrow's own types would silently change odd values. The first one is
+    empty.
+
+    Args:
+        source: from `files.read_source`.
+        temporary: folder for the dataset's file.
+
+    Raises:
+        DataError: as raised by the source's readers.
+    """
+    from datasets import Dataset, Features, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    counts = [rows.count for rows in source.values()]
+    total = None
+    if None not in counts:
+        total = sum(count or 0 for count in counts)
+
+    def pickled() -> Iterator[dict[str, bytes]]:
+        # `from_generator` refuses a source without rows, and says less about it than
+        # `_explain_too_few`: hence a first row that is empty.
+        yield {"row": b""}
+        with _progress_bar("reading rows", total) as bar:
+            for part, rows in source.items():
+                for row in rows:
+                    yield {"row": _pickle(part, row)}
+                    bar.update()
+
+    features = Features({"row": Value("binary")})
+    try:
+        return Dataset.from_generator(pickled, features=features, cache_dir=str(temporary), fingerprint="raw")
+    # Raise what a reader raised, which says more.
+    except DatasetGenerationError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+
+
+def _pickle(part: str, row: Row) -> bytes:
+    """Pickle a row; one that is nested too deeply for that becomes a row with an error."""
+    try:
+        return pickle.dumps((part, row.where, row.number, row.columns, row.error), pickle.HIGHEST_PROTOCOL)
+    except RecursionError:
+        reason = "JSON that cannot be read: nested too deeply"
+        return pickle.dumps((part, row.where, row.number, None, reason), pickle.HIGHEST_PROTOCOL)
+
+
+# --------------------------------------------------------------------------------------- judged
+
+
+def judge_all(raw: Dataset, form: Format, temporary: Path, processes: int | None) -> Dataset:
+    """Judge all rows, in several processes if there are many rows.
+
+    They are our own processes. Those of `map(num_proc=…)` do not end when their parent is killed,
+    and if one of them is killed, `map` waits for it forever.
+    """
+    from datasets import concatenate_datasets
+
+    if processes is None:
+        processes = min(available_cores(), MOST_PROCESSES) if len(raw) > FEW else 1
+    # A shard must have a row.
+    processes = min(processes, len(raw))
+
+    # The processes report progress by the size of a file: a byte for each row that is judged.
+    progress = temporary / "done"
+    progress.touch()
+    with _progress_bar("preparing rows", len(raw) - 1) as bar, _follow_size(progress, bar):
+        if processes == 1:
+            return _judge_shard(raw, form, temporary / "judged.arrow", progress)
+        shards = [raw.shard(processes, number, contiguous=True) for number in range(processes)]
+        return concatenate_datasets(_judge_in_processes(shards, form, temporary, progress))
+
+
+def _judge_shard(shard: Dataset, form: Format, path: Path, progress: Path) -> Dataset:
+    """Judge some of the rows in this process, and write the result to a file in Arrow's format."""
+    return shard.map(
+        partial(_judge, form=form, progress=progress),
+        batched=True,
+        batch_size=BATCH,
+        remove_columns=["row"],
+        features=arrow_features(),
+        cache_file_name=str(path),
+        new_fingerprint=path.stem,
+    )
+
+
+def _judge_in_processes(shards: list[Dataset], form: Format, temporary: Path, progress: Path) -> list[Dataset]:
+    """Judge each shard in a process of its own.
+
+    Raises:
+        WorkerError: a process ended early. An error that a process raised is raised as it is.
+    """
+    from datasets import Dataset
+
+    # A fork has the tokenizer and the rows already, and does not run the main script again.
+    context = multiprocessing.get_context("fork")
+    paths = [temporary / f"judged-{number}.arrow" for number in range(len(shards))]
+    workers = []
+    for shard, path in zip(shards, paths, strict=True):
+        arguments = (shard, form, path, progress, os.getpid())
+        workers.append(context.Process(target=_run_worker, args=arguments, daemon=True))
+
+    # Whatever happens here, an interrupt too, no worker remains.
+    try:
+        for worker in workers:
+            worker.start()
+        running = {worker.sentinel: (worker, path) for worker, path in zip(workers, paths, strict=True)}
+        while running:
+            for sentinel in multiprocessing.connection.wait([*running]):
+                _raise_worker_error(*running.pop(sentinel))  # type: ignore[arg-type]
+    finally:
+        for worker in workers:
+            if worker.pid is not None:
+                worker.kill()
+                worker.join()
+    return [Dataset.from_file(str(path)) for path in paths]
+
+
+def _run_worker(shard: Dataset, form: Format, path: Path, progress: Path, parent: int) -> None:
+    """Judge a shard in this process, which was forked for that and ends when its parent does."""
+    # An interrupt reaches all processes of a terminal; the parent decides what it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    # Let Linux kill this process when its parent is killed; other systems lack the call. The parent
+    # may have ended before the call.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    # Memory that the parent has filled stays shared as long as the garbage collector doesn't touch it.
+    gc.freeze()
+
+    # There is a process for each core already, and the tokenizer's threads do not survive a fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        _judge_shard(shard, form, path, progress)
+    except Exception as error:
+        path.with_suffix(".error").write_bytes(_pickle_error(error))
+        os._exit(1)
+
+
+def _pickle_error(error: Exception) -> bytes:
+    """Pickle an error, or its text if it cannot be pickled and restored."""
+    try:
+        pickled = pickle.dumps(error)
+        pickle.loads(pickled)
+        return pickled
+    except Exception:
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def _raise_worker_error(worker: BaseProcess, path: Path) -> None:
+    """Raise the error that ended a worker early, if there is one.
+
+    Args:
+        worker: that has ended.
+        path: file that it wrote; an error is beside it.
+    """
+    worker.join()
+    code = worker.exitcode or 0
+    if code == 0:
+        return
+    if path.with_suffix(".error").exists():
+        raise pickle.loads(path.with_suffix(".error").read_bytes())
+
+    # It left no error: it was killed, as Linux does when memory runs out, or it crashed.
+    how = f"was killed by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with status {code}"
+    raise WorkerError(
+        f"workers: process {worker.pid} {how} before its work was done. Where memory ran out, end other programs; then "
+        "run this again."
+    )
+
+
+def arrow_features() -> Features:
+    """Return the columns of judged rows with their types in Arrow."""
+    from datasets import Features, List, Value
+
+    columns = {"part": "string", "where": "string", "number": "int64", "line": "large_binary", "reason": "string",
+               "too_long": "bool", "questions": "binary", **REPORTED}  # fmt: skip
+    types = {name: List(Value("int32")) if kind == "list" else Value(kind) for name, kind in columns.items()}
+    return Features(types)
+
+
+def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) -> dict[str, list[Any]]:
+    """Judge pickled rows: find those that can be trained on, and the reason why others cannot.
+
+    A row can be trained on if it has a turn that is not blank, and an answer that begins within
+    `max_seq_len` tokens.
+
+    Args:
+        batch: a column `row`, as in `read_raw`.
+        form: of the run's model.
+        progress: file that grows by a byte for each row, so that the parent process sees progress.
+
+    Returns:
+        Columns with a value for each row, None where it does not apply:
+
+        - `part`, `where` and `number` of the row;
+        - `reason`, of a rejected row; `too_long`, True if `max_seq_len` is the reason;
+        - `line`, in JSON, of the conversation or of the rejected row;
+        - `questions`, the keys of a usable conversation;
+        - the columns of `statistics.measure`, of a row that could be read.
+    """
+    rows = [pickle.loads(row) for row in batch["row"] if row]
+    columns: dict[str, list[Any]] = {name: [None] * len(rows) for name in arrow_features()}
+    conversations, indices = _parse_rows(rows, columns)
+
+    # Measure in batches of limited size, since lists of token ids take much memory.
+    following = iter(indices)
+    for group in batches(conversations):
+        measured = measure(group, form)
+        for number, conversation in enumerate(group):
+            index = next(following)
+            for name in REPORTED:
+                columns[name][index] = measured[name][number]
+
+            # Without its blank turns, an answer may begin earlier.
+            answered = measured["answered"][number]
+            try:
+                filled = usable(conversation)
+                if len(filled.turns) < len(conversation.turns):
+                    (answered,) = form.count_tokens([filled]).answered
+            except UnusableRowError as error:
+                columns["reason"][index] = str(error)
+                continue
+
+            columns["too_long"][index] = not answered
+            if answered:
+                columns["line"][index] = format_line(filled)
+                columns["questions"][index] = question_keys(filled)
+            else:
+                columns["reason"][index] = f"no answer begins within max_seq_len={form.config.max_seq_len} tokens"
+
+    # A rejected row has a line too: its place and the reason, for the run's `data/rejected.jsonl`.
+    for index, reason in enumerate(columns["reason"]):
+        if reason is not None:
+            rejected = Rejected(columns["where"][index], columns["number"][index], reason)
+            columns["line"][index] = format_line(rejected)
+            columns["too_long"][index] = bool(columns["too_long"][index])
+    with progress.open("ab") as file:
+        file.write(bytes(len(rows)))
+    return columns
+
+
+def _parse_rows(rows: list[Any], columns: dict[str, list[Any]]) -> tuple[list[Conversation], list[int]]:
+    """Parse rows, and set the columns `part`, `where`, `number` and, of invalid rows, `reason`.
+
+    Returns:
+        The conversations, and the index of the row of each.
+    """
+    conversations, indices = [], []
+    for index, (part, where, number, values, error) in enumerate(rows):
+        columns["part"][index], columns["where"][index], columns["number"][index] = part, where, number
+        try:
+            conversations.append(parse(Row(where, number, values, error)))
+            indices.append(index)
+        except UnusableRowError as refusal:
+            columns["reason"][index] = str(refusal)
+    return conversations, indices
+
+
+def available_cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --------------------------------------------------------------------------------------- progress
+
+
+@contextmanager
+def hide_datasets_bars() -> Iterator[None]:
+    """Hide the progress bars of `datasets`, which appear at once and for every small step."""
+    import datasets
+
+    are_enabled = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if are_enabled:
+            datasets.enable_progress_bars()
+
+
+def _progress_bar(task: str, total: int | None) -> Any:
+    """Return a progress bar, which is displayed only for a task that takes more than a few seconds.
+
+    Args:
+        task: its name, for the bar.
+        total: number of rows (None: unknown, and so is the time left).
+    """
+    from tqdm.auto import tqdm as notebook_tqdm
+    from tqdm.std import tqdm as text_tqdm
+
+    options: dict[str, Any] = {}
+    bar: Any = notebook_tqdm
+    if HEADLESS in os.environ:
+        # A terminal draws a bar over the last one, but a log lists them all: update it less often.
+        columns = os.environ.get(TERMINAL, "")
+        options = {"mininterval": 2.0 if columns else 30.0, "ncols": int(columns or 100)}
+        bar = text_tqdm
+    return bar(total=total, desc=task, unit="row", delay=PATIENCE, file=sys.stderr, leave=False, **options)
+
+
+@contextmanager
+def _follow_size(progress: Path, bar: Any) -> Iterator[None]:
+    """Update a bar with the size of a file, in bytes, while this context lasts."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        # After the end, update once more: the last rows may have been judged since.
+        is_last = False
+        while not is_last:
+            is_last = ended.wait(0.2)
+            bar.update(progress.stat().st_size - bar.n)
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
