@@ -16,7 +16,9 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 # For fewer rows, starting other processes takes longer than they save.
 FEW = 2000
+# Rows that are stored as one value, which takes less time than a value for each.
+LIST = 100
 # Rows that a process judges at a time.
 BATCH = 1000
 # Seconds before a progress bar is displayed.
@@ -52,11 +56,22 @@ class WorkerError(RuntimeError):
 # --------------------------------------------------------------------------------------- read
 
 
-def read_raw(source: Mapping[str, Rows], temporary: Path) -> Dataset:
-    """Read all rows of a source into a dataset with one column, `row`.
+@dataclass(frozen=True)
+class RawRows:
+    """Hold the rows of a source as they were read.
 
-    Rows are pickled, because Arrow's own types would silently change odd values. The first one is
-    empty.
+    Attributes:
+        dataset: of one column, `rows`: a list of rows, pickled, because Arrow's own types would
+            silently change odd values.
+        count: of all rows.
+    """
+
+    dataset: Dataset
+    count: int
+
+
+def read_raw(source: Mapping[str, Rows], temporary: Path) -> RawRows:
+    """Read all rows of a source.
 
     Args:
         source: from `files.read_source`.
@@ -72,40 +87,56 @@ def read_raw(source: Mapping[str, Rows], temporary: Path) -> Dataset:
     total = None
     if None not in counts:
         total = sum(count or 0 for count in counts)
+    count = 0
 
     def pickled() -> Iterator[dict[str, bytes]]:
+        nonlocal count
         # `from_generator` refuses a source without rows, and says less about it than
-        # `_explain_too_few`: hence a first row that is empty.
-        yield {"row": b""}
+        # `_explain_too_few`: hence a first list that is empty.
+        yield {"rows": pickle.dumps([])}
         with _progress_bar("reading rows", total) as bar:
             for part, rows in source.items():
-                for row in rows:
-                    yield {"row": _pickle(part, row)}
-                    bar.update()
+                remaining = iter(rows)
+                while some := list(islice(remaining, LIST)):
+                    yield {"rows": _pickle(part, some)}
+                    bar.update(len(some))
+                    count += len(some)
 
-    features = Features({"row": Value("binary")})
     try:
-        return Dataset.from_generator(pickled, features=features, cache_dir=str(temporary), fingerprint="raw")
+        dataset = Dataset.from_generator(
+            pickled,
+            features=Features({"rows": Value("large_binary")}),
+            cache_dir=str(temporary),
+            fingerprint="raw",
+            writer_batch_size=BATCH // LIST,
+        )
     # Raise what a reader raised, which says more.
     except DatasetGenerationError as error:
         if error.__cause__ is None:
             raise
         raise error.__cause__ from None
+    return RawRows(dataset, count)
 
 
-def _pickle(part: str, row: Row) -> bytes:
-    """Pickle a row; one that is nested too deeply for that becomes a row with an error."""
+def _pickle(part: str, rows: list[Row]) -> bytes:
+    """Pickle rows; one that is nested too deeply for that becomes a row with an error."""
+    values = [(part, row.where, row.number, row.columns, row.error) for row in rows]
     try:
-        return pickle.dumps((part, row.where, row.number, row.columns, row.error), pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(values, pickle.HIGHEST_PROTOCOL)
     except RecursionError:
         reason = "JSON that cannot be read: nested too deeply"
-        return pickle.dumps((part, row.where, row.number, None, reason), pickle.HIGHEST_PROTOCOL)
+        replaced = (part, rows[0].where, rows[0].number, None, reason)
+    if len(rows) == 1:
+        return pickle.dumps([replaced], pickle.HIGHEST_PROTOCOL)
+    # Find the row by pickling each by itself.
+    pickled = [_pickle(part, [row]) for row in rows]
+    return pickle.dumps([pickle.loads(one)[0] for one in pickled], pickle.HIGHEST_PROTOCOL)
 
 
 # --------------------------------------------------------------------------------------- judged
 
 
-def judge_all(raw: Dataset, form: Format, temporary: Path, processes: int | None) -> Dataset:
+def judge_all(raw: RawRows, form: Format, temporary: Path, processes: int | None) -> Dataset:
     """Judge all rows, in several processes if there are many rows.
 
     They are our own processes. Those of `map(num_proc=…)` do not end when their parent is killed,
@@ -114,18 +145,19 @@ def judge_all(raw: Dataset, form: Format, temporary: Path, processes: int | None
     from datasets import concatenate_datasets
 
     if processes is None:
-        processes = min(available_cores(), MOST_PROCESSES) if len(raw) > FEW else 1
-    # A shard must have a row.
-    processes = min(processes, len(raw))
+        processes = min(available_cores(), MOST_PROCESSES) if raw.count > FEW else 1
+    # A shard must have a list of rows.
+    processes = min(processes, len(raw.dataset))
 
     # The processes report progress by the size of a file: a byte for each row that is judged.
     progress = temporary / "done"
     progress.touch()
-    with _progress_bar("preparing rows", len(raw) - 1) as bar, _follow_size(progress, bar):
+    with _progress_bar("preparing rows", raw.count) as bar:
         if processes == 1:
-            return _judge_shard(raw, form, temporary / "judged.arrow", progress)
-        shards = [raw.shard(processes, number, contiguous=True) for number in range(processes)]
-        return concatenate_datasets(_judge_in_processes(shards, form, temporary, progress))
+            with _follow_size(progress, bar):
+                return _judge_shard(raw.dataset, form, temporary / "judged.arrow", progress)
+        shards = [raw.dataset.shard(processes, number, contiguous=True) for number in range(processes)]
+        return concatenate_datasets(_judge_in_processes(shards, form, temporary, progress, bar))
 
 
 def _judge_shard(shard: Dataset, form: Format, path: Path, progress: Path) -> Dataset:
@@ -133,16 +165,18 @@ def _judge_shard(shard: Dataset, form: Format, path: Path, progress: Path) -> Da
     return shard.map(
         partial(_judge, form=form, progress=progress),
         batched=True,
-        batch_size=BATCH,
-        remove_columns=["row"],
+        batch_size=BATCH // LIST,
+        remove_columns=["rows"],
         features=arrow_features(),
         cache_file_name=str(path),
         new_fingerprint=path.stem,
     )
 
 
-def _judge_in_processes(shards: list[Dataset], form: Format, temporary: Path, progress: Path) -> list[Dataset]:
-    """Judge each shard in a process of its own.
+def _judge_in_processes(
+    shards: list[Dataset], form: Format, temporary: Path, progress: Path, bar: Any
+) -> list[Dataset]:
+    """Judge each shard in a process of its own, while a bar follows the progress of all.
 
     Raises:
         WorkerError: a process ended early. An error that a process raised is raised as it is.
@@ -162,9 +196,11 @@ def _judge_in_processes(shards: list[Dataset], form: Format, temporary: Path, pr
         for worker in workers:
             worker.start()
         running = {worker.sentinel: (worker, path) for worker, path in zip(workers, paths, strict=True)}
-        while running:
-            for sentinel in multiprocessing.connection.wait([*running]):
-                _raise_worker_error(*running.pop(sentinel))  # type: ignore[arg-type]
+        # Threads are started after the forks: a fork would inherit the locks that they hold.
+        with _follow_size(progress, bar):
+            while running:
+                for sentinel in multiprocessing.connection.wait([*running]):
+                    _raise_worker_error(*running.pop(sentinel))  # type: ignore[arg-type]
     finally:
         for worker in workers:
             if worker.pid is not None:
@@ -246,7 +282,7 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) ->
     `max_seq_len` tokens.
 
     Args:
-        batch: a column `row`, as in `read_raw`.
+        batch: a column `rows`, as in `RawRows`.
         form: of the run's model.
         progress: file that grows by a byte for each row, so that the parent process sees progress.
 
@@ -259,7 +295,7 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) ->
         - `questions`, the keys of a usable conversation;
         - the columns of `statistics.measure`, of a row that could be read.
     """
-    rows = [pickle.loads(row) for row in batch["row"] if row]
+    rows = list(chain.from_iterable(map(pickle.loads, batch["rows"])))
     columns: dict[str, list[Any]] = {name: [None] * len(rows) for name in arrow_features()}
     conversations, indices = _parse_rows(rows, columns)
 

@@ -52,6 +52,7 @@ def test_a_killed_worker_is_an_error(tmp_path, form, monkeypatch):
 
     monkeypatch.setattr(judge, "parse", die)
     monkeypatch.setattr(judge, "BATCH", 1)
+    monkeypatch.setattr(judge, "LIST", 1)
     with pytest.raises(WorkerError, match="killed by signal 9"):
         prepare.prepare_into(tmp_path, source, "here", form, 2)
     _, alive = psutil.wait_procs(psutil.Process().children(), timeout=5)

@@ -35,6 +35,7 @@ def form(config, tokenizer):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rows_of_several_files_are_put_in_place(tmp_path, form, monkeypatch, processes):
     monkeypatch.setattr(judge, "BATCH", 7)
+    monkeypatch.setattr(judge, "LIST", 3)
     for name in ("b", "a"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows_of(name, 20)))
     source = read_source(str(tmp_path))
