@@ -62,7 +62,7 @@ def prepare_into(
         table = judged.data.table
 
         # Report on all rows that could be parsed, usable or not: those with a number of turns.
-        report = report_of(table.filter(_has_value(table, "turns")).select([*REPORTED]), form)
+        report = report_of(table.select([*REPORTED]).filter(_has_value(table, "turns")), form)
         is_rejected = _has_value(table, "reason")
         sides, held_out_by = _split(table, ~is_rejected, form)
         train, held_out = sides["train"], sides["held_out"]
