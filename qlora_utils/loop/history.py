@@ -56,7 +56,7 @@ class HistoryWriter(TrainerCallback):
         self.began = self.began or time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Log the first and last step, whatever the intervals are, and stop the clock for pauses."""
+        """Log first and last step, evaluate at the last, whatever the intervals; pause the clock."""
         if state.global_step in (1, state.max_steps):
             control.should_log = True
         if state.global_step == state.max_steps:
@@ -106,7 +106,7 @@ class HistoryWriter(TrainerCallback):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _training_columns(self, logs: dict[str, Any], tokens: int) -> dict[str, Any]:
-        """Return the columns of a training step; the speed is that since the last such line.
+        """Return the columns of a training step; the speed is since the last logged step.
 
         Args:
             logs: the Trainer's own.

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-# After so many steps in a row without a finite loss and gradient a training gives up.
+# Steps in a row without a finite loss and gradient after which a training gives up.
 BAD_STEPS = 3
 
 

@@ -51,7 +51,7 @@ class Moment:
     reason: str = ""
 
     def latest(self, name: str) -> Any:
-        """Return the newest value of a column of `history.jsonl`, None if nothing has been measured yet."""
+        """Return the newest value of a column of `history.jsonl`, None if there is none or it was NaN."""
         for line in reversed(self.lines):
             if name in line:
                 return line[name]
@@ -226,7 +226,7 @@ def draw_curve(
     history = drawable(lines, most=100)
     if not any("loss" in line or "eval_loss" in line for line in history):
         return ""
-    # Callers pass a figure to use it again: making a new one takes matplotlib time.
+    # Callers pass a figure to use it again: matplotlib is slow to make a new one.
     if figure is None:
         figure = new_figure()
     figure.clear()
@@ -424,7 +424,7 @@ class Progress(TrainerCallback):
         self.step = state.global_step
         if control.should_evaluate:
             self.phase = "measuring"
-        # A log is spared this line, which would stay: the next line repeats it with what was measured.
+        # Not in a log, where lines stay: the next line repeats this one with what was measured.
         self._show(news=control.should_evaluate and not isinstance(self.view, LogView))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -580,7 +580,7 @@ def _interval_arguments(config: RunConfig) -> dict[str, Any]:
 def _liger_arguments(config: RunConfig) -> dict[str, Any]:
     """Return the arguments for Liger Kernel: all of it is used but its loss.
 
-    The loss is that of `kernels.loss`: Liger's loss computes logits for tokens without a label too.
+    `fused_layers` has its own (`kernels.loss`); Liger's computes logits of unlabelled tokens too.
     """
     without_loss = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     return {

@@ -180,7 +180,7 @@ def check_adapter(folder: Path) -> None:
     described = _read_object(folder / "adapter_config.json", "adapter", remedy)
     shapes = read_weight_shapes(folder / "adapter_model.safetensors", "adapter", remedy)
 
-    # a rank other than that of the weights means that files of two adapters were mixed; peft would list every weight
+    # a rank other than the weights' means that files of two adapters were mixed; peft's error lists every weight
     rank = described.get("r")
     if described.get("rank_pattern") or not isinstance(rank, int):
         return

@@ -93,7 +93,7 @@ def precision(config: RunConfig, card: Card | None, architecture: Architecture =
     Raises:
         ConfigError: fp16 is given for an encoder-decoder.
     """
-    # refused even if it was given: the training would only fail later, with a loss of NaN
+    # refused although it was given: training would only fail later, with a loss of NaN
     if architecture == "encoder-decoder" and config.compute_dtype == "float16":
         raise ConfigError(
             "compute_dtype: float16 does not hold what an encoder-decoder such as Flan-T5 computes, and its loss would "

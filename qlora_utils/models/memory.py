@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PARTS = ("weights", "quantization constants", "expanded weights", "head", "adapters", "gradients", "optimizer",
          "activations", "logits", "workspace")  # fmt: skip
-# What is frozen is blue, what training adds is orange, what a pass saves is gray; shades tell the parts apart.
+# Frozen layers are blue, head and what training adds orange, what a pass holds gray; shades tell parts apart.
 PART_COLORS = ("#08519c", "#6baed6", "#c6dbef", "#7f2704", "#d94801", "#fd8d3c", "#fdd0a2",
                "#8c8c8c", "#bdbdbd", "#e3e3e3")  # fmt: skip
 # Bytes of fp32 logits that exist at a time: `loss.CHUNK_BYTES["cuda"]`.
@@ -136,8 +136,9 @@ def _logit_bytes(shape: Shape, config: RunConfig, tokens: int, wide: int) -> int
     """Return the bytes of the loss: logits exist for one chunk of answer tokens at a time.
 
     A chunk has four tensors: the logits as they are computed; the logits in fp32; their softmax, which becomes the
-    gradient; and that gradient in the precision of products. The head, if it trains, has a copy in that precision. Four
-    hidden states are counted for each token: input and output of the last norm, those of answers, and their gradient.
+    gradient; and that gradient in the precision of products. The head, if it trains, has a copy in that precision. Each
+    token counts four hidden states: the last norm's input and output, the copy for answers, and its
+    gradient.
     """
     rows = min(tokens, CHUNK // (4 * shape.vocabulary))
     cast = wide if wide < 4 else 0
@@ -180,7 +181,7 @@ def answer_room(config: RunConfig) -> int | None:
 
 
 def explain_too_large(config: RunConfig, card: Card, smallest: int) -> str:
-    """Explain that even the smallest plan, in bytes, does not fit a card, and list what to change."""
+    """Explain that even a plan of `smallest` bytes does not fit a card, and list what to change."""
     return (
         f"{card.name} has room for {usable_memory(card) / GIB:.1f} GiB, and this takes {smallest / GIB:.1f} GiB at the "
         f"least. Take {_list_remedies(config)}. `qlora plan` shows each part."

@@ -264,7 +264,7 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
         2 * (shape.linear_parameters + shape.fp32_parameters) * forwards + 6 * shape.lora_parameters(config)
     )
     flops += tokens * 6 * shape.head_parameters
-    # bytes: to dequantize weights in each pass; for the optimizer, in one kernel for many weights or one for each
+    # bytes moved: by dequantizing in each pass; by an optimizer with one kernel for many tensors or one for each
     expanding = 0 if config.keep_expanded or not config.quantize else 2.5 * shape.linear_parameters * forwards * passes
     trained = shape.lora_parameters(config) + shape.head_parameters * config.train_head
     stepping = trained * (28 if config.optimizer == "adamw_torch_fused" else 150)
@@ -284,8 +284,8 @@ def plan_for(config: RunConfig, card: Card | None, shape: Shape) -> tuple[Resolv
 def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> DataFrame:
     """Choose for each card what a training leaves open, and return one row per card.
 
-    `verdict` is `fits`, or the error that says what does not fit and what to change; then only `room (GiB)` is
-    filled, too.
+    `verdict` is `fits`, or the error that says what does not fit and what to change, with
+    `room (GiB)` alone beside it.
     """
     from pandas import DataFrame, Index
 

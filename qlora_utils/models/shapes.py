@@ -94,7 +94,7 @@ class Shape(ABC):
 
     @abstractmethod
     def activations(self, config: RunConfig, wide: int) -> tuple[int, int]:
-        """Return bytes per token: what autograd saves in one layer, and how much stays until the backward pass.
+        """Return bytes per token of a layer: what autograd saves, and what stays (its input, if checkpointed).
 
         Args:
             config: the run, resolved.
@@ -181,7 +181,7 @@ class DecoderShape(Shape):
         adapters = sum(linears.count * _adapter_activations(linears, config, wide) for linears in self.adapted(config))
         layer += adapters // self.layers
         if not config.liger:
-            # the norms' input in fp32 and their output before the weight; the gate after SiLU
+            # two bytes more for each norm's input, in fp32; the gate after SiLU
             layer += 4 * self.hidden + wide * self.intermediate
         return layer, wide * self.hidden if config.gradient_checkpointing else layer
 
@@ -246,9 +246,9 @@ class T5Shape(Shape):
         masked = self.heads * config.max_seq_len * wide
         across_read = wide * 2 * inner + adapters("k", "v")  # for a token that is read
         across_written = masked + norm + wide * 2 * inner + 4 * self.heads + adapters("q", "o")
-        # gated: both projections, GELU's result and three steps; else two for ReLU. An adapted wo saves its input, too
+        # gated: both projections, three steps in GELU and its result; ReLU: two. An adapted wo saves its input, too
         steps = (6 if self.gated else 2) + ("wo" in adapted)
-        # the byte is dropout's mask
+        # + 1: dropout's mask
         forward = norm + (steps * wide + 1) * self.intermediate + adapters("wi", "wi_0", "wi_1", "wo")
         read = self.encoder_layers * (masked + attention + forward) + self.decoder_layers * across_read
         written = self.decoder_layers * (attention + across_written + forward)

@@ -78,7 +78,7 @@ def _fit(ax: Axes, *, titled: bool) -> None:
         for place in ("left", "center"):
             ax.set_title("", loc=place)
 
-    # Only names of rows are set by now; numbers on an axis come later, and are short anyway.
+    # Fixed ticks are names of rows; those of numbers are set later, and are short anyway.
     if isinstance(ax.yaxis.get_major_locator(), FixedLocator):
         labels = [_shorten(label.get_text()) for label in ax.get_yticklabels()]
         ax.set_yticks(ax.get_yticks(), labels)

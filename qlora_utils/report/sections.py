@@ -130,7 +130,7 @@ def scores(facts: Facts) -> Values:
         rows.append((title, _score(base, name), _score(tuned, name)))
     rows.append(("stops by itself", f"{base['stopped']:.3f}", f"{tuned['stopped']:.3f}"))
 
-    # Rows by which the adapter was chosen flatter its scores; earlier versions don't record whether they did.
+    # Rows that chose the adapter flatter its scores; earlier versions don't record whether these did.
     by_these = {True: ", though the adapter was chosen by them", False: " and the adapter was not chosen by"}
     verdict = ""
     if "paired" in metrics:

@@ -296,7 +296,7 @@ def _training_caveats(facts: Facts) -> list[str]:
 
 
 def _describe_saved_adapter(train: Mapping[str, Any], best: int) -> str:
-    """Describe which adapter was saved, compared with the step of the lowest held-out loss; empty if none was."""
+    """Say whether the adapter of the lowest held-out loss was saved, or a later one; empty if neither."""
     # Earlier versions saved the adapter of the last step.
     step = train.get("kept_step", train.get("steps"))
     if step == best:
@@ -369,7 +369,7 @@ def _data_caveats(facts: Facts) -> list[str]:
             "and the model cannot learn to write them."
         )
 
-    # Earlier versions stored no count of all rows read. Their sum is too small where train_rows left out training rows.
+    # Earlier versions stored no count of all rows read. The sum below is too small where train_rows left out rows.
     rejected = data.get("rejected", 0)
     whole = data.get("rows_read", data.get("train", 0) + data.get("held_out", 0) + rejected)
     if rejected > 0.1 * max(1, whole):

@@ -40,7 +40,7 @@ def differences(answer: str, expected: str) -> list[Piece]:
     if matcher.ratio() < ALIKE:
         return [("added", answer)]
 
-    # `done` words of the answer are in a piece; words that do not count go into the piece that follows them.
+    # `done`: words of the answer that are in pieces; those that do not count are `same`, or inside `added`.
     pieces: list[Piece] = []
     done = 0
     for tag, start, end, other_start, other_end in matcher.get_opcodes():
