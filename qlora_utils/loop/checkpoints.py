@@ -1,8 +1,8 @@
 """Write checkpoints whole or not at all, and check them before a training resumes (notebook 04).
 
 A checkpoint is a folder `checkpoint-STEP` with adapter, head, optimizer, schedule, random states
-and the trainer's state, its position in the data included. A single process writes it under another
-name and renames it. The file that is written last, `checkpoint.json`, lists all others with
+and the trainer's state, its position in the data included. A training in one process writes it
+under another name and renames it. The file that is written last, `checkpoint.json`, lists all others with
 their sizes. `trainer.StepTrainer._save_into` writes the files.
 """
 

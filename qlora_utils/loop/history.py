@@ -39,7 +39,7 @@ class HistoryWriter(TrainerCallback):
         self.writes = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Drop the lines of steps that a resumed training is about to repeat."""
+        """Drop the lines of steps that this training is about to take."""
         # Only the first of several processes writes.
         self.writes = getattr(state, "is_world_process_zero", True)
         if not self.writes:

@@ -424,7 +424,7 @@ class Progress(TrainerCallback):
         self.step = state.global_step
         if control.should_evaluate:
             self.phase = "measuring"
-        # Not in a log, where lines stay: the next line repeats this one with what was measured.
+        # A log keeps its lines, and its next one repeats this with what was measured: so it skips this one.
         self._show(news=control.should_evaluate and not isinstance(self.view, LogView))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -219,15 +219,16 @@ class StepTrainer(Trainer):
         finite = torch.isfinite(torch.as_tensor(norm))
         loss_finite = torch.isfinite(self.step_loss).to(finite.device)
 
-        # `bool` waits for the GPU: this is the only place in a step that does.
+        # `bool` waits for the GPU: fp16 aside, nothing else in a step does.
         is_good = loss_finite if searching else finite & loss_finite
         if bool(is_good):
             self.watch.count_good()
             return norm
 
-        # A finite loss was added to the Trainer's sum already; a skipped step must not count there.
+        # A scaler skips the step by itself.
         if scaler is None:
             model.zero_grad(set_to_none=True)
+        # The Trainer has already added the loss of the skipped step to its sum.
         if bool(loss_finite):
             self._tr_loss -= self.step_loss
         if self.watch.count_skipped():
@@ -393,7 +394,7 @@ class StepTrainer(Trainer):
     def checkpoint_record(self) -> dict[str, Any]:
         """Return the fields of a checkpoint that the Trainer does not save itself.
 
-        These are the config, the digest of the rows, and the sums since the last logged step.
+        These are config, rows' digest, last logged step, loss since then, and skipped steps.
         """
         return {
             "config": self.config.model_dump(),

@@ -88,7 +88,7 @@ def refuse_tokenizer(source: str, error: Exception) -> None:
     Raises:
         ModelError: `source` is a local folder.
     """
-    # `model_advice` covers tokenizers that come with code
+    # `locate.model_advice` covers tokenizers with code
     if Path(source).is_dir() and "trust_remote_code" not in str(error):
         raise ModelError(
             f"model: the tokenizer in {source} could not be loaded ({type(error).__name__}: {first_line(error)[:120]})."

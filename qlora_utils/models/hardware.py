@@ -112,7 +112,7 @@ def precision(config: RunConfig, card: Card | None, architecture: Architecture =
 
 
 def attention_kernel(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[str, str]:
-    """Choose the kernel for packs; return its name in `RunConfig.attention_kernel` and a reason."""
+    """Choose the attention kernel; return a value of `RunConfig.attention_kernel` and a reason."""
     if config.attention_kernel != "auto":
         return config.attention_kernel, "as given"
     if architecture == "encoder-decoder":

@@ -128,7 +128,7 @@ def _constant_bytes(shape: Shape, config: RunConfig) -> int:
 
 
 def _cast_bytes(shape: Shape, config: RunConfig, wide: int) -> int:
-    """Return the bytes that autograd saves of fp32 weights, cast to the precision of products."""
+    """Count the bytes of the copies of fp32 weights, in the precision of products, that autograd saves."""
     return 0 if config.gradient_checkpointing or wide == 4 else shape.fp32_parameters * wide
 
 

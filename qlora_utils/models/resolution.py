@@ -41,7 +41,7 @@ _BY_HARDWARE = {"compute_dtype": precision, "attention_kernel": attention_kernel
 class Resolved:
     """Hold a config with nothing left open, the config as it was `given`, and a reason for each value that was open.
 
-    It is made once, when the base model is loaded, and handed on with the model, as its attribute `resolved`.
+    One is made when the base model is loaded, and handed on with it, as its attribute `resolved`.
     """
 
     config: RunConfig
@@ -264,7 +264,7 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
         2 * (shape.linear_parameters + shape.fp32_parameters) * forwards + 6 * shape.lora_parameters(config)
     )
     flops += tokens * 6 * shape.head_parameters
-    # bytes moved: by dequantizing in each pass; by an optimizer with one kernel for many tensors or one for each
+    # bytes moved: by dequantizing in each pass; by the optimizer, fewer where one kernel takes many tensors
     expanding = 0 if config.keep_expanded or not config.quantize else 2.5 * shape.linear_parameters * forwards * passes
     trained = shape.lora_parameters(config) + shape.head_parameters * config.train_head
     stepping = trained * (28 if config.optimizer == "adamw_torch_fused" else 150)
@@ -284,8 +284,8 @@ def plan_for(config: RunConfig, card: Card | None, shape: Shape) -> tuple[Resolv
 def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> DataFrame:
     """Choose for each card what a training leaves open, and return one row per card.
 
-    `verdict` is `fits`, or the error that says what does not fit and what to change, with
-    `room (GiB)` alone beside it.
+    `verdict` is `fits`, or the error that says what does not fit and what to change: then only
+    `room (GiB)` is filled.
     """
     from pandas import DataFrame, Index
 

@@ -45,7 +45,7 @@ class Linears:
     inputs: int
     outputs: int
     count: int
-    # such layers stay out of NF4, since their outputs grow large
+    # layers that stay out of NF4, since their outputs grow large
     in_fp32: bool
 
     @property
@@ -94,7 +94,7 @@ class Shape(ABC):
 
     @abstractmethod
     def activations(self, config: RunConfig, wide: int) -> tuple[int, int]:
-        """Return bytes per token of a layer: what autograd saves, and what stays (its input, if checkpointed).
+        """Return a layer's bytes per token: what autograd saves, and what lasts until the backward pass.
 
         Args:
             config: the run, resolved.
@@ -238,7 +238,7 @@ class T5Shape(Shape):
         def adapters(*names: str) -> int:
             return sum(_adapter_activations(adapted[name], config, wide) for name in names if name in adapted)
 
-        # the norm's input, also in fp32; its result in fp32, and before and after its weight; dropout's mask
+        # the norm's input and result, both also in fp32; the result after its weight; dropout's mask
         norm = (3 * wide + 8 + 1) * self.hidden
         # q, k, v and the output of attention, and the softmax's sums. Where padding is masked, each layer makes a
         # tensor of bias and mask for every pair of tokens.

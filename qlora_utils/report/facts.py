@@ -142,7 +142,7 @@ def _count_reasons(run: RunDirectory) -> Counter[str]:
 
 
 def measured(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Return name and title of the scores that these answers have."""
+    """Return name and title of the scores that were measured."""
     return {name: title for name, title in TITLES.items() if name in metrics["base"]}
 
 
@@ -189,7 +189,7 @@ def improvement(line: AnswerLine) -> tuple[float, float]:
 def chosen(
     lines: Sequence[AnswerLine], count: int = SHOWN, seed: int = 0
 ) -> tuple[list[AnswerLine], list[AnswerLine], list[AnswerLine]]:
-    """Choose answers to display: the largest gains, the worst, and some drawn from all, these included.
+    """Choose answers to display: the largest gains, the worst, and some drawn at random from all.
 
     Args:
         lines: of `answers.jsonl`.

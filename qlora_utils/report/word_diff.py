@@ -40,7 +40,7 @@ def differences(answer: str, expected: str) -> list[Piece]:
     if matcher.ratio() < ALIKE:
         return [("added", answer)]
 
-    # `done`: words of the answer that are in pieces; those that do not count are `same`, or inside `added`.
+    # `done`: number of the answer's words in pieces; words that do not count are `same`, or inside `added`.
     pieces: list[Piece] = []
     done = 0
     for tag, start, end, other_start, other_end in matcher.get_opcodes():
