@@ -142,7 +142,9 @@ def test_notebook_04_shows_its_training_as_it_goes(page, address):
     page.add_init_script(
         """window.seen = []; setInterval(() => {
           const shown = [...document.querySelectorAll('.jp-OutputArea strong')].map(one => one.textContent)
-          const drawn = document.querySelectorAll('svg[aria-label^="Loss against step"] circle').length
+          const curve = [...document.querySelectorAll('.jp-OutputArea svg')].find(
+            one => one.textContent.includes('The training so far'))
+          const drawn = curve ? curve.querySelectorAll('use').length : 0
           const told = shown.find(text => /^(Training|Measuring|Done)/.test(text))
           if (told) window.seen.push([told, drawn])
         }, 100)"""
@@ -152,7 +154,8 @@ def test_notebook_04_shows_its_training_as_it_goes(page, address):
     assert len({told for told, _ in seen if told.startswith("Training, step")}) >= 3, "it did not move"
     assert len({drawn for _, drawn in seen}) >= 3, "the curve did not grow"
     assert seen[-1][0] == "Done, 24 steps"
-    view = notebook.locator(".jp-OutputArea-output", has=page.locator('svg[aria-label^="Loss against step"]')).first
+    curve = page.locator("svg", has_text="The training so far")
+    view = notebook.locator(".jp-OutputArea-output", has=curve).first
     text = view.inner_text()
     for word in ("held-out loss", "tokens/s", "at peak", "expected:", "not yet"):
         assert word in text

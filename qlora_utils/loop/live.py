@@ -29,7 +29,8 @@ from qlora_utils.style import as_svg, cut, in_page, on_terminal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHARE = 0.02  # largest share of the training's time that may be spent on showing it
+# Showing a training may take this share of its time, and these seconds, in which a short one is seen to move.
+SHARE, GRACE_S = 0.02, 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,7 +399,8 @@ class Progress(TrainerCallback):
         self.phase, self.reason = "training", ""
         self.step = self.steps = self.first_step = 0
         self.began = self.stepping = self.last = -math.inf
-        self.cost = 0.0
+        # Seconds: of showing it the last time, and of all times but the first, whose cost nobody knows.
+        self.cost = self.spent = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the view at the step where this training begins or resumes."""
@@ -463,15 +465,19 @@ class Progress(TrainerCallback):
         )  # fmt: skip
 
     def _show(self, *, news: bool = False) -> None:
-        """Update the view, unless that would take more than `SHARE` of the time."""
+        """Update the view, unless that would take more than `SHARE` of the time and `GRACE_S`."""
         if self.view is None:
             return
         began = self.now()
         rest = self.view.news_s if news else self.view.every_s
-        if began - self.last >= max(rest, self.cost / SHARE):
+        is_first = self.last == -math.inf
+        has_time = self.spent + self.cost <= GRACE_S + SHARE * (began - self.began)
+        if is_first or (has_time and began - self.last >= rest):
             self._on_view(self.view.show)
             self.last = self.now()
             self.cost = self.last - began
+            if not is_first:
+                self.spent += self.cost
 
     def _close(self, phase: str, reason: str = "") -> None:
         """Show the end once."""
