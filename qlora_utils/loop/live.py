@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Showing a training may take this share of its time, and these seconds, in which a short one is seen to move.
-SHARE, GRACE_S = 0.02, 0.6
+SHARE, GRACE_S = 0.01, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,15 +132,14 @@ def _format_gb(amount: int) -> str:
 # ---------------------------------------------------------------------------------------------------- as a page
 
 
-def as_page(moment: Moment, figure: Figure | None = None, name: str = "training") -> str:
+def as_page(moment: Moment, curve: str | None = None) -> str:
     """Format a moment as HTML: a headline, the numbers, the curve, and the answers to the sample question.
 
     Colours follow the page around it, light or dark. Dashes and marks repeat what a line's colour tells.
 
     Args:
         moment: of a training.
-        figure: to draw the curve on, cleared first; None makes a new figure.
-        name: of the curve, unique among the pictures of the page.
+        curve: from `draw_curve`; None draws it.
     """
     exact, speed = moment.latest("eval_exact_match"), moment.latest("tokens_per_s")
     measured = {
@@ -161,7 +160,8 @@ def as_page(moment: Moment, figure: Figure | None = None, name: str = "training"
             term = f'<dt style="{_PLAIN}font-size:.85em">{title}</dt>'
             facts += f'<div>{term}<dd style="{_PLAIN}">{in_page(value)}</dd></div>'
     bar = f'<progress style="width:100%" aria-label="steps done" max="{moment.steps}" value="{moment.step}"></progress>'
-    curve = draw_curve(moment.lines, moment.steps, figure, name)
+    if curve is None:
+        curve = draw_curve(moment.lines, moment.steps)
     return (
         f'<div style="max-width:42em;{_FONT}">'
         f'<p style="margin:0 0 .3em"><strong>{in_page(headline(moment))}</strong></p>{bar}'
@@ -303,13 +303,18 @@ class NotebookView:
         # The first drawing loads matplotlib and its fonts. Do it here: `Progress` would expect every drawing to be that
         # slow, and wait before the next.
         self.figure = new_figure()
+        self.curve, self.drawn_lines = "", 0
         draw_curve([{"step": 0, "loss": 1.0, "eval_exact_match": 0.0}], 1, self.figure, self.name)
 
     def show(self, moment: Moment) -> None:
         """Replace the page that is displayed."""
         from IPython.display import display
 
-        html = as_page(moment, self.figure, self.name)
+        # Draw only what is new: the numbers alone are displayed in no time.
+        if len(moment.lines) != self.drawn_lines:
+            self.curve = draw_curve(moment.lines, moment.steps, self.figure, self.name)
+            self.drawn_lines = len(moment.lines)
+        html = as_page(moment, self.curve)
         shown = {"text/html": html, "text/plain": on_terminal(as_line(moment))}
         if self.handle is None:
             self.handle = display(shown, raw=True, display_id=True)  # type: ignore[no-untyped-call]
