@@ -22,6 +22,20 @@ def test_squad_scores():
 
 
 @given(words, words)
+def test_token_f1_takes_each_word_as_often_as_both_texts_have_it(answer, expected):
+    """By hand: strike each common word once from either text, as SQuAD's own script does."""
+    given_words = scores.normalise_answer(answer).split()
+    left = scores.normalise_answer(expected).split()
+    total, common = len(given_words) + len(left), 0
+    for word in given_words:
+        if word in left:
+            left.remove(word)
+            common += 1
+    assert scores.token_f1(answer, expected) == pytest.approx(2 * common / total if total else 1)
+    assert scores.token_f1("cat cat", "cat cat sat sat") == pytest.approx(2 / 3)
+
+
+@given(words, words)
 def test_rouge_l_is_that_of_the_reference_implementation(answer, expected):
     reference = RougeScorer(["rougeL"]).score(expected, answer)["rougeL"].fmeasure
     if answer or expected:

@@ -43,6 +43,15 @@ def test_split_is_block_diagonal_attention():
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_that_scales_scores_by_another_factor_gets_that_factor(config):
+    """Gemma and Granite do; without one the factor is the root of the head size."""
+    layer = quantization.load(config).model.layers[0].self_attn
+    for scaling, factor in ((0.3, 0.3), (None, 16**-0.5)):
+        states = random_states()
+        got, _ = attention._attend(attention.split, layer, *states, None, scaling=scaling, lengths=LENGTHS)
+        torch.testing.assert_close(got, dense(*states, factor), rtol=1e-4, atol=1e-5)
+
+
 def has_varlen():
     """Whether this GPU and this torch have the kernel of `varlen`."""
     ampere = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
