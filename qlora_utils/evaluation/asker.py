@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from qlora_utils.config import RunConfig
-from qlora_utils.evaluation.generation import Sampling
+from qlora_utils.evaluation.generation import Sampling, decode_answer, decode_text
 from qlora_utils.evaluation.next_token import NextTokens, next_tokens
-from qlora_utils.rows.conversations import MARKS, Turn, restored
+from qlora_utils.rows.conversations import JOINER, MARKS, Turn, restored
 from qlora_utils.tokens.formats import format_of
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class Piece:
     ended: bool = False
 
 
-class _StepwiseGeneration(StoppingCriteria, TextStreamer):
+class _StepwiseGeneration(StoppingCriteria, BaseStreamer):
     """Run one `generate` in a thread of its own, a token at each `step`, and pause in between.
 
     `generate` calls a stopping criterion after each token. That call is where the thread waits for
@@ -51,8 +53,9 @@ class _StepwiseGeneration(StoppingCriteria, TextStreamer):
     def __init__(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, prompt: list[int], options: dict[str, Any]
     ) -> None:
-        TextStreamer.__init__(self, tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
         self.tokens, self.seconds, self.ended = 0, 0.0, False
+        self._stream = AnswerStream(tokenizer)
+        self._prompt_is_read = False
         self._new_texts: list[str] = []
         self._failure: BaseException | None = None
         self._stop = False
@@ -103,9 +106,15 @@ class _StepwiseGeneration(StoppingCriteria, TextStreamer):
         self.ended = True
         self._paused.release()
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Collect text that no later token will change."""
-        self._new_texts.append(text)
+    def put(self, value: torch.Tensor) -> None:
+        """Collect the text that a token makes final; `generate` hands over the prompt first."""
+        if self._prompt_is_read:
+            self._new_texts.extend(map(self._stream.add, value.flatten().tolist()))
+        self._prompt_is_read = True
+
+    def end(self) -> None:
+        """Collect the rest of the text."""
+        self._new_texts.append(self._stream.end())
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         """Pause after a token; then return True for every row if generation must stop here."""
@@ -137,7 +146,6 @@ def _answer_side_by_side(
     model.eval()
     options = {"generation_config": sampling.generation_config(model, tokenizer)}
     generations: dict[str, _StepwiseGeneration] = {}
-    trimmers = {name: MarginTrimmer() for name in sides}
     try:
         for name in sides:
             generations[name] = _StepwiseGeneration(model, tokenizer, prompt, options)
@@ -147,12 +155,85 @@ def _answer_side_by_side(
                 # All sides are one loaded model, so its state is switched for each token.
                 with sides[name]():
                     text = generation.step(stop=stop.is_set())
-                trimmed = trimmers[name].trim(restored(text, MARKS))
-                yield Piece(name, trimmed, generation.tokens, generation.seconds, generation.ended)
+                yield Piece(name, text, generation.tokens, generation.seconds, generation.ended)
     # Also if the reader stops early or generation fails: no thread outlives this function.
     finally:
         for generation in generations.values():
             generation.close()
+
+
+def _match_unfinished(mark: str) -> str:
+    """Return a pattern for the end of a text that may become a mark with invisible characters in it."""
+    beginnings = "|".join(re.escape(mark[1:end]) for end in range(1, len(mark)))
+    return f"{re.escape(mark[0])}(?:{JOINER}+(?:{beginnings}))?$"
+
+
+_UNFINISHED_MARK = re.compile("|".join(map(_match_unfinished, MARKS)))
+# The token of a single byte, as tokenizers with byte fallback spell it.
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+class AnswerStream:
+    """Decode the tokens of one answer as they arrive, into pieces that join to `decode_answer`.
+
+    A piece can't be taken back, so only text that no later token changes is returned. How a token
+    is spelled may depend on those before it (a decoder strips the first space of a text), so a few
+    earlier tokens are decoded together with the new ones.
+    """
+
+    # Tokens that are decoded again at each step: at most so many, and so many at least.
+    _LONGEST, _SHORTEST = 24, 8
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._trimmer = MarginTrimmer()
+        self._ids: list[int] = []
+        self._ended = False
+        # The tokens from `_first` to `_settled` are decoded at each step. `_decoded` is their text
+        # as far as it is final; its end `_pending` may still become a mark.
+        self._first = self._settled = 0
+        self._decoded = self._pending = ""
+        self._characters_returned = 0
+
+    def add(self, token: int) -> str:
+        """Return the text that became final with the next token."""
+        self._ids.append(token)
+        self._ended = self._ended or token == self._tokenizer.eos_token_id
+        # Bytes are decoded together, up to the next token of another kind: if one of them is wrong,
+        # all become replacement characters. Special tokens between them change nothing.
+        is_byte = _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token)))
+        if self._ended or is_byte or not decode_text([token], self._tokenizer):
+            return ""
+        self._settled = len(self._ids)
+        text = decode_text(self._ids[self._first : self._settled], self._tokenizer)
+
+        # The end of a text is a replacement character as long as bytes of its last letter are missing.
+        final = text.rstrip("\ufffd")
+        if not final.startswith(self._decoded):
+            return ""
+        self._pending += final[len(self._decoded) :]
+        self._decoded = final
+        if final == text and self._settled - self._first > self._LONGEST:
+            self._move_window()
+
+        # What may become a mark waits until it is one, or none.
+        unfinished = _UNFINISHED_MARK.search(self._pending)
+        end = unfinished.start() if unfinished else len(self._pending)
+        piece = self._trimmer.trim(restored(self._pending[:end], MARKS))
+        self._pending = self._pending[end:]
+        self._characters_returned += len(piece)
+        return piece
+
+    def end(self) -> str:
+        """Return the rest of the answer: the part of `decode_answer` that was not returned yet."""
+        return decode_answer(self._ids, self._tokenizer).text[self._characters_returned :]
+
+    def _move_window(self) -> None:
+        """Decode only the latest tokens from now on, if they alone are spelled as they are now."""
+        first = self._settled - self._SHORTEST
+        text = decode_text(self._ids[first : self._settled], self._tokenizer)
+        if text and self._decoded.endswith(text):
+            self._first, self._decoded = first, text
 
 
 class MarginTrimmer:

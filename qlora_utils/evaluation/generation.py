@@ -184,7 +184,7 @@ def answer_all(
                 continue
             by_length = by_length[size:]
             for index, row in zip(members, rows, strict=True):
-                answers[index] = _decode_answer(row, tokenizer)
+                answers[index] = decode_answer(row, tokenizer)
             if on_batch is not None:
                 on_batch(len(members))
     finally:
@@ -216,12 +216,18 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list
     return generated[:, answer_start:].tolist()
 
 
-def _decode_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+def decode_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     """Decode token ids up to the end token."""
     stopped = tokenizer.eos_token_id in ids
     if stopped:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
-    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    text = decode_text(ids, tokenizer).strip()
     # Marks in training rows were made harmless by another spelling. A model that learned them
     # writes that spelling; here it becomes the original spelling again.
     return Answer(restored(text, MARKS), stopped)
+
+
+def decode_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decode the token ids of an answer to the text that they spell, without special tokens."""
+    # Some tokenizers would take the space before a comma away, which code and tables need.
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

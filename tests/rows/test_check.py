@@ -212,7 +212,7 @@ def test_an_answer_is_too_long_where_a_model_that_gives_it_does_not_end_by_itsel
     rows = [{**row, "answer": answer} for row in PLAIN[1]]
     found = data.check(written(tmp_path, PLAIN[0], rows), config)
     generated = [*ids, tokenizer.eos_token_id][:limit]  # as `generate` gives it
-    assert found.answers.cut_share == (not generation._decode_answer(generated, tokenizer).stopped)
+    assert found.answers.cut_share == (not generation.decode_answer(generated, tokenizer).stopped)
     assert any(f"max_new_tokens={limit} tokens (the longest {len(ids) + 1})" in said for said in found.warnings) == (
         beyond < 0
     )
