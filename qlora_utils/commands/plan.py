@@ -43,11 +43,13 @@ def main(options: argparse.Namespace) -> int:
         cards = [card]
     else:
         cards = [hardware.find_card(options.gpu)] if options.gpu else list(hardware.CARDS.values())
+    trainable = memory.trainable_text(shape, config)
     if len(cards) > 1:
+        print(f"{config.preset}: {config.model}\n{trainable}\n")
         print_overview(resolution.overview(config, cards, shape))
         return 0
     resolved, predicted = resolution.plan_for(config, cards[0], shape)
-    print(f"{config.preset} on {cards[0].name}: {config.model}\n")
+    print(f"{config.preset} on {cards[0].name}: {config.model}\n{trainable}\n")
     print(resolved.text(), end="\n\n")
     print(table_text(memory.plan_table(predicted)))
     print(memory.fit_text(predicted, cards[0]))

@@ -266,6 +266,14 @@ def plan_table(plan: MemoryPlan) -> DataFrame:
     return DataFrame({unit: values}, index=Index(list(sizes), name="part"))
 
 
+def trainable_text(shape: Shape, config: RunConfig) -> str:
+    """Format how many parameters a run trains: those of its adapters, and those of the head."""
+    adapters, head = shape.lora_parameters(config), shape.head_parameters
+    if not config.train_head:
+        return f"trainable: {adapters:,} parameters of adapters; the head is frozen"
+    return f"trainable: {adapters + head:,} parameters, {adapters:,} of adapters and {head:,} of the head"
+
+
 def fit_text(plan: MemoryPlan, card: Card) -> str:
     """Format the memory that a card has for tensors, and whether the plan fits into it, as a sentence."""
     verdict = "fits" if plan.fits(card) else "DOES NOT FIT"

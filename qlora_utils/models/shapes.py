@@ -138,9 +138,11 @@ class Shape(ABC):
         return [linears for linears in self.linears if names == ["all-linear"] or linears.name in names]
 
     def lora_parameters(self, config: RunConfig) -> int:
-        """Count the weights of the LoRA matrices."""
-        widths = sum(linears.count * (linears.inputs + linears.outputs) for linears in self.adapted(config))
-        return config.lora_r * widths
+        """Count the weights of the adapters: the LoRA matrices, and with DoRA a magnitude for each output."""
+        adapted = self.adapted(config)
+        widths = sum(linears.count * (linears.inputs + linears.outputs) for linears in adapted)
+        magnitudes = sum(linears.count * linears.outputs for linears in adapted) if config.dora else 0
+        return config.lora_r * widths + magnitudes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,18 @@ def batch(prepared, tokenizer, config):
     return tensors(prepared.train[:4], tokenizer, config)
 
 
-def pair(config, **changes):
-    """The same adapter on the same base, as peft computes it and fused, with a B that is not zero."""
+def pair(config, *, biased=False, **changes):
+    """The same adapter on the same base, as peft computes it and fused, with a B that is not zero.
+
+    `biased`: every linear layer of the base has a bias, as some have in Qwen 2 and Phi.
+    """
     models = []
     for on in (False, True):
         chosen = changed(config, fused_layers=on, **changes)
-        model = lora.attach(quantization.load(chosen), chosen).train()
+        base = quantization.load(chosen)
+        if biased:
+            add_biases(base)
+        model = lora.attach(base, chosen).train()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -31,6 +37,14 @@ def pair(config, **changes):
                     parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
         models.append(model)
     return models
+
+
+def add_biases(model):
+    generator = torch.Generator().manual_seed(2)
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and "lm_head" not in name:
+            bias = torch.randn(layer.out_features, generator=generator).to(next(model.parameters()).device)
+            layer.bias = torch.nn.Parameter(bias, requires_grad=False)
 
 
 def loss_and_gradients(model, batch, seed=0):
@@ -55,6 +69,28 @@ def test_loss_and_every_gradient_are_those_of_peft(config, batch, variant):
     assert quick[1].keys() == plain[1].keys()
     for name, gradient in plain[1].items():
         assert float((quick[1][name] - gradient).norm() / gradient.norm()) < (0.1 if low else 1e-4), name
+
+
+@pytest.mark.parametrize("variant", [{}, {"keep_expanded": True}], ids=str)
+@BOTH
+def test_the_base_layers_bias_is_added_as_in_peft(config, batch, variant):
+    """In training, in evaluation, and by the base model alone: each is a path of its own."""
+    plain, quick = pair(config, biased=True, **variant)
+    (loss, gradients), (fused_loss, fused_gradients) = (loss_and_gradients(model, batch) for model in (plain, quick))
+    assert fused_loss == pytest.approx(loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+    inputs = {name: value for name, value in batch.items() if name != "answer_positions"}
+    with torch.no_grad():
+        tuned = [model.eval()(**on_its_device(model, inputs)).loss for model in (plain, quick)]
+        alone = []
+        for model in (plain, quick):
+            with lora.base_alone(model):
+                alone.append(model(**on_its_device(model, inputs)).loss)
+    assert float(tuned[1]) == pytest.approx(float(tuned[0]), rel=1e-5)
+    assert float(alone[1]) == pytest.approx(float(alone[0]), rel=1e-5)
+    assert float(alone[0]) != pytest.approx(float(tuned[0]), rel=1e-4)
 
 
 @BOTH

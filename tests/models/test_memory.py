@@ -10,7 +10,7 @@ from qlora_utils.config import RunConfig
 from qlora_utils.data import load_tokenizer
 from qlora_utils.models import shapes
 from qlora_utils.models.hardware import CARDS, GIB
-from qlora_utils.models.memory import predict
+from qlora_utils.models.memory import predict, trainable_text
 from qlora_utils.models.resolution import OPEN, plan_for, resolve_auto
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.tokens.formats import IGNORED, Encoded
@@ -30,7 +30,9 @@ def test_the_shape_of_llama_2_7b_gives_its_known_numbers():
     assert LLAMA_2_7B.head_parameters == 131_072_000
 
 
-def test_the_shape_of_a_model_is_read_from_its_config(config):
+@pytest.mark.parametrize("variant", [{}, {"dora": True}, {"lora_targets": "q_proj,down_proj"}], ids=str)
+def test_the_shape_of_a_model_is_read_from_its_config(config, variant):
+    config = changed(config, **variant)
     shape = shapes.read(config.model)
     model = quantization.load(config)
     parts = {part.part: part.parameters for part in quantization.memory_by_part(model)}
@@ -39,6 +41,8 @@ def test_the_shape_of_a_model_is_read_from_its_config(config):
     tuned_model = lora.attach(model, config)
     counted = sum(p.numel() for name, p in tuned_model.named_parameters() if "lora_" in name)
     assert shape.lora_parameters(config) == counted
+    trained = sum(p.numel() for p in tuned_model.parameters() if p.requires_grad)
+    assert f"trainable: {trained:,} parameters" in trainable_text(shape, config)
 
 
 def test_weights_and_constants_are_those_that_lie_in_memory(config):
