@@ -80,7 +80,12 @@ def test_set_up_cell_and_badges_name_this_repository_and_version():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what is stamped, with a citation and a solution, and the README naming the repository too."""
+    """A copy of what is stamped, with a citation and a solution, and the README naming the repository too.
+
+    Its path has spaces, as many a home folder's has.
+    """
+    tmp_path = tmp_path / "a path with spaces"
+    tmp_path.mkdir()
     for name in ("pyproject.toml", "README.md", "qlora_utils/__init__.py", ".ci/stamp.py", "Makefile"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
@@ -101,8 +106,23 @@ def contents(folder):
 
 
 def make_stamp(checkout, *words):
-    command = ["make", "-s", "stamp", f"PYTHON={sys.executable}", *words]
+    python = checkout.parent / "an environment's" / "python"
+    python.parent.mkdir(exist_ok=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    command = ["make", "-s", "stamp", f"PYTHON={python}", *words]
     return subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+
+
+def test_recipes_quote_what_may_be_a_path_with_a_space():
+    """What a person gives to make; the rest are names in the checkout, and relative."""
+    makefile = (ROOT / "Makefile").read_text()
+    given = re.compile(r"\$\((PYTHON|MODEL|DATA|TOKENIZER|RUN|REPO)\)")
+    recipes = [line for line in makefile.splitlines() if line.startswith("\t")]
+    assert sum(len(given.findall(line)) for line in recipes) >= 9
+    for line in recipes:
+        assert len(given.findall(line)) == len(re.findall(rf'"{given.pattern}"', line)), line
+    assert all(not value.startswith(("/", "~", "$(CURDIR)", "$(shell")) for value in re.findall(r":= *(.*)", makefile))
 
 
 def test_this_tree_is_stamped(checkout):

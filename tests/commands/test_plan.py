@@ -36,7 +36,7 @@ def test_on_the_command_line(capsys):
     assert "gradient_checkpointing=true" in capsys.readouterr().err
 
 
-# Counted by hand or published: Llama-2-7b has 32 layers of 4096 with a feed-forward of 11008, Flan-T5-Large as in its table.
+# Counted by hand: Llama-2-7b has 32 layers of 4,096 with a feed-forward of 11,008, and a vocabulary of 32,000.
 @pytest.mark.parametrize(
     ("arguments", "trained"),
     [
