@@ -40,16 +40,42 @@ def normalise_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split())
 
 
+# Punctuation that changes what a text means: plus; minus, which is no hyphen or dash; what stands
+# between two digits, other than the comma of thousands; the sharp of C# or F#.
+_SIGN = re.compile(
+    r"\+(?! +[^\W\d])|(?<=\w)\+|(?<![\w-])-(?=[\w.])|(?<=\d)-(?=\d)|(?<=\w)-$|(?<=\d) - (?=\d)"
+    r"|(?<=\d)[./:^*=<>](?=\d)|(?<=[^\W\d])#"
+)
+
+
+def _signed_form(text: str) -> str:
+    """Return the normal form with signs in it, each as a character that is no punctuation."""
+    stripped = text.strip().rstrip(".!?")
+    return normalise_answer(_SIGN.sub(lambda sign: chr(0xE000 + ord(sign[0].strip())), stripped))
+
+
 def exact_match(answer: str, expected: str) -> float:
-    """Return 1 if both texts have the same normal form, else 0."""
-    return float(normalise_answer(answer) == normalise_answer(expected))
+    """Return 1 if both texts have the same normal form, else 0.
+
+    Unlike SQuAD, for which `-5` is `5`, `C++` is `C` and `-` is `+`: if the normal form is empty, or
+    if signs differ, the texts differ.
+    """
+    form = normalise_answer(answer)
+    if form != normalise_answer(expected):
+        return 0.0
+    if not form:
+        return float(answer.strip().lower() == expected.strip().lower())
+    return float(_signed_form(answer).replace(" ", "") == _signed_form(expected).replace(" ", ""))
 
 
 def token_f1(answer: str, expected: str) -> float:
     """Return the harmonic mean of precision and recall over the words of both normal forms."""
     given, wanted = normalise_answer(answer).split(), normalise_answer(expected).split()
     if not given or not wanted:
-        return float(given == wanted)
+        return exact_match(answer, expected)
+    # The same words with other signs, such as `5` and `-5`, are not the same words.
+    if given == wanted and not exact_match(answer, expected):
+        given, wanted = _signed_form(answer).split(), _signed_form(expected).split()
     common = sum((Counter(given) & Counter(wanted)).values())
     return 2 * common / (len(given) + len(wanted))
 

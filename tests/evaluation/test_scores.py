@@ -21,6 +21,51 @@ def test_squad_scores():
     assert scores.token_f1("", "word") == 0
 
 
+DIFFERENT = [
+    ("-", "+"), ("", "A"), ("5", "-5"), ("C", "C++"), ("C#", "C"), ("C++", "C#"), ("A+", "A-"), ("A", "A-"),
+    ("Cl-", "Cl"),
+    ("+", ""), (".", ""), ("?", "!"), ("the", "a"), ("1.5", "15"), ("1/2", "12"), ("3-4", "34"), ("-40 °C", "40 °C"),
+    ("It is -5.", "It is 5."), ("+1", "-1"), ("<", ">"), ("*", "/"), ("2^3", "23"), ("F#", "F"), ("x = -y", "x = y"),
+    ("-.5", ".5"), ("(-3)", "(3)"), ("10:30", "1030"), ("n+1", "n1"),
+]  # fmt: skip
+SAME = [
+    ("-5", "-5."), ("C++", "c++."), ("A", "a"), ("the C++", "C++"), ("well-known", "wellknown"),
+    ("COVID-19", "covid19"),
+    ("- Paris", "Paris"), ("Paris - France", "Paris France"), ("a 5-year plan", "5year plan"), ("1,500", "1500"),
+    ("AT&T", "ATT"), ("*Paris*", "Paris"), ("**Paris**.", "paris"), ("$5", "5"), ("5%", "5"), ("U.S.", "us"),
+    ("5.", "5"),
+    ('"Paris"', "Paris"), ("pre- and postwar", "pre and post-war"), ("the Paris!", "Paris"), ("+ Paris", "Paris"),
+    ("", " "), ("+", " +\n"), ("--verbose", "verbose"), ("# Paris", "Paris"), ("C ++", "C++"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "expected"), DIFFERENT)
+def test_what_differs_in_signs_alone_or_has_no_words_is_no_exact_match(answer, expected):
+    for one, other in ((answer, expected), (expected, answer)):
+        assert scores.exact_match(one, other) == 0
+        assert scores.token_f1(one, other) < 1
+
+
+@pytest.mark.parametrize(("answer", "expected"), SAME)
+def test_case_punctuation_articles_and_hyphens_count_as_little_as_in_squad(answer, expected):
+    for one, other in ((answer, expected), (expected, answer)):
+        assert scores.exact_match(one, other) == scores.token_f1(one, other) == 1
+
+
+@given(
+    st.text(max_size=12), st.text(alphabet="+-#./5 aCthe\n", max_size=6), st.text(alphabet="+-#./5 aCthe\n", max_size=6)
+)
+def test_exact_match_is_that_of_squad_or_less(text, answer, expected):
+    assert scores.exact_match(text, text) == scores.token_f1(text, text) == 1
+    exact, squad = scores.exact_match(answer, expected), scores.normalise_answer
+    assert exact == scores.exact_match(expected, answer) <= (squad(answer) == squad(expected))
+    assert not exact or scores.token_f1(answer, expected) == 1
+    # Without signs it is SQuAD's, wherever any word is left.
+    without = answer.translate(dict.fromkeys(map(ord, "+-#./")))
+    if squad(without):
+        assert scores.exact_match(f"{without}.", f"The {without}") == (squad(without) == squad(f"The {without}"))
+
+
 @given(words, words)
 def test_token_f1_takes_each_word_as_often_as_both_texts_have_it(answer, expected):
     """By hand: strike each common word once from either text, as SQuAD's own script does."""
