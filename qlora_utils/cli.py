@@ -23,8 +23,8 @@ from qlora_utils.commands import (
     run,
     runs,
 )
-from qlora_utils.config import ConfigError
-from qlora_utils.style import on_terminal
+from qlora_utils.config import ConfigError, is_text
+from qlora_utils.style import cut, on_terminal
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,7 +37,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 success, 1 failure, 2 wrong usage."""
-    options = _parser().parse_args(arguments)
+    _write_any_text()
+    words = sys.argv[1:] if arguments is None else arguments
+    for word in words:
+        if not is_text(word):
+            print(f"qlora: '{cut(word, 80)}' is not UTF-8 text. {_ENCODING_ADVICE}", file=sys.stderr)
+            return 2
+    options = _parser().parse_args(words)
     # Progress bars of other libraries, here and in kernels, appear only after 3 seconds.
     os.environ.setdefault("TQDM_DELAY", "3")
     try:
@@ -54,6 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             return 128 + getattr(error, "number", signal.SIGINT)
         return 2 if isinstance(error, ConfigError) else 1
+
+
+# What to do about a word of the command line that isn't UTF-8, be it a question, a name or a path.
+_ENCODING_ADVICE = "Set the terminal to UTF-8 (export LANG=C.UTF-8) and type it again; rename a file of such a name."
+
+
+def _write_any_text() -> None:
+    r"""Let stdout spell out what its encoding lacks, as `\u2026`, instead of ending the command there."""
+    for stream in (sys.stdout, sys.stderr):
+        # A stream that a test or a notebook put there may know nothing of encodings.
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _one_line(error: BaseException) -> str:

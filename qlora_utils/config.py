@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qlora_utils.locate import is_path, locate, path_exists
+from qlora_utils.locate import OUTPUTS_OF_NOTEBOOKS, is_path, is_url, locate, outputs_of_notebooks, path_exists
 from qlora_utils.presets import PRESETS
 
 # Fields by what they decide. Fields in none of these groups decide what a training learns.
@@ -222,6 +222,22 @@ class RunConfig(BaseModel):
             raise ValueError("a hub token has no place in a parameter. Take it out, and log in with `hf auth login`")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        """Reject halves of characters: what is no UTF-8 on a command line arrives as such, and no file takes it."""
+        if isinstance(value, str) and not is_text(value):
+            raise ValueError("expected UTF-8 text")
+        return value
+
+    @field_validator("output_dir")
+    @classmethod
+    def _is_no_url(cls, value: str) -> str:
+        """Reject a URL, of which a folder `s3:` would be made."""
+        if is_url(value):
+            raise ValueError("a URL is no folder. Give one of this machine, and copy runs from there")
+        return value
+
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:
         """Reject a micro-batch size that doesn't divide the batch size."""
@@ -305,6 +321,8 @@ class RunConfig(BaseModel):
                     "own, give it another name."
                 )
         given = {name: namespace[name] for name in cls.model_fields if namespace.get(name) is not None}
+        if given.get("output_dir") == OUTPUTS_OF_NOTEBOOKS:
+            given["output_dir"] = outputs_of_notebooks()
         preset = given.pop("preset", None)
         if preset is not None:
             return cls.from_preset(preset, **given)
@@ -557,6 +575,11 @@ def _choices(name: str) -> tuple[str, ...]:
     return tuple(word for word in get_args(RunConfig.model_fields[name].annotation) if isinstance(word, str))
 
 
+def is_text(value: str) -> bool:
+    """Return False if a text holds halves of characters, which UTF-8 cannot write."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def check_source(name: str, source: str, suffixes: tuple[str, ...] = ()) -> None:
     """Check that a model or dataset is a local path, or has the form of a hub id.
 
@@ -570,6 +593,11 @@ def check_source(name: str, source: str, suffixes: tuple[str, ...] = ()) -> None
     """
     if path_exists(locate(source)):
         return
+    if is_url(source):
+        raise ConfigError(
+            f"{name}: {_short(source, plain=True)} is a URL, which is not fetched. Expected a local path, or a hub id "
+            "like owner/name. Download it, and give its path."
+        )
     if is_path(source, suffixes):
         raise ConfigError(
             f"{name}: {_short(source, plain=True)} does not exist. Expected a local path, or a hub id like owner/name."

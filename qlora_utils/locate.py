@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 # Open copies of gated weights, in the same files.
@@ -11,6 +12,10 @@ MIRRORS = {
 }
 # The prefix of a path inside the project's own data folder.
 EMBEDDED = "embedded:"
+# The folder of runs as the notebooks name it, which lie beside it.
+OUTPUTS_OF_NOTEBOOKS = "../outputs"
+# A URL, also one that was a `Path` in between, which makes one slash of two.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def project_folder(name: str) -> Path:
@@ -30,6 +35,31 @@ def project_folder(name: str) -> Path:
     raise FileNotFoundError(
         f"{name}: not found. Work in a clone of the repository, or install from one: pip install -e ."
     )
+
+
+def outputs_of_notebooks() -> str:
+    """Return the folder of runs that the notebooks mean by `../outputs`: `outputs` in the checkout.
+
+    A kernel need not work in the folder of its notebook: papermill's works where it was called.
+    """
+    working = Path.cwd()
+    for folder in (working, *working.parents):
+        if (folder / "qlora_utils" / "config.py").is_file() and (folder / "notebooks").is_dir():
+            checkout = folder
+            break
+    else:
+        try:
+            checkout = project_folder("notebooks").parent
+        # Notebooks that were copied elsewhere lie beside outputs of their own.
+        except FileNotFoundError:
+            return OUTPUTS_OF_NOTEBOOKS
+    folder = checkout / "outputs"
+    return OUTPUTS_OF_NOTEBOOKS if (working / OUTPUTS_OF_NOTEBOOKS).resolve() == folder.resolve() else str(folder)
+
+
+def is_url(text: str) -> bool:
+    """Return True if a text is a URL, as `s3://bucket` or `file:///home`, and no path."""
+    return _URL.match(text) is not None
 
 
 def locate(source: str) -> str:

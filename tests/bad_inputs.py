@@ -141,6 +141,16 @@ VALUES = [
     value(
         "output_dir", "/" + "x" * 300, r"output_dir: '/x+' can be no folder \(.*too long\)\. Give another", "very long"
     ),
+    value("output_dir", "s3://bucket/runs", r"output_dir: 's3://bucket/runs' is not allowed\. a URL is no folder"),
+    value("output_dir", "gs:/bucket", r"output_dir: 'gs:/bucket' is not allowed\. a URL is no folder"),
+    value("output_dir", "file:///tmp/runs", r"output_dir: 'file:///tmp/runs' is not allowed\. a URL is no folder"),
+    value(
+        "model", "https://huggingface.co/owner/name", r"model: https://.*name is a URL, which is not fetched.*owner/"
+    ),
+    value("model", "hf://owner/name", r"model: hf://owner/name is a URL, which is not fetched.*hub id like owner/name"),
+    value("dataset", "s3://bucket/rows.csv", r"dataset: s3://.*csv is a URL, which is not fetched.*Download it"),
+    value("run_name", "caf\udce9", r"'run_name=caf\\udce9' is not UTF-8 text\. Set the terminal to UTF-8", "Latin-1"),
+    value("dataset", "/tmp/caf\udce9.csv", r"'dataset=/tmp/caf\\udce9\.csv' is not UTF-8 text.*rename", "Latin-1"),
     value("learning_rte", "1e-4", r"learning_rte: no such parameter\. Did you mean learning_rate\?"),
     value("Steps", "5", r"Steps: no such parameter\. Did you mean steps\?"),
     value("zzz", "5", r"zzz: no such parameter\. `qlora presets --fields` lists them all"),
@@ -160,6 +170,8 @@ PARAMETERS = [
     parameter("lora_targets", ["q", "v"], r"lora_targets: \['q', 'v'\] is not allowed.*string"),
     parameter("run_name", 7, r"run_name: 7 is not allowed.*string"),
     parameter("output_dir", 7, r"output_dir: 7 is not allowed.*string"),
+    parameter("output_dir", "s3://bucket", r"output_dir: 's3://bucket' is not allowed\. a URL is no folder"),
+    parameter("dataset", "caf\ud800", r"dataset: 'caf\\ud800' is not allowed\. expected UTF-8 text", "half a letter"),
     parameter("preset", "lama2-7b", r"preset: 'lama2-7b' is not known; expected one of .*Did you mean llama2-7b\?"),
     parameter("preset", 7, r"preset: 7 is not known; expected one of pocket"),
     parameter("preset", ["pocket"], r"preset: \['pocket'\] is not known; expected one of pocket"),
@@ -265,6 +277,21 @@ COMMAND_LINE = [
     Case("several wrong fields", two_wrong, 2, r"lora_r: '0' is not allowed.*\n?.*steps: 'x' is|steps.*\n.*lora_r"),
     Case("-p without =", lambda p: run_pocket(p, "-p", "steps"), 2, r"-p steps: expected NAME=VALUE, as in"),
     Case("-p without name", lambda p: run_pocket(p, "-p", "=5"), 2, r"-p =5: expected NAME=VALUE, as in"),
+    *[
+        Case(f"{command} --output-dir s3://", lambda _, words=words: [*words, "--output-dir", "s3://bucket"], 2,
+             r"--output-dir: 's3://bucket' is a URL; expected a folder of this machine")
+        for command, *words in (
+            ("run", "run"), ("runs", "runs"), ("ask", "ask", "Why?", "--run", "a"), ("check", "check", "x")
+        )
+    ],
+    *[
+        said(*words, name=f"{words[0]} with a word that is no UTF-8")(rf"'{bad}' is not UTF-8 text\. Set the terminal")
+        for bad, words in (
+            (r"caf\\udce9\?", ("ask", "caf\udce9?", "--run", "demo")),
+            (r"r\\udcff", ("ask", "Why?", "--run", "r\udcff")),
+            (r"\\udce9", ("check", "\udce9")), (r"o\\udc80", ("report", "--run", "o\udc80")),
+        )
+    ],
     said("run", "--preset", "poket")(r"preset: 'poket' is not known; expected one of .*Did you mean pocket\?"),
     said("run", "--preset", "pocket", "--from", "08")(r"--from: '08' is no notebook; expected one of 01_data"),
     said("run", "--preset", "pocket", "--from", "trainig")(r"--from: 'trainig' is no notebook; expected one of 01"),

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from qlora_utils.locate import is_path, locate, model_advice
+import pytest
+from conftest import ROOT
+
+from qlora_utils import locate as place
+from qlora_utils.locate import is_path, is_url, locate, model_advice, outputs_of_notebooks
 
 
 @pytest.mark.parametrize(
@@ -28,3 +32,38 @@ def test_what_can_only_be_a_path():
 def test_embedded_sources_lie_in_the_project():
     assert locate("embedded:pocket/model").endswith("data/pocket/model")
     assert locate("owner/name") == "owner/name"
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/x", "gs://b", "file:///tmp", "https://a.b/c", "hf:/datasets/x", "az+x://y"]
+)
+def test_what_is_a_url(url):
+    assert is_url(url)
+
+
+@pytest.mark.parametrize(
+    "path", ["outputs", "/s3:/x", "./s3://x", "~/a:/b", "C:/runs", "embedded:pocket/model", "a:b/c", ""]
+)
+def test_what_is_none(path):
+    assert not is_url(path)
+
+
+@pytest.mark.parametrize("working", [".", "notebooks", "notebooks/solutions", "docs", ".."])
+def test_the_outputs_of_the_notebooks_are_those_of_the_checkout_wherever_a_kernel_works(working, monkeypatch):
+    """papermill starts kernels where it was called: at the root, or beside the clone."""
+    monkeypatch.chdir(ROOT / working)
+    assert Path(outputs_of_notebooks()).resolve() == ROOT / "outputs"
+    assert (outputs_of_notebooks() == "../outputs") == (working in ("notebooks", "docs"))
+
+
+def test_a_checkout_around_the_kernel_counts_before_that_of_the_package(tmp_path, monkeypatch):
+    for name in ("notebooks", "qlora_utils"):
+        (tmp_path / "other" / name).mkdir(parents=True)
+    (tmp_path / "other" / "qlora_utils" / "config.py").touch()
+    monkeypatch.chdir(tmp_path / "other")
+    assert outputs_of_notebooks() == str(tmp_path / "other" / "outputs")
+    monkeypatch.chdir(tmp_path)
+    assert outputs_of_notebooks() == str(ROOT / "outputs")
+    # Notebooks that were copied elsewhere, with the package installed, write beside themselves.
+    monkeypatch.setattr(place, "__file__", str(tmp_path / "site-packages" / "qlora_utils" / "locate.py"))
+    assert outputs_of_notebooks() == "../outputs"

@@ -86,6 +86,30 @@ def test_no_other_cell_assigns_a_name_that_is_a_parameter(path):
             assert not assigned_names(ast.parse(cell.source)) & set(RunConfig.model_fields)
 
 
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *(ROOT / "notebooks" / "solutions").glob("*.ipynb")],
+                         ids=lambda path: f"{path.parent.name}/{path.stem}")  # fmt: skip
+def test_a_notebook_can_be_run_twice_in_one_kernel(path, monkeypatch):
+    """Whatever its cells have assigned by then, its config cell takes for no parameter, and for no misspelled one."""
+    monkeypatch.chdir(ROOT / "notebooks")
+    parameters = {}
+    exec(parameters_cell(path).source, parameters)
+    given = {name: value for name, value in parameters.items() if name in RunConfig.model_fields}
+    trees = [ast.parse(cell.source) for cell in code_cells(path)]
+    left = {name: "left by the first run" for tree in trees for name in assigned_names(tree)}
+    left |= {"output_dir": "/no/such/folder", "run_name": "none"}
+    assert RunConfig.from_parameters({**left, **given}) == RunConfig.from_parameters(given)
+
+
+def test_a_notebook_that_papermill_runs_from_the_root_writes_into_the_clone(monkeypatch):
+    configs = []
+    for working in (ROOT, ROOT / "notebooks"):
+        monkeypatch.chdir(working)
+        configs.append(RunConfig.from_parameters({"preset": "pocket", "output_dir": "../outputs", "run_name": "none"}))
+        assert configs[-1].run_dir.resolve() == ROOT / "outputs" / "none"
+        own = RunConfig.from_parameters({"preset": "pocket", "output_dir": "mine", "run_name": "none"})
+        assert own.run_dir.resolve() == working / "mine" / "none"
+
+
 def test_the_set_up_cell_is_the_same_bytes_everywhere():
     cells = {code_cells(path)[0].source for path in NOTEBOOKS}
     assert len(cells) == 1

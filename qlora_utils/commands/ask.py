@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from qlora_utils.commands.options import run_options, run_path
@@ -34,7 +35,11 @@ def main(options: argparse.Namespace) -> int:
 
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
     models = ["base" if options.base else "tuned"]
-    for piece in playground.load(run).ask(question, models=models, sampling=sampling):
+    asker = playground.load(run)
+    # To stderr: what stands on stdout is the answer alone.
+    if warning := asker.too_long(question):
+        print(f"the question takes {warning}", file=sys.stderr)
+    for piece in asker.ask(question, models=models, sampling=sampling):
         print(on_terminal(piece.text), end="", flush=True)
     print()
     return 0

@@ -1,4 +1,4 @@
-"""Provide a kernel client that polls for messages, so that it never waits forever for one.
+"""Provide kernels of this very Python, and a client that polls, so that it never waits forever.
 
 pyzmq's asyncio sockets sometimes miss the arrival of a message (seen with pyzmq 27.3 on two busy
 cores: the reply lay ready in the socket for twenty minutes), and nbclient waits without limit.
@@ -11,8 +11,10 @@ from contextlib import suppress
 from queue import Empty
 from typing import Any
 
+from jupyter_client import AsyncKernelManager
 from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.channels import AsyncZMQSocketChannel
+from jupyter_client.kernelspec import KernelSpec
 from traitlets import Type
 
 # Seconds between two checks of a socket.
@@ -47,3 +49,20 @@ class PollingClient(AsyncKernelClient):
     iopub_channel_class = Type(PollingChannel)  # type: ignore[assignment]
     stdin_channel_class = Type(PollingChannel)  # type: ignore[assignment]
     control_channel_class = Type(PollingChannel)  # type: ignore[assignment]
+
+
+class EnvironmentKernelManager(AsyncKernelManager):
+    """Start kernels with the Python that runs this, whatever kernel the name `python3` belongs to.
+
+    A person may have installed the kernel of another environment under that name, which then hides
+    the one of this environment, and lacks the packages of this one.
+    """
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """Return how to start a kernel with this Python."""
+        from ipykernel.kernelspec import get_kernel_dict
+
+        if self._kernel_spec is None:
+            self._kernel_spec = KernelSpec(**get_kernel_dict())
+        return self._kernel_spec

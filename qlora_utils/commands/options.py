@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_utils.config import ConfigError
+from qlora_utils.locate import is_url
 
 
 def common_options() -> argparse.ArgumentParser:
@@ -19,8 +20,21 @@ def common_options() -> argparse.ArgumentParser:
 def output_dir_options() -> argparse.ArgumentParser:
     """Make the parent parser of commands that look for runs: `--output-dir`."""
     parent = common_options()
-    parent.add_argument("--output-dir", default="outputs", help="folder of run directories (default: outputs)")
+    parent.add_argument(
+        "--output-dir", type=_folder, default="outputs", help="folder of run directories (default: outputs)"
+    )
     return parent
+
+
+def _folder(named: str) -> str:
+    """Return the folder that `--output-dir` names.
+
+    Raises:
+        ArgumentTypeError: it is a URL.
+    """
+    if is_url(named):
+        raise argparse.ArgumentTypeError(f"{named[:80]!r} is a URL; expected a folder of this machine")
+    return named
 
 
 def run_options() -> argparse.ArgumentParser:

@@ -357,8 +357,8 @@ def _execute_notebook(path: Path, run: RunDirectory, config: RunConfig, paramete
 
     def execute() -> None:
         papermill.execute_notebook(
-            str(path),
-            str(copy),
+            _escape_braces(path),
+            _escape_braces(copy),
             parameters=dict(parameters),
             cwd=str(path.parent),
             kernel_name="python3",
@@ -393,6 +393,11 @@ def _execute_notebook(path: Path, run: RunDirectory, config: RunConfig, paramete
         ) from None
     if failure is not None:
         raise failure
+
+
+def _escape_braces(path: Path) -> str:
+    """Return a path for papermill, which puts parameters in the place of `{run_name}` and the like."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _describe_saved(path: Path, run: RunDirectory, failure: BaseException | None) -> str:

@@ -12,14 +12,19 @@ from typing import Any, TextIO
 
 
 def kernel_config() -> Any:
-    """Return the configuration of kernels: encrypted transport and a client that polls.
+    """Return the configuration of kernels: this Python, encrypted transport, a client that polls.
 
-    jupyter_client 7 knows neither setting and ignores both.
+    jupyter_client 7 knows neither of the last two and ignores both.
     """
     from traitlets.config import Config
 
-    client = "qlora_utils.commands.jupyter_client.PollingClient"
-    return Config({"KernelManager": {"transport_encryption": "auto", "client_class": client}})
+    place = "qlora_utils.commands.jupyter_client"
+    return Config(
+        {
+            "NotebookClient": {"kernel_manager_class": f"{place}.EnvironmentKernelManager"},
+            "KernelManager": {"transport_encryption": "auto", "client_class": f"{place}.PollingClient"},
+        }
+    )
 
 
 class LineCloser:

@@ -369,7 +369,14 @@ class Asker:
         return turns
 
     def too_long(self, question: str, system: str = "") -> str:
-        """Return a warning if the question alone exceeds `max_seq_len`, else an empty text."""
-        tokens = len(format_of(self.tokenizer, self.config).whole_prompt([], question, system))
-        limit = self.config.max_seq_len
-        return f"{tokens:,} tokens, and the run was trained on {limit:,} at most" if tokens > limit else ""
+        """Return a warning if the question alone exceeds `max_seq_len`, else an empty text.
+
+        It says how many tokens are cut: an encoder's prompt is cut at its start, others are not.
+        """
+        form = format_of(self.tokenizer, self.config)
+        tokens, limit = len(form.whole_prompt([], question, system)), self.config.max_seq_len
+        if tokens <= limit:
+            return ""
+        cut = tokens - len(form.prompt([], question, system))
+        what_is_read = f"its first {cut:,} are cut" if cut else "nothing is cut"
+        return f"{tokens:,} tokens, and the run was trained on {limit:,} at most; {what_is_read}"

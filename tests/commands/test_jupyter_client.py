@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 from queue import Empty
 
 import pytest
 import zmq
 import zmq.asyncio
 from jupyter_client.channels import AsyncZMQSocketChannel
+from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.session import Session
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
@@ -70,6 +73,21 @@ def test_a_limit_is_kept(monkeypatch, timeout):
     monkeypatch.setattr(kernels, "POLL_S", 0.3)
     with pytest.raises(Empty):
         received(kernels.PollingChannel, timeout=timeout, send=False)
+
+
+def test_kernels_are_of_this_python_whatever_another_environment_installed(tmp_path, monkeypatch):
+    """`ipykernel install --user` of another Python leaves a kernel `python3` that Jupyter prefers."""
+    spec = tmp_path / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    argv = ["/no/such/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python", "env": {"X": "1"}}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    assert KernelSpecManager().get_kernel_spec("python3").argv == argv
+    notebook = new_notebook(cells=[new_code_cell("import sys, os; print(sys.executable, os.environ.get('X'))")])
+    client = NotebookClient(notebook, config=stopping.kernel_config(), kernel_name="python3")
+    with client.setup_kernel():
+        client.execute_cell(notebook.cells[0], 0)
+    assert notebook.cells[0].outputs[0].text == f"{sys.executable} None\n"
 
 
 def test_the_series_waits_with_such_a_client(tmp_path):
