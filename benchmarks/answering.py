@@ -1,7 +1,7 @@
-"""Measure how much faster batches of questions are answered than one question at a time.
+r"""Measure how much faster batches of questions are answered than one question at a time.
 
-    python benchmarks/answering.py --model meta-llama/Llama-2-7b-hf --dataset
-    mlabonne/guanaco-llama2-1k
+    python benchmarks/answering.py --model meta-llama/Llama-2-7b-hf \
+        --dataset mlabonne/guanaco-llama2-1k --results benchmarks/results/answering.json
 
 Batches hold questions of similar length; both ways use a KV cache. One at a time is measured on a
 part of the questions, spread over all lengths, and extrapolated.
@@ -10,13 +10,13 @@ part of the questions, spread over all lengths, and extrapolated.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import measure
+from stored import store
 
 # Imported before torch: it sets how long torch's threads spin while they wait.
 import qlora_utils  # noqa: F401
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--max-new-tokens", type=int, default=64, help="the longest answer (default: 64)")
     options.add_argument("--batch-size", type=int, help="questions at a time (default: the preset's)")
     options.add_argument("--preset", default="llama2-7b")
-    options.add_argument("--out", default="outputs/benchmark", help="folder to write into")
+    options.add_argument("--results", type=Path, default=Path("outputs/benchmark/answering.json"), help="file to write")
     given = options.parse_args(arguments)
     config = RunConfig.from_preset(given.preset, model=given.model, dataset=given.dataset, held_out_rows=1)
     tokenizer = data.load_tokenizer(config)
@@ -71,12 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = {
         "questions": len(questions), "max_new_tokens": given.max_new_tokens, "batch_size": size,
         "together_s": round(together, 2), "alone_s": round(alone, 2), "alone_measured_on": len(some),
-        "times_as_fast": round(alone / together, 2), "versions": measure.versions(),
+        "times_as_fast": round(alone / together, 2),
     }  # fmt: skip
-    out = Path(given.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "answering.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    print(result)
+    store(given.results, {given.preset: result}, [result], packages=measure.versions())
     return 0
 
 

@@ -1,12 +1,13 @@
 """Compare ways to fine-tune with QLoRA on one machine: the same rows, LoRA and effective batch.
 
-On a GPU:  python benchmarks/compare.py --model meta-llama/Llama-2-7b-hf --dataset
-mlabonne/guanaco-llama2-1k On a CPU:  python benchmarks/compare.py --pocket meta-llama/Llama-2-7b-hf
---dataset mlabonne/guanaco-llama2-1k
+On a GPU:
+    python benchmarks/compare.py --model meta-llama/Llama-2-7b-hf --dataset mlabonne/guanaco-llama2-1k
+On a CPU:
+    python benchmarks/compare.py --pocket meta-llama/Llama-2-7b-hf --dataset mlabonne/guanaco-llama2-1k
 
 Contenders run one after another, each in its own process. If one is not installed or fails, the
-others run all the same, and the table names the reason. OUT holds table.md, figure.png,
-results.json, and each contender's output.
+others run all the same, and the table names the reason. OUT holds table.md, figure.png, each
+contender's output, and results.json, unless `--results` names another file for that.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,29 @@ from typing import Any
 import measure
 import pocket_llama
 import table
+from stored import store
 
+KEYS = ("tokens_per_s", "samples_per_s", "matrix_share", "held_out_loss", "steps", "timed_steps", "tokens_per_step")
 HERE = Path(__file__).resolve().parent
-SCRIPTS = {"ours": "ours.py", "tutorial": "tutorial.py", "trl": "trl_sft.py", "unsloth": "unsloth_sft.py"}
-# Unsloth's kernels need a GPU.
-CPU_CONTENDERS = ("ours", "tutorial", "trl")
+SCRIPTS = {
+    "ours": "ours.py",
+    "recomputing": "ours.py",
+    "tutorial": "tutorial.py",
+    "trl": "trl_sft.py",
+    "trl-flex": "trl_sft.py",
+    "trl-fp32": "trl_sft.py",
+    "unsloth": "unsloth_sft.py",
+}
+# The same scripts with other settings, so that each difference can be seen by itself: ours in about the memory that the
+# others take, TRL with an attention that skips masked blocks, and TRL in the precision of the others on a CPU.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "recomputing": {"ours": {"gradient_checkpointing": "true", "keep_expanded": "false", "run_name": "recomputing"}},
+    "trl-flex": {"attention": "flex_attention"},
+    "trl-fp32": {"precision": "float32"},
+}
+GPU_CONTENDERS = ("ours", "recomputing", "tutorial", "trl", "trl-flex", "unsloth")
+# Unsloth's kernels need a GPU, and so does flex attention.
+CPU_CONTENDERS = ("ours", "tutorial", "trl", "trl-fp32")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add("-p", "--parameter", nargs="+", default=[], metavar="NAME=VALUE", help="of RunConfig, for our own contender")
     add("--time-limit", type=float, help="seconds for one contender, loading included; then it counts as failed")
     add("--out", default="outputs/benchmark", help="folder to write into (default: outputs/benchmark)")
+    add("--results", type=Path, help="file for the result (default: OUT/results.json)")
     return options
 
 
@@ -126,6 +146,19 @@ def prepare(settings: measure.Settings) -> measure.Settings:
     return settings if settings.steps else replace(settings, steps=max(1, len(prepared.train) // settings.batch_size))
 
 
+def settings_file(name: str, settings: measure.Settings) -> Path:
+    """Return the file with a contender's settings; a variant's file is written."""
+    common = Path(settings.out) / "settings.json"
+    if name not in VARIANTS:
+        return common
+    changes = dict(VARIANTS[name])
+    if "ours" in changes:
+        changes["ours"] = {**settings.ours, **changes["ours"]}
+    path = common.with_name(f"{name}.settings.json")
+    replace(settings, **changes).write(path)
+    return path
+
+
 def run_contender(name: str, settings: measure.Settings, time_limit: float | None) -> dict[str, Any]:
     """Run one contender and return its result, or `failed` with the reason.
 
@@ -134,7 +167,7 @@ def run_contender(name: str, settings: measure.Settings, time_limit: float | Non
     out = Path(settings.out)
     target, log = out / f"{name}.json", out / f"{name}.log"
     target.unlink(missing_ok=True)
-    command = [sys.executable, "-u", str(HERE / SCRIPTS[name]), str(out / "settings.json"), str(target)]
+    command = [sys.executable, "-u", str(HERE / SCRIPTS[name]), str(settings_file(name, settings)), str(target)]
     print(f"\n=== {table.NAMES[name]}: {' '.join(command[2:])}", flush=True)
     process = subprocess.Popen(
         command,
@@ -173,7 +206,7 @@ def run_contender(name: str, settings: measure.Settings, time_limit: float | Non
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison. Return 1 if this library's contender failed, or all did."""
     options = parser().parse_args(arguments)
-    contenders = options.contenders or (list(SCRIPTS) if measure.on_gpu() else list(CPU_CONTENDERS))
+    contenders = options.contenders or list(GPU_CONTENDERS if measure.on_gpu() else CPU_CONTENDERS)
     settings = settings_of(options)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -190,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results["versions"] |= result["versions"]
         results["contenders"][name] = result
         # After each contender, so that an interrupted comparison keeps its results.
-        write(results, out)
+        write(results, out, options.results or out / "results.json")
     print("\n" + table.markdown(results))
     failed = [name for name, result in results["contenders"].items() if "failed" in result]
     return 1 if "ours" in failed or len(failed) == len(contenders) else 0
@@ -216,9 +249,29 @@ def common_facts(settings: measure.Settings) -> dict[str, Any]:
     }
 
 
-def write(results: dict[str, Any], out: Path) -> None:
-    """Write results.json, table.md and figure.png."""
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+def values_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers that docs may name: those of each contender, and how many times as fast ours are."""
+    measured = {name: result for name, result in results["contenders"].items() if "failed" not in result}
+    values: dict[str, Any] = {
+        "rows": results["train_rows"],
+        "mean_tokens": results["mean_tokens"],
+        "matrix_tflops": results["matrix_rate"] / 1e12,
+    }
+    for name, result in measured.items():
+        numbers = {key: result[key] for key in KEYS if key in result}
+        numbers["peak_memory_gib"] = result["peak_memory_bytes"] / 2**30
+        if "planned_bytes" in result["own_settings"]:
+            numbers["planned_gib"] = result["own_settings"]["planned_bytes"] / 2**30
+        for own in ("ours", "recomputing"):
+            if own in measured and name != own:
+                numbers[f"{own}_is"] = measured[own]["tokens_per_s"] / result["tokens_per_s"]
+        values[name] = numbers
+    return values
+
+
+def write(results: dict[str, Any], out: Path, path: Path) -> None:
+    """Write table.md, figure.png, and the result into a file of its own."""
+    store(path, values_of(results), [results], packages=results["versions"])
     (out / "table.md").write_text(table.markdown(results), encoding="utf-8")
     table.figure(results).savefig(out / "figure.png", dpi=150)
 

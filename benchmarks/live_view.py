@@ -9,12 +9,13 @@ drawn in earnest, on a clock that moves by the length of each step and by the ti
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from stored import store
 
 from qlora_utils.loop import live
 from qlora_utils.runs.directory import RunDirectory
@@ -90,8 +91,11 @@ def main() -> None:
     for result in results:
         print(result)
     if options.out:
-        found = {"machine": platform.processor() or platform.machine(), "run": str(options.run), "results": results}
-        options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        # The first time the view also loads matplotlib.
+        values = {"first_opening_ms": results[0]["opening_ms"], "first_share": results[0]["share"]}
+        for name in ("view_ms", "opening_ms", "share"):
+            values[name] = statistics.median(result[name] for result in results)
+        store(options.out, values, results)
 
 
 if __name__ == "__main__":

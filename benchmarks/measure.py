@@ -63,6 +63,7 @@ class Settings:
         out: folder for all output files.
         micro_batch: sequences per forward pass, by contender; others choose for themselves.
         attention: attention kernel of the packed peer; "auto" follows its documentation.
+        precision: of the packed peer; "auto" is its default, bf16, also on a CPU.
         ours: further parameters of `RunConfig`, for our own contender.
     """
 
@@ -82,6 +83,7 @@ class Settings:
     out: str = "outputs/benchmark"
     micro_batch: Mapping[str, int] = field(default_factory=dict)
     attention: str = "auto"
+    precision: str = "auto"
     ours: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -475,12 +477,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run(train: Callable[[Settings, Meter], tuple[nn.Module, str]]) -> None:
+def run(train: Callable[[Settings, Meter], tuple[nn.Module, dict[str, Any]]]) -> None:
     """Run a contender's whole script: `python CONTENDER.py SETTINGS.json RESULT.json`.
 
     Args:
-        train: trains with the settings while the meter watches; returns the trained model and a
-            description of the contender's own settings.
+        train: trains with the settings while the meter watches; returns the trained model and the
+            contender's own settings: `batches`, `attention`, `recomputes`, `precision`, `optimizer`.
     """
     settings, target = Settings.read(Path(sys.argv[1])), Path(sys.argv[2])
     meter = Meter(settings.warmup_steps)

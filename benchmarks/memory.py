@@ -1,17 +1,17 @@
 """Compare the memory plan with peaks measured on this GPU.
 
-    python benchmarks/memory.py --model meta-llama/Llama-2-7b-hf
+    python benchmarks/memory.py --model meta-llama/Llama-2-7b-hf --results benchmarks/results/memory.json
 
 Configurations differ in checkpointing, length of the packs, and a trained or frozen head. Each
-trains two steps of two full packs with the Trainer of notebook 04. OUT holds memory.json and
-memory.md.
+trains two steps of two full packs of made-up tokens with the Trainer of notebook 04, which is not
+what a run on real rows takes: `presets.py` and `compare.py` measure that beside its plan. OUT
+holds memory.md, and memory.json unless `--results` names another file for that.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
+from stored import store
 
 # Imported before torch: it sets how long torch's threads spin while they wait.
 import qlora_utils  # noqa: F401
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="lengths of the packs")
     options.add_argument("--optimizer", default="adamw_8bit", help="of RunConfig (default: adamw_8bit)")
     options.add_argument("--out", default="outputs/benchmark", help="folder to write into")
+    options.add_argument("--results", type=Path, help="file for the result (default: OUT/memory.json)")
     given = options.parse_args(arguments)
     if not measure.on_gpu():
         sys.exit("benchmarks/memory.py measures GPU memory; there is no CUDA GPU here.")
@@ -121,11 +123,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         del tuned_model, base_model
         gc.collect()
         torch.cuda.empty_cache()
-    facts = {"gpu": torch.cuda.get_device_name(), "versions": measure.versions(), "optimizer": given.optimizer}
-    text = json.dumps({**facts, "configurations": results}, indent=2)
-    (out / "memory.json").write_text(text + "\n", encoding="utf-8")
+    runs = [{"preset": given.preset, "optimizer": given.optimizer, **row} for row in results]
+    store(given.results or out / "memory.json", values_of(given.preset, results), runs, packages=measure.versions())
     (out / "memory.md").write_text("\n".join([HEAD, *map(_line, results)]) + "\n", encoding="utf-8")
     return int(any(abs(row["predicted"] / row["measured"] - 1) > 0.1 for row in results))
+
+
+def values_of(preset: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return both peaks of each configuration, and how far the plan was off at most, as a share."""
+    values: dict[str, Any] = {}
+    for row in results:
+        head = "trained" if row["head trained"] else "frozen"
+        key = f"{head}.{'recomputing' if row['checkpointing'] else 'kept'}.{row['pack tokens']}"
+        measured, predicted = row["measured"] / GIB, row["predicted"] / GIB
+        values[key] = {"measured_gib": measured, "planned_gib": predicted, "off": predicted / measured - 1}
+    furthest = max(abs(numbers["off"]) for numbers in values.values())
+    return {preset: {**values, "configurations": len(results), "off_at_most": furthest}}
 
 
 HEAD = "| head | checkpointing | pack | measured | predicted | off by |\n| --- | --- | --- | --- | --- | --- |"

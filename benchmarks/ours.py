@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import measure
 from torch import nn
 
 from qlora_utils import data, lora, quantization, training
 from qlora_utils.config import RunConfig
+from qlora_utils.models import memory, shapes
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_jsonl
 from qlora_utils.tokens import formats
@@ -42,7 +45,7 @@ def config_of(settings: measure.Settings) -> RunConfig:
     return RunConfig.from_preset("llama2-7b", **{**common, **settings.ours})
 
 
-def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, str]:
+def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, dict[str, Any]]:
     """Train with the settings."""
     config = config_of(settings)
     run = RunDirectory(config.run_dir)
@@ -60,15 +63,20 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     print(f"by its own history: {trained.tokens_per_s:,.0f} tokens/s (median of {len(speeds)} lines)", flush=True)
     # The values that the library chose for the fields left open.
     chosen = tuned_model.resolved.config
-    notes = [
-        f"packs of up to {chosen.micro_batch_tokens:,} tokens" if chosen.packing else "padded",
-        f"attention {chosen.attention_kernel}",
-        "checkpointing" if chosen.gradient_checkpointing else "no checkpointing",
-        *(["dequantized weights kept"] if chosen.keep_expanded else []),
-        *(["Liger kernels"] if chosen.liger else []),
-        chosen.optimizer,
-    ]
-    return tuned_model, ", ".join(notes)
+    kernels = ["fused layers"] if chosen.fused_layers else []
+    kernels += ["Liger"] if chosen.liger else []
+    kernels += ["dequantized weights kept"] if chosen.keep_expanded else []
+    own: dict[str, Any] = {
+        "batches": f"packs of up to {chosen.micro_batch_tokens:,} tokens" if chosen.packing else "padded",
+        "attention": chosen.attention_kernel,
+        "recomputes": "yes" if chosen.gradient_checkpointing else "no",
+        "precision": chosen.compute_dtype,
+        "optimizer": chosen.optimizer,
+        "kernels": ", ".join(kernels),
+    }
+    if measure.on_gpu():
+        own["planned_bytes"] = memory.predict(shapes.read(chosen.model), chosen).peak
+    return tuned_model, own
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ a drift of the machine's speed favours none.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -91,15 +90,18 @@ def main() -> int:
                 with busy(processes):
                     found[load][setting].append(seconds(setting, options.steps))
                 print(f"{load:<16}{setting:<26}{found[load][setting][-1]:8.1f} s", flush=True)
-    from qlora_utils.runs.files import write_json
-    from qlora_utils.runs.provenance import provenance
+    from stored import store
 
-    write_json(options.out, {"steps": options.steps, "seconds": found, **provenance()})
+    runs, values = [], {}
+    for load, by_setting in found.items():
+        for setting, times in by_setting.items():
+            runs.append({"steps": options.steps, "load": load, "setting": setting, "seconds": times})
+            values[f"{load}.{setting}_s"] = statistics.median(times)
+    store(options.out, values, runs)
     for setting in SETTINGS:
         medians = {load: statistics.median(found[load][setting]) for load in LOADS}
         shown = "".join(f"{load} {value:.1f} s   " for load, value in medians.items())
         print(f"{setting:<26}{shown}{medians['beside one'] / medians['alone']:.2f} times as slow beside one")
-    print(f"written to {options.out}: {json.dumps(LOADS)} busy processes")
     return 0
 
 

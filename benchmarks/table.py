@@ -8,12 +8,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAMES = {"ours": "this library", "tutorial": "tutorial recipe", "trl": "TRL SFTTrainer", "unsloth": "Unsloth"}
+NAMES = {
+    "ours": "this library",
+    "recomputing": "this library, recomputing",
+    "tutorial": "tutorial recipe",
+    "trl": "TRL SFTTrainer",
+    "trl-flex": "TRL SFTTrainer, flex attention",
+    "trl-fp32": "TRL SFTTrainer, fp32",
+    "unsloth": "Unsloth",
+}
+# Settings that each contender has for itself, a column each.
+OWN = ("precision", "attention", "recomputes", "batches", "kernels", "optimizer")
 
 
 def name_of(contender: str, result: Mapping[str, Any]) -> str:
     """Return the name of a contender in the table, with its version if it is a package."""
-    version = result.get("versions", {}).get(contender)
+    version = result.get("versions", {}).get(contender.partition("-")[0])
     return f"{NAMES[contender]} {version}" if version else NAMES[contender]
 
 
@@ -27,8 +37,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     ours = measured.get("ours", {}).get("tokens_per_s")
     lines = [
         "| | useful tokens/s | this library is | conversations/s | peak memory | share of the matrix rate "
-        "| held-out loss | settings of its own |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| held-out loss | precision | attention | recomputes | batches | kernels | optimizer |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- | --- | --- | --- | --- |",
     ]
     # A ratio above 1 means that this library is faster.
     for name, result in measured.items():
@@ -36,7 +46,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines.append(
             f"| {name_of(name, result)} | {result['tokens_per_s']:,.0f} | {ratio} | {result['samples_per_s']:.2f} | "
             f"{result['peak_memory_bytes'] / 2**30:.2f} GiB | {result['matrix_share']:.1%} | "
-            f"{result['held_out_loss']:.4f} | {result['own_settings']} |"
+            f"{result['held_out_loss']:.4f} | {_own(result['own_settings'])} |"
         )
     lines += [""] + [
         f"Not measured: {NAMES[name]}: {result['failed']}"
@@ -44,6 +54,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         if "failed" in result
     ]
     return "\n".join([*lines, "", *facts(results)]).replace("\n\n\n", "\n\n") + "\n"
+
+
+def _own(settings: Mapping[str, Any]) -> str:
+    """Format the settings in which contenders differ, in the order of the columns."""
+    return " | ".join(str(settings[name]) for name in OWN)
 
 
 def facts(results: Mapping[str, Any]) -> list[str]:
@@ -83,7 +98,7 @@ def figure(results: Mapping[str, Any]) -> Figure:
     drawn = Figure(figsize=(12, 1.2 + 0.5 * len(names)), layout="constrained")
     axes = drawn.subplots(1, len(panels), sharey=True)
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
-        colors = ["tab:blue" if name == "ours" else "tab:gray" for name in measured]
+        colors = ["tab:blue" if name in ("ours", "recomputing") else "tab:gray" for name in measured]
         bars = ax.barh(names, values, color=colors)
         ax.bar_label(bars, labels=[f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values], padding=3)
         ax.set(title=title)

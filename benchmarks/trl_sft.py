@@ -37,7 +37,7 @@ def attention(settings: measure.Settings) -> str:
     return "kernels-community/flash-attn2" if find_spec("kernels") else "sdpa"
 
 
-def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, str]:
+def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, dict[str, Any]]:
     """Train with the settings."""
     rows = settings.rows("rows")
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
@@ -58,6 +58,8 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
         options |= {"max_steps": settings.steps}
     kernel = attention(settings)
     options |= batch
+    if settings.precision == "float32":
+        options |= {"bf16": False}
     trainer: Any = SFTTrainer(
         model=measure.load_base(settings, attention=kernel),
         args=SFTConfig(**options),
@@ -68,11 +70,17 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     meter.watch(trainer.model)
     trainer.train()
     size, accumulated = batch.values()
-    what = f"packs of {settings.max_seq_len:,}, Liger kernels" if trainer.args.packing else "padded, no Liger kernels"
-    checkpointing = "checkpointing" if trainer.args.gradient_checkpointing else "no checkpointing"
-    precision = "bf16" if trainer.args.bf16 else "fp32"
-    own = f"{size} × {accumulated} {what}, {kernel}, {checkpointing}, {precision}, {trainer.args.optim.value}"
-    return trainer.model, own
+    packed = trainer.args.packing
+    # Over a pack, PyTorch's own attention gets a mask of all pairs of tokens, and computes the masked ones too.
+    mask = ", dense mask over the pack" if packed and kernel == "sdpa" else ""
+    return trainer.model, {
+        "batches": f"{size} × {accumulated} {f'packs of {settings.max_seq_len:,}' if packed else 'padded'}",
+        "attention": f"{kernel}{mask}",
+        "recomputes": "yes" if trainer.args.gradient_checkpointing else "no",
+        "precision": "bfloat16" if trainer.args.bf16 else "float32",
+        "optimizer": trainer.args.optim.value,
+        "kernels": "Liger" if packed else "",
+    }
 
 
 if __name__ == "__main__":

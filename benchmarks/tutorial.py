@@ -22,7 +22,7 @@ from qlora_utils.tokens.packing import LengthSampler
 PER_DEVICE = 4
 
 
-def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, str]:
+def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, dict[str, Any]]:
     """Train with the settings.
 
     On a CPU memory is plenty, so there is no checkpointing, and the optimizer is the Trainer's
@@ -61,8 +61,14 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     meter.watch(tuned_model)
     trainer.train()
     size, accumulated = batch.values()
-    checkpointing = "checkpointing" if measure.on_gpu() else "no checkpointing"
-    return tuned_model, f"{size} × {accumulated} padded, grouped by length, {checkpointing}, {trainer.args.optim.value}"
+    return tuned_model, {
+        "batches": f"{size} × {accumulated} padded, grouped by length",
+        "attention": "sdpa",
+        "recomputes": "yes" if measure.on_gpu() else "no",
+        "precision": "bfloat16" if measure.on_gpu() else "float32",
+        "optimizer": trainer.args.optim.value,
+        "kernels": "",
+    }
 
 
 if __name__ == "__main__":

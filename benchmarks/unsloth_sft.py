@@ -34,7 +34,7 @@ from torch import nn  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 
-def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, str]:
+def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, dict[str, Any]]:
     """Train with the settings."""
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=settings.model,
@@ -85,7 +85,14 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
     size, accumulated = batch.values()
     padding = "padding-free" if getattr(trainer.data_collator, "padding_free", False) else "padded"
-    return trainer.model, f"{size} × {accumulated} {padding}, Unsloth's checkpointing, adamw_8bit"
+    return trainer.model, {
+        "batches": f"{size} × {accumulated} {padding}",
+        "attention": "Unsloth's choice",
+        "recomputes": "yes, Unsloth's way",
+        "precision": "bfloat16",
+        "optimizer": "adamw_8bit",
+        "kernels": "Unsloth's",
+    }
 
 
 if __name__ == "__main__":

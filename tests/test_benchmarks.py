@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,6 +170,17 @@ def test_a_contender_may_not_take_for_ever(monkeypatch, tmp_path):
     assert contender(monkeypatch, tmp_path, source, time_limit=0.5) == {"failed": "not done after 0.5 s"}
 
 
+def test_a_variant_is_the_same_comparison_with_what_it_changes_alone(tmp_path):
+    settings = measure.Settings(model="m", dataset="d", out=str(tmp_path), ours={"liger": "false"})
+    assert compare.settings_file("ours", settings) == tmp_path / "settings.json"
+    recomputing = measure.Settings.read(compare.settings_file("recomputing", settings))
+    changes = {"gradient_checkpointing": "true", "keep_expanded": "false", "run_name": "recomputing"}
+    assert recomputing == replace(settings, ours={"liger": "false", **changes})
+    flex = measure.Settings.read(compare.settings_file("trl-flex", settings))
+    assert flex == replace(settings, attention="flex_attention")
+    assert set(compare.SCRIPTS) == set(table.NAMES)
+
+
 def test_settings_come_back_as_written(tmp_path):
     settings = measure.Settings(model="m", dataset="d", micro_batch={"trl": 2}, ours={"fused_layers": "false"})
     settings.write(tmp_path / "settings.json")
@@ -195,18 +207,21 @@ def test_a_comparison_measures_all_alike_and_names_who_was_not_measured(tmp_path
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [
         sys.executable, str(BENCHMARKS / "compare.py"), "--model", str(model), "--dataset", str(data),
-        "--contenders", "ours", "tutorial", "trl", "unsloth", "--rows", "24", "--held-out", "6", "--batch-size", "8",
+        "--contenders", "ours", "recomputing", "tutorial", "trl", "trl-fp32", "unsloth",
+        "--rows", "24", "--held-out", "6", "--batch-size", "8",
         "--warmup-steps", "1", "--max-seq-len", "64", "--lora-r", "4", "--out", str(out),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
-    results = json.loads((out / "results.json").read_text())
+    stored = json.loads((out / "results.json").read_text())
+    assert {"machine", "versions", "commit", "command", "date", "runs", "values"} == stored.keys()
+    (results,) = stored["runs"]
     assert results["settings"]["steps"] == 3
     tokens = sum(len(json.loads(line)["input_ids"]) for line in (out / "rows.jsonl").read_text().splitlines())
     parameters = set()
     trl = importlib.util.find_spec("trl") is not None  # pip install -c constraints.txt -e '.[benchmark]'
-    for name in ("ours", "tutorial", *(["trl"] if trl else [])):
+    for name in ("ours", "recomputing", "tutorial", *(["trl", "trl-fp32"] if trl else [])):
         result = results["contenders"][name]
         assert "failed" not in result, (out / f"{name}.log").read_text()
         assert (result["steps"], result["timed_steps"], result["trained_conversations"]) == (3, 2, 24)
@@ -214,6 +229,10 @@ def test_a_comparison_measures_all_alike_and_names_who_was_not_measured(tmp_path
         assert 0 < result["held_out_loss"] < 8
         assert 0 < result["matrix_share"] < 1
         parameters.add(result["trained_parameters"])
+        assert stored["values"][f"{name}.tokens_per_s"] == result["tokens_per_s"]
+        own = result["own_settings"]
+        assert own["precision"] == ("bfloat16" if name == "trl" else "float32")
+        assert own["recomputes"] == ("yes" if name in ("recomputing", "trl", "trl-fp32") else "no")
     assert len(parameters) == 1  # the same LoRA and the same head
 
     text = (out / "table.md").read_text()
