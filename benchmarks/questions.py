@@ -26,18 +26,24 @@ def expected_sentences(rows: Iterable[Conversation]) -> list[str]:
     return [turn.answer for row in rows for turn in row.turns]
 
 
-def guessed_right(rows: Iterable[Conversation], guesses: dict[str, str]) -> list[bool]:
-    """Say for every turn if the commonest fact of its kind in training is the fact that it asks for."""
-    right = []
+def guessed_right(rows: Iterable[Conversation], guesses: dict[str, str]) -> dict[str, list[bool]]:
+    """Say for every turn if the commonest fact of its kind in training is the fact that it asks for.
+
+    Returns:
+        The turns of each group: all, each kind of test, first and later ones.
+    """
+    groups: dict[str, list[bool]] = {}
     for row in rows:
         for turn in range(len(row.turns)):
             tags = row.tags_of(turn)
-            right.append(guesses.get(f"{tags['domain']}: {tags['kind']}") == tags["fact"])
-    return right
+            is_right = guesses.get(f"{tags['domain']}: {tags['kind']}") == tags["fact"]
+            for name in ("all", tags["split"], "later" if turn else "first"):
+                groups.setdefault(name, []).append(is_right)
+    return groups
 
 
 def count() -> dict[str, Any]:
-    """Count over all held-out questions of `pocket`, and over those that its preset asks with seed 0."""
+    """Count over all held-out questions of `pocket`, and over each kind of test and turn."""
     # The recipe that made the questions lies in data/, which is no package.
     sys.path.insert(0, str(project_folder("data")))
     import recipe
@@ -48,17 +54,11 @@ def count() -> dict[str, Any]:
     read = set(recipe.all_statements(recipe.read_world()))
     expected = expected_sentences(prepared.held_out)
     guesses = answers.commonest_facts(prepared.train)
-    right = guessed_right(prepared.held_out, guesses)
-    asked, _ = answers.choose_questions(prepared, tokenizer, config)
-    kinds = [f"{question.tags['domain']}: {question.tags['kind']}" for question in asked]
-    right_asked = [guesses.get(kind) == question.tags["fact"] for kind, question in zip(kinds, asked, strict=True)]
-    return {
-        "expected": len(expected),
-        "expected_in_text": sum(sentence in read for sentence in expected),
-        "guess": round(sum(right) / len(right), 4),
-        "asked": len(asked),
-        "guess_of_asked": round(sum(right_asked) / len(right_asked), 4),
-    }
+    guessed = {}
+    for name, right in guessed_right(prepared.held_out, guesses).items():
+        guessed[name] = {"questions": len(right), "guess": round(sum(right) / len(right), 4)}
+    in_text = sum(sentence in read for sentence in expected)
+    return {"expected": len(expected), "expected_in_text": in_text, **guessed}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

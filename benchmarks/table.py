@@ -24,7 +24,8 @@ OWN = ("precision", "attention", "recomputes", "batches", "kernels", "optimizer"
 def name_of(contender: str, result: Mapping[str, Any]) -> str:
     """Return the name of a contender in the table, with its version if it is a package."""
     version = result.get("versions", {}).get(contender.partition("-")[0])
-    return f"{NAMES[contender]} {version}" if version else NAMES[contender]
+    name = NAMES.get(contender, f"this library, {contender.replace('-', ' ')}")
+    return f"{name} {version}" if version else name
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -49,7 +50,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             f"{result['held_out_loss']:.4f} | {_own(result['own_settings'])} |"
         )
     lines += [""] + [
-        f"Not measured: {NAMES[name]}: {result['failed']}"
+        f"Not measured: {name_of(name, result)}: {result['failed']}"
         for name, result in results["contenders"].items()
         if "failed" in result
     ]
@@ -98,7 +99,7 @@ def figure(results: Mapping[str, Any]) -> Figure:
     drawn = Figure(figsize=(12, 1.2 + 0.5 * len(names)), layout="constrained")
     axes = drawn.subplots(1, len(panels), sharey=True)
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
-        colors = ["tab:blue" if name in ("ours", "recomputing") else "tab:gray" for name in measured]
+        colors = ["tab:blue" if name_of(name, {}).startswith("this library") else "tab:gray" for name in measured]
         bars = ax.barh(names, values, color=colors)
         ax.bar_label(bars, labels=[f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values], padding=3)
         ax.set(title=title)

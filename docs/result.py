@@ -8,6 +8,7 @@ each of three domains, and the first that the tuned model got wrong, each with t
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -134,12 +135,26 @@ def _plain(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def scores(run: RunDirectory) -> dict[str, float]:
+    """Return what the picture says of a run, by the names of stored results; it is kept in the picture's file."""
+    metrics = read_json(run.metrics)
+    low, high = metrics["tuned"]["intervals"]["exact_match"]
+    return {
+        "questions": metrics["held_out"]["questions"],
+        "base.exact_match": metrics["base"]["exact_match"],
+        "tuned.exact_match": metrics["tuned"]["exact_match"],
+        "tuned.exact_match_low": low,
+        "tuned.exact_match_high": high,
+    }
+
+
 def main(arguments: Sequence[str]) -> int:
     """Draw the run directory that was named; returns the exit status."""
     if len(arguments) != 1:
         print("usage: python docs/result.py RUN_DIRECTORY", file=sys.stderr)
         return 2
-    draw(RunDirectory(Path(arguments[0]))).savefig(OUT, dpi=160)
+    run = RunDirectory(Path(arguments[0]))
+    draw(run).savefig(OUT, dpi=160, metadata={"Description": json.dumps(scores(run))})
     print(f"written to {OUT}")
     return 0
 

@@ -25,7 +25,7 @@ _POCKET = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "pocket": {**_POCKET, "model": "embedded:pocket/model", "max_seq_len": 512},
-    # The well-known tutorial recipe: 1,000 rows, one epoch, 250 steps of 4.
+    # From the well-known tutorial recipe; docs/models.md lists what differs.
     "llama2-7b": {
         "model": "meta-llama/Llama-2-7b-hf",
         "dataset": "mlabonne/guanaco-llama2-1k",

@@ -171,6 +171,8 @@ def test_a_contender_may_not_take_for_ever(monkeypatch, tmp_path):
 
 
 def test_a_variant_is_the_same_comparison_with_what_it_changes_alone(tmp_path):
+    import ours
+
     settings = measure.Settings(model="m", dataset="d", out=str(tmp_path), ours={"liger": "false"})
     assert compare.settings_file("ours", settings) == tmp_path / "settings.json"
     recomputing = measure.Settings.read(compare.settings_file("recomputing", settings))
@@ -178,7 +180,10 @@ def test_a_variant_is_the_same_comparison_with_what_it_changes_alone(tmp_path):
     assert recomputing == replace(settings, ours={"liger": "false", **changes})
     flex = measure.Settings.read(compare.settings_file("trl-flex", settings))
     assert flex == replace(settings, attention="flex_attention")
-    assert set(compare.SCRIPTS) == set(table.NAMES)
+    for name, changes in compare.LEFT_OUT.items():
+        left_out = measure.Settings.read(compare.settings_file(name, settings))
+        assert left_out == replace(settings, ours={"liger": "false", **changes, "run_name": name})
+        ours.config_of(left_out)  # fields and values that a config takes
 
 
 def test_settings_come_back_as_written(tmp_path):

@@ -421,6 +421,24 @@ def test_the_changelog_knows_this_version():
 # ---------------------------------------------------------------------------------------------------- the picture
 
 
+def scores_in(picture):
+    """The scores that `docs/result.py` put into the file beside what is drawn; None in a picture of before."""
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        described = image.info.get("Description")
+    return described and json.loads(described)
+
+
+def test_the_picture_shows_the_run_whose_result_is_stored():
+    stored = ROOT / "benchmarks" / "results" / "demo.json"
+    if not stored.is_file():
+        pytest.skip("no run of the seven notebooks is stored")
+    values = json.loads(stored.read_text())["values"]
+    shown = scores_in(ROOT / "docs" / "result.png")
+    assert shown == {name: values[f"pocket.seed0.{name}"] for name in shown}
+
+
 def test_the_picture_is_drawn_from_a_run_whatever_its_texts(tmp_path, monkeypatch):
     def line(number, right, text):
         base, tuned = {"answer": "$", "exact_match": 0.0}, {"answer": "\\frac{ " + text, "exact_match": float(right)}
@@ -446,6 +464,10 @@ def test_the_picture_is_drawn_from_a_run_whatever_its_texts(tmp_path, monkeypatc
         warnings.simplefilter("error")  # of a glyph that is missing
         assert result.main([str(tmp_path)]) == 0
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert scores_in(tmp_path / "result.png") == {
+        "questions": 5, "base.exact_match": 0.8, "tuned.exact_match": 0.8, "tuned.exact_match_low": 0.5,
+        "tuned.exact_match_high": 0.9,
+    }  # fmt: skip
     shown = [line["text"] for line in result.chosen(lines)]
     assert shown == [lines[0]["text"], lines[1]["text"], lines[3]["text"], lines[2]["text"]]  # the wrong one last
     assert result.main([]) == 2

@@ -1,0 +1,147 @@
+"""Stored results: their form, and the tables of the docs that give their numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from datetime import date
+
+import pytest
+from conftest import ROOT
+from result_tables import find_faults, is_rounded, read_results, rows_of, text_of
+
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/plans.py` has it
+
+import plans  # noqa: E402
+import questions  # noqa: E402
+import stored  # noqa: E402
+
+FILES = sorted((BENCHMARKS / "results").glob("*.json"))
+PAGES = [ROOT / name for name in ("README.md", "docs/performance.md", "docs/models.md", "notebooks/04_training.ipynb")]
+PER_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+
+HEAD = "| card | peak | tokens |\n| --- | --- | ---: |\n"
+ROW = "| T4, 16 GB | 10.5 GiB | 4,096 <!-- plans.json llama.T4: peak_gib pass_tokens --> |"
+VALUES = {"plans.json": {"llama.T4.peak_gib": 10.512, "llama.T4.pass_tokens": 4096, "llama.T4.share": 0.642}}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return read_results(BENCHMARKS / "results")
+
+
+# ---------------------------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_result_says_on_what_with_what_how_and_when_it_was_measured(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    fields = {"machine", "versions", "commit", "command", "date", "runs", "values"}
+    assert fields <= result.keys() <= fields | {"note"}
+    assert {"cpu", "cores", "memory_bytes", "gpu"} <= result["machine"].keys()
+    assert {"python", "torch", "transformers"} <= result["versions"].keys()
+    assert re.fullmatch(r"[0-9a-f]{40}\+?", result["commit"])
+    assert date.fromisoformat(result["date"])
+    assert result["runs"] and result["values"]
+    for key, value in result["values"].items():
+        assert not re.search(r"[\s:;]", key), f"{key}: a comment could not name it"
+        assert isinstance(value, int | float) and not isinstance(value, bool), key
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_command_of_a_result_is_one_that_is_there(path):
+    words = shlex.split(json.loads(path.read_text(encoding="utf-8"))["command"])
+    if words[0] == "python":
+        assert (ROOT / words[1]).is_file()
+    else:
+        assert words[0] == "qlora"
+
+
+def test_what_is_stored_has_the_form(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/plans.py", "--out", "a b"])
+    stored.store(tmp_path / "a.json", {"x y": {"peak_gib": 1.23456789, "none": None}}, [{"seed": 0}])
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["values"] == {"x-y.peak_gib": 1.234568}
+    assert result["command"] == "python benchmarks/plans.py --out 'a b'"
+    assert result["runs"] == [{"seed": 0}]
+
+
+def test_a_value_that_is_no_number_is_refused():
+    with pytest.raises(TypeError, match=r"a\.b: expected a number"):
+        stored.flatten({"a": {"b": "fast"}})
+
+
+# ---------------------------------------------------------------------------------------------------- the tables
+
+
+@PER_PAGE
+def test_every_number_in_a_table_is_that_of_a_stored_result(page, results):
+    assert find_faults(text_of(page), results) == []
+
+
+@PER_PAGE
+def test_a_changed_number_is_found(page, results):
+    """Each number of each row, changed in its last digit or raised by a thousand."""
+    tried = 0
+    for row in rows_of(text_of(page)):
+        for number in {printed for printed, _ in row.numbers()}:
+            last = str((int(number[-1]) + 1) % 10)
+            for changed in (number[:-1] + last, f"1,{number.rjust(3, '0')}" if number.isdigit() else f"7{number}"):
+                mutated = re.sub(rf"(?<![\w.,-]){re.escape(number)}(?![\d])", changed, row.line.partition("<!--")[0])
+                assert find_faults(f"{HEAD}{mutated}<!--{row.names}-->", results) != [], mutated
+                tried += 1
+    assert tried > 3
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (ROW.replace("10.5", "10.6"), "10.6 GiB is said to be llama.T4.peak_gib"),
+        (ROW.replace("10.5", "10"), "10 GiB is said to be"),
+        (ROW.replace("4,096", "4,097"), "4,097  is said to be"),
+        (ROW.replace("10.5 GiB | 4,096", "4,096 | 10.5 GiB"), "which is"),
+        (ROW.replace("4,096", "4,096 of 8,192"), "3 numbers"),
+        (re.sub("<!--.*-->", "", ROW), "2 numbers"),
+        (ROW.replace("peak_gib ", ""), "names 1 values"),
+        (ROW.replace("T4:", "T5:"), "which is not stored"),
+        (ROW.replace("plans.json", "plan.json"), "which is not stored"),
+        (ROW.replace("GiB", "GB"), "has another unit"),
+        (ROW.replace("GiB", "s"), "has another unit"),
+        ("| a | 64 % <!-- plans.json llama.T4: share --> |", None),
+        ("| a | 65 % <!-- plans.json llama.T4: share --> |", "65 % is said"),
+        ("| a | −10.5 GiB <!-- plans.json llama.T4: peak_gib --> |", "−10.5"),
+        ("| 12 cores | an H200, fp16, 4-bit, A100-40, `x=3` [three](a3.md) | |", None),
+        (ROW, None),
+    ],
+)  # fmt: skip
+def test_a_row_is_held_to_what_it_names(row, fault):
+    found = find_faults(HEAD + row + "\n", VALUES)
+    assert fault in "; ".join(found) if fault else not found
+
+
+@pytest.mark.parametrize(
+    ("printed", "value", "right"),
+    [("0.98", 0.9825, True), ("0.98", 0.9749, False), ("1", 0.82, True), ("18,240", 18239.6, True), ("3", 2.4, False)],
+)
+def test_rounding_is_as_printed(printed, value, right):
+    assert is_rounded(printed, value) == right
+
+
+# ---------------------------------------------------------------------------------------------------- counted again
+
+
+def test_stored_plans_are_what_is_planned_now(results):
+    for preset in plans.PRESETS:
+        for card in plans.CARDS:
+            values, _ = plans.plan(preset, card)
+            for name, value in values.items():
+                assert results["plans.json"][f"{preset}.{card}.{name}"] == value
+
+
+def test_every_expected_sentence_stands_in_the_pretraining_text_and_facts_can_be_guessed(results):
+    counted = stored.flatten({"pocket": questions.count()})
+    assert counted["pocket.expected_in_text"] == counted["pocket.expected"]
+    assert counted == results["questions.json"]
