@@ -8,6 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qlora_utils.evaluation.ingredients import T_95, about, table, variants
 from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import damaged, read_json, read_jsonl, write_json
+from qlora_utils.runs.provenance import git_commit
 from qlora_utils.style import table_text
 
 # All trainings are scored on the questions drawn with this seed, so that variants can be compared.
@@ -29,7 +31,7 @@ def measure(config: RunConfig, seeds: Sequence[int], path: Path, *, say: Callabl
     Args:
         config: the run that is varied.
         seeds: one training each.
-        path: JSON file with `about` and `lines`, written after every training.
+        path: JSON file with `about`, `commit`, `date`, `base` and `lines`, written after every training.
         say: called with a line about each result and the time left.
 
     Raises:
@@ -45,7 +47,8 @@ def measure(config: RunConfig, seeds: Sequence[int], path: Path, *, say: Callabl
     check_folder("out", path.parent)
     # Results in one file must be comparable, so the file also holds config, versions and hardware.
     now = about(config)
-    stored: dict[str, Any] = read_json(path) if path.is_file() else {"about": now, "lines": []}
+    new: dict[str, Any] = {"about": now, "commit": git_commit(), "date": date.today().isoformat(), "lines": []}
+    stored = read_json(path) if path.is_file() else new
     if not (isinstance(stored.get("about"), dict) and isinstance(stored.get("lines"), list)):
         raise damaged(path, "expected about and lines, as `qlora ingredients` writes them")
     for name in now:
