@@ -6,6 +6,7 @@ All files of `benchmarks/results/` have this form, and rows of the tables in the
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -38,8 +39,9 @@ def store(
     result = {
         "machine": hardware(),
         "versions": {**versions(), **(packages or {})},
-        "commit": git_commit(),
-        "command": command_line(sys.argv),
+        # On a machine that has the files alone, and no checkout, the variable COMMIT names it.
+        "commit": git_commit() or os.environ.get("COMMIT"),
+        "command": command_line(sys.argv, path),
         "date": datetime.now(UTC).date().isoformat(),
         "runs": list(runs),
         "values": flatten(values),
@@ -49,10 +51,11 @@ def store(
     print(f"written to {path}")
 
 
-def command_line(arguments: Sequence[str]) -> str:
-    """Return the command as a reader would type it in the repository's folder."""
+def command_line(arguments: Sequence[str], path: Path) -> str:
+    """Return the command as a reader would type it in the repository's folder, writing into `results/`."""
     script = Path(arguments[0])
-    return shlex.join(["python", f"benchmarks/{script.name}", *arguments[1:]])
+    words = [f"benchmarks/results/{path.name}" if word == str(path) else word for word in arguments[1:]]
+    return shlex.join(["python", f"benchmarks/{script.name}", *words])
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -1,11 +1,11 @@
 """Build a model at its true shape with random weights, to measure speed and memory.
 
-    python benchmarks/true_shape.py --like flan-t5-large --rows path/to/rows --out
-    /tmp/flan-t5-large python benchmarks/true_shape.py --like llama2-7b --tokenizer
-    path/to/tokenizer --out /tmp/llama2-7b
+    python benchmarks/true_shape.py --like llama2-7b --tokenizer FOLDER --out outputs/llama2-7b
+    python benchmarks/true_shape.py --like flan-t5-large --rows ROWS --out outputs/flan-t5-large
 
-The answers of such a model mean nothing. Without `--tokenizer` a tokenizer like T5's is trained on
-the rows.
+Then `presets.py`, `compare.py`, `memory.py` and `answering.py` take the folder as the model. The
+answers of such a model mean nothing. Without `--tokenizer` a tokenizer like T5's is trained on the
+rows.
 """
 
 from __future__ import annotations

@@ -67,11 +67,15 @@ def test_the_command_of_a_result_is_one_that_is_there(path):
 
 
 def test_what_is_stored_has_the_form(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/plans.py", "--out", "a b"])
+    out = str(tmp_path / "a.json")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/plans.py", "--work", "a b", "--out", out])
+    monkeypatch.setattr(stored, "git_commit", lambda: None)
+    monkeypatch.setenv("COMMIT", "0" * 40)
     stored.store(tmp_path / "a.json", {"x y": {"peak_gib": 1.23456789, "none": None}}, [{"seed": 0}])
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["values"] == {"x-y.peak_gib": 1.234568}
-    assert result["command"] == "python benchmarks/plans.py --out 'a b'"
+    assert result["command"] == "python benchmarks/plans.py --work 'a b' --out benchmarks/results/a.json"
+    assert result["commit"] == "0" * 40
     assert result["runs"] == [{"seed": 0}]
 
 
