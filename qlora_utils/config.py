@@ -152,8 +152,8 @@ class RunConfig(BaseModel):
     head_learning_rate: float | None = Field(None, gt=0, lt=1, description="peak of the head (None: learning_rate)")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup", "reduce_lr_on_plateau"] = Field(
         "cosine",
-        description="how the learning rate goes on after the warm-up; on a plateau of the held-out loss it is reduced, "
-        "without any warm-up",
+        description="how the learning rate goes on after the warm-up (constant and constant_with_warmup are the same); "
+        "on a plateau of the held-out loss it is reduced, without any warm-up",
     )
     plateau_patience: int = Field(
         1,
@@ -162,7 +162,9 @@ class RunConfig(BaseModel):
         description="measurements without a lower held-out loss that are let pass before the rate is reduced",
     )
     plateau_factor: float = Field(0.5, gt=0, lt=1, description="what the rate is then multiplied by")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate climbs")
+    warmup_ratio: float = Field(
+        0.03, ge=0, lt=1, description="share of the steps in which the rate climbs (less than one step: none)"
+    )
     weight_decay: float = Field(0.0, ge=0, lt=1, description="share of a weight taken off, times the learning rate")
     max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="gradients are clipped to this norm")
     optimizer: Literal[
@@ -176,7 +178,9 @@ class RunConfig(BaseModel):
     save_steps: int = Field(100, ge=1, le=LARGEST, description="steps between checkpoints")
     save_total_limit: int = Field(2, ge=1, le=LARGEST, description="checkpoints kept")
     keep: Literal["best", "last"] = Field(
-        "best", description="the adapter that is kept: of the lowest held-out loss measured, or of the last step"
+        "best",
+        description="the adapter that is kept: of the lowest held-out loss measured after a step (before the first it "
+        "is the base model's), or of the last step",
     )
     eval_rows: int | None = Field(
         None, ge=1, le=LARGEST, description="held-out rows measured in training, at most half"

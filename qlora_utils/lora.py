@@ -7,6 +7,7 @@ DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -141,7 +142,7 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
     from peft import PeftModel
 
     # peft would not notice another base model of the same shape.
-    check_adapter(adapter)
+    check_weights(adapter)
     _check_base(base_model, adapter)
     try:
         with _ignore_harmless_warnings(base_model):
@@ -183,8 +184,35 @@ def describe_base(model: Any) -> dict[str, Any]:
 
 
 def record_base(tuned_model: PeftModel, folder: Path) -> None:
-    """Write the description of an adapter's base model into the adapter's folder."""
-    write_json(folder / BASE_RECORD, describe_base(tuned_model.get_base_model()))
+    """Write the description of an adapter's base model, and the digest of its weights, into the adapter's folder."""
+    digest = _digest_of_weights(folder)
+    write_json(folder / BASE_RECORD, {**describe_base(tuned_model.get_base_model()), "weights_sha256": digest})
+
+
+def _digest_of_weights(adapter: Path) -> str:
+    """Return the SHA-256 of an adapter's weights."""
+    with (adapter / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_weights(adapter: Path) -> None:
+    """Check that a folder holds an adapter, with the weights that its training has written.
+
+    Raises:
+        ModelError: a file is missing or damaged, were it by a single bit.
+    """
+    check_adapter(adapter)
+    # Adapters of other tools come without the record, and those of earlier versions without the digest.
+    try:
+        expected = read_json(adapter / BASE_RECORD).get("weights_sha256")
+    except (OSError, ValueError):
+        return
+    if expected is not None and _digest_of_weights(adapter) != expected:
+        raise ModelError(
+            f"adapter: {adapter / 'adapter_model.safetensors'} does not hold what its training has written. Restore "
+            f"it from a copy, or train the adapter again; if you changed it yourself, take weights_sha256 out of "
+            f"{BASE_RECORD}."
+        )
 
 
 def _check_base(base_model: PreTrainedModel, adapter: Path) -> None:

@@ -12,14 +12,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 
-from qlora_utils import style
 from qlora_utils.config import FINISHED_FIELDS, RESUME_FIELDS, ConfigError, RunConfig
 from qlora_utils.data import Prepared
 from qlora_utils.evaluation.generation import Sampling, answer_all, questions_of
@@ -27,10 +25,12 @@ from qlora_utils.evaluation.scores import exact_match
 from qlora_utils.kernels.loss import answer_losses, response_loss
 from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions
+from qlora_utils.loop.environment import check_launcher, ignore_overrides
 from qlora_utils.loop.history import HistoryWriter, peak_memory_bytes
 from qlora_utils.loop.live import Progress
+from qlora_utils.loop.summary import TrainingSummary
 from qlora_utils.loop.trainer import TRAINERS, StepTrainer, TraceResult, training_arguments
-from qlora_utils.lora import record_base
+from qlora_utils.lora import check_weights, record_base
 from qlora_utils.models.hardware import OutOfMemoryError, is_out_of_memory
 from qlora_utils.models.memory import answer_room, too_large_at_last, within_learned
 from qlora_utils.models.resolution import resolution_of
@@ -39,7 +39,8 @@ from qlora_utils.rows.files import DataError
 from qlora_utils.rows.held_out import measured_rows
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import LEARNED, RunDirectory
-from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_text
+from qlora_utils.runs.files import follow_umask, read_json, read_jsonl, write_json, write_text
+from qlora_utils.runs.history import has_learned
 from qlora_utils.style import BASE, TUNED, cut, in_figure, unframed
 from qlora_utils.tokens.formats import Encoded, Format, format_of
 from qlora_utils.tokens.packing import StepCollator, format_passes, make_collator
@@ -56,55 +57,6 @@ if TYPE_CHECKING:
 SAMPLE = 500
 # Attribute of a model that is being trained, or was: the path of the run directory.
 BEGUN = "begun_in"
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """Summarize a training, as `metrics.json` stores it under `train`.
-
-    In a resumed training all fields also count the steps before it was resumed.
-
-    Attributes:
-        steps: number of optimizer steps.
-        kept_step: step whose adapter was saved.
-        first_loss: training loss of the first logged step with a finite loss, None without any.
-        final_loss: training loss of the last such step.
-        kept_loss: held-out loss of the saved adapter, None if it was not measured.
-        tokens: number of tokens that were trained on.
-        tokens_per_s: median speed.
-        wall_s: time in seconds.
-        peak_memory_bytes: peak memory.
-        skipped_steps: number of steps whose loss or gradient was NaN or infinite.
-    """
-
-    steps: int
-    kept_step: int
-    first_loss: float | None
-    final_loss: float | None
-    kept_loss: float | None
-    tokens: int
-    tokens_per_s: float
-    wall_s: float
-    peak_memory_bytes: int
-    skipped_steps: int = 0
-
-    def text(self) -> str:
-        """Format the summary as lines of text."""
-        duration = style.duration(self.wall_s)
-        adapter = f"that of step {self.kept_step:,}"
-        if self.kept_loss is not None:
-            adapter += f", held-out loss {style.loss(self.kept_loss)}"
-        lines = {
-            "trained": f"{self.steps:,} steps, {self.tokens:,} tokens, {duration}",
-            "training loss": f"{style.loss(self.first_loss)} → {style.loss(self.final_loss)}",
-            "adapter kept": adapter,
-            "speed": f"{self.tokens_per_s:,.0f} tokens/s",
-            "peak memory": style.size(self.peak_memory_bytes),
-        }
-        if self.skipped_steps:
-            skipped = style.counted(self.skipped_steps, "step")
-            lines["skipped"] = f"{skipped} without a finite loss or gradient"
-        return "\n".join(f"{name:<15}{value}" for name, value in lines.items())
 
 
 def micro_batch_size(config: RunConfig, lengths: Sequence[int]) -> int:
@@ -148,7 +100,6 @@ def make_trainer(
             "max_seq_len, or look at the rows with notebook 01."
         )
     eval_batch_size = micro_batch_size(config, [collator.tokens(row) for row in train_rows])
-    arguments = training_arguments(resolved, run, eval_batch_size)
     pass_tokens = _pass_tokens(config)
 
     # `training=False`: the held-out loss is that of the answers alone, so that runs can be compared.
@@ -157,16 +108,17 @@ def make_trainer(
     history = HistoryWriter(run.history)
     progress = Progress(history)
     trainer_class, _ = TRAINERS[resolved.architecture]
-    trainer = trainer_class(
-        config=config,
-        model=tuned_model,
-        args=arguments,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        trace=trace,
-        data_collator=StepCollator(collator, pass_tokens, config.micro_batch_size),
-        callbacks=[history, progress],
-    )
+    with ignore_overrides(print):
+        trainer = trainer_class(
+            config=config,
+            model=tuned_model,
+            args=training_arguments(resolved, run, eval_batch_size),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            trace=trace,
+            data_collator=StepCollator(collator, pass_tokens, config.micro_batch_size),
+            callbacks=[history, progress],
+        )
     trainer.rows_digest = prepared.digest
     trainer.progress = progress
     # The live view replaces what transformers prints.
@@ -253,7 +205,8 @@ def train(
 
     A training that was started before is resumed from its newest whole checkpoint. If it is
     finished, its adapter is loaded and its summary returned. With `config.fresh` the training
-    starts over. On SIGTERM and Ctrl-C it saves before it stops.
+    starts over, and only then are its checkpoints removed. On SIGTERM and Ctrl-C it saves before it
+    stops.
 
     Args:
         config: the run.
@@ -264,7 +217,8 @@ def train(
 
     Raises:
         ConfigError: this machine lacks the precision, or this training cannot be resumed with these
-            values.
+            values, or the environment has variables of half a launcher.
+        DamagedError: there are checkpoints, and none of them is whole.
         DataError: the training was started with other rows, or no row has a label.
         DivergedError: the loss or gradient was NaN or infinite for several steps.
         OutOfMemoryError: there is no memory even for one example at a time.
@@ -273,6 +227,7 @@ def train(
         Interrupted: the training was stopped, and has saved.
     """
     run.path.mkdir(parents=True, exist_ok=True)
+    check_launcher()
     # If several processes train together, the first of them locks the run and cleans up.
     is_first = os.environ.get("RANK", "0") == "0"
     lock_path = run.path / ".training.lock"
@@ -283,32 +238,44 @@ def train(
         # Even with `fresh`, running the same cell again resumes the training that it has started.
         started_in = getattr(tuned_model, BEGUN, None)
         fresh = config.fresh and started_in != str(run.path)
-        last = None if fresh else checkpoints.find_newest(run.checkpoints)
         total = total_steps(config, prepared, tokenizer)
         finished = None if fresh else run.finished()
         done = TrainingSummary(**finished) if finished else None
 
-        # Only some fields may differ from those of the training that was started.
+        # Only some fields may differ from those of the training that was started. What is finished as
+        # it is asked for needs no checkpoint, so none is read through.
+        stored = read_json(run.config)["config"] if done else {}
+        is_enough = done is not None and done.steps == total and stored.get("keep") == config.keep
+        last = None if fresh else _find_start(run, reads_through=not is_enough)
         if last is not None:
             record = read_json(last / checkpoints.RECORD)
             _check_config(config, record["config"], FINISHED_FIELDS if done else RESUME_FIELDS, run)
             _check_rows(prepared, record["rows"], run)
         if done:
-            stored = read_json(run.config)["config"]
             _check_config(config, stored, FINISHED_FIELDS, run)
             # To select another of the saved adapters, no steps are needed but the checkpoints are.
-            selects_another = last is not None and config.keep != stored["keep"]
-            if done.steps == total and not selects_another:
+            if is_enough or (done.steps == total and last is None):
                 return _reuse_finished(done, tuned_model, run)
         _check_startable(run, last, done, total, is_trained=bool(started_in))
         with checkpoints.explain_full_disk(run.path, "what the training leaves"):
             return _train_from(last, config, tuned_model, tokenizer, prepared, run)
 
 
+def _find_start(run: RunDirectory, *, reads_through: bool) -> Path | None:
+    """Return the newest whole checkpoint of a run; if it is not to be read through, by the sizes of its files."""
+    if reads_through:
+        return checkpoints.find_start(run.checkpoints)
+    return checkpoints.find_newest(run.checkpoints, contents=False, report=lambda line: None)
+
+
 def _remove_leftovers(run: RunDirectory) -> None:
     """Remove what a killed process left half-written in the run directory."""
     run.sweep()
     checkpoints.sweep(run.checkpoints)
+    # A process killed between two renamings leaves the earlier adapter, whole, under its other name.
+    earlier = run.path / ".adapter.old"
+    if earlier.is_dir() and not run.adapter.exists():
+        earlier.rename(run.adapter)
     for name in (".adapter.new", ".adapter.old"):
         shutil.rmtree(run.path / name, ignore_errors=True)
 
@@ -357,18 +324,17 @@ def _start_over(run: RunDirectory) -> None:
 
     The adapter is left until there is a new one.
     """
-    found = sorted(run.checkpoints.glob("checkpoint-*"), key=lambda path: path.name)
+    found = any(run.checkpoints.glob("checkpoint-*"))
     replaced = []
     if found:
-        replaced.append(f"{len(found)} checkpoints")
+        replaced.append("its checkpoints")
     if run.adapter.is_dir():
         replaced.append("the adapter, when there is a new one")
     if replaced:
         print(f"starting over in {run.path}, in place of {' and '.join(replaced)}")
 
     # History and metrics must not be taken for those of the training that starts now.
-    for checkpoint in found:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    checkpoints.remove_all(run.checkpoints)
     run.history.unlink(missing_ok=True)
     run.metrics.unlink(missing_ok=True)
 
@@ -379,6 +345,7 @@ def _reuse_finished(
     run: RunDirectory,
 ) -> TrainingSummary:
     """Load the adapter of a finished training into the model, and return its summary."""
+    check_weights(run.adapter)
     _load_weights(tuned_model, run.adapter)
     print(f"{run.path}: trained already, {done.steps} steps; nothing is left to do. fresh=true starts over.")
     return done
@@ -447,23 +414,25 @@ def _train_from(
     began = time.perf_counter()
     resumed_at = _step_or_zero(last)
     if last is None or resumed_at < total_steps(config, prepared, tokenizer):
-        _run_trainer(trainer, run, last)
+        with ignore_overrides():
+            _run_trainer(trainer, run, last)
     else:
         _load_weights(tuned_model, last)
         trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        trainer.continued = read_json(last / checkpoints.RECORD).get("continued", [])
     wall_s = time.perf_counter() - began
 
     kept_step = select_adapter(trainer, tuned_model)
     trainer.accelerator.wait_for_everyone()
     history = read_jsonl(run.history)
-    summary = _summarize(trainer, history, kept_step, wall_s, resumed_at=resumed_at)
+    summary = _summarize(trainer, history, kept_step, wall_s, resumed_at=resumed_at, continued=trainer.continued)
     if not trainer.is_world_process_zero():
         return summary
 
     # Answers, comparison and merged model belong to the previous adapter. The metrics come last:
     # they mark the training as finished.
     save_adapter(tuned_model, tokenizer, run.adapter)
-    run.record(config)
+    run.record(config, trainer.continued)
     run.answers.unlink(missing_ok=True)
     run.comparison.unlink(missing_ok=True)
     shutil.rmtree(run.merged, ignore_errors=True)
@@ -546,7 +515,7 @@ def _run_trainer(trainer: StepTrainer, run: RunDirectory, last: Path | None) -> 
     # A signal during the last step changes nothing: the training is finished.
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if stopper.received is not None and step < steps:
-        newest = checkpoints.find_newest(run.checkpoints)
+        newest = checkpoints.find_newest(run.checkpoints, contents=False)
         is_saved = _step_or_zero(newest) == step
         raise interruptions.Interrupted(step, steps, newest, saved=is_saved)
 
@@ -558,6 +527,7 @@ def _summarize(
     wall_s: float,
     *,
     resumed_at: int,
+    continued: Sequence[Mapping[str, Any]] = (),
 ) -> TrainingSummary:
     """Return the summary of a training.
 
@@ -567,6 +537,7 @@ def _summarize(
         kept_step: step whose adapter is saved.
         wall_s: seconds since step `resumed_at`.
         resumed_at: step from which the training was resumed, or 0.
+        continued: where it was resumed with other values, and those until then.
     """
     lines = [line for line in history if "loss" in line]
     measured = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
@@ -590,6 +561,9 @@ def _summarize(
         wall_s=round(wall_s + earlier_s, 2),
         peak_memory_bytes=max([peak_memory_bytes(), *peaks]),
         skipped_steps=max(skipped, default=0),
+        base_loss=measured.get(0),
+        learned=has_learned(history),
+        continued=list(continued),
     )
 
 
@@ -617,7 +591,7 @@ def select_adapter(trainer: StepTrainer, tuned_model: PeftModel) -> int:
     if trainer.config.keep == "last" or not best or best == last_step:
         return last_step
     checkpoint = Path(str(trainer.args.output_dir)) / f"checkpoint-{best}"
-    damage = checkpoints.find_damage(checkpoint)
+    damage = checkpoints.find_damage(checkpoint, hashed=[checkpoints.WEIGHTS])
     if damage:
         print(
             f"the adapter of step {best} had the lowest held-out loss and cannot be used ({damage}); the last is kept"
@@ -656,6 +630,7 @@ def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, fol
             (temporary / "README.md").unlink(missing_ok=True)
             tokenizer.save_pretrained(str(temporary))
             record_base(tuned_model, temporary)
+            follow_umask(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -16,11 +16,13 @@ from conftest import BOTH, MARKUP, on_its_device, tensors
 from transformers import TrainerCallback
 
 from qlora_utils import lora, quantization, training
-from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.curves import read_history
 from qlora_utils.evaluation.generation import Answer, Question, Sampling, answer_all
 from qlora_utils.kernels.loss import decoder_inputs, response_loss, row_losses
 from qlora_utils.loop import checkpoints, interruptions
+from qlora_utils.report.facts import gather
+from qlora_utils.report.sentences import caveats, summary
 from qlora_utils.rows.conversations import Turn
 from qlora_utils.rows.files import DataError
 from qlora_utils.rows.held_out import measured_rows, scored_rows
@@ -622,6 +624,51 @@ def test_the_adapter_of_the_lowest_held_out_loss_is_kept(config, tokenizer, prep
         loss, _ = response_loss(model, rows, make_collator(tokenizer, config), batch_size=8)
         assert loss == pytest.approx(measured[kept], rel=1e-4)
     assert read_json(run.metrics)["train"]["kept_loss"] == measured[kept]
+
+
+def test_where_the_base_model_was_better_that_is_said(config, tokenizer, prepared):
+    """Step 0 is measured, and cannot be kept: its adapter is the base model's."""
+    ruined = changed(config, steps=2, eval_steps=1, eval_rows=4, batch_size=2, learning_rate=0.5)
+    _, run, history = train(ruined, tokenizer, prepared)
+    measured = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
+    assert min(measured, key=measured.get) == 0
+    stored = read_json(run.metrics)["train"]
+    assert stored["kept_step"] in (1, 2)
+    assert stored["base_loss"] == measured[0] <= stored["kept_loss"]
+    said = training.TrainingSummary(**stored).text()
+    assert f"the base model alone has held-out loss {measured[0]:.3f}, which is no higher" in said
+    for sentences in (summary(run), " ".join(caveats(gather(run)))):
+        assert f"The base model alone has held-out loss {measured[0]:.3f}" in sentences
+        assert "keep=best chooses among the steps" in sentences
+
+
+def test_where_the_training_was_better_nothing_is_said_of_the_base_model(config, tokenizer, prepared):
+    _, run, _ = train(changed(config, steps=4), tokenizer, prepared)
+    stored = read_json(run.metrics)["train"]
+    assert stored["base_loss"] > stored["kept_loss"]
+    assert "base model alone" not in training.TrainingSummary(**stored).text() + summary(run)
+
+
+@pytest.mark.parametrize("damage", ["zeros", "flipped", "cut"])
+def test_a_damaged_adapter_of_a_finished_training_is_named(config, tokenizer, prepared, damage):
+    short = changed(config, steps=1, batch_size=2, eval_rows=2)
+    _, run, _ = train(short, tokenizer, prepared)
+    path = run.adapter / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes({"zeros": bytes(len(content)), "flipped": content, "cut": content[:-7]}[damage])
+    for load in (lambda: train(short, tokenizer, prepared), lambda: lora.reload(quantization.load(short), run.adapter)):
+        with pytest.raises(ModelError, match=r"adapter: .*adapter_model\.safetensors"):
+            load()
+
+
+def test_an_adapter_whose_process_was_killed_between_two_renamings_is_found_again(config, tokenizer, prepared):
+    short = changed(config, steps=1, batch_size=2, eval_rows=2)
+    _, run, history = train(short, tokenizer, prepared)
+    shutil.rmtree(run.checkpoints)
+    run.adapter.rename(run.path / ".adapter.old")
+    assert train(short, tokenizer, prepared)[2] == history
+    assert run.adapter.is_dir()
 
 
 @pytest.mark.slow

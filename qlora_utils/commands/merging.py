@@ -34,7 +34,7 @@ from qlora_utils.models.shapes import HEAD, architecture_of
 from qlora_utils.quantization import Checkpoint
 from qlora_utils.rows.conversations import Conversation, Turn
 from qlora_utils.runs.directory import RunDirectory
-from qlora_utils.runs.files import write_json
+from qlora_utils.runs.files import follow_umask, write_json
 from qlora_utils.runs.provenance import provenance
 from qlora_utils.style import cut
 from qlora_utils.tokens.formats import format_of
@@ -340,8 +340,8 @@ def save(
     shards = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for file, names in shards.filename_to_tensors.items():
         save_file({name: weights[name].make() for name in names}, folder / file, metadata={"format": "pt"})
-        # safetensors lets only the owner read it; a server may run as another user.
-        (folder / file).chmod(0o644)
+    # safetensors lets only the owner read them; a server may run as another user.
+    follow_umask(folder)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

@@ -3,24 +3,37 @@
 A checkpoint is a folder `checkpoint-STEP` with adapter, head, optimizer, schedule, random states
 and the trainer's state, its position in the data included. A training in one process writes it
 under another name and renames it. The file that is written last, `checkpoint.json`, lists all others with
-their sizes. `trainer.StepTrainer._save_into` writes the files.
+their sizes and SHA-256 digests. `trainer.StepTrainer._save_into` writes the files.
+
+No checkpoint is removed because it is damaged: only older whole ones are, once a newer one is written.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_utils.runs.files import read_json, write_json
+from qlora_utils.runs.files import DamagedError, follow_umask, read_json, write_json
+from qlora_utils.style import size
 
 RECORD = "checkpoint.json"
-# Prefixes of folders that are being written, and that are being removed.
-_NEW, _OLD = ".new-", ".old-"
+# The file with the weights of adapter and head, which is all that is needed to use a checkpoint.
+WEIGHTS = "adapter_model.safetensors"
+# Prefixes of folders that are being written, being replaced, and being removed.
+_NEW, _REPLACED, _OLD = ".new-", ".replaced-", ".old-"
+# Bytes that are hashed at a time.
+_BLOCK = 2**22
+# Seconds after which a check that goes on says how far it is.
+_PATIENCE = 2.0
 
 
 class DiskError(OSError):
@@ -32,41 +45,132 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def find_damage(checkpoint: Path) -> str | None:
+def find_damage(
+    checkpoint: Path,
+    *,
+    contents: bool = True,
+    hashed: Collection[str] | None = None,
+    report: Callable[[str], None] = print,
+) -> str | None:
     """Return in words what is damaged in a checkpoint, None if it is whole.
 
-    It is whole if every file of its record is there with as many bytes as were written.
+    It is whole if every file of its record is there and holds what was written into it. Checkpoints
+    of earlier versions have no digests, so of these only the sizes are known.
+
+    Args:
+        checkpoint: folder.
+        contents: compare the digests too; without it only sizes are compared, which takes no time.
+        hashed: files whose digests are compared; None: all.
+        report: called with a line of text each time that the check takes long.
     """
     # The record is written last: without it the checkpoint was not finished.
     if not (checkpoint / RECORD).is_file():
         return f"{RECORD} is missing"
     try:
-        files: Mapping[str, int] = read_json(checkpoint / RECORD)["files"]
-        for name, size in files.items():
+        record = read_json(checkpoint / RECORD)
+        files: Mapping[str, int] = record["files"]
+        for name, length in files.items():
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+            if path.stat().st_size != length:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {length:,}"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return f"{RECORD} cannot be read"
+    if not contents or not has_digests(record):
+        return None
+
+    # A flipped bit in the record itself could change a learning rate, or the digest of a file.
+    if record.get("digest") != _digest_of_record(record):
+        return f"{RECORD} does not hold what was written into it"
+    digests = record["digests"]
+    names = [name for name in digests if hashed is None or name in hashed]
+    return _find_changed({checkpoint / name: digests[name] for name in names}, report)
+
+
+def has_digests(record: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint's record has digests, as earlier versions did not write any."""
+    return bool({"digest", "digests"} & record.keys())
+
+
+def _digest_of_record(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the values of a record, its own digest left out."""
+    rest = {name: value for name, value in record.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _find_changed(digests: Mapping[Path, str], report: Callable[[str], None]) -> str | None:
+    """Return in words which file does not have its digest, None if all have; say how far it is every now and then."""
+    total, done = sum(path.stat().st_size for path in digests), 0
+    patience, reported = _PATIENCE, time.monotonic()
+    for path, expected in digests.items():
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+                    done += len(block)
+                    if time.monotonic() - reported > patience:
+                        report(f"checking {path.parent}: {done / total:.0%} of {size(total)}")
+                        patience, reported = 2 * patience, time.monotonic()
+        except OSError as error:
+            return f"{path.name} cannot be read ({error.strerror})"
+        if digest.hexdigest() != expected:
+            return f"{path.name} does not hold what was written into it"
     return None
 
 
-def find_newest(folder: Path, *, report: Callable[[str], None] = print) -> Path | None:
+def _newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, damaged ones too; a name without a step is no checkpoint."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def find_newest(folder: Path, *, contents: bool = True, report: Callable[[str], None] = print) -> Path | None:
     """Return the newest whole checkpoint, None if there is none.
 
     Args:
         folder: with the checkpoints; it need not exist.
+        contents: as in `find_damage`.
         report: called with a line of text for each damaged checkpoint.
     """
-    # A name without a step is no checkpoint.
-    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    for path in sorted(found, key=step_of, reverse=True):
-        damage = find_damage(path)
+    for path in _newest_first(folder):
+        damage = find_damage(path, contents=contents, report=report)
         if damage is None:
             return path
         report(f"passing over {path}: {damage}")
+    return None
+
+
+def find_start(folder: Path, *, report: Callable[[str], None] = print) -> Path | None:
+    """Return the newest whole checkpoint, to resume from; None if there is no checkpoint at all.
+
+    Args:
+        folder: with the checkpoints; it need not exist.
+        report: called with a line of text for each damaged checkpoint that is passed over.
+
+    Raises:
+        DamagedError: there are checkpoints, and none of them is whole.
+    """
+    passed_over: list[str] = []
+    for path in _newest_first(folder):
+        damage = find_damage(path, report=report)
+        if damage is not None:
+            passed_over.append(f"{path}: {damage}")
+            continue
+        for line in passed_over:
+            report(f"passing over {line}")
+        if not has_digests(read_json(path / RECORD)):
+            report(f"{path} is of an earlier version, without digests: only the sizes of its files were checked")
+        return path
+
+    # To start over here would remove what may be restored, as a file that was not copied along.
+    if passed_over:
+        others = f", and none of the {len(passed_over) - 1} before it is whole" if passed_over[1:] else ""
+        raise DamagedError(
+            f"{passed_over[0]}{others}: this training cannot go on from there, and nothing was removed. Restore the "
+            "file from a copy, or start over in its place: fresh=true."
+        )
     return None
 
 
@@ -92,30 +196,47 @@ def write(folder: Path, step: int, save: Callable[[Path], None], record: Mapping
     temporary.mkdir()
 
     # A folder cannot be replaced in one operation: the old one is renamed first, and removed last.
+    replaced = folder / f"{_REPLACED}{step}"
     try:
         with explain_full_disk(folder, f"checkpoint-{step}"):
             save(temporary)
             seal(temporary, {**record, "step": step})
             if final.exists():
-                final.rename(folder / f"{_OLD}{step}")
+                final.rename(replaced)
             temporary.rename(final)
             _flush(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(folder / f"{_OLD}{step}", ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
 def seal(checkpoint: Path, record: Mapping[str, Any]) -> None:
     """Write `checkpoint.json` when all else is on the disk; it marks the checkpoint as whole."""
-    paths = [path for path in checkpoint.rglob("*") if path.is_file()]
-    files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in paths}
-    # Every file first: otherwise a power failure could leave a record whose files are empty.
-    for name in files:
-        _flush(checkpoint / name)
-    write_json(checkpoint / RECORD, {**record, "files": dict(sorted(files.items()))})
+    follow_umask(checkpoint)
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != RECORD)
+    names = [str(path.relative_to(checkpoint)) for path in paths]
+
+    # Every file first: otherwise a power failure could leave a record whose files are empty. They are
+    # hashed while the system writes them to the disk, which takes as long or longer.
+    with ThreadPoolExecutor(max_workers=2) as hashers:
+        digests = hashers.map(_digest_of_file, paths)
+        for path in paths:
+            _flush(path)
+    sealed = {
+        **record,
+        "files": {name: path.stat().st_size for name, path in zip(names, paths, strict=True)},
+        "digests": dict(zip(names, digests, strict=True)),
+    }
+    write_json(checkpoint / RECORD, {**sealed, "digest": _digest_of_record(sealed)})
     _flush(checkpoint)
+
+
+def _digest_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:
@@ -131,13 +252,24 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def prune(folder: Path, limit: int, best: int | None) -> None:
+def prune(folder: Path, limit: int, best: int | None, *, written: int | None = None) -> None:
     """Remove the oldest whole checkpoints, until `limit` are left.
 
     The newest is never removed, nor is that of the step `best`, even if more than `limit` are left.
+
+    Args:
+        folder: with the checkpoints.
+        limit: number of whole checkpoints to leave.
+        best: step of the lowest held-out loss, None if there is none.
+        written: step of the checkpoint that was written just now. It is whole, so that sizes are
+            enough for the others, and the newest: those of later steps were passed over as damaged
+            when the training resumed. None: which are whole is found by their digests.
     """
-    found = [path for path in folder.glob("checkpoint-*") if find_damage(path) is None]
-    whole = sorted(found, key=step_of)
+    whole = []
+    for path in reversed(_newest_first(folder)):
+        is_past = written is None or step_of(path) <= written
+        if is_past and find_damage(path, contents=written is None) is None:
+            whole.append(path)
     protected = {path for path in whole if step_of(path) == best} | set(whole[-1:])
     removable = [path for path in whole if path not in protected]
     excess = len(whole) - max(limit, len(protected))
@@ -156,17 +288,32 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(renamed, ignore_errors=True)
 
 
+def remove_all(folder: Path) -> int:
+    """Remove every checkpoint in a folder, damaged ones too; return how many there were."""
+    found = _newest_first(folder)
+    for path in found:
+        remove(path)
+    return len(found)
+
+
 def sweep(folder: Path, *, report: Callable[[str], None] = print) -> None:
     """Remove what a killed process left half-written or half-removed.
+
+    A whole checkpoint that was about to get its name gets it now.
 
     Args:
         folder: with the checkpoints; it need not exist.
         report: called with a line of text for each half-written checkpoint.
     """
-    for path in sorted(folder.glob(".*-*")):
-        if path.name.startswith((_NEW, _OLD)):
-            if path.name.startswith(_NEW):
-                report(f"passing over {path.name} in {folder}: it was not written to the end")
+    # A process killed between two renamings leaves the new checkpoint and the one that it replaces, both whole.
+    for path in [*sorted(folder.glob(f"{_NEW}*")), *sorted(folder.glob(f"{_REPLACED}*"))]:
+        final = folder / f"checkpoint-{path.name.rpartition('-')[2]}"
+        if not final.exists() and find_damage(path, report=report) is None:
+            path.rename(final)
+        elif path.name.startswith(_NEW):
+            report(f"passing over {path.name} in {folder}: it was not written to the end")
+    for prefix in (_NEW, _REPLACED, _OLD):
+        for path in folder.glob(f"{prefix}*"):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -121,8 +121,9 @@ class HistoryWriter(TrainerCallback):
             "tokens_per_s": round((tokens - self.tokens_before) / seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        if "skipped_steps" in logs:
-            columns["skipped_steps"] = logs["skipped_steps"]
+        for name in ("skipped_steps", "continued_from"):
+            if name in logs:
+                columns[name] = logs[name]
         self.tokens_before, self.seconds_before = tokens, self.training_s
         return columns
 

@@ -23,7 +23,8 @@ from transformers.trainer_callback import ExportableState
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.kernels.loss import response_loss
 from qlora_utils.locate import first_line
-from qlora_utils.loop import checkpoints, interruptions
+from qlora_utils.loop import checkpoints, interruptions, schedule
+from qlora_utils.loop.environment import check_launcher, check_precision
 from qlora_utils.loop.live import Progress
 from qlora_utils.models.files import Architecture
 from qlora_utils.models.hardware import OutOfMemoryError, free_memory, is_out_of_memory
@@ -31,10 +32,8 @@ from qlora_utils.models.memory import learn, too_large_at_last
 from qlora_utils.models.resolution import Resolved
 from qlora_utils.models.shapes import HEAD
 from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.history import describe_continuation
 from qlora_utils.tokens.packing import LengthSampler
-
-# transformers' name of the schedule that lowers the rate when the held-out loss stops falling.
-PLATEAU = "reduce_lr_on_plateau"
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,8 @@ class StepTrainer(Trainer):
         step_loss: loss of the last step.
         logged_at: step of the last training loss in history.jsonl.
         rows_digest: digest of the rows, which checkpoints store to recognize their data.
+        continued: for each time that the training was resumed with other values, the `step` from
+            which these hold and, in `before`, the values until then.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class StepTrainer(Trainer):
         self.step_loss = torch.zeros(())
         self.logged_at = 0
         self.rows_digest = ""
+        self.continued: list[dict[str, Any]] = []
 
     # ---------------------------------------------------------------------------------- a step
 
@@ -245,7 +247,7 @@ class StepTrainer(Trainer):
         self.state.global_step = step
         rate = self._get_learning_rate()
         self.log({"loss": math.nan, "grad_norm": norm, "learning_rate": rate})
-        last = checkpoints.find_newest(Path(str(self.args.output_dir)))
+        last = checkpoints.find_newest(Path(str(self.args.output_dir)), contents=False)
         if last:
             advice = f"The last good checkpoint is {last}; fresh=true starts over instead."
         else:
@@ -269,6 +271,10 @@ class StepTrainer(Trainer):
                 logs = {**logs, "loss": logs["loss"] * steps / good if good > 0 else math.nan}
             if self.watch.skipped:
                 logs = {**logs, "skipped_steps": self.watch.skipped}
+            # The first line after the training was resumed with other values says so.
+            for continued in self.continued:
+                if self.logged_at <= continued["step"] < self.state.global_step:
+                    logs = {**logs, "continued_from": continued["step"]}
             self.logged_at, self.watch.since_log = self.state.global_step, 0
         super().log(logs, start_time)
 
@@ -328,6 +334,11 @@ class StepTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Return the schedule of the learning rate, without a warm-up that is shorter than one step."""
+        self.args.warmup_steps = schedule.warmup_share(self.config, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     # ---------------------------------------------------------------------------------- checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -347,13 +358,15 @@ class StepTrainer(Trainer):
             self.args.save_total_limit = None
             super()._save_checkpoint(model, trial)
             self.args.save_total_limit = limit
+            # With a limit of 1 the Trainer would at the end remove all others than this one.
+            self.state.best_model_checkpoint = None
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoints.seal(folder / f"checkpoint-{step}", self.checkpoint_record())
         else:
             checkpoints.write(folder, step, self._save_into, self.checkpoint_record())
         if self.args.should_save:
-            checkpoints.prune(folder, limit, self.state.best_global_step)
+            checkpoints.prune(folder, limit, self.state.best_global_step, written=step)
 
     def _save_into(self, folder: Path) -> None:
         """Write adapter, optimizer, schedule, random states and the Trainer's state to a folder."""
@@ -385,7 +398,8 @@ class StepTrainer(Trainer):
         best = self.state.best_global_step
         if not best:
             return found
-        damage = checkpoints.find_damage(Path(str(self.args.output_dir)) / f"checkpoint-{best}")
+        checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{best}"
+        damage = checkpoints.find_damage(checkpoint, hashed=[checkpoints.WEIGHTS])
         if damage:
             print(f"the checkpoint of the lowest held-out loss, that of step {best}, cannot be used: {damage}")
             self.state.best_global_step = self.state.best_metric = None
@@ -394,7 +408,8 @@ class StepTrainer(Trainer):
     def checkpoint_record(self) -> dict[str, Any]:
         """Return the fields of a checkpoint that the Trainer does not save itself.
 
-        These are config, rows' digest, last logged step, loss since then, and skipped steps.
+        These are config, rows' digest, last logged step, loss since then, skipped steps, and where
+        the training was continued with other values.
         """
         return {
             "config": self.config.model_dump(),
@@ -402,10 +417,11 @@ class StepTrainer(Trainer):
             "loss_since_log": float(self._tr_loss),
             "logged_at": self.logged_at,
             "skipped": [self.watch.skipped, self.watch.since_log],
+            "continued": self.continued,
         }
 
     def restore_record(self, record: Mapping[str, Any]) -> None:
-        """Restore the fields of `checkpoint_record`, and apply learning rates that have changed.
+        """Restore the fields of `checkpoint_record`, and apply values that have changed.
 
         It must be called after the Trainer has reset its own sums.
         """
@@ -415,6 +431,16 @@ class StepTrainer(Trainer):
         stored = RunConfig.build({**record["config"], "fresh": False})
         pairs = zip(_rates(self.config), _rates(stored), strict=True)
         self._scale_rates([now / then for now, then in pairs])
+
+        # Another number of steps or another warm-up makes another curve of the same peak.
+        assert self.optimizer is not None
+        schedule.follow_schedule(self.lr_scheduler, self.optimizer)
+        self.continued = list(record.get("continued", []))
+        if before := schedule.values_until_then(record["config"], self.config):
+            self.continued.append({"step": self.state.global_step, "before": before})
+            rate, step = self._get_learning_rate(), self.state.global_step + 1
+            described = describe_continuation(self.continued[-1])
+            print(f"continued {described}; the learning rate of step {step:,} is {rate:.3g}")
 
     def _scale_rates(self, factors: list[float]) -> None:
         """Multiply the learning rates that came with the checkpoint, by a factor for each group."""
@@ -504,9 +530,12 @@ def training_arguments(
         eval_batch_size: conversations per forward pass where nothing is trained.
 
     Raises:
-        ConfigError: fp16 without a GPU.
+        ConfigError: fp16 without a GPU, or the environment has variables of half a launcher, or one
+            that makes float32 less exact.
     """
     config = resolved.config
+    check_launcher()
+    check_precision(config.compute_dtype)
     dtype = getattr(torch, config.compute_dtype)
     on_gpu = torch.cuda.is_available()
     if dtype is torch.float16 and not on_gpu:
@@ -543,9 +572,7 @@ def _optimizer_arguments(config: RunConfig) -> dict[str, Any]:
     """Return the arguments for the optimizer, its schedule and the number of steps."""
     arguments: dict[str, Any] = {
         "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.lr_scheduler,
-        # A number below 1 is a share of all steps.
-        "warmup_steps": config.warmup_ratio,
+        "lr_scheduler_type": schedule.SCHEDULES.get(config.lr_scheduler, config.lr_scheduler),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": config.optimizer,
@@ -554,7 +581,7 @@ def _optimizer_arguments(config: RunConfig) -> dict[str, Any]:
         arguments["num_train_epochs"] = config.epochs
     else:
         arguments["max_steps"] = config.steps
-    if config.lr_scheduler == PLATEAU:
+    if config.lr_scheduler == schedule.PLATEAU:
         arguments["lr_scheduler_kwargs"] = {
             "factor": config.plateau_factor,
             "patience": config.plateau_patience,
@@ -565,7 +592,7 @@ def _optimizer_arguments(config: RunConfig) -> dict[str, Any]:
 def _interval_arguments(config: RunConfig) -> dict[str, Any]:
     """Return the arguments that say when to log, to evaluate and to save."""
     # The choice of the best adapter and the plateau schedule both follow the held-out loss.
-    follows_loss = config.keep == "best" or config.lr_scheduler == PLATEAU
+    follows_loss = config.keep == "best" or config.lr_scheduler == schedule.PLATEAU
     return {
         "logging_steps": config.logging_steps,
         "logging_nan_inf_filter": False,

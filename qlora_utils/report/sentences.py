@@ -17,7 +17,15 @@ from qlora_utils.report.facts import AnswerLine, Facts, measured, trained_on_dat
 from qlora_utils.rows.statistics import truncated_share
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl
-from qlora_utils.runs.history import column, ends_above_lowest, lowest, rises_from_start, smooth
+from qlora_utils.runs.history import (
+    column,
+    describe_continuation,
+    ends_above_lowest,
+    has_learned,
+    lowest,
+    rises_from_start,
+    smooth,
+)
 from qlora_utils.style import counted, cut, duration, loss, on_terminal, passes, percent, size
 
 FEW = 100  # questions; with fewer the interval is so wide that a reader should be warned
@@ -52,6 +60,8 @@ def summary(run: RunDirectory) -> str:
         lines.append(
             f"adapter kept    that of step {saved}, held-out loss {loss(train.get('kept_loss'))}, not the last"
         )
+    lines += [f"note            {sentence}" for sentence in _nothing_gained(train, history)]
+    lines += [f"note            {sentence}" for sentence in _continuations(train)]
     if "tuned" in metrics:
         lines += _score_lines(metrics)
     return "\n".join(lines)
@@ -214,7 +224,26 @@ def course(facts: Facts) -> str:
     sentence = "; ".join(parts) + "."
     if train.get("kept_step") is not None:
         sentence += f" The adapter kept is that of step {train['kept_step']}."
-    return sentence
+    return " ".join([sentence, *_continuations(train)])
+
+
+def _continuations(train: Mapping[str, Any]) -> list[str]:
+    """Say from which steps on a training was continued with other values than before, a sentence each."""
+    return [f"The training was continued {describe_continuation(each)}." for each in train.get("continued") or ()]
+
+
+def _nothing_gained(train: Mapping[str, Any], history: list[dict[str, Any]]) -> list[str]:
+    """Say so if no step could learn anything, or if the base model alone is no worse on the measured rows."""
+    if not has_learned(history):
+        return ["Nothing was learned: no step had a learning rate above 0 and a finite loss."]
+    steps, losses = column(history, "eval_loss")
+    saved = train.get("kept_loss")
+    if saved is None or not steps or steps[0] != 0 or losses[0] > saved:
+        return []
+    return [
+        f"The base model alone has held-out loss {losses[0]:.3f}, the adapter kept {saved:.3f}: the training has not "
+        "lowered it. keep=best chooses among the steps, and cannot choose the base model."
+    ]
 
 
 def _describe_change(first: float | None, last: float | None) -> str:
@@ -255,7 +284,7 @@ def caveats(facts: Facts) -> list[str]:
 
 def _training_caveats(facts: Facts) -> list[str]:
     history, train, config = facts.history, facts.train, facts.config
-    sentences = []
+    sentences = _nothing_gained(train, history)
 
     # Held-out loss that rises, or still falls, calls for another training.
     steps, losses = column(history, "eval_loss")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,11 +127,18 @@ class RunDirectory:
         if not (begun and self.config.is_file()):
             self.record(config)
 
-    def record(self, config: RunConfig) -> None:
-        """Write `config.json`: the config, and versions, commit and hardware of this process."""
+    def record(self, config: RunConfig, continued: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write `config.json`: the config, and versions, commit and hardware of this process.
+
+        Args:
+            config: the run.
+            continued: where its training was resumed with other values, and those until then, so
+                that the config is not taken for that of all its steps.
+        """
         # `fresh` is an order to one training: whoever resumes the run must not start over.
         lasting = {**config.model_dump(), "fresh": False}
-        write_json(self.config, {"config": lasting, **provenance()})
+        until_then = {"continued": list(continued)} if continued else {}
+        write_json(self.config, {"config": lasting, **until_then, **provenance()})
 
     def record_answers(self, config: RunConfig) -> None:
         """Replace in `config.json` what the answers depend on, and nothing else."""

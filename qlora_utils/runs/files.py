@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -30,22 +31,36 @@ WRITTEN_BY = {
 def write_bytes(path: Path, blocks: Iterable[bytes]) -> None:
     """Write a file whole or not at all: into a temporary file, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}.")
+    # Not by `tempfile`, whose files are for their owner alone: the permissions are those of any new file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.writelines(blocks)
             # Flush the content to the disk before the file is renamed: otherwise a power cut could
             # leave an empty file under the new name.
             file.flush()
             os.fsync(file.fileno())
-        # Temporary files are for their owner alone. Some mounts, as Google Drive, have permissions
-        # of their own.
-        with suppress(PermissionError):
-            Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file in a folder the permissions that any new file gets there.
+
+    safetensors makes its files readable for their owner alone, so that nobody else could use an
+    adapter.
+    """
+    probe = folder / f".permissions.{os.getpid()}.new"
+    probe.touch()
+    permissions = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != permissions:
+            # Some mounts, as Google Drive, have permissions of their own.
+            with suppress(PermissionError):
+                path.chmod(permissions)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from qlora_utils.config import as_given
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import damaged, read_jsonl
 from qlora_utils.style import COLORS, HELD_OUT, PALE, TRAINING, in_figure, unframed
@@ -30,7 +31,7 @@ COLUMNS = {
     "peak_memory_bytes": "peak memory (GB)",
 }
 
-NUMBERS = (*COLUMNS, "epoch")
+NUMBERS = (*COLUMNS, "epoch", "continued_from")
 # Texts of the sample: a held-out question that is asked at every measurement.
 SAMPLE = ("question", "expected", "answer")
 
@@ -122,6 +123,24 @@ def lowest(history: History, name: str = "eval_loss") -> tuple[int, float] | Non
     return steps[best], values[best]
 
 
+def has_learned(history: Sequence[Mapping[str, Any]]) -> bool:
+    """Check whether any step had a learning rate above 0 and a finite loss; true if the history does not say."""
+    lines = [line for line in history if "loss" in line and "lr" in line]
+    moved = [line for line in lines if line["loss"] is not None and line["lr"]]
+    return bool(moved) or not lines
+
+
+def continued_steps(history: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the steps from which the training was continued with other values, as more steps, in order."""
+    return sorted({line["continued_from"] for line in history if line.get("continued_from") is not None})
+
+
+def describe_continuation(continued: Mapping[str, Any]) -> str:
+    """Describe from which step on other values hold, and those that held until then."""
+    values = ", ".join(f"{name}={as_given(value)}" for name, value in continued["before"].items())
+    return f"from step {continued['step']:,}, with {values} until then"
+
+
 def ends_above_lowest(history: History, margin: float = 0.01) -> bool:
     """Check whether the held-out loss ends more than a share of `margin` above its lowest point."""
     best = lowest(history)
@@ -155,7 +174,7 @@ def drawable(history: Sequence[Mapping[str, Any]], most: int = 200) -> History:
         size = math.ceil(len(points) / most) or 1
         fewer = _select(points, size) if name.startswith("eval_") else _average(points, size)
         lines += [{"step": step, name: value} for step, value in fewer]
-    return lines
+    return lines + [{"step": step, "continued_from": step} for step in continued_steps(history)]
 
 
 def _average(points: Sequence[Point], size: int) -> list[Point]:
@@ -197,6 +216,8 @@ def plot_column(histories: Mapping[str, History], name: str, ax: Axes) -> Figure
             marker = "o" if name.startswith("eval_") else None
             every = _mark_every(steps)
             ax.plot(steps, values, color=color, label=in_figure(run_name), marker=marker, markersize=3, markevery=every)
+    for step in sorted({step for history in histories.values() for step in continued_steps(history)}):
+        ax.axvline(step, color="tab:gray", linestyle="--", linewidth=1)
     ax.set(xlabel="step", title=COLUMNS[name])
     unframed(ax, grid="both")
 
@@ -241,6 +262,8 @@ def plot_losses(history: History, ax: Axes, *, kept_step: int | None = None) -> 
             ax.axvspan(best[0], steps[-1], color=PALE, alpha=0.6, linewidth=0, zorder=0, label="overfitting")
         ax.annotate(f"lowest {best[1]:.3f}\nat step {best[0]}", best, xytext=(0, 18), textcoords="offset points",
                     ha=side, fontsize="small", arrowprops={"arrowstyle": "-", "color": "tab:gray"})  # fmt: skip
+    for step in continued_steps(history):
+        ax.axvline(step, color="tab:gray", linestyle="--", linewidth=1, label=f"continued from step {step}")
     if kept_step is not None:
         ax.axvline(kept_step, color="black", linestyle=":", linewidth=1.2, label=f"adapter of step {kept_step}")
 

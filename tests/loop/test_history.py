@@ -69,3 +69,38 @@ def test_a_sample_answer_goes_with_what_was_measured_and_comes_back(tmp_path):
 def test_peak_memory_is_at_least_what_this_process_holds_now():
     psutil = pytest.importorskip("psutil")
     assert history.peak_memory_bytes() > 0.5 * psutil.Process().memory_info().rss
+
+
+def test_the_speed_is_the_tokens_of_the_steps_since_the_line_before_by_the_seconds_they_took(tmp_path, monkeypatch):
+    """By a clock of which each training step takes 2 seconds, and each measurement and checkpoint 50."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(history.time, "perf_counter", lambda: clock.now)
+    writer = history.HistoryWriter(tmp_path / "history.jsonl")
+    writer.on_train_begin(None, state(0), CONTROL)
+    tokens = 0
+    for step, count in enumerate([100, 300, 500, 700, 900, 40], start=1):
+        clock.now += 50
+        writer.on_step_begin(None, state(step - 1, tokens), CONTROL)
+        clock.now += 2
+        tokens += count
+        logs = step in (1, 2, 5, 6)
+        control = SimpleNamespace(**{**vars(CONTROL), "should_log": logs, "should_save": True})
+        writer.on_step_end(None, state(step, tokens), control)
+        if logs:
+            writer.on_log(None, state(step, tokens), control, logs={"loss": 1.0, "learning_rate": 0.1})
+    lines = read_jsonl(tmp_path / "history.jsonl")
+    assert [(line["tokens"], line["tokens_per_s"]) for line in lines] == [
+        (100, 50.0), (400, 150.0), (2500, 350.0), (2540, 20.0)
+    ]  # fmt: skip
+
+
+def test_the_speed_of_a_resumed_training_counts_its_own_steps_alone(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(history.time, "perf_counter", lambda: clock.now)
+    writer = history.HistoryWriter(tmp_path / "history.jsonl")
+    writer.on_train_begin(None, state(5, 10_000), CONTROL)
+    writer.on_step_begin(None, state(5, 10_000), CONTROL)
+    clock.now += 4
+    writer.on_step_end(None, state(6, 10_100), CONTROL)
+    writer.on_log(None, state(6, 10_100), CONTROL, logs={"loss": 1.0, "learning_rate": 0.1})
+    assert read_jsonl(tmp_path / "history.jsonl")[0]["tokens_per_s"] == 25.0

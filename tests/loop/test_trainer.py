@@ -7,6 +7,7 @@ import torch
 from conftest import BOTH
 from test_training import Spoil, changed, losses, train, trained_weights
 
+from qlora_utils import lora, quantization
 from qlora_utils.kernels import loss
 from qlora_utils.loop import interruptions
 from qlora_utils.loop.trainer import StepTrainer
@@ -165,3 +166,19 @@ def test_in_fp16_the_scaler_finds_its_scale_and_only_a_loss_that_is_none_counts(
         _, run, history = train(half, tokenizer, prepared)
         assert read_json(run.metrics)["train"]["skipped_steps"] == 0
         assert all(math.isfinite(value) for value in losses(history))
+
+
+@BOTH
+def test_weight_decay_takes_its_share_of_every_trained_weight_at_the_rate_of_its_group(config, tokenizer, prepared):
+    """AdamW (Loshchilov and Hutter, 2019): the same gradients, and rate times decay times the weight less."""
+    once = changed(config, steps=1, batch_size=2, eval_rows=2, learning_rate=1e-3, head_learning_rate=1e-4)
+    started = trained_weights(lora.attach(quantization.load(once), once))
+    plain = trained_weights(train(once, tokenizer, prepared)[0])
+    decayed = trained_weights(train(changed(once, weight_decay=0.5, run_name="decayed"), tokenizer, prepared)[0])
+    assert plain.keys() == decayed.keys()
+    for name, weight in plain.items():
+        rate = once.head_learning_rate if "lm_head" in name else once.learning_rate
+        torch.testing.assert_close(weight - decayed[name], rate * 0.5 * started[name], rtol=1e-2, atol=1e-7)
+    # the matrices B are zero at first, so that nothing can be taken off them
+    moved = {name for name in plain if not torch.equal(plain[name], decayed[name])}
+    assert moved == {name for name in plain if "lora_B" not in name}
