@@ -54,6 +54,9 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     # a damaged folder is refused before anything is loaded: transformers would name neither file nor remedy
     source = locate(config.model)
     model_files.check(source)
+    stored = model_files.stored_quantization(source)
+    if stored:
+        print(f"model: {source} is stored in {stored} and stays so; quantize and double_quantization change nothing")
     model_files.check_weights(source, architecture_of(config.model))
     resolved = resolved or resolve_to_load(config)
     loader = model_files.choose_loader(resolved.architecture)
@@ -63,7 +66,8 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     if resolved.architecture == "causal":
         attention.register()
         options["attn_implementation"] = KERNELS[resolved.config.attention_kernel]
-    if config.quantize:
+    # quantized weights bring a config of their own, which transformers prefers, with a warning
+    if config.quantize and not stored:
         # No llm_int8_skip_modules here: giving any replaces the default that keeps the head out of NF4.
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -86,6 +90,12 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
         raise ModelError(model_advice(source, error)) from error
     model, found = loaded
     model_files.refuse_incomplete(source, found)
+    head = model.get_output_embeddings()
+    if config.train_head and head is not None and is_quantized(head.weight):
+        raise ModelError(
+            f"model: {source} is stored with its head in 4 bits, which cannot be trained in full: -p train_head=false, "
+            "or take the model from before quantization."
+        )
 
     # change what the loader leaves in a state that does not suit training
     for linear in parts_in_fp32(model):
@@ -95,6 +105,8 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
             # On CPUs with AVX512-BF16 a forward pass in eval mode would repack the weight into a layout that has no
             # backward pass, and training after any evaluation would silently stop reaching the layers below.
             layer.support_avx512bf16_for_cpu = False
+            # a model that was stored in 4 bits names the precision of whoever stored it
+            layer.compute_dtype = dtype
     if resolved.config.keep_expanded:
         keep_expanded(model)
     model.requires_grad_(False)

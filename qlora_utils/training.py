@@ -31,6 +31,7 @@ from qlora_utils.loop.live import Progress
 from qlora_utils.loop.summary import TrainingSummary
 from qlora_utils.loop.trainer import TRAINERS, StepTrainer, TraceResult, training_arguments
 from qlora_utils.lora import check_weights, record_base
+from qlora_utils.models.export import write_tokenizer
 from qlora_utils.models.hardware import OutOfMemoryError, is_out_of_memory
 from qlora_utils.models.memory import answer_room, too_large_at_last, within_learned
 from qlora_utils.models.resolution import resolution_of
@@ -431,7 +432,7 @@ def _train_from(
 
     # Answers, comparison and merged model belong to the previous adapter. The metrics come last:
     # they mark the training as finished.
-    save_adapter(tuned_model, tokenizer, run.adapter)
+    save_adapter(tuned_model, tokenizer, run.adapter, form.chat_template)
     run.record(config, trainer.continued)
     run.answers.unlink(missing_ok=True)
     run.comparison.unlink(missing_ok=True)
@@ -609,10 +610,18 @@ def _load_weights(tuned_model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(tuned_model, weights)
 
 
-def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_adapter(
+    tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str | None = None
+) -> None:
     """Save LoRA weights, head and tokenizer as safetensors and JSON.
 
     They are written to a temporary folder, which is renamed at the end.
+
+    Args:
+        tuned_model: the base model with its adapter.
+        tokenizer: of the base model.
+        folder: to write; an adapter that is there is replaced.
+        chat_template: that of the training, which servers take from here (None: the tokenizer's own).
 
     Raises:
         DiskError: the disk is full; the adapter from before is still there.
@@ -628,7 +637,7 @@ def save_adapter(tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase, fol
             tuned_model.save_pretrained(str(temporary), safe_serialization=True)
             # peft's model card is an empty form with a local path in it.
             (temporary / "README.md").unlink(missing_ok=True)
-            tokenizer.save_pretrained(str(temporary))
+            write_tokenizer(tokenizer, temporary, chat_template or tokenizer.chat_template)
             record_base(tuned_model, temporary)
             follow_umask(temporary)
     except BaseException:

@@ -8,13 +8,11 @@ that is not there.
 
 from __future__ import annotations
 
-import copy
 import gc
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,14 @@ import torch
 from torch import nn
 
 from qlora_utils import answers, lora, quantization
+from qlora_utils.commands.merged_weights import (
+    Source,
+    as_loaded,
+    check_mergeable,
+    merged_weights,
+    model_config_of,
+    unscale_head,
+)
 from qlora_utils.config import ConfigError, ModelError, RunConfig, check_folder, resume_command
 from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.evaluation import generation
@@ -29,12 +35,13 @@ from qlora_utils.evaluation.generation import Answer, Question, Sampling
 from qlora_utils.kernels.loss import row_losses
 from qlora_utils.locate import locate
 from qlora_utils.models import files as model_files
+from qlora_utils.models.export import stored_weights, write_config, write_tokenizer
 from qlora_utils.models.memory import answer_room
 from qlora_utils.models.shapes import HEAD, architecture_of
 from qlora_utils.quantization import Checkpoint
 from qlora_utils.rows.conversations import Conversation, Turn
 from qlora_utils.runs.directory import RunDirectory
-from qlora_utils.runs.files import follow_umask, write_json
+from qlora_utils.runs.files import follow_umask, read_json, write_json
 from qlora_utils.runs.provenance import provenance
 from qlora_utils.style import cut
 from qlora_utils.tokens.formats import format_of
@@ -52,20 +59,6 @@ BASES = {
 RECORD = "merge.json"
 # The number of differing answers that the record holds.
 EXAMPLES = 2
-
-# Takes name and parameter of the loaded model, returns the base weight.
-Source = Callable[[str, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Hold the shape of a merged weight, and the function that computes it.
-
-    Weights are computed one by one while they are written: all of them may not fit into memory.
-    """
-
-    shape: torch.Size
-    make: Callable[[], torch.Tensor]
 
 
 def merge(
@@ -86,7 +79,7 @@ def merge(
     Args:
         config: of the run, as in its `config.json`.
         into: the folder to write (None: `merged/` in the run directory).
-        base: a key of `BASES` (None: `quantized`, if the run quantized its base model).
+        base: a key of `BASES` (None: `quantized`, if the base model was quantized).
         dtype: of the saved weights.
         questions: the number of held-out questions that both models answer; 0 skips the comparison.
         force: replace an earlier merge in the folder.
@@ -115,6 +108,7 @@ def merge(
     tokenizer = load_tokenizer(config)
     chosen = choose_questions(config, run, tokenizer, questions) if questions else []
     tuned_model = lora.reload(quantization.load(config), run.adapter, fused=config.fused_layers)
+    check_mergeable(tuned_model, config)
     unmerged = ask(tuned_model, tokenizer, chosen, config) if chosen else None
     source = Checkpoint(locate(config.model)) if base_name == "original" else as_loaded
     # Written under another name and renamed at the end, so that nobody finds half a model.
@@ -153,11 +147,19 @@ def _choose_base(config: RunConfig, base: str | None) -> str:
     """Return the key of `BASES` that is merged into.
 
     Raises:
-        ConfigError: an unknown key, or `quantized` for a run that did not quantize.
+        ConfigError: an unknown key, `quantized` for a run whose base model was not quantized, or
+            `original` for one that was stored in 4 bits.
     """
     if base not in (None, *BASES):
         raise ConfigError(f"base: {base!r} is not allowed; expected one of {', '.join(BASES)}.")
-    if config.quantize:
+    # A model that was stored in 4 bits was loaded in 4 bits, whatever the config says.
+    stored = model_files.stored_quantization(locate(config.model))
+    if stored and base == "original":
+        raise ConfigError(
+            f"base: {config.model} is stored in {stored}, so there are no weights from before quantization; leave "
+            "--base away, or say --base quantized."
+        )
+    if config.quantize or stored:
         return base or "quantized"
     if base == "quantized":
         raise ConfigError(
@@ -227,82 +229,6 @@ def _release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-# ---------------------------------------------------------------------------------------------------- weights
-
-
-def merged_weights(tuned_model: PeftModel, dtype: torch.dtype, source: Source) -> dict[str, Weight]:
-    """Return every weight of the merged model by its name in a plain model.
-
-    Nothing is computed until a weight's `make` is called. The trained head replaces that of the
-    base model, and is no longer tied to the embeddings. If no head was trained, a tied head stays
-    tied and is not listed.
-    """
-    adapter = tuned_model.active_adapter
-    model = tuned_model.get_base_model()
-    trained_copy = f".modules_to_save.{adapter}."
-    weights: dict[str, Weight] = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".original_module." in name:
-            continue
-        layer_name, _, rest = name.rpartition(".base_layer.")
-        # A module that was trained in full has a trained copy, which is used.
-        if trained_copy in name:
-            plain, value = name.replace(trained_copy, "."), parameter.detach
-        # In a layer that peft wrapped, LoRA changes the weight and leaves the bias as it was.
-        elif layer_name:
-            plain = f"{layer_name}.{rest}"
-            value = partial(source, plain, parameter)
-            if rest == "weight":
-                value = partial(adapted_weight, model.get_submodule(layer_name), adapter, value)
-        else:
-            plain, value = name, partial(source, name, parameter)
-        weights[plain] = Weight(quantization.unquantized_shape(parameter), partial(_round, plain, value, dtype))
-    return weights
-
-
-@torch.no_grad()
-def adapted_weight(layer: Any, adapter: str, base_weight: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Return the base weight with a layer's LoRA update added, fp32, shape `(out, in)`.
-
-    DoRA (https://arxiv.org/abs/2402.09353, equation 5) then scales each row to its learned length.
-
-    Args:
-        layer: peft's LoRA layer. Its delta includes the scale: alpha / r, or alpha / sqrt(r) for
-            rsLoRA.
-        adapter: its name in the layer.
-        base_weight: returns the weight that is merged into.
-    """
-    # In fp32: a sum in 16 bits would round the small update a second time.
-    delta = layer.get_delta_weight(adapter).float()
-    weight = base_weight().to(delta.device).float() + delta
-    if adapter in layer.lora_magnitude_vector:
-        magnitude = layer.lora_magnitude_vector[adapter].weight.float()
-        weight *= (magnitude / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
-    return weight
-
-
-def _round(name: str, value: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Compute a weight and round it to `dtype`, in main memory.
-
-    Raises:
-        ModelError: a value is infinite or NaN.
-    """
-    weight = value().to(dtype).cpu().contiguous()
-    if not bool(torch.isfinite(weight).all()):
-        raise ModelError(
-            f"merge: {name} has values that {dtype} cannot hold, or that are no numbers. With float16, take "
-            "--dtype bfloat16; otherwise the adapter is broken: train again with a lower learning_rate."
-        )
-    return weight
-
-
-def as_loaded(name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Return a base weight as the loaded model uses it: NF4 dequantized, others unchanged."""
-    if quantization.is_quantized(parameter):
-        return quantization.dequantize(parameter)
-    return parameter.detach()
-
-
 # ---------------------------------------------------------------------------------------------------- files
 
 
@@ -332,7 +258,13 @@ def save(
     from safetensors.torch import save_file
 
     torch_dtype = getattr(torch, dtype)
+    model_config = model_config_of(config)
     weights = merged_weights(tuned_model, torch_dtype, source)
+    model_config.tie_word_embeddings = f"{HEAD}.weight" not in weights
+    unscale_head(weights, model_config)
+    # Files name some weights otherwise: the head of GPT-NeoX is `embed_out`.
+    stored = stored_weights(type(tuned_model.get_base_model()), model_config)
+    weights = {stored.get(name, (name, None))[0]: weight for name, weight in weights.items()}
     # On the meta device tensors have shapes and no memory: enough to plan the shards.
     shapes = {}
     for name, weight in weights.items():
@@ -347,14 +279,12 @@ def save(
         write_json(folder / "model.safetensors.index.json", index)
 
     # The config tells transformers that nothing is quantized, and whether the head is tied.
-    model_config = _model_config(config)
     if hasattr(model_config, "quantization_config"):
         del model_config.quantization_config
     model_config.architectures = [type(tuned_model.get_base_model()).__name__]
     model_config.dtype = torch_dtype
     model_config.use_cache = True
-    model_config.tie_word_embeddings = f"{HEAD}.weight" not in weights
-    model_config.save_pretrained(folder)
+    write_config(model_config, folder, locate(config.model))
     return sum(weight.shape.numel() for weight in weights.values())
 
 
@@ -362,28 +292,23 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, config: Run
     """Write the tokenizer with the chat template of the training, and `generation_config.json`.
 
     The template replaces that of the base model. The generation config sets greedy answers, as
-    they were scored, and names the tokens that start, end and pad an answer.
+    they were scored, and names the tokens that start, end and pad an answer: besides the one of the
+    training, those that end an answer of the base model.
     """
     from transformers import GenerationConfig
 
-    # A copy, since the caller's tokenizer keeps its own template.
-    saved = copy.deepcopy(tokenizer)
-    saved.chat_template = format_of(tokenizer, config).chat_template
-    saved.save_pretrained(folder)
+    ends = [tokenizer.eos_token_id]
+    if published := model_files.find_file(locate(config.model), "generation_config.json"):
+        others = read_json(published).get("eos_token_id")
+        ends += [end for end in (others if isinstance(others, list) else [others]) if end not in (None, *ends)]
+    write_tokenizer(tokenizer, folder, format_of(tokenizer, config).chat_template)
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=getattr(_model_config(config), "decoder_start_token_id", None),
+        decoder_start_token_id=getattr(model_config_of(config), "decoder_start_token_id", None),
         do_sample=False,
     ).save_pretrained(folder)
-
-
-def _model_config(config: RunConfig) -> Any:
-    """Read the base model's own config.json."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(locate(config.model), trust_remote_code=False)
 
 
 def load(folder: Path) -> PreTrainedModel:

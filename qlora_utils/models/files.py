@@ -17,6 +17,8 @@ Architecture = Literal["causal", "encoder-decoder"]
 
 EXPECTED = "Expected a folder as save_pretrained or `hf download` leaves it: config.json, tokenizer, *.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+# quantizations that config.json may not mention
+EARLIER_QUANTIZATIONS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
 INDEX = "model.safetensors.index.json"
 # The first bytes of what git leaves in place of a large file that was not fetched.
 _POINTER = b"version https://git-lfs"
@@ -24,7 +26,7 @@ _REMEDY = "Copy or download the model again."
 
 
 def check(source: str) -> None:
-    """Refuse a local folder from which no base model can be loaded; leave a hub id to the hub. Loads nothing.
+    """Refuse a local folder from which no base model can be loaded, or a hub id of which that is known. Loads nothing.
 
     Args:
         source: local folder or hub id, as `locate.locate` gives it.
@@ -33,6 +35,7 @@ def check(source: str) -> None:
         ModelError: names the file, what is wrong with it, what is expected and what to do next.
     """
     check_description(source)
+    check_offers(source)
     check_tokenizer(source)
     if Path(source).is_dir():
         for path in _weight_files(Path(source)):
@@ -55,6 +58,80 @@ def check_description(source: str) -> None:
     if not (folder / "config.json").is_file():
         _refuse_without_config(folder)
     _check_config(folder / "config.json")
+
+
+def find_file(source: str, name: str) -> Path | None:
+    """Return the path of a model's file, fetched from the hub if need be; None if there is none.
+
+    Args:
+        source: local folder or hub id.
+        name: of the file.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            source,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    # The folder has moved since, or what names the source is no hub id.
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
+
+
+def check_offers(source: str) -> None:
+    """Refuse a model, on the hub too, that transformers would load as something else than a plain base model.
+
+    Args:
+        source: as `check`.
+
+    Raises:
+        ModelError: an adapter lies beside the base model, or its weights are quantized in a way that can't be trained.
+    """
+    # transformers attaches such an adapter unasked, and what is trained would be no adapter of the base model
+    if found := find_file(source, "adapter_config.json"):
+        if find_file(source, "config.json") is None:
+            _refuse_adapter(source, found)
+        raise ModelError(
+            f"model: {source} holds an adapter beside the base model (adapter_config.json), which transformers would "
+            "attach unasked. Move that file elsewhere, or take a copy of the base model alone."
+        )
+    method = stored_quantization(source)
+    if method is not None and not method.startswith("bitsandbytes 4-bit"):
+        raise ModelError(
+            f"model: {source} is quantized already, with {method}, which can be neither trained nor merged here. Take "
+            "the model from before that, in 16 or 32 bits; it is quantized to NF4 when it is loaded."
+        )
+
+
+def stored_quantization(source: str) -> str | None:
+    """Return how a model's weights are quantized in its files, as `bitsandbytes 4-bit (nf4)`; None if they are not.
+
+    Args:
+        source: as `check`.
+    """
+    path = find_file(source, "config.json")
+    described = _read_object(path) if path else {}
+    # the first is transformers' key; compressed-tensors and MLX have had others
+    for key in ("quantization_config", "compression_config", "quantization"):
+        found = described.get(key)
+        if not isinstance(found, dict):
+            continue
+        method = str(found.get("quant_method") or ("MLX" if key == "quantization" else "an unknown method"))
+        # bitsandbytes' earlier configs do not name it
+        if method != "bitsandbytes" and not (found.get("load_in_4bit") or found.get("load_in_8bit")):
+            return method.upper() if method in ("gptq", "awq", "fp8", "hqq", "mxfp4") else method
+        kind = str(found.get("bnb_4bit_quant_type", "fp4"))
+        return f"bitsandbytes 4-bit ({kind})" if found.get("load_in_4bit") else "bitsandbytes 8-bit"
+    # files that tools wrote before transformers had a key for them
+    for name, method in EARLIER_QUANTIZATIONS.items():
+        if find_file(source, name):
+            return method
+    return None
 
 
 def check_tokenizer(source: str) -> None:
@@ -239,12 +316,15 @@ def quietly() -> Iterator[None]:
 def _refuse_without_config(folder: Path) -> NoReturn:
     # the folder of an adapter is easily mistaken for that of its base model
     if (folder / "adapter_config.json").is_file():
-        base = _read_object(folder / "adapter_config.json").get("base_model_name_or_path") or "…"
-        raise ModelError(
-            f"model: {folder} holds an adapter, not a base model. Give the model that it was trained on: "
-            f"-p model={base}"
-        )
+        _refuse_adapter(str(folder), folder / "adapter_config.json")
     raise ModelError(f"model: {folder / 'config.json'} is missing. {EXPECTED}. {_REMEDY}")
+
+
+def _refuse_adapter(source: str, path: Path) -> NoReturn:
+    base = _read_object(path).get("base_model_name_or_path") or "…"
+    raise ModelError(
+        f"model: {source} holds an adapter, not a base model. Give the model that it was trained on: -p model={base}"
+    )
 
 
 def _check_config(path: Path) -> None:

@@ -310,6 +310,7 @@ def _model_config(source: str) -> PreTrainedConfig:
     if stored := known(source):
         return AutoConfig.for_model(**stored)
     model_files.check_description(locate(source))
+    model_files.check_offers(locate(source))
     try:
         return AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
     except Exception as error:  # the hub client raises a dozen unrelated kinds
