@@ -107,8 +107,9 @@ class RunConfig(BaseModel):
     keep_expanded: bool | None = Field(
         None, description="keep the 4-bit weights dequantized beside them (None: where GPU memory is plenty)"
     )
-    attention_kernel: Literal["auto", "varlen", "split", "dense"] = Field(
-        "auto", description="attention in packs: one kernel for all, one call for each conversation, or a mask"
+    attention_kernel: Literal["auto", "varlen", "split", "dense", "eager"] = Field(
+        "auto",
+        description="attention in packs: one kernel for all, one call for each conversation, a mask, or the model's own",
     )
     fused_layers: bool = Field(
         True, description="compute each layer and its adapter as one operation, and the loss without all logits"

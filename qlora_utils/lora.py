@@ -7,6 +7,7 @@ DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,10 +58,13 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
 
     Raises:
         ConfigError: `lora_targets` names a layer that this model does not have.
+        ModelError: a head that trains would part weights that belong together.
     """
     from peft import LoraConfig, get_peft_model
 
     resolved = resolution_of(base_model, config)
+    if config.train_head:
+        _refuse_parted_weights(base_model)
     # The matrices A start with random numbers; the same seed gives the same adapter.
     torch.manual_seed(config.seed)
     lora_config = LoraConfig(
@@ -82,6 +86,31 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
         with _ignore_harmless_warnings(base_model):
             base_model.gradient_checkpointing_enable({"use_reentrant": False})
     return tuned_model  # type: ignore[return-value]
+
+
+def _refuse_parted_weights(base_model: PreTrainedModel) -> None:
+    """Refuse to train a head that is tied to more than the embeddings.
+
+    A head that trains parts from the embeddings, and a model is tied either as a whole or not at all. BART shares one
+    weight between head, encoder and decoder: untied, these would lack theirs in the merged model.
+
+    Raises:
+        ModelError: names the first weight that would be missing.
+    """
+    head: Any = base_model.get_output_embeddings()
+    embeddings: Any = base_model.get_input_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        return
+    untied = copy.deepcopy(base_model.config)
+    untied.tie_word_embeddings = False
+    expected = {name for name, _ in shapes.build_empty(untied).named_parameters()}
+    missing = sorted(expected - {name for name, _ in base_model.named_parameters()})
+    if missing != [f"{HEAD}.weight"]:
+        others = ", ".join(name for name in missing if name != f"{HEAD}.weight")
+        raise ModelError(
+            f"model: its head shares one weight with {others or 'other parts'}, and a head that trains would part from "
+            "them: the merged model could not be loaded. Take -p train_head=false."
+        )
 
 
 def target_modules(config: RunConfig, base_model: nn.Module) -> str | list[str]:
@@ -113,18 +142,11 @@ def enable_fused_layers(tuned_model: PeftModel, config: RunConfig) -> None:
     """Compute the same results in fewer operations, if `config.fused_layers` is true.
 
     A layer and its adapter become one operation, and the loss is computed without all logits.
-
-    Raises:
-        ModelError: the model's head is more than a matrix product, so its loss needs all logits.
     """
     if config.fused_layers:
         fuse(tuned_model)
         model: Any = tuned_model.get_base_model()
-        if not use_chunked_loss(model):
-            raise ModelError(
-                "model: its head does more than a matrix product, so the loss must be computed from all logits: "
-                "-p fused_layers=false."
-            )
+        use_chunked_loss(model)
 
 
 def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = False, fused: bool = True) -> PeftModel:

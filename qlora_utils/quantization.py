@@ -20,7 +20,7 @@ from qlora_utils.locate import first_line, locate, model_advice
 from qlora_utils.models import files as model_files
 from qlora_utils.models.resolution import Resolved, resolve_to_load
 from qlora_utils.models.resolution import resolve_auto as resolve_auto  # notebook 02 calls it
-from qlora_utils.models.shapes import architecture_of
+from qlora_utils.models.shapes import architecture_of, refuse_unseen_weights
 from qlora_utils.runs.files import read_json
 from qlora_utils.style import BLUE, GRAY, ORANGE, SKY, YELLOW, unframed
 
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from transformers import PreTrainedModel
 
-KERNELS = {"varlen": attention.VARLEN, "split": attention.SPLIT, "dense": attention.DENSE}
+KERNELS = {
+    "varlen": attention.VARLEN, "split": attention.SPLIT, "dense": attention.DENSE, "eager": attention.EAGER,
+}  # fmt: skip
 PARTS = ("embeddings", "attention", "feed-forward", "norms", "head")
 
 
@@ -46,7 +48,8 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
         resolved: of this config, from `resolve_auto`, if it was resolved before.
 
     Raises:
-        ModelError: absent, gated, not safetensors, or not loadable; says what to do next.
+        ModelError: absent, gated, not safetensors, not loadable, or with most of its weights where neither NF4 nor LoRA
+            reaches them; says what to do next.
     """
     import bitsandbytes
     from transformers import BitsAndBytesConfig
@@ -58,6 +61,7 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     if stored:
         print(f"model: {source} is stored in {stored} and stays so; quantize and double_quantization change nothing")
     model_files.check_weights(source, architecture_of(config.model))
+    refuse_unseen_weights(config.model)
     resolved = resolved or resolve_to_load(config)
     loader = model_files.choose_loader(resolved.architecture)
     dtype = getattr(torch, resolved.config.compute_dtype)
@@ -87,6 +91,11 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
                 **options,
             )
     except Exception as error:  # the loader and the hub client raise a dozen unrelated kinds
+        # models with attention in code of their own look the kernel up among their classes
+        if isinstance(error, KeyError) and error.args == (options.get("attn_implementation"),):
+            raise ModelError(
+                f"model: {source} computes attention by itself, and takes no other kernel. Take -p attention_kernel=eager."
+            ) from error
         raise ModelError(model_advice(source, error)) from error
     model, found = loaded
     model_files.refuse_incomplete(source, found)

@@ -22,6 +22,7 @@ from qlora_utils.config import FINISHED_FIELDS, RESUME_FIELDS, ConfigError, RunC
 from qlora_utils.data import Prepared
 from qlora_utils.evaluation.generation import Sampling, answer_all, questions_of
 from qlora_utils.evaluation.scores import exact_match
+from qlora_utils.kernels import self_test
 from qlora_utils.kernels.loss import answer_losses, response_loss
 from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions
@@ -221,6 +222,7 @@ def train(
             values, or the environment has variables of half a launcher.
         DamagedError: there are checkpoints, and none of them is whole.
         DataError: the training was started with other rows, or no row has a label.
+        ModelError: the model is not what the kernels and packs take it for (`check_model`).
         DivergedError: the loss or gradient was NaN or infinite for several steps.
         OutOfMemoryError: there is no memory even for one example at a time.
         DiskError: the disk has too little free space; files that were written before are whole.
@@ -407,6 +409,8 @@ def _train_from(
     with _record_format(form, run) if last is None else nullcontext():
         trainer = make_trainer(config, tuned_model, tokenizer, prepared, run)
         _check_disk(trainer, run)
+        # The Trainer has put Liger's kernels in, so this is the model as every step will run it.
+        check_model(config, tuned_model, tokenizer)
     if last is None and trainer.is_world_process_zero():
         _start_over(run)
         run.record(config)
@@ -671,6 +675,17 @@ def show_passes(
     step = StepCollator(collator, bound, config.micro_batch_size)(examples[: config.batch_size])
     length = f"{config.epochs:g} epochs" if config.epochs else f"{config.steps} steps"
     return f"{format_passes(step, collator)}\n{length} of {config.batch_size} examples"
+
+
+def check_model(
+    config: RunConfig, tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> self_test.SelfTest:
+    """Try the model on two random conversations, as every training does before its first step.
+
+    Raises:
+        ModelError: what training computes is not what the model itself does; says by how much, and what to do next.
+    """
+    return self_test.check(tuned_model, make_collator(tokenizer, config))
 
 
 def held_out_loss(

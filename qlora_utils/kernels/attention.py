@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 # The names under which transformers finds the kernels (`attn_implementation`).
-VARLEN, SPLIT, DENSE = "packed_varlen", "packed_split", "sdpa"
+VARLEN, SPLIT, DENSE, EAGER = "packed_varlen", "packed_split", "sdpa", "eager"
+# What some models ask of their attention and these kernels do not compute: caps on scores, sinks, added biases.
+_NOT_COMPUTED = ("softcap", "s_aux", "sinks", "position_bias")
 
 
 def register() -> None:
@@ -147,8 +149,13 @@ def _attend(
     """Compute attention for transformers: by `kernel` for a pack, by `sdpa` for everything else.
 
     Raises:
-        ValueError: `lengths` do not add up to the tokens of the pack.
+        ValueError: `lengths` do not add up to the tokens of the pack, or the model asks for more than the kernels
+            compute.
     """
+    # Left out in silence, it would change every number of the model.
+    for name in _NOT_COMPUTED:
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: this model's attention asks for it, and the kernels for packs do not compute it")
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     # A pack is one sequence without a mask and without a cache of earlier tokens. Packs that our

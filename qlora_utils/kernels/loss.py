@@ -4,18 +4,22 @@ Logits are 32,000 numbers for each token: in fp32 as many bytes as 15 layers of 
 they exist for a few hundred answer tokens at a time, and never for tokens without a label. The
 gradient is computed from each chunk of logits at once. Liger Kernel does the same, for all tokens
 (Hsu et al., 2024, https://arxiv.org/abs/2410.10989).
+
+Most heads are one matrix product. Some models scale, cap or shift their logits; theirs are computed
+by the model itself, chunk by chunk too.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from qlora_utils.models.hardware import free_memory, is_out_of_memory
 from qlora_utils.tokens.formats import IGNORED, Encoded
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 
 # Bytes of fp32 logits that exist at a time: what fits into a CPU's cache, what keeps a GPU busy.
 CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**27}
+# How far logits may lie from the head's product, as a share of the largest: 16-bit products round.
+HEAD_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 def linear_cross_entropy(
@@ -52,9 +58,19 @@ def token_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tens
     Args: see `linear_cross_entropy`.
     """
     head = weight.to(hidden.dtype)
+    return _losses_by_chunk(hidden, targets, len(weight), lambda part: part @ head.T)
+
+
+def _losses_by_chunk(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    vocabulary: int,
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return the cross-entropy of each token in nats, (tokens,), with logits for one chunk at a time."""
     losses = [
-        nn.functional.cross_entropy((part @ head.T).float(), target, reduction="none")
-        for part, target in _chunks(hidden, targets, len(weight))
+        nn.functional.cross_entropy(logits_of(part).float(), target, reduction="none")
+        for part, target in _chunks(hidden, targets, vocabulary)
     ]
     return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
 
@@ -181,7 +197,7 @@ def decoder_inputs(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor
 
 
 def last_hidden_state(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """Return the last hidden state (batch, seq, hidden), which the head reads.
+    """Return the last hidden state (batch, seq, hidden), from which the logits are computed.
 
     For an encoder-decoder it is the decoder's.
 
@@ -195,17 +211,12 @@ def last_hidden_state(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     # Encoder and decoder are called one by one, because the whole model would compute all logits.
     decoder_ids = inputs.pop("decoder_input_ids")
     encoded = model.get_encoder()(**inputs).last_hidden_state
-    hidden: torch.Tensor = model.get_decoder()(
+    return model.get_decoder()(  # type: ignore[no-any-return]
         input_ids=decoder_ids,
         encoder_hidden_states=encoded,
         encoder_attention_mask=inputs.get("attention_mask"),
         use_cache=False,
     ).last_hidden_state
-
-    # T5 before v1.1 shares the weight of head and embeddings, and scales the input of the head.
-    if getattr(model.config, "scale_decoder_outputs", False):
-        return hidden * model.config.d_model**-0.5
-    return hidden
 
 
 def head_weight(model: PreTrainedModel) -> torch.Tensor:
@@ -218,20 +229,74 @@ def head_weight(model: PreTrainedModel) -> torch.Tensor:
     return head.weight
 
 
-def use_chunked_loss(model: PreTrainedModel) -> bool:
-    """Make a model compute its loss by `linear_cross_entropy` and return no logits beside it.
+def own_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits (tokens, vocabulary) that a model itself computes from last hidden states.
+
+    Its own forward pass runs, with the layers passed over, so that whatever it does besides the
+    product with its head is done here too: scaling, caps, a bias.
+
+    Args:
+        model: with its head, without peft's wrapping.
+        hidden: (tokens, hidden), from `last_hidden_state`.
+    """
+    from transformers.modeling_outputs import BaseModelOutput
+
+    class Output(BaseModelOutput):
+        """Hold hidden states, and None for all else that the layers of one model or another return."""
+
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+    output = Output(last_hidden_state=hidden.unsqueeze(0))
+    # Neither the tokens nor the encoder's output are read: the layers that would read them do not run.
+    tokens = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if model.config.is_encoder_decoder:
+        inputs = {"encoder_outputs": output, "decoder_input_ids": tokens}
+    layers: Any = model.get_decoder()
+    replaced = layers.__dict__.get("forward")
+    layers.forward = lambda *args, **options: output
+    try:
+        return model(**inputs, use_cache=False).logits[0]  # type: ignore[no-any-return]
+    finally:
+        del layers.forward
+        if replaced is not None:
+            layers.forward = replaced
+
+
+def own_cross_entropy(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the summed cross-entropy of a model's own logits against `targets`, a scalar in fp32.
+
+    The backward pass computes each chunk of logits again, so that they never exist all at once.
+
+    Args:
+        model: see `own_logits`.
+        hidden: (tokens, hidden), from `last_hidden_state`.
+        targets: (tokens,) token ids.
+    """
+
+    def chunk_loss(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(own_logits(model, part).float(), target, reduction="sum")
+
+    # Nothing is drawn at random between hidden states and logits.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    total = hidden.sum() * 0.0
+    for part, target in _chunks(hidden, targets, len(head_weight(model))):
+        total = total + checkpoint(chunk_loss, part, target, **options)
+    return total.float()
+
+
+def use_chunked_loss(model: PreTrainedModel) -> None:
+    """Make a model compute its loss from a chunk of logits at a time, and return no logits beside it.
 
     The loss is the mean over the labelled tokens or, with `answer_tokens=N`, their sum divided by
     N: all labelled tokens of the optimizer step. Without labels the model computes as before.
 
-    A small forward pass finds out whether the head is more than a matrix product (a bias, a cap on
-    logits). Such a model is left unchanged.
-
-    Returns:
-        Whether the model could be changed.
+    Where the head is a matrix product, `linear_cross_entropy` computes loss and gradient in one go;
+    elsewhere `own_cross_entropy` does.
     """
-    if not _head_is_a_product(model):
-        return False
+    is_product = head_is_a_product(model)
     original = model.forward
 
     # `wraps`, because generation reads the signature of `forward`.
@@ -249,50 +314,64 @@ def use_chunked_loss(model: PreTrainedModel) -> bool:
         inputs |= dict(zip(("input_ids", "attention_mask"), args, strict=False))
         hidden, targets = answer_states(model, {**inputs, "labels": labels})
 
-        # T5 adds up its layers in fp32, also under autocast; the head's product is in 16 bits.
-        if torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        loss = linear_cross_entropy(hidden, head_weight(model), targets)
+        if is_product:
+            # T5 adds up its layers in fp32, also under autocast; the head's product is in 16 bits.
+            if torch.is_autocast_enabled(hidden.device.type):
+                hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+            loss = linear_cross_entropy(hidden, head_weight(model), targets)
+        else:
+            loss = own_cross_entropy(model, hidden, targets)
         divisor = len(targets) if answer_tokens is None else answer_tokens
         return CausalLMOutputWithPast(loss=loss / divisor)
 
     model.forward = forward  # type: ignore[method-assign]
-    return True
+
+
+# Attribute of a model in which the answer of `head_is_a_product` is saved.
+_IS_PRODUCT = "head_is_a_product"
 
 
 @torch.no_grad()
-def _head_is_a_product(model: PreTrainedModel) -> bool:
-    """Try on eight tokens whether the logits are the head's input times its weight, nothing more."""
-    with _evaluating(model):
-        # Run the model as it is, and record what its head is given.
-        weight = head_weight(model)
-        recorded: list[torch.Tensor] = []
-        head: Any = model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda module, inputs: recorded.append(inputs[0]))
-        tokens = torch.arange(8, device=weight.device).unsqueeze(0)
-        logits = model(input_ids=tokens, labels=tokens, use_cache=False).logits.float()
-        hook.remove()
-        (head_input,) = recorded
+def head_is_a_product(model: PreTrainedModel) -> bool:
+    """Try whether a model's logits are its last hidden states times the head's weight, nothing more.
 
-        # `answer_states` must find the same input: some models scale it, or add to it, on the way.
+    The model's own logits are compared with the product for hidden states of eight tokens, for zeros
+    (where any bias shows) and for the same states so long that the largest logit is 100 (where any cap
+    shows, also in a model whose logits are small). It is tried once for each model.
+    """
+    saved = getattr(model, _IS_PRODUCT, None)
+    if isinstance(saved, bool):
+        return saved
+    weight = head_weight(model)
+    with evaluating(model):
+        tokens = torch.arange(8, device=weight.device).unsqueeze(0) % len(weight)
         hidden, _ = answer_states(model, {"input_ids": tokens, "labels": tokens})
-        expected = head_input[0, : len(hidden)].float()
-        if not torch.allclose(hidden.float(), expected, rtol=2e-2, atol=2e-2):
-            return False
-        product = (head_input.to(weight.dtype) @ weight.T).float()
-        tolerance = 2e-2 * float(logits.abs().max())
-        return bool(torch.allclose(logits, product, rtol=2e-2, atol=tolerance))
+        product = hidden.to(weight.dtype) @ weight.T
+        longer = hidden * (100 / product.float().abs().max().clamp(min=1e-6)).to(hidden.dtype)
+        found = not own_logits(model, torch.zeros_like(hidden)).any()
+        for states in (hidden, longer):
+            logits, product = own_logits(model, states).float(), (states.to(weight.dtype) @ weight.T).float()
+            found = found and relative_difference(logits, product) <= HEAD_TOLERANCES[weight.dtype]
+    setattr(model, _IS_PRODUCT, found)
+    return found
+
+
+def relative_difference(values: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference between two tensors as a share of the largest expected magnitude."""
+    scale = expected.float().abs().max().clamp(min=1e-12)
+    return float((values.float() - expected.float()).abs().max() / scale)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch a model to evaluation mode, and afterwards back to the mode it was in."""
-    was_training = model.training
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch a model to evaluation mode, and afterwards each of its parts back to the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
 
 
 # ---------------------------------------------------------------------------------------------------- measured
@@ -329,7 +408,7 @@ def row_losses(
     rows, and logits exist for some answer tokens at a time. The model's mode is restored afterwards.
 
     Args:
-        model: language model whose head is a matrix product, or one wrapped by peft.
+        model: language model, or one wrapped by peft.
         rows: from `formats.Format.examples`.
         collator: from `packing.make_collator`.
         batch_size: rows per forward pass; fewer where memory runs out.
@@ -342,12 +421,12 @@ def row_losses(
     counts: list[int] = []
 
     def measure(members: Sequence[Encoded], sizes: list[int]) -> list[float]:
-        _, each = _labelled_losses(model, members, collator)
+        _, each = labelled_losses(model, members, collator)
         # Packed or padded, the answer tokens come row by row.
         sums = [part.sum() for part in each.double().split(sizes)]
         return [float(total) for total in torch.stack(sums)]
 
-    with _evaluating(model):
+    with evaluating(model):
         while len(counts) < len(rows):
             members = rows[len(counts) : len(counts) + batch_size]
             sizes = [collator.answer_tokens(row) for row in members]
@@ -370,12 +449,12 @@ def answer_losses(model: nn.Module, row: Encoded, collator: Any) -> tuple[list[i
 
     The model's mode is restored afterwards. Args: see `row_losses`.
     """
-    with _evaluating(model):
-        targets, losses = _labelled_losses(model, [row], collator)
+    with evaluating(model):
+        targets, losses = labelled_losses(model, [row], collator)
         return targets.tolist(), losses.tolist()
 
 
-def _labelled_losses(
+def labelled_losses(
     model: nn.Module,
     rows: Sequence[Encoded],
     collator: Any,
@@ -387,7 +466,11 @@ def _labelled_losses(
     device = next(model.parameters()).device
     batch = {name: _on(device, value) for name, value in collator(rows).items()}
     hidden, targets = answer_states(plain, batch)
-    return targets, token_losses(hidden, head_weight(plain), targets)
+    weight = head_weight(plain)
+    if head_is_a_product(plain):
+        return targets, token_losses(hidden, weight, targets)
+    # Heads that do more than a product: the model itself computes the logits.
+    return targets, _losses_by_chunk(hidden, targets, len(weight), functools.partial(own_logits, plain))
 
 
 def _on(device: torch.device, value: Any) -> Any:

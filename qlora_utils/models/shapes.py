@@ -427,6 +427,46 @@ def _count_layers(model: PreTrainedModel, source: str) -> tuple[tuple[Linears, .
     return tuple(linears), small
 
 
+# Share of the layers' weights that may lie where neither NF4 nor LoRA reaches: short convolutions, routers.
+UNSEEN_SHARE = 0.05
+
+
+@functools.cache
+def refuse_unseen_weights(source: str) -> None:
+    """Refuse a model of which a good part lies in no linear layer, as the experts of a mixture do.
+
+    NF4 would not shrink these weights, no adapter would reach them, and no merge would find them.
+
+    Args:
+        source: local folder or hub id.
+
+    Raises:
+        ModelError: names the largest of these weights; or there is no such model.
+    """
+    from torch import nn
+
+    model = build_empty(_model_config(source), source)
+    apart = (model.get_output_embeddings(), model.get_input_embeddings())
+    linear = unseen = 0
+    largest: tuple[int, str] = (0, "")
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if module in apart or parameter.dim() < 2 or _is_small(module, name):
+                continue
+            if type(module) is nn.Linear:
+                linear += parameter.numel()
+                continue
+            unseen += parameter.numel()
+            found = f"{path}.{name}, of shape {tuple(parameter.shape)}, belongs to a {type(module).__name__}"
+            largest = max(largest, (parameter.numel(), found), key=lambda pair: pair[0])
+    if unseen > UNSEEN_SHARE * (linear + unseen):
+        raise ModelError(
+            f"model: {source} has {unseen / (linear + unseen):.0%} of its layers' weights outside of linear layers "
+            f"({largest[1]}): they would be neither quantized nor trained nor merged. Take a model of linear layers, "
+            "such as Llama, Qwen 3 or Gemma 3."
+        )
+
+
 def _is_small(module: nn.Module, name: str) -> bool:
     """Return True for a parameter of a norm, of an embedding of positions, or a bias of a linear layer."""
     from torch import nn

@@ -6,7 +6,6 @@ from conftest import BOTH, on_its_device, tensors
 from torch import nn
 
 from qlora_utils import lora, quantization
-from qlora_utils.config import ModelError
 from qlora_utils.kernels import loss
 from qlora_utils.tokens.formats import IGNORED, format_of
 from qlora_utils.tokens.packing import make_collator
@@ -110,21 +109,50 @@ def test_with_the_adapter_disabled_the_loss_is_that_of_the_base_model(config, tu
         assert not torch.allclose(tuned_model(**batch).loss, expected)
 
 
-@BOTH
-def test_states_that_are_scaled_on_their_way_to_the_head_are_found_out(config):
-    """As in UMT5, whose config does not say so where T5's does; the loss would be that of other logits."""
-    base_model = quantization.load(config)
+def scaled(base_model):
+    """As in Granite, Cohere and UMT5: the head's input or output times a number."""
     base_model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.25,))
-    with pytest.raises(ModelError, match="fused_layers=false"):
-        lora.attach(base_model, config)
 
 
-def test_a_head_that_is_more_than_a_product_is_found_out(config):
-    base_model = quantization.load(config)
-    original = base_model.lm_head.forward
-    base_model.lm_head.forward = lambda states: torch.tanh(original(states))  # a cap, as Gemma has
-    with pytest.raises(ModelError, match="fused_layers=false"):
-        lora.attach(base_model, config)
+def capped(base_model):
+    """As in Gemma 2, whose caps hardly show in small logits."""
+    base_model.lm_head.register_forward_hook(lambda module, inputs, logits: 30 * torch.tanh(logits / 30))
+
+
+def shifted(base_model):
+    """As in Phi, whose head has a bias."""
+    shift = 0.01 * torch.arange(len(base_model.lm_head.weight))
+    base_model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + shift.to(logits.device))
+
+
+@pytest.mark.parametrize("change", [scaled, capped, shifted])
+@BOTH
+def test_a_head_that_is_more_than_a_product_has_the_loss_of_the_models_own_logits(
+    config, prepared, tokenizer, monkeypatch, change
+):
+    """In training with its gradients, and where it is measured: it once was that of other logits, or was refused."""
+    monkeypatch.setattr(loss, "CHUNK_BYTES", dict.fromkeys(loss.CHUNK_BYTES, 4 * len(tokenizer) * 16))
+    batch = tensors(prepared.train[:4], tokenizer, config)
+    models = []
+    for fused in (False, True):
+        base_model = quantization.load(config)
+        change(base_model)
+        chosen = config.model_copy(update={"fused_layers": fused})
+        models.append(lora.attach(base_model, chosen))
+    assert not loss.head_is_a_product(models[1].get_base_model())
+    values, gradients = [], []
+    for model, positions in zip(models, (None, batch["answer_positions"]), strict=True):
+        value = model(**on_its_device(model, {**batch, "answer_positions": positions})).loss
+        value.backward()
+        values.append(float(value))
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    rows = format_of(tokenizer, config).examples(prepared.train[:4], training=False)
+    for model in models:
+        measured, _ = loss.response_loss(model, rows, make_collator(tokenizer, config), batch_size=2)
+        assert measured == pytest.approx(values[0], rel=1e-5)
 
 
 @BOTH
