@@ -109,7 +109,7 @@ class RunConfig(BaseModel):
     )
     attention_kernel: Literal["auto", "varlen", "split", "dense", "eager"] = Field(
         "auto",
-        description="attention in packs: one kernel for all, one call for each conversation, a mask, or the model's own",
+        description="attention in packs: one kernel, one call for each conversation, a mask, or the model's own code",
     )
     fused_layers: bool = Field(
         True, description="compute each layer and its adapter as one operation, and the loss without all logits"

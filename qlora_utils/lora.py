@@ -7,7 +7,6 @@ DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from qlora_utils.kernels.lora_layers import fuse
 from qlora_utils.kernels.loss import use_chunked_loss
 from qlora_utils.locate import first_line
 from qlora_utils.models import shapes
-from qlora_utils.models.files import check_adapter
+from qlora_utils.models.files import check_adapter, find_missing_weights
 from qlora_utils.models.hardware import CARDS, this_card
 from qlora_utils.models.memory import fit_text, plan_table, plot_plan
 from qlora_utils.models.resolution import explorer, overview, plan_for, resolution_of
@@ -58,13 +57,12 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
 
     Raises:
         ConfigError: `lora_targets` names a layer that this model does not have.
-        ModelError: a head that trains would part weights that belong together.
+        ModelError: what is trained could not be merged, or the head not be trained.
     """
     from peft import LoraConfig, get_peft_model
 
     resolved = resolution_of(base_model, config)
-    if config.train_head:
-        _refuse_parted_weights(base_model)
+    _refuse_unmergeable(base_model, train_head=config.train_head)
     # The matrices A start with random numbers; the same seed gives the same adapter.
     torch.manual_seed(config.seed)
     lora_config = LoraConfig(
@@ -88,28 +86,42 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     return tuned_model  # type: ignore[return-value]
 
 
-def _refuse_parted_weights(base_model: PreTrainedModel) -> None:
-    """Refuse to train a head that is tied to more than the embeddings.
+def _refuse_unmergeable(base_model: PreTrainedModel, *, train_head: bool) -> None:
+    """Refuse a model whose merged form would lack weights, before it is trained rather than after.
 
-    A head that trains parts from the embeddings, and a model is tied either as a whole or not at all. BART shares one
-    weight between head, encoder and decoder: untied, these would lack theirs in the merged model.
+    A head that trains parts from the embeddings, and models are tied as a whole or not at all. BART shares one weight
+    between head, encoder and decoder: untied, these would lack theirs.
 
     Raises:
-        ModelError: names the first weight that would be missing.
+        ModelError: names the first weights that would be missing, or the head, if that has a name of its own.
     """
     head: Any = base_model.get_output_embeddings()
-    embeddings: Any = base_model.get_input_embeddings()
-    if head is None or head.weight is not embeddings.weight:
-        return
-    untied = copy.deepcopy(base_model.config)
-    untied.tie_word_embeddings = False
-    expected = {name for name, _ in shapes.build_empty(untied).named_parameters()}
-    missing = sorted(expected - {name for name, _ in base_model.named_parameters()})
-    if missing != [f"{HEAD}.weight"]:
-        others = ", ".join(name for name in missing if name != f"{HEAD}.weight")
+    (name,) = [path for path, module in base_model.named_modules() if module is head]
+    if train_head and name != HEAD:
         raise ModelError(
-            f"model: its head shares one weight with {others or 'other parts'}, and a head that trains would part from "
-            "them: the merged model could not be loaded. Take -p train_head=false."
+            f"model: its head is named {name}, and only one named {HEAD} trains. Take -p train_head=false."
+        )
+
+    # what merging writes: every weight once, in its full shape, and the head that trained
+    weights = {}
+    for path, parameter in base_model.named_parameters():
+        weights[path] = torch.empty(unquantized_shape(parameter), device="meta")
+    described = base_model.config.to_dict()
+    described.pop("quantization_config", None)
+    if train_head:
+        weights[f"{HEAD}.weight"] = torch.empty(head.weight.shape, device="meta")
+        described["tie_word_embeddings"] = False
+    model_config = type(base_model.config).from_dict(described)
+    found = find_missing_weights(type(base_model), None, config=model_config, state_dict=weights)
+    if missing := sorted(found["missing_keys"]):
+        parameters = {path for path, _ in base_model.named_parameters(remove_duplicate=False)}
+        is_shared = missing[0] in parameters
+        reason = (
+            "which it shares with the head that trains" if is_shared else "which is no trained weight and is not saved"
+        )
+        raise ModelError(
+            f"model: {type(base_model).__name__} could not be loaded once it is merged: it would lack {missing[0]}, "
+            f"{reason}. Take {'-p train_head=false' if is_shared else 'another model'}."
         )
 
 

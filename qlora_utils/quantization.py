@@ -94,7 +94,7 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
         # models with attention in code of their own look the kernel up among their classes
         if isinstance(error, KeyError) and error.args == (options.get("attn_implementation"),):
             raise ModelError(
-                f"model: {source} computes attention by itself, and takes no other kernel. Take -p attention_kernel=eager."
+                f"model: {source} computes attention by itself and takes no kernel. Take -p attention_kernel=eager."
             ) from error
         raise ModelError(model_advice(source, error)) from error
     model, found = loaded

@@ -677,9 +677,7 @@ def show_passes(
     return f"{format_passes(step, collator)}\n{length} of {config.batch_size} examples"
 
 
-def check_model(
-    config: RunConfig, tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase
-) -> self_test.SelfTest:
+def check_model(config: RunConfig, tuned_model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> self_test.SelfTest:
     """Try the model on two random conversations, as every training does before its first step.
 
     Raises:

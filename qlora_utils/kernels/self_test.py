@@ -78,7 +78,9 @@ class SelfTest:
 
     def text(self) -> str:
         """Format the measurements as lines of text."""
-        head = "a matrix product" if self.head_is_a_product else "more than a product: the model computes its own logits"
+        head = (
+            "a matrix product" if self.head_is_a_product else "more than a product: the model computes its own logits"
+        )
         lines = {
             "each alone": f"{self.alone:.1e} from the model's own attention, rounding is up to {self.tolerance:.0e}",
             "two in one pass": f"{self.together:.1e}",
@@ -109,7 +111,10 @@ def _try(model: nn.Module, collator: Collator | PairCollator) -> tuple[str | Non
     except Exception as error:  # models raise all kinds for arguments that they don't know
         if is_out_of_memory(error):
             raise
-        return f"it cannot compute a pass of two conversations ({type(error).__name__}: {first_line(error)[:200]})", None
+        return (
+            f"it cannot compute a pass of two conversations ({type(error).__name__}: {first_line(error)[:200]})",
+            None,
+        )
     return measured.fault(), measured
 
 
@@ -262,7 +267,7 @@ def _changed(owners: Sequence[Any], values: dict[str, Any]) -> Iterator[None]:
     changed = []
     for owner in owners:
         for name, value in values.items():
-            before = getattr(owner, name, None)
+            before: Any = getattr(owner, name, None)
             if type(before) is type(value) and (isinstance(value, str) or before > value):
                 changed.append((owner, name, before))
                 setattr(owner, name, value)

@@ -211,6 +211,17 @@ def check_weights(source: str, architecture: Architecture) -> None:
     folder = Path(source)
     if not folder.is_dir() or "quantization_config" in _read_object(folder / "config.json"):
         return
+    try:
+        found = find_missing_weights(choose_loader(architecture), folder, use_safetensors=True)
+    except Exception as error:  # transformers raises all kinds for odd values in a config.json
+        raise ModelError(
+            f"model: {folder / 'config.json'} describes no model that can be built ({first_line(error)}). {_REMEDY}"
+        ) from error
+    refuse_incomplete(source, found)
+
+
+def find_missing_weights(loader: Any, source: Path | None, **options: Any) -> dict[str, Any]:
+    """Return what transformers reports of loading a model: missing and mismatched weights. No weight is read."""
     from transformers.utils import logging as transformers_logging
 
     # hide transformers' progress bar: it would say that weights are loaded
@@ -218,22 +229,18 @@ def check_weights(source: str, architecture: Architecture) -> None:
     transformers_logging.disable_progress_bar()
     try:
         with quietly():
-            loaded: Any = choose_loader(architecture).from_pretrained(
-                folder,
-                use_safetensors=True,
+            loaded: Any = loader.from_pretrained(
+                source,
                 trust_remote_code=False,
                 device_map="meta",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **options,
             )
-    except Exception as error:  # transformers raises all kinds for odd values in a config.json
-        raise ModelError(
-            f"model: {folder / 'config.json'} describes no model that can be built ({first_line(error)}). {_REMEDY}"
-        ) from error
     finally:
         if had_bars:
             transformers_logging.enable_progress_bar()
-    refuse_incomplete(source, loaded[1])
+    return loaded[1]  # type: ignore[no-any-return]
 
 
 def choose_loader(architecture: Architecture) -> Any:
