@@ -57,6 +57,7 @@ UPLOAD_MB = 8
 _DECIDING = (
     "data.py", "rows/files.py", "rows/conversations.py", "rows/scripts.py", "rows/statistics.py", "rows/held_out.py",
     "rows/lines.py", "rows/judge.py", "rows/prepare.py", "tokens/formats.py", "tokens/instructions.py",
+    "rows/readers.py", "rows/layouts.py",
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- tokens

@@ -127,7 +127,7 @@ def test_what_may_not_be_read_or_written_is_told_to_root_too(tmp_path, monkeypat
         raise PermissionError(13, "Permission denied", str(rows))
 
     with monkeypatch.context() as patched:
-        patched.setattr(sources, "_read_csv", refused)
+        patched.setattr(sources, "read_csv", refused)
         assert cli.main(command) == 1
     assert re.search(r"qlora: dataset: .*rows\.csv could not be read \(.*ermission denied", capsys.readouterr().err)
     monkeypatch.setattr(os, "access", lambda *_: False)

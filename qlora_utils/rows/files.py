@@ -3,63 +3,53 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import hashlib
 import itertools
-import json
-import mmap
 import re
+import shlex
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from qlora_utils.locate import first_line, is_path, locate
+from qlora_utils.rows.readers import NAME_COLUMNS as NAME_COLUMNS
+from qlora_utils.rows.readers import DataError as DataError
+from qlora_utils.rows.readers import (
+    Row,
+    has_json_lines,
+    read_csv,
+    read_json,
+    read_json_lines,
+    read_parquet,
+)
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 # Spreadsheets are recognised only to say how to export them.
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
-# What the first line of a CSV must do, as error messages put it.
-NAME_COLUMNS = "must name the columns, as in question,answer"
 HELD_OUT_WORDS = {"test", "validation", "valid", "val", "dev", "eval", "heldout"}
-# Bytes. A larger JSON file is read value by value, which takes little memory.
-LARGE_JSON = 2**26
-_BLOCK = 2**16  # characters
-# Characters. If the first line of a JSON file is longer, the file is read as a single value.
-_LONGEST_LINE = 2**20
-# Half of a surrogate pair, escaped, without its other half.
-_HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-_LONE_SURROGATE = re.compile(_HIGH + b"(?!" + _LOW + b")|(?<!" + _HIGH + b")" + _LOW)
 _EXPORT = "In the spreadsheet program, export it as CSV (UTF-8) and give that file."
-# The first bytes of a spreadsheet: a zip archive, or an OLE file.
-_SHEET_BYTES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
+_UNPACK = "Unpack it, and give what was in it."
+# Packed files are recognised only to say how to unpack them: by their first bytes, or their suffix.
+_PACKED = {
+    "gzip": (rb"\x1f\x8b", "gzip -dc"),
+    "bzip2": (rb"BZh\d1AY&SY", "bzip2 -dc"),
+    "xz": (rb"\xfd7zXZ\x00", "xz -dc"),
+    "zstd": (rb"\x28\xb5\x2f\xfd", "zstd -dc"),
+    "7-Zip": (rb"7z\xbc\xaf\x27\x1c", "7z x"),
+    "zip": (rb"PK\x03\x04", "unzip"),
+}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".7z", ".zip", ".tar", ".tgz")
+# The first bytes of other files: an old spreadsheet, parquet,
+_OLE = b"\xd0\xcf\x11\xe0"
+_PARQUET = b"PAR1"
+# and what git leaves in place of a large file that was not fetched.
+_POINTER = b"version https://git-lfs"
+# JSON begins like this, and no CSV does.
+_JSON = re.compile(rb"\s*(\{\s*[\"\r\n]|\[\s*\{)")
 # Files that describe a dataset and hold no rows.
 _DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json"}
-
-
-class DataError(ValueError):
-    """Report a dataset that cannot be read, or that has no usable row.
-
-    The message says where, and what to do.
-    """
-
-
-@dataclass(frozen=True)
-class Row:
-    """Hold one row as it was found.
-
-    Attributes:
-        where: its file or split.
-        number: of the row there, from 0.
-        columns: by name; None if the row cannot be read.
-        error: why it cannot be read.
-    """
-
-    where: str
-    number: int
-    columns: Mapping[str, Any] | None
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +139,7 @@ def read_source(source: str) -> dict[str, Rows]:
     """
     path = Path(locate(source)).expanduser()
     if not path.exists():
-        if is_path(source, SUFFIXES + SPREADSHEETS):
+        if is_path(source, SUFFIXES + SPREADSHEETS + PACKED):
             raise DataError(
                 f"dataset: {path} does not exist. Expected a local file or folder, or a hub id like owner/name."
             )
@@ -177,14 +167,35 @@ def _folder(path: Path) -> list[Piece]:
     Raises:
         DataError: there are none.
     """
-    files = _files_of(path) or _files_of(path / "data")
-    if not files:
-        expected = f"holds no {', '.join(SUFFIXES)} file and no saved dataset. Expected rows in one of these."
-        for file in sorted(path.glob("*")):
-            if file.suffix.lower() in SPREADSHEETS:
-                raise DataError(f"dataset: {path} {expected} It holds {file.name}. {_EXPORT}")
-        raise DataError(f"dataset: {path} {expected}")
-    return [_file(file) for file in files]
+    folders = (path, path / "data")
+    files = next(filter(None, map(_files_of, folders)), [])
+    if files:
+        _refuse_packed_beside(files)
+        return [_file(file) for file in files]
+    expected = f"holds no {', '.join(SUFFIXES)} file and no saved dataset. Expected rows in one of these."
+    for file in itertools.chain.from_iterable(map(_visible_files, folders)):
+        suffix = file.suffix.lower()
+        if suffix in SPREADSHEETS + PACKED:
+            advice = _EXPORT if suffix in SPREADSHEETS else _UNPACK
+            raise DataError(f"dataset: {path} {expected} It holds {file.name}. {advice}")
+    raise DataError(f"dataset: {path} {expected}")
+
+
+def _refuse_packed_beside(files: list[Path]) -> None:
+    """Refuse a folder in which rows are packed beside others that are not: they would be passed over.
+
+    Args:
+        files: that are read, all of one folder.
+
+    Raises:
+        DataError: a packed file, such as `test.csv.gz`, is not there unpacked as well.
+    """
+    for file in _visible_files(files[0].parent):
+        inner = Path(file.stem)
+        if file.suffix.lower() in PACKED and inner.suffix.lower() in SUFFIXES and file.with_suffix("") not in files:
+            raise DataError(
+                f"dataset: {file} is packed, beside {files[0].name}, which is not. {_UNPACK} Or take it away."
+            )
 
 
 def first_rows(source: Mapping[str, Rows], count: int) -> dict[str, Rows]:
@@ -215,10 +226,18 @@ def part_of(name: str) -> str:
 
 def _files_of(folder: Path) -> list[Path]:
     """List the data files in a folder by name; none if it is no folder."""
+    files = [file for file in _visible_files(folder) if file.suffix.lower() in SUFFIXES]
+    return [file for file in files if file.name not in _DESCRIPTIONS]
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """List the files in a folder by name, except hidden ones; none if it is no folder.
+
+    Programs leave hidden files beside others unasked, as macOS a `._train.csv` for a `train.csv`.
+    """
     if not folder.is_dir():
         return []
-    files = [file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
-    return sorted(file for file in files if file.name not in _DESCRIPTIONS)
+    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
 
 
 def _by_part(pieces: Iterable[Piece]) -> dict[str, Rows]:
@@ -248,8 +267,7 @@ def _split(name: str, rows: Any, folder: Path | None = None) -> Piece:
 
     if folder is None:
         return Piece(name, read, (), getattr(rows, "_fingerprint", None), len(rows))
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return Piece(name, read, tuple(files), None, len(rows))
+    return Piece(name, read, tuple(_visible_files(folder)), None, len(rows))
 
 
 def _read_hub(source: str) -> Mapping[str, Iterable[Any]]:
@@ -285,20 +303,19 @@ def _file(path: Path) -> Piece:
     """Return a file as a piece.
 
     Raises:
-        DataError: its type is unknown; while it is read, it is not UTF-8 or cannot be opened.
+        DataError: its type is unknown; while it is read, it is packed, not UTF-8 or cannot be opened.
     """
-    readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}
     kind = path.suffix.lower()
-    if kind not in readers:
+    if kind not in SUFFIXES:
+        _refuse_start(path, _read_start(path))
         raise DataError(f"dataset: {path} has {describe_unknown_type(kind)}")
 
     def read() -> Iterator[Row]:
         try:
-            yield from readers[kind](path)
+            start = _read_start(path)
+            _refuse_start(path, start)
+            yield from _choose_reader(kind, start)(path)
         except UnicodeDecodeError as error:
-            # The file may be a spreadsheet that was renamed to .csv.
-            if _is_spreadsheet(path):
-                raise DataError(f"dataset: {path} is a spreadsheet under another name. {_EXPORT}") from error
             number = _first_bad_line(path)
             raise DataError(f"dataset: {path} is not UTF-8 text (line {number}). Save it as UTF-8.") from error
         except OSError as error:
@@ -307,16 +324,65 @@ def _file(path: Path) -> Piece:
     return Piece(path.stem, read, (path,))
 
 
+def _choose_reader(suffix: str, start: bytes) -> Callable[[Path], Iterator[Row]]:
+    """Return the reader for a file with this suffix, or for what its first bytes say it is instead."""
+    if start.startswith(_PARQUET):
+        return read_parquet
+    if suffix == ".csv" and _JSON.match(start):
+        return read_json_lines
+    return {".parquet": read_parquet, ".jsonl": read_json_lines, ".json": read_json, ".csv": read_csv}[suffix]
+
+
 def describe_unknown_type(suffix: str) -> str:
     """Return the end of an error message about a file whose type is unknown."""
     message = f"type {suffix or 'none'}; expected one of {', '.join(SUFFIXES)}."
-    return f"{message} {_EXPORT}" if suffix in SPREADSHEETS else message
+    if suffix in SPREADSHEETS:
+        return f"{message} {_EXPORT}"
+    return f"{message} {_UNPACK}" if suffix in PACKED else message
+
+
+def _read_start(path: Path) -> bytes:
+    """Return the first bytes of a file, without a byte order mark."""
+    with path.open("rb") as file:
+        return file.read(64).removeprefix(codecs.BOM_UTF8)
+
+
+def _refuse_start(path: Path, start: bytes) -> None:
+    """Refuse a file whose first bytes say that it holds no rows as they are, whatever its name.
+
+    Raises:
+        DataError: it is packed, a spreadsheet, or a pointer of Git LFS; the message says what to do.
+    """
+    if start.startswith(_POINTER):
+        raise DataError(f"dataset: {path} is a pointer of Git LFS, not the file. Fetch it with `git lfs pull`.")
+    kinds = [kind for kind, (begin, _) in _PACKED.items() if re.match(begin, start)]
+    if start.startswith(_OLE) or (kinds == ["zip"] and _is_spreadsheet(path)):
+        name = "" if path.suffix.lower() in SPREADSHEETS else " under another name"
+        raise DataError(f"dataset: {path} is a spreadsheet{name}. {_EXPORT}")
+    if not kinds:
+        return
+
+    # What is packed has the name without the packing's suffix, if it has one.
+    name = shlex.quote(path.name)
+    is_named = path.suffix.lower() in PACKED
+    inner = path.stem if is_named else f"{path.stem}-unpacked{path.suffix}"
+    command = f"{_PACKED[kinds[0]][1]} {name}"
+    if path.name.lower().endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        command = f"tar -xf {name}"
+    elif command.split()[1] == "-dc":
+        command += f" > {shlex.quote(inner)}"
+    raise DataError(f"dataset: {path} is packed with {kinds[0]}. Unpack it in its folder, `{command}`, and give that.")
 
 
 def _is_spreadsheet(path: Path) -> bool:
-    """Return True if a file begins like a spreadsheet, whatever its suffix."""
-    with path.open("rb") as file:
-        return file.read(4) in _SHEET_BYTES
+    """Return True if a zip archive is a spreadsheet, or is damaged: most that are named like rows are one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return True
+    # Excel's parts lie in `xl/`; a table of LibreOffice is `content.xml`.
+    return "content.xml" in names or any(name.startswith("xl/") for name in names)
 
 
 def _first_bad_line(path: Path) -> int:
@@ -346,234 +412,16 @@ def _count(piece: Piece) -> int | None:
             return int(pyarrow.parquet.read_metadata(path).num_rows)
         except pyarrow.ArrowException:
             return None
-    if path.suffix.lower() == ".jsonl":
+    if path.suffix.lower() == ".jsonl" and _has_lines(path):
         with path.open("rb") as file:
             return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
     return None
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    """Read the rows of a parquet file.
-
-    Raises:
-        DataError: it is damaged, or no parquet file.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
+def _has_lines(path: Path) -> bool:
+    """Return True if a .jsonl file is text with a row in each line."""
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1000):
-                for columns in batch.to_pylist():
-                    yield Row(path.name, number, columns)
-                    number += 1
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            f"dataset: {path} is not a readable parquet file ({first_line(error)[:200]}). Write it again, or give it "
-            "the suffix of what it is."
-        ) from error
-
-
-def _read_json_lines(path: Path) -> Iterator[Row]:
-    """Read the rows of a JSON-lines file; blank lines are not counted."""
-    number = 0
-    with path.open(encoding="utf-8-sig") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                yield _row(path, number, json.loads(line))
-            except json.JSONDecodeError as error:
-                yield Row(path.name, number, None, f"not valid JSON: {error.msg} at character {error.pos}")
-            # A number of thousands of digits, or brackets nested too deeply.
-            except (ValueError, RecursionError) as error:
-                yield Row(path.name, number, None, f"JSON that cannot be read: {first_line(error)}")
-            number += 1
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    """Read the rows of a JSON file: a list, or an object with one list, such as `{"data": [...]}`.
-
-    Raises:
-        DataError: it is invalid, or holds no list or several.
-    """
-    # One value per line: a JSON-lines file under the wrong name.
-    with path.open(encoding="utf-8-sig") as file:
-        is_lines = _is_json_lines(file)
-    if is_lines:
-        yield from _read_json_lines(path)
-        return
-
-    number = 0
-    if path.stat().st_size > LARGE_JSON and not _has_lone_surrogate(path):
-        import ijson
-
-        # Python's json accepts more than the standard (NaN), and its errors name the line. So it
-        # reads what ijson refuses, from the row after the last that ijson could read.
-        with suppress(ijson.JSONError, ValueError):
-            for columns in _stream_members(path):
-                yield _row(path, number, columns)
-                number += 1
-            return
-    for columns in _load_members(path)[number:]:
-        yield _row(path, number, columns)
-        number += 1
-
-
-def _load_members(path: Path) -> list[Any]:
-    """Return the members of the list in a JSON file, all at once.
-
-    Raises:
-        DataError: it is invalid, or holds no list or several.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"dataset: {path} is not valid JSON: {error.msg}, line {error.lineno}. Expected [{{...}}, {{...}}]; mend "
-            "it there, or write it again."
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"dataset: {path} is nested too deeply; expected [{{...}}, {{...}}].") from error
-    except UnicodeDecodeError:
-        raise
-    # A number of thousands of digits.
-    except ValueError as error:
-        raise DataError(f"dataset: {path} holds what no row can: {first_line(error)}. Mend it there.") from error
-
-    if isinstance(value, list):
-        return value
-    lists = {}
-    if isinstance(value, dict):
-        lists = {name: members for name, members in value.items() if isinstance(members, list)}
-    return lists[_name_of_only_list(path, [*lists])]
-
-
-def _name_of_only_list(path: Path, lists: list[str]) -> str:
-    """Return the name of the only list in a JSON object.
-
-    Raises:
-        DataError: there is none, or several.
-    """
-    if len(lists) > 1:
-        raise DataError(
-            f"dataset: {path} holds several lists ({', '.join(lists)}); expected one. Write a file for each."
-        )
-    if not lists:
-        raise DataError(f"dataset: {path} holds no list of rows; expected [{{...}}, {{...}}].")
-    return lists[0]
-
-
-def _stream_members(path: Path) -> Iterator[Any]:
-    """Yield the members of the list in a large JSON file, with one at a time in memory."""
-    import ijson
-
-    with path.open("rb") as file:
-        # ijson refuses a byte order mark.
-        start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
-        file.seek(start)
-        _, first, _ = next(ijson.parse(file))
-
-        # If the value is an object, read it once to find the list, and again for its members.
-        prefix = "item"
-        if first == "start_map":
-            file.seek(start)
-            prefix = f"{_name_of_only_list(path, _names_of_lists(ijson.parse(file)))}.item"
-        file.seek(start)
-        yield from ijson.items(file, prefix, use_float=True)
-
-
-def _has_lone_surrogate(path: Path) -> bool:
-    """Return True if half of a surrogate pair may be escaped in a JSON file.
-
-    ijson would turn it into a question mark.
-    """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return _LONE_SURROGATE.search(content) is not None
-
-
-def _names_of_lists(events: Iterable[tuple[str, str, Any]]) -> list[str]:
-    """Return the names of the lists in a JSON object, from ijson's events."""
-    names, depth = [], 0
-    for name, event, _ in events:
-        if event == "start_array" and depth == 1:
-            names.append(name)
-        if event.startswith("start"):
-            depth += 1
-        elif event.startswith("end"):
-            depth -= 1
-    return names
-
-
-def _is_json_lines(file: TextIO) -> bool:
-    """Return True if the first line that is not blank is a whole value, and more follows."""
-    first = ""
-    while not first.strip():
-        first = file.readline(_LONGEST_LINE)
-        if not first:
-            return False
-    try:
-        json.loads(first)
-    except (ValueError, RecursionError):
+        return has_json_lines(path)
+    # It is reported when its rows are read.
+    except (UnicodeDecodeError, OSError):
         return False
-    return any(block.strip() for block in iter(lambda: file.read(_BLOCK), ""))
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    """Read the rows of a CSV file.
-
-    Raises:
-        DataError: a quote is never closed.
-    """
-    csv.field_size_limit(2**27)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True, skipinitialspace=_has_spaces_after_commas(file))
-        number, last_line = 0, 0
-        while True:
-            try:
-                columns = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                # An open quote makes one row of all that follows in the file.
-                if "end of data" in str(error):
-                    raise DataError(
-                        f"dataset: {path}, after line {last_line}: a quote is never closed. Close it, or double it."
-                    ) from error
-                yield Row(path.name, number, None, f"not valid CSV: {error}, line {reader.line_num}")
-            else:
-                reason = _check_cells(columns, reader)
-                yield Row(path.name, number, None if reason else columns, reason)
-            number, last_line = number + 1, reader.line_num
-
-
-def _check_cells(columns: Mapping[str | None, Any], reader: csv.DictReader[str]) -> str | None:
-    """Return the reason why a row of a CSV file cannot be used, or None."""
-    # A zero byte belongs to no text: the file is damaged, or is no CSV.
-    for value in columns.values():
-        if "\0" in str(value):
-            return f"a zero byte before or in line {reader.line_num}; expected text"
-    if not reader.fieldnames:
-        return f"the first line is blank; it {NAME_COLUMNS}"
-    # The reader files cells beyond the header under None.
-    if None in columns:
-        return f"more fields than the header's {len(reader.fieldnames)}"
-    return None
-
-
-def _has_spaces_after_commas(file: TextIO) -> bool:
-    """Return True if a space follows each comma in the first line, as in `question, answer`.
-
-    Such spaces are no part of the cells.
-    """
-    later = next(csv.reader([file.readline(_LONGEST_LINE)]), [])[1:]
-    file.seek(0)
-    return bool(later) and all(name.startswith(" ") for name in later)
-
-
-def _row(path: Path, number: int, value: Any) -> Row:
-    """Return a value of a JSON file as a row."""
-    if isinstance(value, dict):
-        return Row(path.name, number, value)
-    return Row(path.name, number, None, f"expected an object with named fields, found {type(value).__name__}")

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_utils.rows import files as sources
+from qlora_utils.rows import readers
 from qlora_utils.rows.files import DataError
 
 PAIRS = [{"question": f"Question {i}?", "answer": f"Answer {i}."} for i in range(12)]
@@ -103,6 +104,52 @@ def test_a_csv_that_begins_with_a_blank_line_is_told_what_belongs_there(tmp_path
     assert {row.error for row in found} == {"the first line is blank; it must name the columns, as in question,answer"}
 
 
+HIDDEN = ["._train.csv", ".~lock.train.csv", ".train.csv.swp", ".hidden.jsonl", ".DS_Store"]
+
+
+def test_hidden_files_of_a_folder_are_passed_over(tmp_path):
+    """As macOS, editors and version control leave them."""
+    import datasets
+
+    for folder in (tmp_path / "rows", tmp_path / "rows" / ".git", tmp_path / "rows" / ".ipynb_checkpoints"):
+        folder.mkdir()
+        for name in HIDDEN:
+            (folder / name).write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
+    (tmp_path / "rows" / ".ipynb_checkpoints" / "train-checkpoint.csv").write_text("question,answer\nold,old\n")
+    with pytest.raises(DataError, match=r"holds no \.parquet, \.jsonl, \.json, \.csv file"):
+        sources.read_source(str(tmp_path / "rows"))
+    (tmp_path / "rows" / "train.csv").write_text("question,answer\nq,a\n")
+    parts = sources.read_source(str(tmp_path / "rows"))
+    assert [row.columns for row in parts["train"]] == [{"question": "q", "answer": "a"}]
+    assert list(parts) == ["train"]
+
+    datasets.Dataset.from_list(PAIRS).save_to_disk(str(tmp_path / "saved"))
+    before = sources.read_source(str(tmp_path / "saved"))["train"].digest()
+    (tmp_path / "saved" / ".DS_Store").write_bytes(b"\x00")
+    assert sources.read_source(str(tmp_path / "saved"))["train"].digest() == before
+
+
+def test_a_hidden_file_that_is_named_itself_is_read(tmp_path):
+    (tmp_path / ".rows.csv").write_text("question,answer\nq,a\n")
+    assert len(list(sources.read_source(str(tmp_path / ".rows.csv"))["train"])) == 1
+
+
+@pytest.mark.parametrize("suffix", sources.PACKED)
+def test_packed_files_of_a_folder_are_told_to_be_unpacked(tmp_path, suffix):
+    packed = tmp_path / f"test.csv{suffix}"
+    packed.write_bytes(b"packed")
+    with pytest.raises(DataError, match=rf"holds no \.parquet.*It holds test\.csv{suffix}\. Unpack it"):
+        sources.read_source(str(tmp_path))
+    with pytest.raises(DataError, match=rf"has type {suffix}; expected one of .*Unpack it"):
+        sources.read_source(str(packed))
+    (tmp_path / "train.csv").write_text("question,answer\nq,a\n")
+    with pytest.raises(DataError, match=rf"test\.csv{suffix} is packed, beside train\.csv, which is not\. Unpack it"):
+        sources.read_source(str(tmp_path))
+    (tmp_path / "test.csv").write_text("question,answer\nq,a\n")
+    (tmp_path / f"images{suffix}").write_bytes(b"packed")
+    assert set(sources.read_source(str(tmp_path))) == {"train", "held_out"}
+
+
 @pytest.mark.parametrize("suffix", [".xlsx", ".XLS", ".ods"])
 def test_a_spreadsheet_is_told_to_be_exported(tmp_path, suffix):
     (tmp_path / f"rows{suffix}").write_bytes(b"PK\x03\x04\xff")
@@ -170,7 +217,7 @@ OBJECTS = st.dictionaries(st.text(), VALUES, max_size=3)
 @given(st.lists(OBJECTS, max_size=6), st.sampled_from([None, 1]), st.booleans(), st.booleans())
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_json_file_is_read_value_by_value_as_it_is_read_whole(tmp_path, monkeypatch, values, indent, wrapped, large):
-    monkeypatch.setattr(sources, "LARGE_JSON", 0 if large else 2**26)
+    monkeypatch.setattr(readers, "LARGE_JSON", 0 if large else 2**26)
     whole = {"version": 1.25, "rows": values, "by": {"name": [1, 2]}} if wrapped else values
     found = read_json(tmp_path / "rows.json", json.dumps(whole, indent=indent))
     assert found == [(value, None) for value in values]
@@ -189,7 +236,7 @@ def test_a_json_file_is_read_value_by_value_as_it_is_read_whole(tmp_path, monkey
 )
 @pytest.mark.parametrize("large", [False, True])
 def test_a_broken_json_file_is_refused_with_its_line(tmp_path, monkeypatch, text, message, large):
-    monkeypatch.setattr(sources, "LARGE_JSON", 0 if large else 2**26)
+    monkeypatch.setattr(readers, "LARGE_JSON", 0 if large else 2**26)
     with pytest.raises(DataError, match=message):
         read_json(tmp_path / "rows.json", text)
 
@@ -197,7 +244,7 @@ def test_a_broken_json_file_is_refused_with_its_line(tmp_path, monkeypatch, text
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_a_json_file_holds_what_python_reads_whatever_its_size(tmp_path, monkeypatch, mark, large):
-    monkeypatch.setattr(sources, "LARGE_JSON", 0 if large else 2**26)
+    monkeypatch.setattr(readers, "LARGE_JSON", 0 if large else 2**26)
     rows = [
         '{"a": 1}',
         r'{"a": "\ud800"}',
@@ -219,7 +266,7 @@ def test_a_line_that_breaks_the_parser_is_a_bad_row(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(sources, "LARGE_JSON", 2**20)
+    monkeypatch.setattr(readers, "LARGE_JSON", 2**20)
     monkeypatch.setitem(globals(), "PAIRS", [{"question": "q" * 500, "answer": f"{i}"} for i in range(20_000)])
     rows = sources.read_source(str(write_source(tmp_path, kind)))["train"]
     next(iter(rows))
