@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 # Open copies of gated weights, in the same files.
@@ -16,6 +17,11 @@ EMBEDDED = "embedded:"
 OUTPUTS_OF_NOTEBOOKS = "../outputs"
 # A URL, also one that was a `Path` in between, which makes one slash of two.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+# What to do about a model whose tokenizer is a file of sentencepiece alone.
+SENTENCEPIECE = (
+    "To read it takes sentencepiece and protobuf: pip install sentencepiece protobuf. Or copy tokenizer.json from where "
+    "the model comes from."
+)
 
 
 def project_folder(name: str) -> Path:
@@ -63,9 +69,16 @@ def is_url(text: str) -> bool:
 
 
 def locate(source: str) -> str:
-    """Return a model or dataset as loaders accept it: `embedded:…` becomes a path in `data/`."""
+    """Return a model or dataset as loaders accept it.
+
+    `embedded:…` becomes a path in `data/`, and `~/…` one in the home folder.
+    """
     if source.startswith(EMBEDDED):
         return str(project_folder("data") / source.removeprefix(EMBEDDED))
+    if source.startswith("~"):
+        # `~nobody`, a user that doesn't exist, stays as it is.
+        with suppress(RuntimeError):
+            return str(Path(source).expanduser())
     return source
 
 
@@ -131,6 +144,9 @@ def model_advice(source: str, error: Exception) -> str:
             f"model: {source} is gated. Accept its licence on its hub page, then log in with `hf auth login`; "
             f"or give a local folder or an open mirror of the weights: -p model={MIRRORS.get(source, '…')}"
         )
+    # Without sentencepiece transformers falls back on tiktoken, and its error names that alone.
+    if any(name in str(error).lower() for name in ("sentencepiece", "tiktoken")):
+        return f"model: {source} has its tokenizer in tokenizer.model or spiece.model alone. {SENTENCEPIECE}"
     if "RepositoryNotFoundError" in names:
         return f"model: {source} is not on the hub, or private. Check the name, or log in with `hf auth login`."
     return f"model: {source} could not be fetched ({first}). Check the network, or give a local folder: -p model=PATH"

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from qlora_utils import cli
 from qlora_utils import locate as place
 from qlora_utils.locate import is_path, is_url, locate, model_advice, outputs_of_notebooks
 
@@ -16,6 +19,7 @@ from qlora_utils.locate import is_path, is_url, locate, model_advice, outputs_of
         (OSError("You are trying to access a gated repo."), "licence"),
         (type("RepositoryNotFoundError", (Exception,), {})("404"), "Check the name"),
         (OSError("We couldn't connect"), "give a local folder"),
+        (ValueError("`tiktoken` is required to read a `tiktoken` file."), "pip install sentencepiece protobuf"),
     ],
 )
 def test_a_model_out_of_reach_says_how_to_get_in(error, advice):
@@ -67,3 +71,22 @@ def test_a_checkout_around_the_kernel_counts_before_that_of_the_package(tmp_path
     # Notebooks that were copied elsewhere, with the package installed, write beside themselves.
     monkeypatch.setattr(place, "__file__", str(tmp_path / "site-packages" / "qlora_utils" / "locate.py"))
     assert outputs_of_notebooks() == "../outputs"
+
+
+def test_a_path_in_the_home_folder_is_one_for_every_loader(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("~/models/mine") == str(tmp_path / "models" / "mine")
+    assert locate("~nobody_here/mine") == "~nobody_here/mine"
+
+
+def test_a_model_and_rows_in_the_home_folder_are_checked_and_planned_for(monkeypatch, tmp_path, capsys):
+    shutil.copytree(locate("embedded:pocket/model"), tmp_path / "model")
+    rows = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(12)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["check", "~/rows.json", "-p", "model=~/model"]) == 0
+    assert "tokenizer of ~/model" in capsys.readouterr().out
+    assert cli.main(["plan", "--preset", "pocket", "--gpu", "T4", "-p", "model=~/model"]) == 0
+    assert "~/model" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.json", "outputs"}

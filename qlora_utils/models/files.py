@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from qlora_utils.config import ModelError, run_command
-from qlora_utils.locate import first_line
+from qlora_utils.locate import SENTENCEPIECE, first_line
 
 Architecture = Literal["causal", "encoder-decoder"]
 
@@ -153,6 +153,30 @@ def check_tokenizer(source: str) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             _read_object(folder / name)
+    if not (folder / "tokenizer.json").is_file():
+        _check_sentencepiece(folder)
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    """Refuse a folder whose only tokenizer is a file of sentencepiece, where it cannot be read.
+
+    Without these two packages transformers falls back on a third, tiktoken, and advises to install that. It could not
+    read such a file either.
+
+    Raises:
+        ModelError: says what to install, or to copy.
+    """
+    for path in (folder / "tokenizer.model", folder / "spiece.model"):
+        if not path.is_file():
+            continue
+        _refuse_pointer(path, "model")
+        from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+        # other kinds of this name are text; this one begins with the mark of a first field
+        with path.open("rb") as file:
+            is_sentencepiece = file.read(1) == b"\n"
+        if is_sentencepiece and not (is_sentencepiece_available() and is_protobuf_available()):
+            raise ModelError(f"model: {path} is the only tokenizer there. {SENTENCEPIECE}")
 
 
 def refuse_tokenizer(source: str, error: Exception) -> None:
@@ -405,7 +429,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 )
         return [folder / name for name in names]
     # a pickle can run code when it is opened, so it counts as absent
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(folder.glob("[!.]*.safetensors"))  # hidden files are left by other programs
     if not found and list(folder.glob("*.bin")):
         raise ModelError(
             f"model: {folder} holds pickled weights (.bin) only; expected *.safetensors. Convert them, or take a copy "

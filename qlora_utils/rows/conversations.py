@@ -222,6 +222,9 @@ def parse(row: Row) -> Conversation:
     if row.columns is None:
         raise UnusableRowError(row.error or "empty row")
 
+    if row.where.lower().endswith(".csv"):
+        _refuse_two_spellings(tuple(row.columns))
+
     # Other spellings of extra fields are always read; those of a shape's fields only if the exact
     # spellings make no shape. A row may hold prose under "text", and its question under "Question".
     columns = _rename_fields(row.columns, _EXTRA)
@@ -282,6 +285,23 @@ def _find_spellings(names: tuple[str, ...], known: frozenset[str]) -> Mapping[st
     return renamed
 
 
+@functools.lru_cache(maxsize=256)
+def _refuse_two_spellings(names: tuple[str, ...]) -> None:
+    """Refuse a table in which several columns are spellings of one known name, even if one is exact.
+
+    Of two fields of an object, the one spelled exactly is read; in a table, somebody wrote both.
+
+    Raises:
+        UnusableRowError: names the columns.
+    """
+    first: dict[str, str] = {}
+    for name in names:
+        known = _normalise_name(name)
+        if known in first and known in _SHAPED | _EXTRA:
+            raise UnusableRowError(f"{first[known]!r} and {name!r} both read as {known}; rename or remove one")
+        first[known] = name
+
+
 def _normalise_name(name: str) -> str:
     """Return a field's name in lower case, without outer spaces and byte order mark.
 
@@ -326,7 +346,7 @@ def _shape_and_parts(columns: Mapping[str, Any]) -> tuple[str, list[tuple[str, s
 def _no_shape(columns: Mapping[str, Any], row: Row) -> str:
     """Explain why a row with these columns has no known shape.
 
-    The explanation is short: the message that lists such rows cuts it at 150 characters.
+    The explanation is short: the message that lists such rows cuts it at 300 characters.
     """
     if columns.get("text") is not None:
         return "text has neither [INST] … [/INST] nor ### Human: … ### Assistant:"

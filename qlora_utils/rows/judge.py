@@ -331,6 +331,8 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) ->
             rejected = Rejected(columns["where"][index], columns["number"][index], reason)
             columns["line"][index] = format_line(rejected)
             columns["too_long"][index] = bool(columns["too_long"][index])
+            # What is left out is no duplicate of anything that stays.
+            columns["text"][index] = columns["plain_text"][index] = None
     with progress.open("ab") as file:
         file.write(bytes(len(rows)))
     return columns

@@ -30,6 +30,8 @@ CACHED = 5
 # The name of an entry begins like this while it is being written.
 _UNFINISHED = ".new-"
 _LOCK = ".lock"
+# Characters that the reasons in an error may have together. The longest lists all shapes of a row.
+_LISTED = 420
 
 
 # --------------------------------------------------------------------------------------- prepared
@@ -174,12 +176,16 @@ def _explain_too_few(name: str, train: int, held_out: int, rejected: pyarrow.Tab
     else:
         why = "" if rejected.num_rows else " Give more rows."
 
-    # Name the first three reasons, each with its first row.
+    # Name the first reasons, each with its first row: three, or as many as leave the message readable.
     reasons: dict[str, str] = {}
     for row in rejected.select(["where", "number", "reason"]).to_pylist():
         if len(reasons) < 3:
-            reasons.setdefault(row["reason"], f"{row['where']} row {row['number']}: {row['reason']}")
-    listed = "; ".join(reason if len(reason) <= 150 else f"{reason[:149]}…" for reason in reasons.values())
+            reason = f"{row['where']} row {row['number']}: {row['reason']}"
+            reasons.setdefault(row["reason"], reason if len(reason) <= 300 else f"{reason[:299]}…")
+    listed = ""
+    for reason in reasons.values():
+        if not listed or len(listed) + len(reason) <= _LISTED:
+            listed += f"; {reason}" if listed else reason
     examples = f" ({listed})" if listed else ""
 
     # If most rows are only too long, there is nothing to mend in them.

@@ -160,8 +160,10 @@ def report_of(measured: pyarrow.Table, form: Format) -> dict[str, Any]:
         # The sum of no rows is null.
         return int(pyarrow.compute.sum(measured[name]).as_py() or 0)
 
-    def distinct(name: str) -> int:
-        return int(pyarrow.compute.count_distinct(measured[name]).as_py())
+    def duplicates(name: str) -> int:
+        # Rows that were rejected have no digest.
+        digests = measured[name].drop_null()
+        return len(digests) - int(pyarrow.compute.count_distinct(digests).as_py())
 
     config, rows = form.config, measured.num_rows
     lengths = pyarrow.compute.list_flatten(measured["lengths"]).to_numpy().astype(numpy.int64)
@@ -194,8 +196,8 @@ def report_of(measured: pyarrow.Table, form: Format) -> dict[str, Any]:
         "unknown_share": _share(total("unknown"), total("answer_tokens")),
         "batch_size": config.batch_size,
         "padding_share": padding_share(within, config.batch_size, config.seed),
-        "exact_duplicates": rows - distinct("text"),
-        "normalised_duplicates": rows - distinct("plain_text"),
+        "exact_duplicates": duplicates("text"),
+        "normalised_duplicates": duplicates("plain_text"),
         "rows_with_blank_turn": total("blank"),
         "rows_ending_unanswered": total("unanswered"),
     }

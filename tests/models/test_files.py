@@ -6,8 +6,10 @@ import struct
 from pathlib import Path
 
 import pytest
+from conftest import SHARED
 
-from qlora_utils.config import ModelError
+from qlora_utils.config import ModelError, RunConfig
+from qlora_utils.data import load_tokenizer
 from qlora_utils.locate import locate
 from qlora_utils.models import files as model_files
 
@@ -78,3 +80,56 @@ def test_damaged_weights_are_refused_with_size_and_reason(tmp_path, spoil, why):
     size = f"{path.stat().st_size:,} bytes"
     with pytest.raises(ModelError, match=rf"model: {path} is damaged .*{size}; expected a header .*{why}.*Copy or"):
         model_files.read_weight_shapes(path)
+
+
+@pytest.mark.parametrize("present", [(), ("sentencepiece",), ("protobuf",), ("sentencepiece", "protobuf")])
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
+def test_a_tokenizer_of_sentencepiece_alone_says_what_to_install(tmp_path, monkeypatch, name, present):
+    """And not tiktoken, on which transformers falls back."""
+    import transformers.utils
+
+    for package in ("sentencepiece", "protobuf"):
+        monkeypatch.setattr(transformers.utils, f"is_{package}_available", lambda package=package: package in present)
+    (tmp_path / name).write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    if len(present) == 2:
+        model_files.check_tokenizer(str(tmp_path))
+    else:
+        with pytest.raises(
+            ModelError, match=rf"{name} is the only tokenizer there\..* pip install sentencepiece"
+        ) as told:
+            model_files.check_tokenizer(str(tmp_path))
+        assert "tiktoken" not in str(told.value)
+    # A tokenizer.json beside it is read, and so is a file of another kind by whatever reads it.
+    (tmp_path / "tokenizer.json").write_text("{}")
+    model_files.check_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / name).write_bytes(b"IQ== 0\nIg== 1\n")
+    model_files.check_tokenizer(str(tmp_path))
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ModelError, match=f"{name} is a pointer of Git LFS"):
+        model_files.check_tokenizer(str(tmp_path))
+
+
+@pytest.mark.real_data
+def test_llamas_tokenizer_alone_says_what_to_install(tmp_path):
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    folder = Path(shutil.copytree(POCKET, tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    shutil.copy(SHARED / "llama2-tokenizer" / "tokenizer.model", folder)
+    if is_sentencepiece_available() and is_protobuf_available():
+        pytest.skip("it can be read here")
+    with pytest.raises(ModelError, match=r"tokenizer\.model is the only tokenizer there.*sentencepiece protobuf"):
+        load_tokenizer(RunConfig.from_preset("pocket", model=str(folder)))
+
+
+def test_hidden_files_beside_the_weights_are_passed_over(tmp_path):
+    """As macOS leaves them on other file systems."""
+    folder = Path(shutil.copytree(POCKET, tmp_path / "model"))
+    for name in ("._model.safetensors", ".DS_Store"):
+        (folder / name).write_bytes(b"\x00\x05\x16\x07")
+    model_files.check(str(folder))
+    model_files.check_weights(str(folder), "causal")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="holds no weights"):
+        model_files.check(str(folder))

@@ -19,7 +19,7 @@ from qlora_utils.commands.options import parse_parameters
 from qlora_utils.config import RunConfig
 from qlora_utils.evaluation import generation
 from qlora_utils.rows import check
-from qlora_utils.rows.conversations import Rejected
+from qlora_utils.rows.conversations import Rejected, UnusableRowError, parse
 from qlora_utils.rows.files import DataError, read_source
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json
@@ -141,6 +141,76 @@ def test_many_reasons_and_many_rows_are_cut():
     assert lines[1].startswith("  5 × letter a")
     assert lines[-1] == "  and for 12 other reasons"
     assert len(lines) == 10
+
+
+def test_each_reason_has_its_own_count_and_says_nothing_that_holds_for_some_of_its_rows_alone():
+    reasons = {
+        "messages[2] has role 'system', expected user or assistant": 10,
+        "messages[0] has role 'developer', expected user or assistant": 10,
+        "messages[0] has role 'system', expected user or assistant": 5,
+        "not valid JSON: Expecting ',' delimiter at character 7": 4,
+        "not valid JSON: Expecting ':' delimiter at character 7": 3,
+    }
+    rejected = [Rejected("a.jsonl", 0, reason) for reason, count in reasons.items() for _ in range(count)]
+    lines = check.format_rejected(rejected).splitlines()[1:]
+    assert [line.split(": a.jsonl rows")[0] for line in lines] == [f"  {n} × {reason}" for reason, n in reasons.items()]
+
+    # Where only positions and excerpts differ, they are left out; what is the same stays.
+    differing = {
+        "not valid JSON: Expecting value at character {n}": "not valid JSON: Expecting value at character …",
+        "two questions in a row: '{n}'": "two questions in a row: …",
+        "not valid CSV: ',' expected after '\"', line {n}; see (\"\")":
+            "not valid CSV: ',' expected after '\"', line …; see (\"\")",
+        "half a character (a lone surrogate) after 'it\\'s {n}'": "half a character (a lone surrogate) after …",
+        "no answer begins within max_seq_len=16 tokens": "no answer begins within max_seq_len=16 tokens",
+    }  # fmt: skip
+    for reason, text in differing.items():
+        rejected = [Rejected("a.csv", n, reason.replace("{n}", str(n))) for n in range(5)]
+        assert check.format_rejected(rejected).splitlines()[1] == f"  5 × {text}: a.csv rows 0, 1, 2, …"
+
+    # Too many to list: then the place in the conversation is no reason of its own.
+    rejected = [Rejected("a.jsonl", n, f"messages[{n % 12}] has role 'tool'") for n in range(24)]
+    assert check.format_rejected(rejected).splitlines()[1:] == [
+        "  24 × messages[…] has role 'tool': a.jsonl rows 0, 1, 2, …"
+    ]
+
+
+def test_the_shapes_that_a_row_may_have_are_listed_to_the_end(tmp_path, config):
+    bad, good = [{"speaker": "user", "what was said": ["q"]}] * 3, pairs(12)
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, bad)))
+    with pytest.raises(UnusableRowError) as caught:
+        parse(next(iter(read_source(str(tmp_path / "bad.jsonl"))["train"])))
+    assert len(str(caught.value)) > 150
+    assert str(caught.value).endswith("messages, conversations or text")
+    with pytest.raises(DataError) as refused:
+        data.check(str(tmp_path / "bad.jsonl"), config)
+    assert str(caught.value) in str(refused.value)
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, bad + good)))
+    assert f"3 × {caught.value}: bad.jsonl rows 0, 1, 2" in data.check(str(tmp_path / "bad.jsonl"), config).text
+
+
+@pytest.mark.parametrize("left_out", ["blank", "too long", "both"])
+def test_rows_that_are_left_out_are_not_counted_as_duplicates_that_stay(tmp_path, config, left_out):
+    rows = [{"question": "", "answer": ""}] * 5 if left_out != "too long" else []
+    if left_out != "blank":
+        rows += [{"question": "why " * 600, "answer": "so"}] * 3
+    found = data.check(written(tmp_path, pairs(20) + rows), config)
+    assert found.report["rejected"] == len(rows)
+    assert (found.report["exact_duplicates"], found.report["normalised_duplicates"]) == (0, 0)
+    assert "They stay" not in found.text
+    found = data.check(written(tmp_path, pairs(20) + rows + pairs(2)), config)
+    assert (found.report["exact_duplicates"], found.report["normalised_duplicates"]) == (2, 2)
+    assert "2 rows are there more than once" in found.text
+
+
+def test_what_a_spreadsheet_leaves_at_the_ends_is_no_column_and_no_duplicate(tmp_path, config):
+    rows = "".join(f"What is river {n}?,River {n} is {n} km.,,\n" for n in range(20))
+    (tmp_path / "rows.csv").write_text(f"question,answer,,\n{rows}{',,,' + chr(10)}{(',,,' + chr(10)) * 4}")
+    text = data.check(str(tmp_path / "rows.csv"), config).text
+    assert "columns question, answer, read as" in text
+    assert "tags" not in text
+    assert "They stay" not in text
+    assert "5 × every turn is blank" in text
 
 
 PLAIN = pairs(120), pairs(80, begin=1000)

@@ -194,6 +194,24 @@ def test_of_two_spellings_the_exact_one_is_read_and_else_both_are_told():
             rows.parse(row(**columns))
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ("question,Question,answer", "'question' and 'Question' both read as question"),
+        ("Question,question ,answer", "'Question' and 'question ' both read as question"),
+        ("question,answer,ANSWER", "'answer' and 'ANSWER' both read as answer"),
+        ("question,answer,Input ,input", "'Input ' and 'input' both read as input"),
+    ],
+)
+def test_two_spellings_in_a_table_are_told_even_if_one_is_exact(names, told):
+    """In a table somebody has written both; which one is meant nobody can know."""
+    columns = dict.fromkeys(names.split(","), "x")
+    with pytest.raises(UnusableRowError, match=f"{told}; rename or remove one"):
+        rows.parse(Row("rows.csv", 0, columns))
+    more = dict.fromkeys(["question", "answer", "Notes", "notes"], "x")  # no names that are read
+    assert rows.parse(Row("rows.csv", 0, more)).tags == {"Notes": "x", "notes": "x"}
+
+
 def test_prose_under_text_does_not_hide_a_question_and_its_answer():
     columns = {"text": "A page of prose.", "Question": "q", "Answer": "a"}
     assert rows.parse(row(**columns)).turns == (Turn("q", "a"),)
