@@ -19,8 +19,8 @@ OUTPUTS_OF_NOTEBOOKS = "../outputs"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 # What to do about a model whose tokenizer is a file of sentencepiece alone.
 SENTENCEPIECE = (
-    "To read it takes sentencepiece and protobuf: pip install sentencepiece protobuf. Or copy tokenizer.json from where "
-    "the model comes from."
+    "To read it takes sentencepiece and protobuf: pip install sentencepiece protobuf. Or copy a tokenizer.json from "
+    "where the model comes from."
 )
 
 
