@@ -344,7 +344,7 @@ def commonest_facts(train: Sequence[Conversation]) -> dict[str, str]:
     """
     counters: dict[str, Counter[str]] = {}
     for row in train:
-        for index in range(len(row.turns)):
+        for index in row.learned:
             tags = row.tags_of(index)
             if tags.get("fact") and "kind" in tags:
                 counters.setdefault(_kind_of(tags), Counter())[tags["fact"]] += 1

@@ -28,6 +28,7 @@ from qlora_utils.locate import locate, model_advice
 from qlora_utils.models import files as model_files
 from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.check import Check, free_name, measure_answers, safe_name
+from qlora_utils.rows.columns import columns_table as columns_table
 from qlora_utils.rows.conversations import Conversation, Rejected, first_readable
 from qlora_utils.rows.conversations import defused as defused
 from qlora_utils.rows.files import SUFFIXES, DataError, Row, Rows, describe_unknown_type, first_rows, read_source
@@ -55,9 +56,9 @@ if TYPE_CHECKING:
 UPLOAD_MB = 8
 # The modules that decide what a preparation contains: a change in one makes cached entries useless.
 _DECIDING = (
-    "data.py", "rows/files.py", "rows/conversations.py", "rows/scripts.py", "rows/statistics.py", "rows/held_out.py",
-    "rows/lines.py", "rows/judge.py", "rows/prepare.py", "tokens/formats.py", "tokens/instructions.py",
-    "rows/readers.py", "rows/layouts.py",
+    "data.py", "rows/files.py", "rows/readers.py", "rows/layouts.py", "rows/messages.py", "rows/columns.py",
+    "rows/conversations.py", "rows/scripts.py", "rows/statistics.py", "rows/held_out.py", "rows/lines.py",
+    "rows/judge.py", "rows/prepare.py", "tokens/formats.py", "tokens/instructions.py",
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- tokens

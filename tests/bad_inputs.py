@@ -540,7 +540,7 @@ DATASETS = [
     data("one question in all rows", "rows.csv", CSV + "".join(f"q,a{n}\n" for n in range(5)),
          r"leaves 5 rows to train on and 0 to hold out.*All usable rows open with the same question: give rows"),
     data("wrong roles", "rows.jsonl", lines(messages(("teacher", "q"), ("pupil", "a"))),
-         left_out("rows.jsonl", r"row 0: messages\[0\] has role 'teacher', expected user or assistant")),
+         left_out("rows.jsonl", r"row 0: messages\[0\] has role teacher, expected user or assistant")),
     data("no role", "rows.jsonl", lines({"messages": [{"content": "q"}]}),
          left_out("rows.jsonl", r"row 0: messages\[0\] has role None, expected user or assistant")),
     data("two questions in a row", "rows.jsonl", lines(messages(("user", "q"), ("user", "r"), ("assistant", "a"))),

@@ -96,7 +96,9 @@ def questions_of(
     form = format_of(tokenizer, config)
     by_split: dict[str, list[Question]] = {}
     for conversation in conversations:
-        for index, turn in enumerate(conversation.turns):
+        # An answer that is only shown, as one of weight 0, is no answer to expect.
+        for index in conversation.learned:
+            turn = conversation.turns[index]
             tags = {"split": split, **conversation.tags_of(index), "turn": "later" if index else "first"}
             source = (conversation.where, conversation.number, tags)
             question = Question(turn.question, turn.answer, conversation.turns[:index], *source, turn.system)

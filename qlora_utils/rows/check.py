@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import RunConfig, resume_command
 from qlora_utils.locate import EMBEDDED
+from qlora_utils.rows.columns import format_columns
 from qlora_utils.rows.conversations import Conversation, Rejected
 from qlora_utils.rows.files import SUFFIXES, Row
 from qlora_utils.rows.statistics import digest, digest_array, normalise, report_table, truncated_share
@@ -165,8 +166,8 @@ class Check:
 
     @property
     def details(self) -> str:
-        """Format the first row as it was read, the report, the rejected rows and the warnings."""
-        parts = [self._format_first_row(), on_terminal(report_table(self.report))]
+        """Format the first row as it was read, all columns, the report, the rejected rows and the warnings."""
+        parts = [self._format_first_row(), format_columns(self.report), on_terminal(report_table(self.report))]
         parts.append(f"Tokens are those of the tokenizer of {cut(self.config.model, 200)}.")
         if self.rejected:
             parts.append(format_rejected(self.rejected))
@@ -182,11 +183,13 @@ class Check:
             f"{cut(row.where, 80)}, row {row.number} (the first is 0), columns {cut(columns, 200)}, read as "
             f"{first.shape}:"
         ]
-        for turn in first.turns[:2]:
+        for index, turn in enumerate(first.turns[:2]):
             if turn.system:
                 lines.append(f"  system:   {cut(turn.system, 160)}")
             lines.append(f"  question: {cut(turn.question, 160)}")
-            lines.append(f"  answer:   {cut(turn.answer, 160)}")
+            # An answer of weight 0 must not be taken for one to learn.
+            shown = "(not learned) " if index in first.shown else ""
+            lines.append(f"  answer:   {shown}{cut(turn.answer, 160)}")
         if len(first.turns) > 2:
             lines.append(f"  and {counted(len(first.turns) - 2, 'more turn')}")
         if first.tags:
@@ -224,22 +227,23 @@ def measure_answers(
     keys, lengths, ends = bytearray(), array("q"), array("q")
     for row in train:
         examples += form.count_examples(row)
-        for turn in row.turns:
-            keys += digest(normalise(turn.answer) or turn.answer)
-            lengths.append(len(turn.answer))
+        for index in row.learned:
+            answer = row.turns[index].answer
+            keys += digest(normalise(answer) or answer)
+            lengths.append(len(answer))
         ends.append(len(lengths))
 
-    # Find the first answer with the commonest digest: its conversation, and its turn there.
+    # Find the first answer with the commonest digest: its conversation, and its place there.
     _, firsts, counts = numpy.unique(digest_array(keys), return_index=True, return_counts=True)
     first = int(firsts[counts.argmax()])
     place = int(numpy.searchsorted(ends, first, side="right"))
-    turn_index = first - (ends[place - 1] if place else 0)
-    commonest = train[place].turns[turn_index].answer
+    row = train[place]
+    commonest = row.turns[row.learned[first - (ends[place - 1] if place else 0)]].answer
 
     # The model is asked held-out questions alone, so `max_new_tokens` concerns their answers.
     texts: list[str] = []
     for row in held_out[:_MEASURED_ROWS]:
-        texts.extend(turn.answer for turn in row.turns)
+        texts.extend(row.turns[index].answer for index in row.learned)
     tokens = [len(ids) for ids in form.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
     cut_answers = sum(count + 1 > form.config.max_new_tokens for count in tokens)
 

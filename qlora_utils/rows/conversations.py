@@ -17,7 +17,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qlora_utils.rows.files import NAME_COLUMNS, DataError, Row
+from qlora_utils.rows.columns import (
+    ANSWER,
+    CONVERSATION,
+    NOT_READ,
+    SPELLED,
+    TAG_ROLES,
+    answer_of,
+    compose_question,
+    normalise_name,
+    read_history,
+    read_system,
+    refuse_beside,
+    refuse_media_marks,
+    refuse_other_data,
+    text_of,
+)
+from qlora_utils.rows.messages import Parts, parts_of_messages
+from qlora_utils.rows.readers import NAME_COLUMNS, DataError, Row, UnusableRowError
 
 JOINER = "\u2060"  # WORD JOINER: invisible, and not part of any mark
 MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -118,10 +135,6 @@ def render(turns: Iterable[Turn]) -> str:
     return "".join(f"<s>{defused(turn_text(turn), ENDS)}</s>" for turn in turns)
 
 
-class UnusableRowError(ValueError):
-    """Report a row that cannot be used; the message is the reason."""
-
-
 @dataclass(frozen=True)
 class Conversation:
     """Hold the turns of one row and the place where the row was found.
@@ -134,6 +147,8 @@ class Conversation:
         tags: the row's other text columns. A text, such as `domain`, is about the whole row; a list
             of texts, such as `kind`, has one for each turn.
         unanswered: the row ended with a question without an answer, which is not among `turns`.
+        shown: numbers of the turns whose answer is context alone: it carries no loss, and is never
+            asked for.
     """
 
     turns: tuple[Turn, ...]
@@ -142,6 +157,12 @@ class Conversation:
     shape: str = ""
     tags: Mapping[str, str | list[str]] = field(default_factory=dict)
     unanswered: bool = False
+    shown: tuple[int, ...] = ()
+
+    @property
+    def learned(self) -> list[int]:
+        """Return the numbers of the turns whose answer carries loss."""
+        return [index for index in range(len(self.turns)) if index not in self.shown]
 
     @property
     def text(self) -> str:
@@ -158,7 +179,11 @@ class Conversation:
 
 def record_of(conversation: Conversation) -> dict[str, Any]:
     """Return a conversation as a JSON value; `conversation_of` undoes this."""
-    return {**vars(conversation), "turns": [vars(turn) for turn in conversation.turns]}
+    record = {**vars(conversation), "turns": [vars(turn) for turn in conversation.turns]}
+    # Nearly all rows are learned as a whole: their lines stay as they were before this field.
+    if not conversation.shown:
+        del record["shown"]
+    return record
 
 
 def conversation_of(record: Mapping[str, Any]) -> Conversation:
@@ -173,7 +198,10 @@ def conversation_of(record: Mapping[str, Any]) -> Conversation:
     for turn in turns:
         if not all(isinstance(text, str) for text in vars(turn).values()):
             raise TypeError("no turns of text")
-    return Conversation(**{**record, "turns": turns})
+    shown = tuple(record.get("shown", ()))
+    if not all(isinstance(number, int) and 0 <= number < len(turns) for number in shown):
+        raise TypeError("no numbers of turns")
+    return Conversation(**{**record, "turns": turns, "shown": shown})
 
 
 @dataclass(frozen=True)
@@ -194,30 +222,41 @@ _PAIRS = (
     ("prompt", "response"),
     ("prompt", "completion"),
 )
+# Other pairs are read where a row has none of these; they are too many to list in an error.
+_MORE_PAIRS = tuple(
+    (question, answer)
+    for question in ("instruction", "question", "prompt", "query", "input")
+    for answer in ("output", "response", "answer", "completion", "answers")
+    if (question, answer) not in _PAIRS
+)
 _LISTS = ("messages", "conversations")
-_SHAPED = frozenset({*_LISTS, "text", "input", *(name for pair in _PAIRS for name in pair)})
+_SHAPED = frozenset({*_LISTS, "text", *(name for pair in (*_PAIRS, *_MORE_PAIRS) for name in pair)})
 # Columns by which scores are grouped, or against which answers are scored.
-TAGS = ("split", "domain", "kind", "fact", "entity")
-_EXTRA = frozenset({"input", *TAGS})  # fields that a row of any shape can have as well
-_QUESTION_ROLES = {"user", "human", "prompter"}
-_ANSWER_ROLES = {"assistant", "gpt", "bot", "model"}
+TAGS = tuple(TAG_ROLES)
+_EXTRA = frozenset({"input", *TAGS, *SPELLED})  # fields that a row of any shape can have as well
 # The system prompt in Llama-2 format: a block at the start of the first question.
 _SYSTEM = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>(?:\n\n|\s*)", re.DOTALL)
 
 
-def parse(row: Row) -> Conversation:
+def parse(row: Row, roles: dict[str, str] | None = None) -> Conversation:
     """Read one row of any known shape.
 
     Known shapes are `text` in Llama-2 format or with the marks `### Human:` and `### Assistant:`,
     `messages` or `conversations`, and `instruction` / `input` / `output` (also `question` /
     `answer`, `prompt` / `response` and similar pairs). Case and outer spaces of a field's name do
-    not matter, but a shape whose fields are spelled exactly is preferred.
+    not matter, but a shape whose fields are spelled exactly is preferred. What is read beside a
+    shape stands in `columns.py`.
 
     Blank turns are among the result; `usable` drops them. A last question without an answer is
     dropped, and `unanswered` is set.
 
+    Args:
+        row: as it was found.
+        roles: gets what each column was read as; a column that is missing was not read.
+
     Raises:
-        UnusableRowError: the row has none of these shapes, or no answered turn.
+        UnusableRowError: the row has none of these shapes, or no answered turn, or a column that
+            changes its meaning and cannot be read.
     """
     if row.columns is None:
         raise UnusableRowError(row.error or "empty row")
@@ -228,20 +267,28 @@ def parse(row: Row) -> Conversation:
     # Other spellings of extra fields are always read; those of a shape's fields only if the exact
     # spellings make no shape. A row may hold prose under "text", and its question under "Question".
     columns = _rename_fields(row.columns, _EXTRA)
-    found = _shape_and_parts(columns)
+    found_roles: dict[str, str] = {}
+    refuse_other_data(columns, found_roles)
+    found = _shape_and_parts(columns, found_roles)
     if found is None:
         columns = _rename_fields(columns, _SHAPED)
-        found = _shape_and_parts(columns)
+        found = _shape_and_parts(columns, found_roles)
     if found is None:
         raise UnusableRowError(_no_shape(columns, row))
     shape, parts = found
-    turns, unanswered = _pair_up(parts)
+    parts = read_system(columns, parts, found_roles)
+    refuse_media_marks(parts)
+    turns, shown, unanswered = _pair_up(parts)
     if not turns:
         raise UnusableRowError("no answered turn" if unanswered else "no turn")
 
     # All other columns of text are tags. Check all texts now, since half a character in one of them
     # would stop a file from being written much later.
-    tags = {n: value for n, value in columns.items() if n not in _SHAPED and _is_tag(value, len(turns))}
+    tags: dict[str, str | list[str]] = {}
+    for name, value in columns.items():
+        if name not in _SHAPED and name not in found_roles and _is_tag(value, len(turns)):
+            tags[name] = value
+            found_roles[name] = TAG_ROLES.get(name, NOT_READ)
     for turn in turns:
         _check_encodable(turn.system)
         _check_encodable(turn.question)
@@ -251,7 +298,12 @@ def parse(row: Row) -> Conversation:
     for value in tags.values():
         for text in [value] if isinstance(value, str) else value:
             _check_encodable(text)
-    return Conversation(turns, row.where, row.number, shape, tags, unanswered)
+
+    # Name the columns as the file spells them.
+    if roles is not None:
+        spelled = dict(zip(columns, row.columns, strict=True))
+        roles.update((spelled.get(name, name), role) for name, role in found_roles.items())
+    return Conversation(turns, row.where, row.number, shape, tags, unanswered, shown)
 
 
 def _rename_fields(columns: Mapping[str, Any], known: frozenset[str]) -> Mapping[str, Any]:
@@ -274,7 +326,7 @@ def _find_spellings(names: tuple[str, ...], known: frozenset[str]) -> Mapping[st
     """
     spellings: dict[str, list[str]] = {}
     for name in names:
-        spellings.setdefault(_normalise_name(name), []).append(name)
+        spellings.setdefault(normalise_name(name), []).append(name)
     renamed = {}
     for name, fields in spellings.items():
         if name in known and name not in fields:
@@ -296,51 +348,72 @@ def _refuse_two_spellings(names: tuple[str, ...]) -> None:
     """
     first: dict[str, str] = {}
     for name in names:
-        known = _normalise_name(name)
+        known = normalise_name(name)
         if known in first and known in _SHAPED | _EXTRA:
             raise UnusableRowError(f"{first[known]!r} and {name!r} both read as {known}; rename or remove one")
         first[known] = name
 
 
-def _normalise_name(name: str) -> str:
-    """Return a field's name in lower case, without outer spaces and byte order mark.
-
-    A file may begin with a byte order mark, which then stands before its first field.
-    """
-    return name.strip().lstrip("\ufeff").strip().casefold()
-
-
-def _shape_and_parts(columns: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]] | None:
+def _shape_and_parts(columns: Mapping[str, Any], roles: dict[str, str]) -> tuple[str, Parts] | None:
     """Find the shape of a row; return None if it has none.
 
+    Args:
+        columns: of the row.
+        roles: gets what columns were read as.
+
     Returns:
-        The name of the shape, and the texts of the row in order, each with its role: `system`,
-        `question` or `answer`.
+        The name of the shape, and the texts of the row in order, each with its role.
     """
-    for name in _LISTS:
+    # Capybara's lists of `input` and `output` are called `conversation`, as is many a tag.
+    lists = (*_LISTS, "conversation") if isinstance(columns.get("conversation"), list) else _LISTS
+    for name in lists:
         if columns.get(name) is not None:
-            return name, _parts_of_messages(name, columns[name])
-    for question_name, answer_name in _PAIRS:
-        if columns.get(question_name) is not None and answer_name in columns:
-            question = _text(columns, question_name)
-            # An instruction may come with an input to apply it to.
-            if columns.get("input") is not None:
-                context = _text(columns, "input")
-                if context.strip():
-                    question = f"{question}\n\n{context}"
-            parts = [("question", question)]
-            if columns[answer_name] is not None:
-                parts.append(("answer", _text(columns, answer_name)))
-            return f"{question_name}/{answer_name}", parts
-    if columns.get("text") is not None:
-        text = _text(columns, "text")
-        # The first mark decides: an author may mention the other one.
-        first = re.search(r"\[INST\]|### Human:", text)
-        if first and first[0] == "[INST]":
-            return "llama-2 chat", _parts_of_llama2(text)
-        if first:
-            return "### Human / ### Assistant", _parts_of_marks(text)
+            parts = parts_of_messages(name, columns[name], roles)
+            roles[name] = CONVERSATION
+            refuse_beside(columns, name, parts)
+            return name, parts
+    if (pair := _find_pair(columns, _PAIRS)) is None:
+        if (of_text := _parts_of_text(columns)) is not None:
+            roles["text"] = CONVERSATION
+            refuse_beside(columns, "text", of_text[1])
+            return of_text
+        pair = _find_pair(columns, _MORE_PAIRS) or _find_pair(columns, _PAIRS + _MORE_PAIRS, answered=False)
+    if pair is None:
+        return None
+
+    question_name, answer_name = pair
+    answer = answer_of(columns, answer_name)
+    parts = read_history(columns, roles)
+    parts.append(("question", compose_question(columns, question_name, answer, roles)))
+    if answer is not None:
+        parts.append(("answer", answer))
+        roles[answer_name] = ANSWER
+    return f"{question_name}/{answer_name}", parts
+
+
+def _find_pair(
+    columns: Mapping[str, Any], pairs: Sequence[tuple[str, str]], *, answered: bool = True
+) -> tuple[str, str] | None:
+    """Return the first pair of columns of which the first has a value and, if `answered`, the second too."""
+    for question, answer in pairs:
+        is_answered = columns.get(answer) is not None or (answer in columns and not answered)
+        if is_answered and columns.get(question) is not None:
+            return question, answer
     return None
+
+
+def _parts_of_text(columns: Mapping[str, Any]) -> tuple[str, Parts] | None:
+    """Return the shape and the parts of the column `text`; None if it is prose, or missing."""
+    if columns.get("text") is None:
+        return None
+    text = text_of(columns, "text")
+    # The first mark decides: an author may mention the other one.
+    first = re.search(r"\[INST\]|### Human:", text)
+    if first is None:
+        return None
+    if first[0] == "[INST]":
+        return "llama-2 chat", _parts_of_llama2(text)
+    return "### Human / ### Assistant", _parts_of_marks(text)
 
 
 def _no_shape(columns: Mapping[str, Any], row: Row) -> str:
@@ -416,13 +489,6 @@ def _check_encodable(text: str) -> None:
         raise UnusableRowError(f"half a character (a lone surrogate) after {excerpt!r}") from error
 
 
-def _text(columns: Mapping[str, Any], name: str) -> str:
-    """Return the text of a column; raise UnusableRowError if it holds something else."""
-    if not isinstance(columns[name], str):
-        raise UnusableRowError(f"{name} is {type(columns[name]).__name__}, expected text")
-    return columns[name]
-
-
 def _parts_of_llama2(text: str) -> list[tuple[str, str]]:
     """Split a text in Llama-2 format into its parts, each with its role."""
     # The next turn begins at <s>[INST] or, in a text without <s> and </s>, at any [INST].
@@ -462,36 +528,10 @@ def _parts_of_marks(text: str) -> list[tuple[str, str]]:
     return [(roles[role], piece.strip()) for role, piece in zip(pieces[1::2], pieces[2::2], strict=True)]
 
 
-def _parts_of_messages(name: str, messages: Any) -> list[tuple[str, str]]:
-    """Return the parts of a list of messages, each with its role."""
-    if not isinstance(messages, list):
-        raise UnusableRowError(f"{name} is {type(messages).__name__}, expected a list")
-    parts = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise UnusableRowError(f"{name}[{index}] is {type(message).__name__}, expected role and content")
-        # In a table with both spellings, role/content and from/value, the missing ones are None.
-        role = message.get("role") or message.get("from")
-        content = message["content"] if message.get("content") is not None else message.get("value")
-        # An empty last message stands for an answer that nobody has given.
-        if content is None and role in _ANSWER_ROLES and index == len(messages) - 1:
-            break
-        if not isinstance(content, str):
-            raise UnusableRowError(f"{name}[{index}] has no text under content or value")
-        if role in _QUESTION_ROLES:
-            parts.append(("question", content))
-        elif role in _ANSWER_ROLES:
-            parts.append(("answer", content))
-        elif role == "system" and index == 0:
-            parts.append(("system", content))
-        else:
-            raise UnusableRowError(f"{name}[{index}] has role {role!r}, expected user or assistant")
-    return parts
-
-
-def _pair_up(parts: Sequence[tuple[str, str]]) -> tuple[tuple[Turn, ...], bool]:
-    """Return the turns, and True if the last question has no answer."""
+def _pair_up(parts: Parts) -> tuple[tuple[Turn, ...], tuple[int, ...], bool]:
+    """Return the turns, the numbers of those that are only shown, and True if the last question has no answer."""
     turns: list[Turn] = []
+    shown: list[int] = []
     system, question = "", None
     for role, text in parts:
         if role == "system":
@@ -503,16 +543,18 @@ def _pair_up(parts: Sequence[tuple[str, str]]) -> tuple[tuple[Turn, ...], bool]:
         elif question is None:
             raise UnusableRowError(f"an answer without a question: {text.strip()[:40]!r}")
         else:
+            if role == "shown":
+                shown.append(len(turns))
             turns.append(Turn(question, text, system))
             system, question = "", None
-    return tuple(turns), question is not None
+    return tuple(turns), tuple(shown), question is not None
 
 
 def usable(conversation: Conversation) -> Conversation:
     """Return a conversation without its blank turns.
 
     Raises:
-        UnusableRowError: all turns are blank.
+        UnusableRowError: all turns are blank, or no answer that remains is to be learned.
     """
     indices, turns = [], []
     for index, turn in enumerate(conversation.turns):
@@ -526,7 +568,10 @@ def usable(conversation: Conversation) -> Conversation:
     tags: dict[str, str | list[str]] = {}
     for name, value in conversation.tags.items():
         tags[name] = value if isinstance(value, str) else [value[index] for index in indices]
-    return replace(conversation, turns=tuple(turns), tags=tags)
+    shown = tuple(place for place, index in enumerate(indices) if index in conversation.shown)
+    if len(shown) == len(turns):
+        raise UnusableRowError("no answer is to be learned: each has weight 0")
+    return replace(conversation, turns=tuple(turns), tags=tags, shown=shown)
 
 
 def first_readable(source: Mapping[str, Iterable[Row]]) -> tuple[Row, Conversation]:

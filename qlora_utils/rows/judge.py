@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -22,9 +23,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.rows.conversations import Conversation, Rejected, UnusableRowError, batches, parse, usable
-from qlora_utils.rows.files import Row, Rows
+from qlora_utils.rows.columns import count_columns
+from qlora_utils.rows.conversations import Conversation, Rejected, batches, parse, usable
+from qlora_utils.rows.files import Rows
 from qlora_utils.rows.lines import format_line
+from qlora_utils.rows.readers import Row, UnusableRowError
 from qlora_utils.rows.statistics import REPORTED, measure, question_keys
 from qlora_utils.runs.directory import HEADLESS, TERMINAL
 
@@ -270,7 +273,7 @@ def arrow_features() -> Features:
     from datasets import Features, List, Value
 
     columns = {"part": "string", "where": "string", "number": "int64", "line": "large_binary", "reason": "string",
-               "too_long": "bool", "questions": "binary", **REPORTED}  # fmt: skip
+               "too_long": "bool", "questions": "binary", "columns": "large_binary", **REPORTED}  # fmt: skip
     types = {name: List(Value("int32")) if kind == "list" else Value(kind) for name, kind in columns.items()}
     return Features(types)
 
@@ -293,11 +296,12 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) ->
         - `reason`, of a rejected row; `too_long`, True if `max_seq_len` is the reason;
         - `line`, in JSON, of the conversation or of the rejected row;
         - `questions`, the keys of a usable conversation;
+        - `columns`, in the batch's first row alone, the counts of all its columns in JSON;
         - the columns of `statistics.measure`, of a row that could be read.
     """
     rows = list(chain.from_iterable(map(pickle.loads, batch["rows"])))
     columns: dict[str, list[Any]] = {name: [None] * len(rows) for name in arrow_features()}
-    conversations, indices = _parse_rows(rows, columns)
+    conversations, indices, roles = _parse_rows(rows, columns)
 
     # Measure in batches of limited size, since lists of token ids take much memory.
     following = iter(indices)
@@ -333,26 +337,34 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) ->
             columns["too_long"][index] = bool(columns["too_long"][index])
             # What is left out is no duplicate of anything that stays.
             columns["text"][index] = columns["plain_text"][index] = None
+            roles[index] = None
+    # One value for all rows of the batch: a value for each would take more room than the rows.
+    if rows:
+        counts = count_columns(zip((values for _, _, _, values, _ in rows), roles, strict=True))
+        columns["columns"][0] = json.dumps(counts).encode()
     with progress.open("ab") as file:
         file.write(bytes(len(rows)))
     return columns
 
 
-def _parse_rows(rows: list[Any], columns: dict[str, list[Any]]) -> tuple[list[Conversation], list[int]]:
+def _parse_rows(
+    rows: list[Any], columns: dict[str, list[Any]]
+) -> tuple[list[Conversation], list[int], list[dict[str, str] | None]]:
     """Parse rows, and set the columns `part`, `where`, `number` and, of invalid rows, `reason`.
 
     Returns:
-        The conversations, and the index of the row of each.
+        The conversations, the index of the row of each, and what the columns of each row were read as.
     """
     conversations, indices = [], []
+    roles: list[dict[str, str] | None] = [{} for _ in rows]
     for index, (part, where, number, values, error) in enumerate(rows):
         columns["part"][index], columns["where"][index], columns["number"][index] = part, where, number
         try:
-            conversations.append(parse(Row(where, number, values, error)))
+            conversations.append(parse(Row(where, number, values, error), roles[index]))
             indices.append(index)
         except UnusableRowError as refusal:
             columns["reason"][index] = str(refusal)
-    return conversations, indices
+    return conversations, indices, roles
 
 
 def available_cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_utils.rows.columns import add_counts
 from qlora_utils.rows.files import DataError, Rows
 from qlora_utils.rows.held_out import choose_held_out, find_leaked
 from qlora_utils.rows.judge import hide_datasets_bars, judge_all, read_raw
@@ -85,6 +87,7 @@ def prepare_into(
         is_leaked = find_leaked(_all_keys(keys.take(train)), _first_keys(keys.take(held_out)))
         report |= {
             "source": name,
+            "columns": _count_columns(table),
             "rows_read": len(judged),
             "rejected": len(rejected),
             "train": len(train),
@@ -105,6 +108,16 @@ def _choose_cache_folder(folder: Path) -> Path | None:
     except PermissionError:
         return None
     return folder
+
+
+def _count_columns(table: pyarrow.Table) -> dict[str, dict[str, int]]:
+    """Count the rows in which each column has a value, by what it was read as."""
+    import pyarrow.compute
+
+    total: dict[str, dict[str, int]] = {}
+    for counts in pyarrow.compute.drop_null(table["columns"]).to_pylist():
+        add_counts(total, json.loads(counts))
+    return total
 
 
 def _has_value(table: pyarrow.Table, column: str) -> Any:

@@ -47,6 +47,10 @@ class DataError(ValueError):
     """
 
 
+class UnusableRowError(ValueError):
+    """Report a row that cannot be used; the message is the reason."""
+
+
 @dataclass(frozen=True)
 class Row:
     """Hold one row as it was found.

@@ -247,7 +247,7 @@ class ChatFormat(Format):
             answered.append(within.count(IGNORED) < len(within))
             # The `</s>` after each answer carries loss too, but is no token of the answer.
             labelled = len(example.labels) - example.labels.count(IGNORED)
-            answer_tokens.append(labelled - len(conversation.turns))
+            answer_tokens.append(labelled - len(conversation.learned))
             unknown.append(example.labels.count(self.tokenizer.unk_token_id))
         return TokenCounts(lengths, answered, answer_tokens, unknown)
 
@@ -281,7 +281,8 @@ def encode(
 
     A turn is `<s>` + prompt + answer + `</s>`. Both marks are added by id, never as text: a question
     that spells `</s>` cannot close a turn. One that spells `[/INST]` is defused. The answer and its
-    `</s>` carry loss, the prompt does not.
+    `</s>` carry loss, the prompt does not. An answer that is only shown carries none, and is part of the
+    conversation all the same.
 
     Args:
         conversations: to encode, in order.
@@ -307,7 +308,7 @@ def encode(
     for conversation in conversations:
         input_ids: list[int] = []
         labels: list[int] = []
-        for prompt, whole in islice(following, len(conversation.turns)):
+        for index, (prompt, whole) in enumerate(islice(following, len(conversation.turns))):
             if whole[: len(prompt)] != prompt:
                 raise DataError(
                     f"{conversation.where} row {conversation.number}: the tokenizer joins the end of the question "
@@ -315,7 +316,8 @@ def encode(
                 )
             answer = [*whole[len(prompt) :], eos]
             input_ids += prompt + answer
-            labels += ([IGNORED] * len(prompt) if response_only else [IGNORED, *prompt[1:]]) + answer
+            labels += [IGNORED] * len(prompt) if response_only else [IGNORED, *prompt[1:]]
+            labels += [IGNORED] * len(answer) if index in conversation.shown else answer
         encoded.append(Encoded(input_ids[:max_seq_len], labels[:max_seq_len]))
     return encoded
 
@@ -446,8 +448,8 @@ class InstructionFormat(Format):
         return instructions_of(self.config)
 
     def count_examples(self, conversation: Conversation) -> int:
-        """Return the number of its answers."""
-        return len(conversation.turns)
+        """Return the number of its answers that are learned."""
+        return len(conversation.learned)
 
     def prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
         """Return the input of the encoder with the fixed instruction, cut at its start."""
@@ -479,7 +481,7 @@ class InstructionFormat(Format):
         for conversation in conversations:
             sizes: list[tuple[int, ...]] = []
             tokens, unknown_tokens = 0, 0
-            for example in islice(following, len(conversation.turns)):
+            for example in islice(following, len(conversation.learned)):
                 sizes.append((len(example.input_ids), len(example.labels)))
                 # The last label is `</s>`, which is no token of the answer.
                 tokens += len(example.labels) - 1
@@ -509,10 +511,10 @@ def encode_answers(
     max_seq_len: int | None = None,
     draw: random.Random | None = None,
 ) -> list[Encoded]:
-    """Encode each answer of each conversation as an example.
+    """Encode each answer of each conversation that is learned as an example.
 
     The encoder reads the earlier turns and an instruction with the question. The labels are the
-    answer.
+    answer. An answer that is only shown is among the earlier turns of those after it.
 
     Args:
         conversations: to encode, in order.
@@ -524,7 +526,8 @@ def encode_answers(
     """
     sources, answers = [], []
     for conversation in conversations:
-        for index, turn in enumerate(conversation.turns):
+        for index in conversation.learned:
+            turn = conversation.turns[index]
             template = draw.choice(instructions.templates) if draw else instructions.fixed
             history = conversation.turns[:index]
             sources.append(source_text(history, turn.question, template, instructions.earlier, turn.system))

@@ -109,7 +109,7 @@ def test_an_unanswered_last_question_keeps_the_answered_turns(columns):
         ({"text": "before <s>[INST] q [/INST] a </s>"}, "text outside"),
         ({"messages": "q"}, "messages is str"),
         ({"messages": []}, "no turn"),
-        ({"messages": [{"role": "tool", "content": "q"}]}, "role 'tool'"),
+        ({"messages": [{"role": "tool", "content": "q"}]}, "role tool, expected user"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "an answer without a question"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "user", "content": "r"}]}, "two questions in a row"),
         ({}, "columns none: expected instruction/output"),

@@ -1,0 +1,526 @@
+"""Decide what each column of a row is read as, and refuse rows whose columns change what they mean.
+
+The shape of a row names the columns of its question and its answer (`conversations.parse`). Columns
+beside these may change what is asked, or whether the answer is to be learned at all: such a column
+is read, or its row is refused with the reason. All others are reported as not read.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_utils.rows.messages import NOT_READ, Parts, has_value, is_given, parts_of_messages
+from qlora_utils.rows.readers import UnusableRowError
+from qlora_utils.style import cut
+
+if TYPE_CHECKING:
+    import pandas
+
+# What a column is read as. Columns that are read wherever the row says it, such as a new tag, have
+# their line here.
+TAG_ROLES = {
+    "split": "tag: kind of test",
+    "domain": "tag: scored apart",
+    "kind": "tag: scored apart",
+    "fact": "tag: looked for in the answer",
+    "entity": "tag: intervals by cluster",
+}
+QUESTION, ANSWER, CONVERSATION = "question", "answer", "conversation"
+PART, SYSTEM, EARLIER = "part of the question", "system prompt", "earlier turns"
+LEFT_OUT = "left out with its row"
+
+# Columns that hold no question and no answer, by what they do to a row. Case and outer spaces of a
+# name do not matter.
+_KINDS = {
+    # Texts to apply the question to: Dolly's `context`, BoolQ's `passage` and their like.
+    "material": ("context", "contexts", "passage", "passages", "paragraph", "paragraphs", "article", "document",
+                 "documents", "story", "background"),
+    "options": ("options", "choices"),
+    "system": ("system", "system_prompt", "system_message"),
+    "history": ("history", "chat_history", "conversation_history"),
+    "label": ("label", "kto_tag"),
+    "weight": ("weight", "train"),
+    "tools": ("tools", "functions", "function_call", "function_calls", "tool_calls"),
+}  # fmt: skip
+# Of these a single word, such as `handbook.pdf`, names a text and is none.
+_MAY_BE_NAMES = frozenset({"article", "document", "documents", "story", "background"})
+# Names of columns to read in any spelling.
+SPELLED = frozenset(name for kind in ("material", "options", "system", "history") for name in _KINDS[kind])
+_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
+# The words of a name such as `image_path`, and of one such as `chosen_response`.
+_MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+_MEDIA_FORMS = frozenset({"path", "paths", "url", "urls", "file", "files", "id", "ids", "bytes"})
+_PREFERRED = frozenset({"chosen", "rejected", "preferred", "dispreferred"})
+_ANSWERS = frozenset({"answer", "response", "output", "completion", "text", "message", "messages", "conversation"})
+# A column for each option of a multiple choice: `A`, `option_b`, `choice1`.
+_OPTION_NAME = re.compile(r"(?:(?:option|choice)[ _-]?([A-Ha-h1-8])|([A-H]))")
+# Where LLaVA and others put a picture: at the start of a question, or alone on a line.
+_MEDIA_MARK = re.compile(r"\A\s*<(image|video|audio)>|^[ \t]*<(image|video|audio)>[ \t]*$", re.MULTILINE)
+
+
+def normalise_name(name: str) -> str:
+    """Return a column's name in lower case, without outer spaces and byte order mark.
+
+    A file may begin with a byte order mark, which then stands before its first column.
+    """
+    return name.strip().lstrip("\ufeff").strip().casefold()
+
+
+# Most rows of a file have the same columns.
+@functools.lru_cache(maxsize=256)
+def find_kinds(names: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
+    """Group the columns that have a meaning of their own by it; the others are not among the result."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        # Of two spellings the exact one is read.
+        normal = normalise_name(name)
+        if normal != name and normal in names:
+            continue
+        kind = _kind_of(normal)
+        if kind is None and _OPTION_NAME.fullmatch(name.strip()):
+            kind = "option"
+        if kind is not None:
+            kinds.setdefault(kind, []).append(name)
+    return {kind: tuple(members) for kind, members in kinds.items()}
+
+
+def _kind_of(name: str) -> str | None:
+    """Return the meaning of a column by its normalised name, or None."""
+    if name in _KIND_OF:
+        return _KIND_OF[name]
+    words = {word for word in re.split(r"[\s_-]+", name) if word}
+    if words & _MEDIA and words <= _MEDIA | _MEDIA_FORMS:
+        return "media"
+    if words & _PREFERRED and words <= _PREFERRED | _ANSWERS:
+        return "preference"
+    return None
+
+
+# --------------------------------------------------------------------------------------- refused
+
+
+def refuse_other_data(columns: Mapping[str, Any], roles: MutableMapping[str, str]) -> None:
+    """Refuse a row that is no question with an answer to learn.
+
+    Args:
+        columns: of the row.
+        roles: gets what columns were read as.
+
+    Raises:
+        UnusableRowError: it holds a preference, an answer to avoid, pictures, or calls of tools.
+    """
+    kinds = find_kinds(tuple(columns))
+    for name in kinds.get("preference", ()):
+        if is_given(columns[name]) and isinstance(columns[name], (str, list, Mapping)):
+            raise UnusableRowError(f"{_short(name)} holds one answer of a preference, not the answer to learn")
+    for name in kinds.get("media", ()):
+        if is_given(columns[name]):
+            raise UnusableRowError(f"{_short(name)} has a value; only text is read")
+    for name in kinds.get("tools", ()):
+        # A text that is no JSON, such as "hammer", is about other tools.
+        value = columns[name]
+        if is_given(value) and (not isinstance(value, str) or value.lstrip()[:1] in ("[", "{")):
+            raise UnusableRowError(f"{_short(name)} has a value; calls of tools are not read")
+    for name in kinds.get("label", ()):
+        is_good = _truth(columns[name], numbers=normalise_name(name) == "kto_tag")
+        if is_good is False:
+            raise UnusableRowError(f"{_short(name)} is false: an answer to avoid, not one to learn")
+        if is_good:
+            roles[name] = "label: true is learned, false left out"
+    for name in kinds.get("weight", ()):
+        is_learned = _truth(columns[name], numbers=True)
+        if is_learned is False:
+            raise UnusableRowError(f"{_short(name)} is {str(columns[name]).strip()}: the row is not to be learned")
+        if is_learned:
+            roles[name] = "weight: 0 is left out"
+
+
+def _truth(value: Any, *, numbers: bool) -> bool | None:
+    """Return a truth value, also one of a CSV file's cell; None if it is something else.
+
+    Args:
+        value: of the column.
+        numbers: True takes 0 and 1 too.
+    """
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        spelled = {"true": True, "false": False} | (
+            {"1": True, "0": False, "1.0": True, "0.0": False} if numbers else {}
+        )
+        return spelled.get(value.strip().casefold())
+    is_number = numbers and isinstance(value, (int, float)) and value in (0, 1)
+    return bool(value) if is_number else None
+
+
+def refuse_media_marks(parts: Parts) -> None:
+    """Refuse a row with a question that says where a picture, a sound or a film stands.
+
+    A tag of HTML is closed somewhere, and not refused.
+
+    Raises:
+        UnusableRowError: there is such a mark.
+    """
+    for role, text in parts:
+        if role == "question" and "<" in text and (found := _MEDIA_MARK.search(text)):
+            mark = found[1] or found[2]
+            if f"</{mark}>" not in text:
+                raise UnusableRowError(f"a question is about <{mark}>; only text is read")
+
+
+# --------------------------------------------------------------------------------------- the question
+
+
+def compose_question(columns: Mapping[str, Any], name: str, answer: str | None, roles: MutableMapping[str, str]) -> str:
+    """Return the question of a row, with all columns that belong to it, a blank line between each.
+
+    The instruction comes first, then the question, then the texts it is about, then the options.
+
+    Args:
+        columns: of the row.
+        name: of the question's column.
+        answer: of the row (None: it has none).
+        roles: gets what columns were read as.
+
+    Raises:
+        UnusableRowError: a column that belongs to the question is no text, or may be another question.
+    """
+    texts: list[str] = []
+    asked = dict.fromkeys(["instruction", name, *(["question"] if name == "instruction" else [])])
+    for column in asked:
+        if columns.get(column) is not None:
+            text = text_of(columns, column)
+            # An instruction that repeats the question says nothing new.
+            if text.strip() and text.strip() not in (one.strip() for one in texts):
+                roles[column] = PART if column != name else QUESTION
+                texts.append(text)
+    kinds = find_kinds(tuple(columns))
+    if name != "input" and columns.get("input") is not None:
+        _add_material(columns, "input", texts, roles)
+    for column in kinds.get("material", ()):
+        if not any(str(part).strip() == str(columns[column]).strip() for part in texts):
+            _add_material(columns, column, texts, roles)
+    _refuse_second_question(columns, {*asked}, texts)
+    _add_options(columns, kinds, answer, texts, roles)
+
+    # Where the question's own column is blank, as Alpaca's instruction may be, the first text asks.
+    if texts and name not in roles:
+        first = next(column for column in columns if roles.get(column) == PART)
+        roles[first] = QUESTION
+    # Without any text the question is blank, as its column is.
+    return "\n\n".join(texts) if texts else columns[name]
+
+
+def _add_material(columns: Mapping[str, Any], name: str, texts: list[str], roles: MutableMapping[str, str]) -> None:
+    """Add a text that the question is about, or several in a list; numbers are passed over."""
+    value = columns[name]
+    if not has_value(value) or isinstance(value, (bool, int, float)):
+        return
+    members = value if isinstance(value, list) else [value]
+    if not all(isinstance(member, str) for member in members):
+        raise UnusableRowError(f"{name} is {_describe(value)}, expected text")
+    # A question may hold the text already, and then would have it twice.
+    material = "\n\n".join(member for member in members if member.strip())
+    if name in _MAY_BE_NAMES and len(material.split()) == 1 and material.isascii():
+        return
+    if name != "input" and any(material.strip() in text for text in texts):
+        return
+    texts.append(material)
+    roles[name] = PART
+
+
+def _refuse_second_question(columns: Mapping[str, Any], asked: set[str], texts: Sequence[str]) -> None:
+    """Refuse a row with another question beside its own, unless it is a copy or a rendering of it."""
+    whole = "\n\n".join(texts)
+    for other in {"question", "prompt"} - asked:
+        text = columns.get(other)
+        if not isinstance(text, str) or text.strip() in whole or all(part.strip() in text for part in texts):
+            continue
+        beside = next(name for name in asked if name in columns)
+        raise UnusableRowError(f"{other} beside {beside}: which of them is asked is not known; remove one")
+
+
+def _add_options(
+    columns: Mapping[str, Any],
+    kinds: Mapping[str, tuple[str, ...]],
+    answer: str | None,
+    texts: list[str],
+    roles: MutableMapping[str, str],
+) -> None:
+    """Add the options of a multiple choice, a line each; see `_lettered`."""
+    for name in kinds.get("options", ()):
+        if not is_given(columns[name]):
+            continue
+        if isinstance(columns[name], str):
+            if not any(columns[name].strip() in text for text in texts):
+                texts.append(columns[name])
+                roles[name] = PART
+        elif _append_choices(name, _choices_of(name, columns[name]), answer, texts):
+            roles[name] = PART
+
+    # A column for each option, of which there are two or more: A, B, C.
+    spread = _spread_options(columns, kinds)
+    if len(spread) >= 2 and _append_choices(
+        "the columns of options", {k: columns[n] for k, n in spread.items()}, answer, texts
+    ):
+        roles.update(dict.fromkeys(spread.values(), PART))
+
+
+def _spread_options(columns: Mapping[str, Any], kinds: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Map the label of each option that has a column of its own to the name of that column."""
+    spread = {}
+    for name in kinds.get("option", ()):
+        label = "".join(_OPTION_NAME.fullmatch(name.strip()).groups(""))  # type: ignore[union-attr]
+        if isinstance(columns[name], str) and columns[name].strip():
+            spread[label.upper()] = name
+    # A single column, or one named B without an A, is no multiple choice.
+    return spread if {"A", "B"} <= spread.keys() or {"1", "2"} <= spread.keys() else {}
+
+
+def _choices_of(name: str, value: Any) -> dict[str, str]:
+    """Return the options of a column, each by its label: a letter, unless they bring labels.
+
+    Raises:
+        UnusableRowError: they are no texts.
+    """
+    choices: dict[str, Any] = {}
+    if isinstance(value, Mapping) and isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
+        choices = dict(zip(map(str, value["label"]), value["text"], strict=False))
+    elif isinstance(value, Mapping):
+        choices = {str(label): text for label, text in value.items() if text is not None}
+    elif isinstance(value, list) and len(value) <= 26:
+        choices = {chr(ord("A") + place): text for place, text in enumerate(value)}
+    if not choices or not all(isinstance(text, str) for text in choices.values()):
+        raise UnusableRowError(f"{name} is {_describe(value)}, expected a list of texts")
+    return choices
+
+
+def _append_choices(name: str, choices: Mapping[str, str], answer: str | None, texts: list[str]) -> bool:
+    """Append options to the texts of a question, if they don't stand there already.
+
+    Returns:
+        True if they were appended.
+
+    Raises:
+        UnusableRowError: the answer is a letter or a number, but names none of them.
+    """
+    if all(any(choice.strip() in text for text in texts) for choice in choices.values()):
+        return False
+    # Options such as "A) four" bring their labels.
+    labels = [re.match(r"\(?([A-Za-z]|\d{1,2})[).:]\s*\S", choice.strip()) for choice in choices.values()]
+    lines = [f"{label}. {choice}" for label, choice in choices.items()]
+    known = {label.casefold() for label in choices}
+    if all(labels):
+        lines = [*choices.values()]
+        known = {label[1].casefold() for label in labels if label}
+
+    # A bare number may count from 0 or from 1: only a label or the text itself is certain.
+    short = re.fullmatch(r"\(?([A-Za-z]|\d+)[).:]?", (answer or "").strip())
+    is_text = (answer or "").strip() in {choice.strip() for choice in choices.values()}
+    if short and not is_text and short[1].casefold() not in known:
+        raise UnusableRowError(f"{name}: the answer {short[0]!r} names none of {', '.join(choices)[:40]}")
+    texts.append("\n".join(lines))
+    return True
+
+
+# --------------------------------------------------------------------------------------- system, history
+
+
+def read_system(columns: Mapping[str, Any], parts: Parts, roles: MutableMapping[str, str]) -> Parts:
+    """Return the parts of a row with the system prompt of its columns, if they have one, before them.
+
+    Raises:
+        UnusableRowError: it is no text, or there are two that differ.
+    """
+    found = [text.strip() for role, text in parts if role == "system"]
+    for name in find_kinds(tuple(columns)).get("system", ()):
+        if not has_value(columns[name]):
+            continue
+        text = text_of(columns, name)
+        if found and text.strip() not in found:
+            raise UnusableRowError(f"{name} is one of two system prompts that differ; remove one")
+        if not found:
+            parts = [("system", text), *parts]
+            found.append(text.strip())
+        roles[name] = SYSTEM
+    return parts
+
+
+def read_history(columns: Mapping[str, Any], roles: MutableMapping[str, str]) -> Parts:
+    """Return the earlier turns of a row: pairs of question and answer, or messages.
+
+    Their answers are learned like any others.
+
+    Raises:
+        UnusableRowError: they are something else.
+    """
+    parts: Parts = []
+    for name in find_kinds(tuple(columns)).get("history", ()):
+        value = columns[name]
+        if not is_given(value):
+            continue
+        roles[name] = EARLIER
+        if isinstance(value, list) and all(isinstance(member, Mapping) for member in value):
+            parts += parts_of_messages(name, value, roles)
+            continue
+        if not isinstance(value, list) or not all(map(_is_pair, value)):
+            raise UnusableRowError(f"{name} is {_describe(value)}, expected a list of pairs of question and answer")
+        for question, answer in value:
+            parts += [("question", question), ("answer", answer)]
+    return parts
+
+
+def _is_pair(value: Any) -> bool:
+    """Return True if a value is a list of two texts."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def refuse_beside(columns: Mapping[str, Any], shape: str, parts: Parts) -> None:
+    """Refuse a row with a conversation and a text beside it that belongs somewhere into it.
+
+    A text that the conversation holds already is a copy.
+
+    Raises:
+        UnusableRowError: there is such a text.
+    """
+    kinds = find_kinds(tuple(columns))
+    spread = _spread_options(columns, kinds)
+    names = [*kinds.get("material", ()), *kinds.get("options", ()), *kinds.get("history", ()), *spread.values()]
+    for name in [*names, *(["instruction"] if "instruction" in columns else [])]:
+        value = columns[name]
+        if not is_given(value) or isinstance(value, (bool, int, float)):
+            continue
+        members = value if isinstance(value, list) else [value]
+        if not all(isinstance(member, str) and any(member.strip() in text for _, text in parts) for member in members):
+            raise UnusableRowError(f"{_short(name)} beside {shape}: put it into the message that it belongs to")
+
+
+def text_of(columns: Mapping[str, Any], name: str) -> str:
+    """Return the text of a column; raise UnusableRowError if it holds something else."""
+    if not isinstance(columns[name], str):
+        raise UnusableRowError(f"{name} is {type(columns[name]).__name__}, expected text")
+    return columns[name]
+
+
+def answer_of(columns: Mapping[str, Any], name: str) -> str | None:
+    """Return the answer of a row, None if it has none.
+
+    SQuAD's `answers` are an object with the texts that readers marked, which mostly are the same.
+
+    Raises:
+        UnusableRowError: it is no text, or there are several that differ.
+    """
+    value = columns[name]
+    if name == "answers" and isinstance(value, Mapping):
+        value = value.get("text")
+    if name == "answers" and isinstance(value, list) and all(isinstance(text, str) for text in value):
+        texts = dict.fromkeys(value)
+        if len(texts) > 1:
+            raise UnusableRowError(f"answers holds {len(texts)} different texts, expected one")
+        return next(iter(texts), None)
+    return None if value is None else text_of({name: value}, name)
+
+
+def _describe(value: Any) -> str:
+    """Name the type of a value, and of what a list holds."""
+    kind = type(value).__name__
+    if isinstance(value, list) and value:
+        return f"{kind} of {type(value[0]).__name__}"
+    return kind
+
+
+def _short(name: str) -> str:
+    """Return a column's name as it can stand in a reason."""
+    return name.strip().encode(errors="backslashreplace").decode()[:40]
+
+
+# --------------------------------------------------------------------------------------- the report
+
+# Columns that a report lists. Rows of JSON may have as many different ones as there are rows.
+LISTED = 200
+
+
+def count_columns(
+    rows: Iterable[tuple[Mapping[str, Any] | None, Mapping[str, str] | None]],
+) -> dict[str, dict[str, int]]:
+    """Count the rows in which each column has a value, by what it was read as.
+
+    Args:
+        rows: the columns of each row, None if they cannot be read, and what they were read as, None
+            if the row is left out.
+    """
+    # Most rows have the same columns with values: count them together, and look at each kind once.
+    alike: Counter[tuple[tuple[str, ...], tuple[bool, ...], tuple[tuple[str, str], ...] | None]] = Counter()
+    for columns, roles in rows:
+        if columns is not None:
+            filled = tuple([has_value(value) for value in columns.values()])
+            alike[tuple(columns), filled, None if roles is None else tuple(roles.items())] += 1
+
+    counts: dict[str, dict[str, int]] = {}
+    for (names, filled, read), rows_alike in alike.items():
+        roles = dict(read or ())
+        for name, has in zip(names, filled, strict=True):
+            # The cells beyond a CSV's header may have no name and no value.
+            if has or name.strip():
+                role = (roles.pop(name, NOT_READ) if read is not None else LEFT_OUT) if has else None
+                _add(counts, name, role, rows_alike)
+        # What remains are fields of messages.
+        for name, role in roles.items():
+            if "[]." in name:
+                _add(counts, name, role, rows_alike)
+    return counts
+
+
+def _add(counts: dict[str, dict[str, int]], name: str, role: str | None, rows: int) -> None:
+    """Add rows to the count of a column and a role (None: they have no value)."""
+    shown = name.encode(errors="backslashreplace").decode()[:80]
+    if shown not in counts and len(counts) >= LISTED:
+        return
+    by_role = counts.setdefault(shown, {})
+    if role is not None:
+        by_role[role] = by_role.get(role, 0) + rows
+
+
+def add_counts(total: dict[str, dict[str, int]], counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Add the counts of some rows, from `count_columns`, to those of all."""
+    for name, by_role in counts.items():
+        _add(total, name, None, 0)
+        for role, rows in by_role.items():
+            _add(total, name, role, rows)
+
+
+def column_rows(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    """List the columns of a dataset: the name, the rows that have a value, and what it was read as.
+
+    Args:
+        report: from `data.prepare`. Those of earlier versions name no columns.
+    """
+    listed = []
+    for name, by_role in report.get("columns", {}).items():
+        rows = sum(by_role.values())
+        roles = []
+        for role, count in sorted(by_role.items(), key=lambda one: one[0] == LEFT_OUT):
+            roles.append(role if count == rows else f"{role} ({count:,})")
+        listed.append((name, rows, ", ".join(roles) or "no value in any row"))
+    return listed
+
+
+def columns_table(report: Mapping[str, Any]) -> pandas.DataFrame:
+    """Return the columns of a dataset as a table: rows with a value, and what it was read as."""
+    import pandas
+
+    names = ["column", "rows", "read as"]
+    return pandas.DataFrame(column_rows(report), columns=names).set_index("column")
+
+
+def format_columns(report: Mapping[str, Any]) -> str:
+    """Format the columns of a dataset as lines of text that are safe on a terminal."""
+    lines = [("column", "rows", "read as")]
+    for name, rows, read_as in column_rows(report):
+        lines.append((cut(name, 40) or "''", f"{rows:,}", cut(read_as, 160)))
+    widths = [max(len(line[place]) for line in lines) for place in (0, 1)]
+    return "\n".join(f"{name:<{widths[0]}}  {rows:>{widths[1]}}  {read_as}" for name, rows, read_as in lines)
