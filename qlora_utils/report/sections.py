@@ -19,6 +19,7 @@ from qlora_utils.presets import PRESETS
 from qlora_utils.report import figures, sentences
 from qlora_utils.report.facts import AnswerLine, Facts, chosen, measured, scores_of
 from qlora_utils.report.word_diff import differences
+from qlora_utils.rows.columns import column_rows
 from qlora_utils.rows.statistics import truncated_share
 from qlora_utils.runs.files import read_json
 from qlora_utils.runs.history import column, sample_answers
@@ -446,6 +447,7 @@ def data(facts: Facts, most_reasons: int = 12) -> Values:
         "reasons": reasons,
         "more_reasons": f"{more:,}" if more else "",
         "picture": figures.draw_lengths(data) if sum(lengths) else None,
+        "columns": [(name, f"{rows:,}", read_as) for name, rows, read_as in column_rows(data)],
         "rows": _counts(data),
     }
 

@@ -57,7 +57,7 @@ _MEDIA_FORMS = frozenset({"path", "paths", "url", "urls", "file", "files", "id",
 _PREFERRED = frozenset({"chosen", "rejected", "preferred", "dispreferred"})
 _ANSWERS = frozenset({"answer", "response", "output", "completion", "text", "message", "messages", "conversation"})
 # A column for each option of a multiple choice: `A`, `option_b`, `choice1`.
-_OPTION_NAME = re.compile(r"(?:(?:option|choice)[ _-]?([A-Ha-h1-8])|([A-H]))")
+_OPTION_NAME = re.compile(r"(?:(?i:option|choice)[ _-]?([A-Ha-h1-8])|([A-H]))")
 # Where LLaVA and others put a picture: at the start of a question, or alone on a line.
 _MEDIA_MARK = re.compile(r"\A\s*<(image|video|audio)>|^[ \t]*<(image|video|audio)>[ \t]*$", re.MULTILINE)
 
@@ -190,12 +190,15 @@ def compose_question(columns: Mapping[str, Any], name: str, answer: str | None, 
         UnusableRowError: a column that belongs to the question is no text, or may be another question.
     """
     texts: list[str] = []
-    asked = dict.fromkeys(["instruction", name, *(["question"] if name == "instruction" else [])])
+    # An instruction may stand beside the question that it is for, whatever that is called.
+    second = "question" if has_value(columns.get("question")) else "prompt"
+    asked = dict.fromkeys(["instruction", name, *([second] if name == "instruction" else [])])
     for column in asked:
         if columns.get(column) is not None:
             text = text_of(columns, column)
-            # An instruction that repeats the question says nothing new.
-            if text.strip() and text.strip() not in (one.strip() for one in texts):
+            # A column that repeats the question, or is a rendering of it, says nothing new.
+            is_copy = any(one.strip() in text if column == "prompt" else one.strip() == text.strip() for one in texts)
+            if text.strip() and not is_copy:
                 roles[column] = PART if column != name else QUESTION
                 texts.append(text)
     kinds = find_kinds(tuple(columns))
@@ -505,7 +508,7 @@ def column_rows(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
         roles = []
         for role, count in sorted(by_role.items(), key=lambda one: one[0] == LEFT_OUT):
             roles.append(role if count == rows else f"{role} ({count:,})")
-        listed.append((name, rows, ", ".join(roles) or "no value in any row"))
+        listed.append((cut(name, 60) or "(no name)", rows, ", ".join(roles) or "no value in any row"))
     return listed
 
 
@@ -521,6 +524,6 @@ def format_columns(report: Mapping[str, Any]) -> str:
     """Format the columns of a dataset as lines of text that are safe on a terminal."""
     lines = [("column", "rows", "read as")]
     for name, rows, read_as in column_rows(report):
-        lines.append((cut(name, 40) or "''", f"{rows:,}", cut(read_as, 160)))
+        lines.append((name, f"{rows:,}", cut(read_as, 160)))
     widths = [max(len(line[place]) for line in lines) for place in (0, 1)]
     return "\n".join(f"{name:<{widths[0]}}  {rows:>{widths[1]}}  {read_as}" for name, rows, read_as in lines)

@@ -208,6 +208,12 @@ def test_data_are_told_in_words_with_the_reasons_why_rows_were_left_out(run):
     assert ["no answer", "3"] in rows(said)
     assert "max_seq_len 512" in said  # the mark in the histogram, which reaches to 600
     assert ["scripts", "Latin 1,000 (99.7%), Thai 3 (0.3%)"] in rows(said)
+    assert "What each column was read as" not in said  # a report of before names no columns
+    report = run.data / "report.json"
+    write_json(report, {**read_json(report), "columns": {"<b>q": {"question": 9}, "id": {"not read": 1003}}})
+    said = rows(markup(sections.data, run))
+    assert ["&lt;b&gt;q", "9", "question"] in said
+    assert ["id", "1,003", "not read"] in said
 
 
 def test_the_commonest_reasons_are_shown_and_the_rest_is_counted(run):

@@ -98,6 +98,16 @@ def test_rows_that_cannot_be_written_leave_the_file_as_it_was(tmp_path):
     assert [one.name for one in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_a_row_with_an_answer_that_is_only_shown_is_stored_and_others_stay_as_they_were(tmp_path):
+    shown = Conversation((Turn("q", "wrong"), Turn("again", "right")), shown=(0,))
+    assert list(stored(tmp_path / "rows.jsonl", [shown, SOME[0]])) == [shown, SOME[0]]
+    assert b"shown" not in lines.format_line(SOME[0])
+    for damage in ("2", '"x"', "-1"):
+        (tmp_path / "rows.jsonl").write_bytes(lines.format_line(shown).replace(b"[0]", f"[{damage}]".encode()))
+        with pytest.raises(DamagedError):
+            list(lines.show_conversations(lines.read_lines(tmp_path / "rows.jsonl"), tmp_path / "rows.jsonl"))
+
+
 def test_rejected_rows_are_lines_too(tmp_path):
     path, rows = tmp_path / "rejected.jsonl", [Rejected("a.jsonl", 3, "no turn"), Rejected("b", 0, "\u2028\r\n")]
     write_bytes(path, lines.lines_of(rows))

@@ -55,6 +55,50 @@ def test_lengths_are_those_of_examples_that_are_not_cut(config, tokenizer):
         assert roles.count("answer") == sum(label != IGNORED for label in example.labels)
 
 
+SHOWN = Conversation((*TWO.turns, Turn("And four?", "Four is 4.")), shown=(0,))
+
+
+@BOTH
+@pytest.mark.parametrize("response_only", [True, False])
+def test_an_answer_that_is_only_shown_is_read_and_carries_no_loss(config, tokenizer, response_only):
+    form = format_of(tokenizer, config.model_copy(update={"response_only": response_only}))
+    whole = Conversation(SHOWN.turns)
+    for training in (True, False):
+        labelled = []
+        for example in form.examples([SHOWN], training=training):
+            labelled += [label for label in example.labels if label != IGNORED]
+        told = tokenizer.decode(labelled)
+        assert "Two is 2" not in told
+        assert "Three is 3" in told
+        assert "Four is 4" in told
+        assert labelled.count(tokenizer.eos_token_id) == 2  # of the two answers that are learned
+    if form.architecture == "causal":
+        (example,), (same,) = form.examples([SHOWN], training=True), form.examples([whole], training=True)
+        assert example.input_ids == same.input_ids
+        assert len(example.labels) == len(example.input_ids)
+    else:
+        first, second = form.examples([SHOWN], training=False)
+        assert form.examples([whole], training=False)[1:] == [first, second]
+        assert "Two is 2." in tokenizer.decode(first.input_ids)  # as an earlier turn
+
+
+@BOTH
+def test_only_answers_that_are_learned_are_counted_and_asked_for(config, tokenizer):
+    from qlora_utils.evaluation.generation import questions_of
+    from qlora_utils.rows.check import measure_answers
+
+    form = format_of(tokenizer, config)
+    shown, whole = form.count_tokens([SHOWN]), form.count_tokens([Conversation(SHOWN.turns)])
+    alone = form.count_tokens([Conversation(TWO.turns[:1])])
+    assert shown.answer_tokens[0] == whole.answer_tokens[0] - alone.answer_tokens[0]
+    assert shown.answered == [True]
+    assert form.count_examples(SHOWN) == len(form.examples([SHOWN], training=True))
+    assert [question.expected for question in questions_of([SHOWN], tokenizer, config)] == ["Three is 3.", "Four is 4."]
+    assert questions_of([SHOWN], tokenizer, config)[0].history == SHOWN.turns[:1]
+    _, answers = measure_answers([SHOWN], [SHOWN], form)
+    assert (answers.count, answers.commonest in ("Three is 3.", "Four is 4.")) == (2, True)
+
+
 # ------------------------------------------------------------------------------------------------ hostile text
 
 
