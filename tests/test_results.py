@@ -14,6 +14,9 @@ from conftest import ROOT
 from made_runs import finished
 from result_tables import find_faults, is_rounded, read_results, rows_of, text_of
 
+from qlora_utils.config import RunConfig
+from qlora_utils.evaluation import ingredients
+
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/plans.py` has it
 
@@ -189,3 +192,57 @@ def test_every_expected_sentence_stands_in_the_pretraining_text_and_facts_can_be
     counted = stored.flatten({"pocket": questions.count()})
     assert counted["pocket.expected_in_text"] == counted["pocket.expected"]
     assert counted == results["questions.json"]
+
+
+# ---------------------------------------------------------------------------------------------------- said in words
+
+
+def test_what_texts_say_of_head_rank_and_precision_is_what_was_measured():
+    """FAQ, notebooks 03 and 06, docs/models.md and docs/experiments.md say this of `data/ingredients/pocket.json`."""
+    measured = json.loads((ROOT / "data" / "ingredients" / "pocket.json").read_text())
+    lines = {(json.dumps(line["changes"]), line["seed"]): line for line in measured["lines"]}
+    seeds = {seed for _, seed in lines}
+    assert len(seeds) == 3
+    for seed in seeds:
+        preset = lines["{}", seed]
+        frozen = lines[json.dumps({"train_head": False}), seed]
+        rank_64 = lines[json.dumps({"lora_r": 64, "lora_alpha": 64.0}), seed]
+        assert frozen["held_out_loss"] > preset["held_out_loss"]
+        assert 0.4 < rank_64["held_out_loss"] / preset["held_out_loss"] < 0.6
+    shown = ingredients.table(measured).reset_index()
+    for _, row in shown.iterrows():
+        for split in ("held-out entities", "held-out phrasings"):
+            low, high = row[split, "low"], row[split, "high"]
+            if row.iloc[1] in ("full precision", "frozen"):
+                assert low <= 0 <= high, "no difference is shown"
+            if row.iloc[1] == "1":
+                assert round(row[split, "mean"], 1) == -0.3
+
+
+def test_what_differs_from_the_tutorial_recipe_is_listed():
+    """Each field of the preset whose value in the notebook of github.com/mlabonne/llm-course is another."""
+    section = text_of(ROOT / "docs" / "models.md").split("## Llama-2-7b", 1)[1].split("\n## ", 1)[0]
+    text = " ".join(section.split())
+    config = RunConfig.from_preset("llama2-7b")
+    same = {"quantize": True, "lora_r": 64, "lora_alpha": 16, "learning_rate": 2e-4, "lr_scheduler": "cosine",
+            "warmup_ratio": 0.03, "weight_decay": 0.001, "max_grad_norm": 0.3, "batch_size": 4}  # fmt: skip
+    assert {name: getattr(config, name) for name in same} == same
+    differing = {
+        "lora_targets": ("q_proj,v_proj", "all linear layers"),
+        "lora_dropout": (0.1, "without dropout (there 0.1)"),
+        "train_head": (False, "the head trains in full"),
+        "head_learning_rate": (None, "at 2e-5"),
+        "response_only": (False, "loss on the answers alone"),
+        "double_quantization": (False, "double quantization"),
+        "compute_dtype": ("float16", "bf16 where the card has it, instead of fp16"),
+        "packing": (False, "packed, instead of padded"),
+        "row_order": ("length", "in random order"),
+        "optimizer": ("paged_adamw_32bit", "instead of paged in 32 bits"),
+        "gradient_checkpointing": (True, "recomputation only where it is needed"),
+        "held_out_rows": (0, "50 rows are held out"),
+        "keep": ("last", "the adapter with the lowest loss"),
+    }
+    for name, (theirs, words) in differing.items():
+        assert getattr(config, name) != theirs, name
+        assert words in text, name
+    assert config.head_learning_rate == 2e-5
