@@ -21,6 +21,7 @@ from qlora_utils.locate import EMBEDDED
 from qlora_utils.rows.columns import format_columns
 from qlora_utils.rows.conversations import Conversation, Rejected
 from qlora_utils.rows.files import SUFFIXES, Row
+from qlora_utils.rows.reasons import group_reasons
 from qlora_utils.rows.statistics import digest, digest_array, normalise, report_table, truncated_share
 from qlora_utils.style import counted, cut, on_terminal, passes, percent
 
@@ -262,20 +263,12 @@ def measure_answers(
 def format_rejected(rejected: Sequence[Rejected], *, reasons: int = 8, places: int = 3) -> str:
     """Format the number of rejected rows for each reason, and the places of the first of them.
 
-    Reasons that differ only in a position or an excerpt count as the same; what differs is left out.
-    If there are too many, those count as the same that differ in any number, as in `messages[2]`.
-
     Args:
         rejected: from `data.prepare`.
         reasons: number of reasons to list, the commonest first.
         places: number of rows to name for each reason.
     """
-    groups: list[_Reason] = []
-    for details in (_DETAILS, _DETAILS_AND_PLACES):
-        groups = _group_reasons(rejected, details, places)
-        if len(groups) <= reasons:
-            break
-    groups.sort(key=lambda group: -group.count)
+    groups = group_reasons(rejected, most=reasons, places=places)
 
     lines = [f"{counted(len(rejected), 'row')} left out:"]
     for group in groups[:reasons]:
@@ -284,65 +277,6 @@ def format_rejected(rejected: Sequence[Rejected], *, reasons: int = 8, places: i
     if len(groups) > reasons:
         lines.append(f"  and for {counted(len(groups) - reasons, 'other reason')}")
     return "\n".join(lines)
-
-
-# Texts in quotes. They are excerpts of a row after a colon or the word after; else names, as of a
-# role, in which reasons differ.
-_QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
-_EXCERPT = rf"(?:(?<=: )|(?<=\bafter ))(?:{_QUOTED})"
-_DETAILS = re.compile(rf"({_EXCERPT}|(?<![\w\[])\d+)|{_QUOTED}")
-_DETAILS_AND_PLACES = re.compile(rf"({_EXCERPT}|\d+)|{_QUOTED}")
-
-
-@dataclass
-class _Reason:
-    """Hold the rows that were rejected for one reason.
-
-    Attributes:
-        constants: of the text, one more than there are details between them.
-        details: positions and excerpts; an ellipsis where rows differ.
-        count: of the rows.
-        first: of them.
-    """
-
-    constants: tuple[str, ...]
-    details: list[str]
-    count: int
-    first: list[Rejected]
-
-    @property
-    def text(self) -> str:
-        """Return the reason, without the details in which rows differ."""
-        texts = [constant + detail for constant, detail in zip(self.constants, self.details, strict=False)]
-        return "".join([*texts, self.constants[-1]])
-
-
-def _group_reasons(rejected: Sequence[Rejected], pattern: re.Pattern[str], places: int) -> list[_Reason]:
-    """Group rejected rows by reason, in the order of their first rows.
-
-    Args:
-        rejected: the rows.
-        pattern: of details; only its group is one.
-        places: number of rows to hold for each reason.
-    """
-    groups: dict[tuple[str, ...], _Reason] = {}
-    for row in rejected:
-        constants, details, end = [], [], 0
-        for match in pattern.finditer(row.reason):
-            if match[1] is not None:
-                constants.append(row.reason[end : match.start()])
-                details.append(match[1])
-                end = match.end()
-        key = (*constants, row.reason[end:])
-
-        group = groups.setdefault(key, _Reason(key, details, 0, []))
-        for number, detail in enumerate(details):
-            if group.details[number] != detail:
-                group.details[number] = "…"
-        group.count += 1
-        if len(group.first) < places:
-            group.first.append(row)
-    return list(groups.values())
 
 
 def _format_places(rejected: Sequence[Rejected]) -> str:

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.rows.columns import add_counts
+from qlora_utils.rows.conversations import Rejected
 from qlora_utils.rows.files import DataError, Rows
 from qlora_utils.rows.held_out import choose_held_out, find_leaked
 from qlora_utils.rows.judge import hide_datasets_bars, judge_all, read_raw
+from qlora_utils.rows.reasons import group_reasons
 from qlora_utils.rows.statistics import DIGEST, REPORTED, digest_array, report_of
 from qlora_utils.runs.files import write_json
 
@@ -189,16 +191,17 @@ def _explain_too_few(name: str, train: int, held_out: int, rejected: pyarrow.Tab
     else:
         why = "" if rejected.num_rows else " Give more rows."
 
-    # Name the first reasons, each with its first row: three, or as many as leave the message readable.
-    reasons: dict[str, str] = {}
-    for row in rejected.select(["where", "number", "reason"]).to_pylist():
-        if len(reasons) < 3:
-            reason = f"{row['where']} row {row['number']}: {row['reason']}"
-            reasons.setdefault(row["reason"], reason if len(reason) <= 300 else f"{reason[:299]}…")
+    # Name the commonest reasons in the order of their first rows: three, or as many as leave the message readable.
+    rows = [Rejected(**row) for row in rejected.select(["where", "number", "reason"]).to_pylist()]
+    reasons = group_reasons(rows, most=3, places=1)
     listed = ""
-    for reason in reasons.values():
-        if not listed or len(listed) + len(reason) <= _LISTED:
-            listed += f"; {reason}" if listed else reason
+    for group in sorted(reasons[:3], key=lambda group: rows.index(group.first[0])):
+        (first,) = group.first
+        reason = f"{first.where} row {first.number}: {first.reason}"
+        text = reason if len(reason) <= 300 else f"{reason[:299]}…"
+        text += f", and {group.count - 1:,} more like it" if group.count > 1 else ""
+        if not listed or len(listed) + len(text) <= _LISTED:
+            listed += f"; {text}" if listed else text
     examples = f" ({listed})" if listed else ""
 
     # If most rows are only too long, there is nothing to mend in them.

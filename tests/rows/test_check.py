@@ -143,38 +143,6 @@ def test_many_reasons_and_many_rows_are_cut():
     assert len(lines) == 10
 
 
-def test_each_reason_has_its_own_count_and_says_nothing_that_holds_for_some_of_its_rows_alone():
-    reasons = {
-        "messages[2] has role 'system', expected user or assistant": 10,
-        "messages[0] has role 'developer', expected user or assistant": 10,
-        "messages[0] has role 'system', expected user or assistant": 5,
-        "not valid JSON: Expecting ',' delimiter at character 7": 4,
-        "not valid JSON: Expecting ':' delimiter at character 7": 3,
-    }
-    rejected = [Rejected("a.jsonl", 0, reason) for reason, count in reasons.items() for _ in range(count)]
-    lines = check.format_rejected(rejected).splitlines()[1:]
-    assert [line.split(": a.jsonl rows")[0] for line in lines] == [f"  {n} × {reason}" for reason, n in reasons.items()]
-
-    # Where only positions and excerpts differ, they are left out; what is the same stays.
-    differing = {
-        "not valid JSON: Expecting value at character {n}": "not valid JSON: Expecting value at character …",
-        "two questions in a row: '{n}'": "two questions in a row: …",
-        "not valid CSV: ',' expected after '\"', line {n}; see (\"\")":
-            "not valid CSV: ',' expected after '\"', line …; see (\"\")",
-        "half a character (a lone surrogate) after 'it\\'s {n}'": "half a character (a lone surrogate) after …",
-        "no answer begins within max_seq_len=16 tokens": "no answer begins within max_seq_len=16 tokens",
-    }  # fmt: skip
-    for reason, text in differing.items():
-        rejected = [Rejected("a.csv", n, reason.replace("{n}", str(n))) for n in range(5)]
-        assert check.format_rejected(rejected).splitlines()[1] == f"  5 × {text}: a.csv rows 0, 1, 2, …"
-
-    # Too many to list: then the place in the conversation is no reason of its own.
-    rejected = [Rejected("a.jsonl", n, f"messages[{n % 12}] has role 'tool'") for n in range(24)]
-    assert check.format_rejected(rejected).splitlines()[1:] == [
-        "  24 × messages[…] has role 'tool': a.jsonl rows 0, 1, 2, …"
-    ]
-
-
 def test_the_shapes_that_a_row_may_have_are_listed_to_the_end(tmp_path, config):
     bad, good = [{"speaker": "user", "what was said": ["q"]}] * 3, pairs(12)
     (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, bad)))
