@@ -176,12 +176,13 @@ def reload(base_model: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
     from peft import PeftModel
 
     # peft would not notice another base model of the same shape.
-    check_weights(adapter)
+    check_adapter(adapter)
     _check_base(base_model, adapter)
     try:
         with _ignore_harmless_warnings(base_model):
             tuned_model = PeftModel.from_pretrained(base_model, str(adapter), is_trainable=trainable)
         _check_complete(tuned_model, adapter)
+        check_weights(adapter)
     except ModelError:
         raise
     # A damaged folder makes peft, safetensors, json or torch raise almost any error.

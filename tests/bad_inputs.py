@@ -828,6 +828,17 @@ def on_another_model(**changes: Any) -> Callable[[Path], object]:
     return spoil
 
 
+def bit_flipped(name: str) -> Callable[[Path], object]:
+    """One bit of the last weight is another one."""
+
+    def spoil(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[-4] ^= 1
+        (folder / name).write_bytes(content)
+
+    return spoil
+
+
 ADAPTER = "adapter_model.safetensors"
 ANEW = r".*Train one with notebook 04"
 
@@ -849,6 +860,8 @@ ADAPTERS = [
             r"adapter_model\.safetensors is damaged" + ANEW),
     spoiled("weights cut off", in_folder("adapter", cut_off(ADAPTER, 100_000)),
             r"adapter_model\.safetensors is damaged or was cut off: it has 100,000 bytes; expected" + ANEW),
+    spoiled("a bit of the weights flipped", in_folder("adapter", bit_flipped(ADAPTER)),
+            r"adapter: .*adapter_model\.safetensors does not hold what its training has written\. Restore"),
     spoiled("base.json damaged", in_folder("adapter", wrote("base.json", "{")),
             r"adapter: .*base\.json is damaged; expected what tells the base model.*train the adapter again"),
     spoiled("another rank", in_folder("adapter", set_in("adapter_config.json", r=3)),
