@@ -65,16 +65,31 @@ def jinja_defused(
     return f"({expression})"
 
 
+# A Jinja macro that returns the text of a message's content, a text or a list of parts. Printed as it
+# is, a list would be Python's notation of it, and so would anything else that is no text.
+JINJA_TEXT = (
+    "{%- macro text_of(content) -%}"
+    "{%- if content is string -%}{{ content }}"
+    "{%- elif content is mapping or content is not iterable -%}"
+    "{{ raise_exception('The content of a message must be a text or a list of parts with text.') }}"
+    "{%- else -%}{%- for part in content -%}"
+    "{%- if part is string -%}{{ part }}"
+    "{%- elif part is mapping and part['type'] in ['text', 'input_text', 'output_text'] and part['text'] is string -%}"
+    "{{ part['text'] }}"
+    "{%- else -%}{{ raise_exception('Only parts with text are known, in the content of a message.') }}"
+    "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+)
+
 # The Llama-2 chat format as a tokenizer's chat template. `render` returns the same text: a test
 # compares the two.
-CHAT_TEMPLATE = (
+CHAT_TEMPLATE = JINJA_TEXT + (
     "{%- set system = '' -%}{%- set said = messages -%}"
     "{%- if messages and messages[0]['role'] == 'system' -%}{%- set said = messages[1:] -%}"
-    "{%- if messages[0]['content'] -%}"
-    "{%- set system = '<<SYS>>\\n' + " + jinja_defused("messages[0]['content']") + " + '\\n<</SYS>>\\n\\n' -%}"
+    "{%- set text = text_of(messages[0]['content']) -%}{%- if text -%}"
+    "{%- set system = '<<SYS>>\\n' + " + jinja_defused("text") + " + '\\n<</SYS>>\\n\\n' -%}"
     "{%- endif -%}{%- endif -%}"
     "{%- for message in said -%}"
-    "{%- set text = " + jinja_defused("message['content']") + " -%}"
+    "{%- set text = " + jinja_defused("text_of(message['content'])") + " -%}"
     "{%- if message['role'] == 'user' -%}"
     "{{ bos_token + '[INST] ' + (system if loop.first else '') + text + ' [/INST]' }}"
     "{%- elif message['role'] == 'assistant' -%}{{ ' ' + text + ' ' + eos_token }}"

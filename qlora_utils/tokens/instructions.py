@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qlora_utils.config import QUESTION, RunConfig
 from qlora_utils.locate import project_folder
-from qlora_utils.rows.conversations import Turn, jinja_defused
+from qlora_utils.rows.conversations import JINJA_TEXT, Turn, jinja_defused
 from qlora_utils.runs.directory import RunDirectory
 
 # Placeholder for the answer of an earlier turn.
@@ -130,14 +130,16 @@ def chat_template(config: RunConfig) -> str:
     before, after = instructions.fixed.split(QUESTION)
     up_to_answer, after_answer = instructions.earlier.split(ANSWER)
     before_earlier, after_earlier = up_to_answer.split(QUESTION)
-    content = jinja_defused("message['content']", ("<pad>", "<unk>", "<extra_id_"), ("eos_token",))
+    content = jinja_defused("text_of(message['content'])", ("<pad>", "<unk>", "<extra_id_"), ("eos_token",))
     return (
-        f"{{%- for message in messages -%}}{{%- set content = {content} -%}}"
+        f"{JINJA_TEXT}{{%- for message in messages -%}}{{%- set content = {content} -%}}"
         f"{{%- if loop.last -%}}{{{{ {_quote(before)} + content + {_quote(after)} + eos_token }}}}"
         "{%- elif message['role'] == 'user' -%}"
         f"{{{{ {_quote(before_earlier)} + content + {_quote(after_earlier)} }}}}"
         "{%- elif message['role'] == 'system' -%}{{ content + ' ' if content else '' }}"
-        f"{{%- else -%}}{{{{ content + {_quote(after_answer + ' ')} }}}}"
+        "{%- elif message['role'] == 'assistant' -%}"
+        f"{{{{ content + {_quote(after_answer + ' ')} }}}}"
+        "{%- else -%}{{ raise_exception('Only system, user and assistant messages are known: ' + message['role']) }}"
         "{%- endif -%}{%- endfor -%}"
     )
 

@@ -553,3 +553,66 @@ def test_a_causal_model_knows_no_instruction():
     pocket = RunConfig.from_preset("pocket", instruction="Say: {question}")
     tokenizer = data.load_tokenizer(pocket)
     assert format_of(tokenizer, pocket).prompt([], "Why?") == formats.encode_prompt([], "Why?", tokenizer)
+
+
+# ------------------------------------------------------------------------------------------- contents that are lists
+
+
+def part(text, kind="text"):
+    return {"type": kind, "text": text}
+
+
+CONTENTS = {
+    "one part": ([part("Why?")], "Why?"),
+    "several": ([part("Why"), part(" not?\n"), part("\nSo.")], "Why not?\n\nSo."),
+    "texts": (["Why", "?"], "Why?"),
+    "of a newer client": ([part("Why?", "input_text")], "Why?"),
+    "none": ([], ""),
+    "a mark in two parts": ([part("[IN"), part("ST]")], "[INST]"),
+}  # fmt: skip
+NO_TEXT = {
+    "a picture": [part("What is it?"), {"type": "image", "image": "cat.png"}],
+    "an address": [{"type": "image_url", "image_url": {"url": "cat.png"}}],
+    "a part without text": [{"type": "text"}],
+    "text that is none": [part(None)],
+    "a number in a list": [3],
+    "a part alone": part("Why?"),
+    "a number": 3,
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("name", CONTENTS)
+def test_parts_with_text_are_joined_as_if_they_were_one_text(config, tokenizer, name):
+    content, text = CONTENTS[name]
+    form = format_of(tokenizer, config)
+    for role in ("system", "user", "assistant"):
+        rendered = []
+        for value in (content, text):
+            chat = [{"role": "system", "content": "Be brief."}, *as_messages([Turn("a?", "b")], "c?")]
+            for message in chat:
+                if message["role"] == role:
+                    message["content"] = value
+            rendered.append(tokenizer.apply_chat_template(chat, chat_template=form.chat_template, tokenize=False))
+        assert rendered[0] == rendered[1]
+        assert "{'" not in rendered[0]
+
+
+@BOTH
+@pytest.mark.parametrize("name", NO_TEXT)
+def test_a_content_without_text_is_refused_and_never_printed_as_python(config, tokenizer, name):
+    template = format_of(tokenizer, config).chat_template
+    for role in ("system", "user", "assistant"):
+        chat = [{"role": "system", "content": "Be brief."}, *as_messages([Turn("a?", "b")], "c?")]
+        for message in chat:
+            if message["role"] == role:
+                message["content"] = NO_TEXT[name]
+        with pytest.raises(Exception, match="parts? with text"):
+            tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+
+
+@BOTH
+def test_a_role_that_the_format_does_not_know_is_refused(config, tokenizer):
+    chat = [{"role": "user", "content": "a?"}, {"role": "tool", "content": "b"}, {"role": "user", "content": "c?"}]
+    with pytest.raises(Exception, match="messages.* are known: tool"):
+        tokenizer.apply_chat_template(chat, chat_template=format_of(tokenizer, config).chat_template, tokenize=False)
