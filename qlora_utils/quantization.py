@@ -114,8 +114,8 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
             # On CPUs with AVX512-BF16 a forward pass in eval mode would repack the weight into a layout that has no
             # backward pass, and training after any evaluation would silently stop reaching the layers below.
             layer.support_avx512bf16_for_cpu = False
-            # a model that was stored in 4 bits names the precision of whoever stored it
-            layer.compute_dtype = dtype
+            # a model that was stored in 4 bits brings the precision of whoever stored it
+            layer.compute_dtype = layer.weight.quant_state.dtype = dtype
     if resolved.config.keep_expanded:
         keep_expanded(model)
     model.requires_grad_(False)

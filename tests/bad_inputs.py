@@ -716,6 +716,17 @@ def more_tokens(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(stored))
 
 
+def an_adapter_beside(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+
+
+def quantized_with(**described: Any) -> Callable[[Path], object]:
+    return set_in("config.json", quantization_config=described)
+
+
+ALREADY = r"model: .*model is quantized already, with {}, which can be neither trained nor merged here\. Take the model from"
+
+
 NORM, HEAD_WEIGHT = "model.norm.weight", "lm_head.weight"
 AGAIN = r".*Copy or download the model again"
 
@@ -728,6 +739,19 @@ MODELS = [
          r"model: owner/absent could not be fetched.*Check the network, or give a local folder"),
     Case("model: a file", model_is_a_file, 1, r"model: .*model\.gguf is a file\. Expected a folder.*config\.json"),
     Case("model: an adapter", an_adapter, 1, r"model: .*adapter holds an adapter, not a base model\. Give the model"),
+    model("an adapter beside it", an_adapter_beside,
+          r"model: .*model holds an adapter beside the base model \(adapter_config\.json\), which .*Move that file"),
+    model("GPTQ", quantized_with(quant_method="gptq", bits=4), ALREADY.format("GPTQ")),
+    model("AWQ", quantized_with(quant_method="awq", bits=4), ALREADY.format("AWQ")),
+    model("FP8", quantized_with(quant_method="fp8"), ALREADY.format("FP8")),
+    model("compressed-tensors", quantized_with(quant_method="compressed-tensors"), ALREADY.format("compressed-tensors")),
+    model("compressed-tensors, earlier", set_in("config.json", compression_config={"quant_method": "sparseml"}),
+          ALREADY.format("sparseml")),
+    model("8 bits", quantized_with(quant_method="bitsandbytes", load_in_8bit=True),
+          ALREADY.format("bitsandbytes 8-bit")),
+    model("MLX", set_in("config.json", quantization={"group_size": 64, "bits": 4}), ALREADY.format("MLX")),
+    model("GPTQ of earlier tools", wrote("quantize_config.json", '{"bits": 4}'), ALREADY.format("GPTQ")),
+    model("a quantization of no name", quantized_with(bits=2), ALREADY.format("an unknown method")),
     model("empty folder", emptied, r"model: .*model is empty\. Expected a folder" + AGAIN),
     model("no config.json", removed("config.json"), r"model/config\.json is missing\. Expected a folder" + AGAIN),
     model("config.json no JSON", wrote("config.json", "{'a': 1}"),

@@ -222,3 +222,43 @@ def test_rounding_goes_to_the_nearest_level_and_its_error_is_half_a_gap_at_most(
     widest = torch.maximum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]])) / 2
     assert (errors <= widest + 0.02).all()  # and what double quantization adds
     assert errors[1] > 1.5 * errors[7]  # levels stand wider apart where weights are few
+
+
+@pytest.fixture
+def stored_in_4_bits(config, tokenizer, tmp_path):
+    """The pocket model in a folder that holds it in NF4, made by someone who computes in fp16."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16)
+    stored = AutoModelForCausalLM.from_pretrained(locate(config.model), quantization_config=how, device_map="cpu")
+    stored.save_pretrained(tmp_path / "four")
+    tokenizer.save_pretrained(tmp_path / "four")
+    return str(tmp_path / "four")
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_a_model_that_is_stored_in_4_bits_stays_so_and_says_so(config, stored_in_4_bits, quantize, capsys, recwarn):
+    changes = {"model": stored_in_4_bits, "quantize": quantize, "compute_dtype": "float32"}
+    model = quantization.load(RunConfig.build({**config.model_dump(), **changes}))
+    assert "is stored in bitsandbytes 4-bit (nf4) and stays so" in capsys.readouterr().out
+    linear = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(linear) == 28
+    assert {layer.compute_dtype for layer in linear} == {torch.float32}  # that of the config
+    assert not [warning for warning in recwarn if "quantization_config" in str(warning.message)]
+    whole = quantization.load(RunConfig.build({**config.model_dump(), "double_quantization": False}))
+    name, weight = quantization.first_quantized(whole)
+    assert torch.equal(quantization.dequantize(model.get_parameter(name)), quantization.dequantize(weight))
+
+
+def test_a_head_that_is_stored_in_4_bits_is_not_trained(config, stored_in_4_bits, tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["none"])
+    shutil.copytree(stored_in_4_bits, tmp_path / "all")
+    AutoModelForCausalLM.from_pretrained(
+        locate(config.model), quantization_config=how, device_map="cpu"
+    ).save_pretrained(tmp_path / "all")
+    changed = RunConfig.build({**config.model_dump(), "model": str(tmp_path / "all")})
+    with pytest.raises(ModelError, match=r"stored with its head in 4 bits.*-p train_head=false"):
+        quantization.load(changed)
+    quantization.load(changed.model_copy(update={"train_head": False}))

@@ -191,6 +191,28 @@ def test_a_run_without_quantization_has_one_base(tuned):
         merging.merge(config, base="quantized", force=True)
 
 
+@pytest.mark.parametrize("quantize", [True, False])
+def test_a_base_that_is_stored_in_4_bits_is_merged_into_as_it_was_loaded(tuned, tokenizer, batch, tmp_path, quantize):
+    from transformers import BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    four = AutoModelForCausalLM.from_pretrained(
+        locate("embedded:pocket/model"), quantization_config=how, device_map="cpu"
+    )
+    four.save_pretrained(tmp_path / "stored")
+    tokenizer.save_pretrained(tmp_path / "stored")
+    config, model = tuned(model=str(tmp_path / "stored"), run_name="four", quantize=quantize)
+    expected = logits(model, batch)
+    with pytest.raises(ConfigError, match=r"base: .*stored is stored in bitsandbytes 4-bit \(nf4\).*--base quantized"):
+        merging.merge(config, base="original", questions=0)
+    for base in (None, "quantized"):
+        record = merging.merge(config, base=base, dtype="float32", questions=0, force=True)
+        assert record["base"] == "quantized"
+        plain = merging.load(RunDirectory(config.run_dir).merged)
+        torch.testing.assert_close(logits(plain, batch), expected, atol=2e-4, rtol=1e-4)
+    assert "quantization_config" not in read_json(RunDirectory(config.run_dir).merged / "config.json")
+
+
 def test_base_weights_are_found_in_the_hub_cache_and_missing_ones_named(tmp_path, monkeypatch):
     source = locate("embedded:pocket/model")
     cached = tmp_path / "models--some--one"

@@ -133,3 +133,54 @@ def test_hidden_files_beside_the_weights_are_passed_over(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="holds no weights"):
         model_files.check(str(folder))
+
+
+@pytest.fixture
+def on_the_hub(tmp_path, monkeypatch):
+    """A function from files to the hub id of a model in the cache: the pocket model with these files in it."""
+
+    def make(**files):
+        snapshot = tmp_path / "models--some--one" / "snapshots" / ("0" * 40)
+        (tmp_path / "models--some--one" / "refs").mkdir(parents=True)
+        (tmp_path / "models--some--one" / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(POCKET, snapshot)
+        for name, content in files.items():
+            (snapshot / f"{name}.json").write_text(json.dumps(content))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        return "some/one", snapshot
+
+    return make
+
+
+def test_an_adapter_beside_the_base_model_is_refused_on_the_hub_too(on_the_hub):  # or transformers attaches it
+    source, snapshot = on_the_hub(adapter_config={"peft_type": "LORA", "base_model_name_or_path": "the/base"})
+    for place in (source, str(snapshot)):
+        with pytest.raises(ModelError, match=r"holds an adapter beside the base model \(adapter_config\.json\)"):
+            model_files.check(place)
+    (snapshot / "config.json").unlink()
+    for place in (source, str(snapshot)):
+        with pytest.raises(ModelError, match=r"holds an adapter, not a base model\. .*-p model=the/base"):
+            model_files.check(place)
+
+
+def test_a_quantization_is_told_on_the_hub_too(on_the_hub):
+    source, snapshot = on_the_hub(
+        config={"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    )
+    for place in (source, str(snapshot)):
+        with pytest.raises(ModelError, match=r"is quantized already, with GPTQ"):
+            model_files.check(place)
+
+
+@pytest.mark.parametrize(
+    ("described", "method"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "4-bit (nf4)"),
+        ({"load_in_4bit": True}, "4-bit (fp4)"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}, "8-bit"),
+    ],
+)
+def test_the_bits_of_bitsandbytes_are_told_apart(tmp_path, described, method):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": described}))
+    assert model_files.stored_quantization(str(tmp_path)) == f"bitsandbytes {method}"
+    assert model_files.stored_quantization(POCKET) is None

@@ -607,12 +607,12 @@ def test_a_content_without_text_is_refused_and_never_printed_as_python(config, t
         for message in chat:
             if message["role"] == role:
                 message["content"] = NO_TEXT[name]
-        with pytest.raises(Exception, match="parts? with text"):
+        with pytest.raises(Exception, match=r"parts? with text"):
             tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
 
 
 @BOTH
 def test_a_role_that_the_format_does_not_know_is_refused(config, tokenizer):
     chat = [{"role": "user", "content": "a?"}, {"role": "tool", "content": "b"}, {"role": "user", "content": "c?"}]
-    with pytest.raises(Exception, match="messages.* are known: tool"):
+    with pytest.raises(Exception, match=r"messages.* are known: tool"):
         tokenizer.apply_chat_template(chat, chat_template=format_of(tokenizer, config).chat_template, tokenize=False)
