@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,8 +172,8 @@ def test_what_to_run_is_said_once(capsys, arguments):
 
 @pytest.fixture(scope="session")
 def finished(preset, tmp_path_factory):
-    """One quick run of the whole series, in a folder whose name has a space."""
-    folder = tmp_path_factory.mktemp("run directories") / "a b"
+    """One quick run of the whole series, in a folder whose name has spaces and all that templates read."""
+    folder = tmp_path_factory.mktemp("run directories") / "a b {run_name} {} 100% [x]"
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MPLBACKEND", raising=False)  # kernels inherit it, and their figures are to be seen
         patch.setenv("TQDM_DELAY", "600")  # as what loads in a moment on a machine that has nothing else to do
@@ -338,6 +339,57 @@ def test_a_failing_cell_exits_1_and_keeps_the_notebook(tmp_path, monkeypatch, ca
         assert part in message
     copy = nbformat.read(run.notebooks / "03_lora.ipynb", as_version=4)
     assert any(o.output_type == "error" for c in copy.cells if c.cell_type == "code" for o in c.outputs)
+
+
+@pytest.mark.parametrize("name", ["a b", "{run_name}", "{preset} {} {", "100% %s %(x)s", "[x] * ?", "s3: é 東"])
+def test_a_notebook_runs_in_a_folder_of_any_name(name, tmp_path, monkeypatch):
+    """papermill puts parameters into paths: a brace ended the series, and `{run_name}` was replaced."""
+    folder = tmp_path / name
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("run_name = None")],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    (folder / "notebooks").mkdir(parents=True)
+    path = folder / "notebooks" / "03_lora.ipynb"
+    nbformat.write(notebook, path)
+    config, parameters = runner.resolve(
+        preset="pocket", run_name="r", output_dir=str(folder), parameters={}, start=None
+    )
+    run = RunDirectory(config.run_dir)
+    run.notebooks.mkdir(parents=True)
+    executed = []
+    monkeypatch.setattr("papermill.engines.PapermillNotebookClient.execute", lambda self: executed.append(self.nb))
+    runner._execute_notebook(path, run, config, parameters)
+    assert len(executed) == 1
+    injected = {}
+    for cell in nbformat.read(run.notebooks / path.name, as_version=4).cells:
+        exec(cell.source, injected)
+    assert injected["output_dir"] == str(folder)
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_stdout_that_is_not_utf_8_ends_no_command(encoding, errors, tmp_path, monkeypatch):
+    """As under `LANG=C` or `PYTHONIOENCODING=ascii`: what it cannot write is spelled out, also in what others print."""
+    monkeypatch.setattr(runner, "_execute_notebook", lambda *_: print("東", file=sys.stderr))
+    monkeypatch.setattr(runner, "write_report", lambda _: None)
+    monkeypatch.setattr(runner, "summary", lambda _: "→ 東")
+    written = {}
+    for command in (["run", "--output-dir", str(tmp_path)], ["presets", "--fields"], ["plan"], ["runs", "--help"]):
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors) for _ in "ab"]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", streams[0])
+            patch.setattr(sys, "stderr", streams[1])
+            with suppress(SystemExit):
+                assert cli.main(command) == 0
+        for stream in streams:
+            stream.flush()
+        written[command[0]] = streams[0].buffer.getvalue().decode(encoding)
+    assert "[1/7] 01_data " in written["run"]
+    assert written["run"].splitlines()[-1] == ("→ 東" if encoding == "utf-8" else "\\u2192 \\u6771")
+    assert all(written.values())
 
 
 @pytest.mark.slow
