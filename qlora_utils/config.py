@@ -243,6 +243,14 @@ class RunConfig(BaseModel):
             raise ValueError("a URL is no folder. Give one of this machine, and copy runs from there")
         return value
 
+    @field_validator("model", "dataset")
+    @classmethod
+    def _is_not_fetched(cls, value: str) -> str:
+        """Reject a URL, which would be taken for a path that does not exist."""
+        if is_url(value) and not path_exists(value):
+            raise ValueError("a URL is not fetched. Give a hub id, owner/name, or download it and give its path")
+        return value
+
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:
         """Reject a micro-batch size that doesn't divide the batch size."""
@@ -598,11 +606,6 @@ def check_source(name: str, source: str, suffixes: tuple[str, ...] = ()) -> None
     """
     if path_exists(locate(source)):
         return
-    if is_url(source):
-        raise ConfigError(
-            f"{name}: {_short(source, plain=True)} is a URL, which is not fetched. Expected a local path, or a hub id "
-            "like owner/name. Download it, and give its path."
-        )
     if is_path(source, suffixes):
         raise ConfigError(
             f"{name}: {_short(source, plain=True)} does not exist. Expected a local path, or a hub id like owner/name."

@@ -146,10 +146,14 @@ VALUES = [
     value("output_dir", "gs:/bucket", r"output_dir: 'gs:/bucket' is not allowed\. a URL is no folder"),
     value("output_dir", "file:///tmp/runs", r"output_dir: 'file:///tmp/runs' is not allowed\. a URL is no folder"),
     value(
-        "model", "https://huggingface.co/owner/name", r"model: https://.*name is a URL, which is not fetched.*owner/"
+        "model",
+        "https://huggingface.co/owner/name",
+        r"model: 'https://.*name' is not allowed\. a URL is not fetched.*owner/name",
     ),
-    value("model", "hf://owner/name", r"model: hf://owner/name is a URL, which is not fetched.*hub id like owner/name"),
-    value("dataset", "s3://bucket/rows.csv", r"dataset: s3://.*csv is a URL, which is not fetched.*Download it"),
+    value("model", "hf://owner/name", r"model: 'hf://owner/name' is not allowed\. a URL is not fetched.*hub id"),
+    value(
+        "dataset", "s3://bucket/rows.csv", r"dataset: 's3://.*csv' is not allowed\. a URL is not fetched.*download it"
+    ),
     value("run_name", "caf\udce9", r"'run_name=caf\\udce9' is not UTF-8 text\. Set the terminal to UTF-8", "Latin-1"),
     value("dataset", "/tmp/caf\udce9.csv", r"'dataset=/tmp/caf\\udce9\.csv' is not UTF-8 text.*rename", "Latin-1"),
     value("learning_rte", "1e-4", r"learning_rte: no such parameter\. Did you mean learning_rate\?"),
@@ -171,6 +175,7 @@ PARAMETERS = [
     parameter("lora_targets", ["q", "v"], r"lora_targets: \['q', 'v'\] is not allowed.*string"),
     parameter("run_name", 7, r"run_name: 7 is not allowed.*string"),
     parameter("output_dir", 7, r"output_dir: 7 is not allowed.*string"),
+    parameter("dataset", "s3:/bucket/x.csv", r"dataset: 's3:/bucket/x.csv' is not allowed\. a URL is not fetched"),
     parameter("output_dir", "s3://bucket", r"output_dir: 's3://bucket' is not allowed\. a URL is no folder"),
     parameter("dataset", "caf\ud800", r"dataset: 'caf\\ud800' is not allowed\. expected UTF-8 text", "half a letter"),
     parameter("preset", "lama2-7b", r"preset: 'lama2-7b' is not known; expected one of .*Did you mean llama2-7b\?"),

@@ -48,7 +48,7 @@ _SIGN = re.compile(
 )
 
 
-def _signed_form(text: str) -> str:
+def signed_form(text: str) -> str:
     """Return the normal form with signs in it, each as a character that is no punctuation."""
     stripped = text.strip().rstrip(".!?")
     return normalise_answer(_SIGN.sub(lambda sign: chr(0xE000 + ord(sign[0].strip())), stripped))
@@ -65,7 +65,7 @@ def exact_match(answer: str, expected: str) -> float:
         return 0.0
     if not form:
         return float(answer.strip().lower() == expected.strip().lower())
-    return float(_signed_form(answer).replace(" ", "") == _signed_form(expected).replace(" ", ""))
+    return float(signed_form(answer).replace(" ", "") == signed_form(expected).replace(" ", ""))
 
 
 def token_f1(answer: str, expected: str) -> float:
@@ -75,7 +75,7 @@ def token_f1(answer: str, expected: str) -> float:
         return exact_match(answer, expected)
     # The same words with other signs, such as `5` and `-5`, are not the same words.
     if given == wanted and not exact_match(answer, expected):
-        given, wanted = _signed_form(answer).split(), _signed_form(expected).split()
+        given, wanted = signed_form(answer).split(), signed_form(expected).split()
     common = sum((Counter(given) & Counter(wanted)).values())
     return 2 * common / (len(given) + len(wanted))
 

@@ -6,7 +6,7 @@ import re
 from difflib import SequenceMatcher
 from typing import Literal
 
-from qlora_utils.evaluation.scores import normalise_answer
+from qlora_utils.evaluation.scores import exact_match, normalise_answer, signed_form
 
 Kind = Literal["same", "added", "missing"]
 Piece = tuple[Kind, str]
@@ -21,13 +21,13 @@ def differences(answer: str, expected: str) -> list[Piece]:
     """Return the answer in pieces, and between them what it lacks of the expected text.
 
     Words count as the exact match counts them: case, punctuation and English articles make no difference, and are
-    never marked by themselves. Where hardly a word is shared, the whole answer is one added piece, and what was
-    expected is not repeated. The words of a text beyond `LONGEST` are compared as a single word.
+    never marked by themselves; signs are, as in -5. Where hardly a word is shared, the whole answer is one added piece,
+    and what was expected is not repeated. The words of a text beyond `LONGEST` are compared as a single word.
 
     Returns:
         Pieces in order; those that are `same` or `added` make up the answer, letter by letter.
     """
-    if normalise_answer(answer) == normalise_answer(expected):
+    if exact_match(answer, expected):
         return [("same", answer)] if answer else []
     given, wanted = _split(answer), _split(expected)
     if not answer.strip():
@@ -56,7 +56,11 @@ def differences(answer: str, expected: str) -> list[Piece]:
             first, last = wanted_places[other_start], wanted_places[other_end - 1] + 1
             pieces.append(("missing", "".join(wanted[first:last])))
     pieces.append(("same", "".join(given[done:])))
-    return _merge(pieces)
+    merged = _merge(pieces)
+    # What differs in no word, but in signs between them, as `-` and `+`, differs as a whole.
+    if all(kind == "same" for kind, _ in merged) and normalise_answer(answer) == normalise_answer(expected):
+        return [("added", answer)]
+    return merged
 
 
 def _split(text: str) -> list[str]:
@@ -69,7 +73,7 @@ def _counting_words(words: list[str]) -> tuple[list[int], list[str]]:
     """Return places and normal forms of the words that count for exact match."""
     places, keys = [], []
     for place, word in enumerate(words):
-        if key := normalise_answer(word):
+        if key := signed_form(word):
             places.append(place)
             keys.append(key)
     return places, keys

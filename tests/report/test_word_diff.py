@@ -27,6 +27,12 @@ PIECES = (
     "です",
     "ሀገር",
     "don't",
+    "-5",
+    "5",
+    "C++",
+    "C",
+    "+",
+    "-",
 )
 WORDS = st.lists(st.sampled_from(PIECES), max_size=9)
 TEXT = st.one_of(HOSTILE, WORDS.map(" ".join), WORDS.map("\n".join), st.text(max_size=8))
@@ -49,6 +55,7 @@ def test_what_matches_exactly_and_only_that_is_without_a_mark(answer, expected):
         assert not marked
     elif not marked:  # scripts without spaces: 東京 and 東 京 are the same words
         assert normalise_answer(answer).replace(" ", "") == normalise_answer(expected).replace(" ", "")
+        assert normalise_answer(answer) != normalise_answer(expected)
 
 
 @settings(deadline=None)
@@ -71,6 +78,10 @@ def test_what_is_missing_stands_in_the_expected_text(answer, expected):
             [("same", "The capital of Chile is"), ("added", " Lima."), ("missing", " Santiago.")],
         ),
         ("It is Oslo, I think", "It is Oslo", [("same", "It is Oslo,"), ("added", " I think")]),
+        ("It is -5", "It is 5", [("same", "It is"), ("added", " -5"), ("missing", " 5")]),
+        ("-", "+", [("added", "-")]),
+        ("5 - 3", "5 3", [("added", "5 - 3")]),
+        ("", "A", [("missing", "A")]),
         ("It is", "It is Oslo", [("same", "It is"), ("missing", " Oslo")]),
         ("京都市", "東京都", [("missing", "東"), ("same", "京都"), ("added", "市")]),
         ("is one of many others that were asked", "Rome is", [("added", "is one of many others that were asked")]),
