@@ -20,10 +20,11 @@ from qlora_utils.evaluation.scores import (
     SCORES,
     TITLES,
     bootstrap_interval,
-    clusters_of,
     exact_match,
+    group_by_cluster,
     mcnemar,
     means,
+    measured_on,
     names_fact,
     rouge_l,
     token_f1,
@@ -35,13 +36,13 @@ from qlora_utils.models.files import check_adapter
 from qlora_utils.models.memory import answer_room
 from qlora_utils.models.resolution import resolution_of
 from qlora_utils.rows.conversations import Conversation
-from qlora_utils.rows.held_out import scored_rows
+from qlora_utils.rows.held_out import clusters_of_answers, clusters_of_rows, is_one_group, scored_rows
 from qlora_utils.runs.directory import RunDirectory, require_adapter
 from qlora_utils.runs.files import write_jsonl
 from qlora_utils.style import BASE, ORANGE, TUNED, cut, in_figure, unframed
 from qlora_utils.tokens.formats import format_of
-from qlora_utils.tokens.packing import make_collator
-from qlora_utils.training import micro_batch_size
+from qlora_utils.tokens.packing import find_read, make_collator, make_sampler
+from qlora_utils.training import micro_batch_size, total_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,7 +124,7 @@ def _can_score_fact(question: Question) -> bool:
     return not any(names_fact(text, fact) for text in prompt_texts)
 
 
-def perplexity(losses: Sequence[float], counts: Sequence[int]) -> tuple[float, list[float]]:
+def perplexity(losses: Sequence[float], counts: Sequence[int], clusters: Sequence[int]) -> tuple[float, list[float]]:
     """Return the perplexity of the expected answers and its 95 % interval.
 
     Perplexity is the exponential of the mean loss per token.
@@ -131,6 +132,7 @@ def perplexity(losses: Sequence[float], counts: Sequence[int]) -> tuple[float, l
     Args:
         losses: summed loss of each row, in nats (`loss.row_losses`).
         counts: answer tokens of each row.
+        clusters: of each row, the unit that the interval draws (`held_out.clusters_of_rows`).
 
     Raises:
         FloatingPointError: the mean loss is NaN, infinite or larger than `MAX_LOSS`.
@@ -144,7 +146,10 @@ def perplexity(losses: Sequence[float], counts: Sequence[int]) -> tuple[float, l
             f"the loss on held-out answers is {mean:.4g} nats per token: the weights are broken, by a training that "
             "diverged or a compute dtype too narrow. Train again with a lower learning_rate."
         )
-    return round(math.exp(mean), 4), bootstrap_interval(losses, counts, transform=numpy.exp)
+    # Rows about one entity are as hard or as easy as each other.
+    cluster_losses = list(map(sum, group_by_cluster(losses, clusters)))
+    cluster_counts = list(map(sum, group_by_cluster(counts, clusters)))
+    return round(math.exp(mean), 4), bootstrap_interval(cluster_losses, cluster_counts, transform=numpy.exp)
 
 
 def choose_questions(
@@ -153,12 +158,13 @@ def choose_questions(
     """Choose the questions to ask: at most `score_rows` of each split, and of the training rows.
 
     Held-out rows that were measured during training helped to choose the adapter, so they are not
-    asked (`held_out.scored_rows`).
+    asked (`held_out.scored_rows`). Of the training rows only those are asked that the adapter has
+    been trained on (`read_rows`).
 
     Returns:
         Questions from held-out rows, and questions from training rows.
     """
-    held_out, train = scored_rows(prepared.held_out, config), prepared.train
+    held_out, train = scored_rows(prepared.held_out, config), read_rows(prepared, tokenizer, config)
     # If held-out and training rows share a value of their column `split`, it does not name kinds of
     # tests. Drop it, or questions of both would be counted as one split.
     if _splits_of(held_out) & _splits_of(train):
@@ -166,6 +172,38 @@ def choose_questions(
     held_out_questions = questions_of(held_out, tokenizer, config)
     train_questions = questions_of(train, tokenizer, config, split="training rows")
     return held_out_questions, train_questions
+
+
+def read_rows(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Sequence[Conversation]:
+    """Return the rows to train on that the adapter of the run has been trained on.
+
+    A training of less than one epoch reads only some of its rows. Which, follows from the seed and
+    the number of steps, also where the training was interrupted or continued. The steps are those
+    of the adapter that was kept or, before anything was trained, those of the config.
+
+    Args:
+        prepared: the rows of the run.
+        tokenizer: of the base model.
+        config: the run.
+    """
+    form = format_of(tokenizer, config)
+    trained = RunDirectory(config.run_dir).known_metrics().get("train", {})
+    steps = trained.get("kept_step", trained.get("steps", total_steps(config, prepared, tokenizer)))
+    examples_per_row = [form.count_examples(row) for row in prepared.train]
+    read_examples = steps * config.batch_size
+    if read_examples >= sum(examples_per_row):
+        return prepared.train
+
+    # Examples of an encoder-decoder are single answers: all of a row must have been read.
+    encoded = form.examples(prepared.train, training=True)
+    sampler = make_sampler(encoded, make_collator(tokenizer, config), config, config.batch_size)
+    read = find_read(sampler, read_examples)
+    indices = iter(range(len(encoded)))
+    rows = []
+    for row, count in zip(prepared.train, examples_per_row, strict=True):
+        if read.issuperset(islice(indices, count)):
+            rows.append(row)
+    return rows
 
 
 def evaluate(
@@ -183,8 +221,8 @@ def evaluate(
 
     Both are the same loaded model: with its adapter disabled it is the base model again, original
     head included. In `metrics.json` the sections `base`, `tuned` and `paired` cover the held-out
-    questions alone, and so do all `groups` but `split`. If the only held-out row also helped to
-    choose the adapter, `held_out.chosen_on` is true.
+    questions alone, and so do all `groups` but `split`. If the scored rows, or rows that belong to
+    them, also helped to choose the adapter, `held_out.chosen_on` is true.
 
     Args:
         config: the run.
@@ -216,14 +254,15 @@ def evaluate(
     held_out_lines = lines[: len(held_out_questions)]
 
     # The scores over all held-out questions, and those group by group.
-    overall = _group_scores(held_out_lines)
+    overall = _group_scores(held_out_lines, config.group_by)
+    clusters = clusters_of_rows(rows, config.group_by)
     for model, results in (("base", base), ("tuned", tuned)):
-        value, interval = perplexity(results.losses, results.counts)
+        value, interval = perplexity(results.losses, results.counts, clusters)
         overall[model]["perplexity"], overall[model]["intervals"]["perplexity"] = value, interval
     groups = {}
     for by in GROUPS:
         # Only groups by split include training questions, to compare them with held-out ones.
-        members = group(lines if by == "split" else held_out_lines, by)
+        members = group(lines if by == "split" else held_out_lines, by, group_by=config.group_by)
         if members:
             groups[by] = members
 
@@ -236,7 +275,7 @@ def evaluate(
             "rows": len(rows),
             "questions": len(held_out_questions),
             "answer_tokens": sum(tuned.counts),
-            "chosen_on": config.keep == "best" and len(prepared.held_out) == 1,
+            "chosen_on": config.keep == "best" and is_one_group(prepared.held_out, config),
         },
         base=overall["base"],
         tuned=overall["tuned"],
@@ -296,10 +335,7 @@ def _measure_both(
 
 
 def _sum_by_row(values: Sequence[Any], examples_per_row: Sequence[int]) -> list[Any]:
-    """Add up the values of all examples of a row.
-
-    Answers of one row are not independent, so the bootstrap has to draw whole rows.
-    """
+    """Add up the values of all examples of a row."""
     remaining = iter(values)
     return [sum(islice(remaining, count)) for count in examples_per_row]
 
@@ -351,13 +387,14 @@ def commonest_facts(train: Sequence[Conversation]) -> dict[str, str]:
     return {kind: counter.most_common(1)[0][0] for kind, counter in counters.items()}
 
 
-def group(lines: Sequence[Mapping[str, Any]], by: str) -> dict[str, dict[str, Any]]:
+def group(lines: Sequence[Mapping[str, Any]], by: str, *, group_by: str | None = "entity") -> dict[str, dict[str, Any]]:
     """Score the answers separately for each value of a tag.
 
     Args:
         lines: rows of `answers.jsonl`.
         by: `split` or the name of a tag; answers without that tag are skipped. Kinds of different
             domains are different groups, even if they have the same name.
+        group_by: of the config: the tag whose values are drawn as wholes for the intervals.
 
     Returns:
         `{value: {questions, guess, base, tuned, paired}}`, sorted by value.
@@ -368,17 +405,17 @@ def group(lines: Sequence[Mapping[str, Any]], by: str) -> dict[str, dict[str, An
         if by in tags:
             value = _kind_of(tags) if by == "kind" else tags[by]
             members.setdefault(value, []).append(line)
-    return {value: _group_scores(members[value]) for value in sorted(members)}
+    return {value: _group_scores(members[value], group_by) for value in sorted(members)}
 
 
-def _group_scores(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _group_scores(lines: Sequence[Mapping[str, Any]], group_by: str | None) -> dict[str, Any]:
     """Return the mean scores of both models with intervals, and a paired test of the two."""
     scores: dict[str, Any] = {"questions": len(lines)}
     guesses = [line["guess"] for line in lines if "guess" in line]
     if guesses:
         scores["guess"] = round(sum(guesses) / len(guesses), 4)
     # Questions about one entity are right or wrong together, which the intervals must respect.
-    clusters = clusters_of(lines)
+    clusters = clusters_of_answers(lines, group_by)
     for model in ("base", "tuned"):
         scores[model] = means([line[model] for line in lines], clusters)
     scores["paired"] = _compare_exact_match(lines)
@@ -398,18 +435,23 @@ def _compare_exact_match(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def score_table(metrics: Mapping[str, Any]) -> DataFrame:
-    """Return base and tuned scores on the held-out questions with their 95 % intervals, a row for each score."""
+    """Return base and tuned scores on the held-out rows with their 95 % intervals, a row for each score.
+
+    The last column says on how many questions or conversations each was measured.
+    """
     from pandas import DataFrame, Index, MultiIndex
 
     names = [name for name in TITLES if name in metrics["base"]]
-    rows = [_with_intervals(metrics, name) for name in names]
-    titles = [TITLES[name] for name in names]
+    rows: list[list[Any]] = [[*_with_intervals(metrics, name), measured_on(metrics, name)] for name in names]
     # The share of answers that end by themselves has no interval.
-    stopped = [[metrics[model]["stopped"], math.nan, math.nan] for model in MODELS]
+    stopped: list[Any] = []
+    for model in MODELS:
+        stopped += [metrics[model]["stopped"], math.nan, math.nan]
+    columns = [*MultiIndex.from_product([MODELS, ("mean", "low", "high")]), ("measured on", "")]
     return DataFrame(
-        [*rows, stopped[0] + stopped[1]],
-        index=Index([*titles, "stops by itself"], name="score"),
-        columns=MultiIndex.from_product([MODELS, ("mean", "low", "high")]),
+        [*rows, [*stopped, measured_on(metrics, "stopped")]],
+        index=Index([*(TITLES[name] for name in names), "stops by itself"], name="score"),
+        columns=MultiIndex.from_tuples(columns),
     )
 
 

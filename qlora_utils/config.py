@@ -17,7 +17,7 @@ from qlora_utils.presets import PRESETS
 
 # Fields by what they decide. Fields in none of these groups decide what a training learns.
 # Once the rows are prepared, these can't be changed any more.
-DATA_FIELDS = ("model", "dataset", "train_rows", "held_out_rows", "max_seq_len", "seed")
+DATA_FIELDS = ("model", "dataset", "train_rows", "held_out_rows", "group_by", "max_seq_len", "seed")
 # These only change speed and memory.
 SPEED_FIELDS = ("keep_expanded", "attention_kernel", "fused_layers", "liger")
 # These only matter to the answers after the training.
@@ -79,6 +79,13 @@ class RunConfig(BaseModel):
     train_rows: int | None = Field(None, ge=1, le=LARGEST, description="rows; train on this many only (None: all)")
     held_out_rows: int = Field(
         100, ge=1, le=LARGEST, description="rows held out where the dataset brings no test split"
+    )
+    group_by: str | None = Field(
+        "entity",
+        min_length=1,
+        max_length=200,
+        description="column whose values decide what belongs together: rows that share one are held out, measured and "
+        "scored together, and intervals draw them together (None: only rows that open with the same question)",
     )
     max_seq_len: int = Field(
         1024,

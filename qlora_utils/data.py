@@ -57,8 +57,8 @@ UPLOAD_MB = 8
 # The modules that decide what a preparation contains: a change in one makes cached entries useless.
 _DECIDING = (
     "data.py", "rows/files.py", "rows/readers.py", "rows/layouts.py", "rows/messages.py", "rows/columns.py",
-    "rows/conversations.py", "rows/scripts.py", "rows/statistics.py", "rows/held_out.py", "rows/lines.py",
-    "rows/judge.py", "rows/prepare.py", "tokens/formats.py", "tokens/instructions.py",
+    "rows/conversations.py", "rows/scripts.py", "rows/statistics.py", "rows/held_out.py", "rows/marks.py",
+    "rows/lines.py", "rows/judge.py", "rows/prepare.py", "tokens/formats.py", "tokens/instructions.py",
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- tokens

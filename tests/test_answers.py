@@ -110,7 +110,7 @@ def test_groups_are_drawn(tmp_path):
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 800.0])
 def test_broken_weights_are_named_as_such(loss):
     with pytest.raises(FloatingPointError, match="the weights are broken"):
-        answers.perplexity([loss], [1])
+        answers.perplexity([loss], [1], [0])
 
 
 @BOTH

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qlora_utils.config import PLACE_FIELDS, ConfigError, no_such_run, resume_command
 from qlora_utils.evaluation.scores import (
     SCORES,
-    clusters_of,
     difference_interval,
     holm,
     mcnemar,
@@ -26,6 +25,7 @@ from qlora_utils.evaluation.scores import (
     paired_text,
     with_interval,
 )
+from qlora_utils.rows.held_out import clusters_of_answers
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import damaged, read_json, read_jsonl
 from qlora_utils.style import cut, in_figure, on_terminal
@@ -79,7 +79,8 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
     # From here on answers are aligned: index i is the same question in every run.
     lines = dict(zip(names, zip(*matched, strict=True), strict=True))
     first = lines[names[0]]
-    clusters = clusters_of(first)
+    # Runs of an earlier version grouped by entity.
+    clusters = clusters_of_answers(first, configs[0].get("group_by", "entity"))
     by_split: dict[str, list[int]] = {}
     for index, line in enumerate(first):
         by_split.setdefault(_split(line), []).append(index)

@@ -14,11 +14,12 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_utils.rows.statistics import words
 from qlora_utils.style import counted
 
+Value = TypeVar("Value", int, float)
 SCORES = {"exact_match": "exact match", "names_fact": "names the fact", "f1": "token F1", "rouge_l": "ROUGE-L"}
 TITLES = {**SCORES, "perplexity": "perplexity"}
 
@@ -202,20 +203,21 @@ def share_interval(values: Sequence[float], clusters: Sequence[Any]) -> list[flo
 
     If all scores are 0, or all are 1, every resample is the same and the interval would have no
     width. Then the exact binomial bound (Clopper and Pearson, 1934) takes its place, with each
-    cluster as one trial.
+    cluster as one trial. With a single cluster the interval is all of [0, 1].
 
     Args:
         values: one score per question.
         clusters: the cluster of each question, e.g. its entity.
     """
-    members = _group_by_cluster(values, clusters)
+    members = group_by_cluster(values, clusters)
     # No failure in n trials: the lower bound p solves p**n = 0.025.
     bound = round(0.025 ** (1 / len(members)), 4) if members else 0.0
     if values and min(values) == 1:
         return [bound, 1.0]
     if values and max(values) == 0:
         return [0.0, round(1 - bound, 4)]
-    return _interval_of_mean(members)
+    # A single cluster says nothing about others.
+    return [0.0, 1.0] if len(members) == 1 else _interval_of_mean(members)
 
 
 def _interval_of_mean(members: Sequence[Sequence[float]]) -> list[float]:
@@ -223,9 +225,9 @@ def _interval_of_mean(members: Sequence[Sequence[float]]) -> list[float]:
     return bootstrap_interval(list(map(sum, members)), list(map(len, members)))
 
 
-def _group_by_cluster(values: Sequence[float], clusters: Sequence[Any]) -> list[list[float]]:
+def group_by_cluster(values: Sequence[Value], clusters: Sequence[Any]) -> list[list[Value]]:
     """Return the values of each cluster, a list per cluster."""
-    members: dict[Any, list[float]] = {}
+    members: dict[Any, list[Value]] = {}
     for value, cluster in zip(values, clusters, strict=True):
         members.setdefault(cluster, []).append(value)
     return list(members.values())
@@ -249,24 +251,15 @@ def difference_interval(before: Sequence[float], after: Sequence[float], cluster
         # A difference of 0 can change by 1, one of 1 or -1 by 2: to its opposite.
         reach = unseen_share if gains[0] == 0 else 2 * unseen_share
         return [round(max(-1.0, gains[0] - reach), 4), round(min(1.0, gains[0] + reach), 4)]
-    return _interval_of_mean(_group_by_cluster(gains, clusters))
-
-
-def clusters_of(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Return the cluster of each question: its entity, or its row if it has none.
-
-    Answers about one entity tend to be right or wrong together.
-
-    Args:
-        lines: of `answers.jsonl`.
-    """
-    return [line["tags"].get("entity") or (line["where"], line["number"]) for line in lines]
+    members = group_by_cluster(gains, clusters)
+    return [-1.0, 1.0] if len(members) == 1 else _interval_of_mean(members)
 
 
 def means(scored: Sequence[Mapping[str, Any]], clusters: Sequence[Any]) -> dict[str, Any]:
     """Return the mean of each score, the 95 % `intervals`, and the share of answers that `stopped`.
 
-    A score that only some answers have is averaged over those. One that no answer has is omitted.
+    A score that only some answers have is averaged over those; `counts` has their number. One that
+    no answer has is omitted.
 
     Args:
         scored: from `answers.score`.
@@ -274,6 +267,7 @@ def means(scored: Sequence[Mapping[str, Any]], clusters: Sequence[Any]) -> dict[
     """
     result: dict[str, Any] = {}
     intervals: dict[str, list[float]] = {}
+    counts: dict[str, int] = {}
     for name in SCORES:
         values, value_clusters = [], []
         for row, cluster in zip(scored, clusters, strict=True):
@@ -282,6 +276,21 @@ def means(scored: Sequence[Mapping[str, Any]], clusters: Sequence[Any]) -> dict[
                 value_clusters.append(cluster)
         if values:
             result[name] = round(sum(values) / len(values), 4)
+            counts[name] = len(values)
             intervals[name] = share_interval(values, value_clusters)
     stopped = round(sum(row["stopped"] for row in scored) / len(scored), 4)
-    return {**result, "stopped": stopped, "intervals": intervals}
+    return {**result, "stopped": stopped, "intervals": intervals, "counts": counts}
+
+
+def measured_on(metrics: Mapping[str, Any], name: str) -> str:
+    """Say on how many of what a score of the held-out rows was measured: `400 questions`.
+
+    Args:
+        metrics: of the run, with `held_out` and `tuned`.
+        name: of the score.
+    """
+    held_out = metrics["held_out"]
+    # A perplexity is that of all tokens of whole conversations.
+    if name == "perplexity":
+        return counted(held_out["rows"], "conversation")
+    return counted(metrics["tuned"].get("counts", {}).get(name, held_out["questions"]), "question")

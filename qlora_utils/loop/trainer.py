@@ -33,7 +33,7 @@ from qlora_utils.models.resolution import Resolved
 from qlora_utils.models.shapes import HEAD
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.history import describe_continuation
-from qlora_utils.tokens.packing import LengthSampler
+from qlora_utils.tokens.packing import make_sampler
 
 
 @dataclass(frozen=True)
@@ -299,12 +299,8 @@ class StepTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return a sampler of rows: random, or of similar lengths if `row_order` is "length"."""
-        if self.config.row_order == "random":
-            return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        tokens = self._collator().tokens
-        lengths = [tokens(row) for row in rows]
-        return LengthSampler(lengths, self.args.train_batch_size, self.config.seed)
+        return make_sampler(rows, self._collator(), self.config, self.args.train_batch_size)
 
     def _collator(self) -> Any:
         """Return the collator of a single pass."""

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qlora_utils import style
 from qlora_utils.config import PLACE_FIELDS, RunConfig, as_given, run_command
 from qlora_utils.evaluation import compare
-from qlora_utils.evaluation.scores import paired_text, score_text
+from qlora_utils.evaluation.scores import measured_on, paired_text, score_text
 from qlora_utils.presets import PRESETS
 from qlora_utils.report import figures, sentences
 from qlora_utils.report.facts import AnswerLine, Facts, chosen, measured, scores_of
 from qlora_utils.report.word_diff import differences
 from qlora_utils.rows.columns import column_rows
-from qlora_utils.rows.statistics import truncated_share
+from qlora_utils.rows.statistics import leakage_lines, truncated_share
 from qlora_utils.runs.files import read_json
 from qlora_utils.runs.history import column, sample_answers
 from qlora_utils.runs.provenance import repository
@@ -128,11 +128,15 @@ def scores(facts: Facts) -> Values:
     base, tuned, held = metrics["base"], metrics["tuned"], metrics["held_out"]
     rows: list[tuple[Any, ...]] = []
     for name, title in measured(metrics).items():
-        rows.append((title, _score(base, name), _score(tuned, name)))
-    rows.append(("stops by itself", f"{base['stopped']:.3f}", f"{tuned['stopped']:.3f}"))
+        rows.append((title, _score(base, name), _score(tuned, name), measured_on(metrics, name)))
+    stopped = f"{base['stopped']:.3f}", f"{tuned['stopped']:.3f}", measured_on(metrics, "stopped")
+    rows.append(("stops by itself", *stopped))
 
     # Rows that chose the adapter flatter its scores; earlier versions don't record whether these did.
-    by_these = {True: ", though the adapter was chosen by them", False: " and the adapter was not chosen by"}
+    by_these = {
+        True: ", though the adapter was chosen by them or their like",
+        False: " and the adapter was not chosen by",
+    }
     verdict = ""
     if "paired" in metrics:
         verdict = f"{paired_text(metrics['paired'])} {sentences.verdict(facts)}"
@@ -481,7 +485,7 @@ def _counts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("left out", f"{data['rejected']:,}"),
             ("to train on, held out", f"{data['train']:,}, {data['held_out']:,} ({data['held_out_by']})"),
-            ("held-out questions also trained on", f"{data['leakage']:,}"),
+            *leakage_lines(data).items(),
         ]
     return rows
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_utils.evaluation.scores import (
-    clusters_of,
     difference_interval,
     paired_text,
     score_text,
     with_interval,
 )
 from qlora_utils.report.facts import AnswerLine, Facts, measured, trained_on_date
+from qlora_utils.rows.held_out import clusters_of_answers
 from qlora_utils.rows.statistics import truncated_share
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl
@@ -76,7 +76,10 @@ def _score_lines(metrics: Mapping[str, Any]) -> list[str]:
         base, tuned = (score_text(name, metrics[model][name]) for model in ("base", "tuned"))
         lines.append(f"  {title:<14} {base} → {tuned}")
     if held.get("chosen_on"):
-        lines.append("  (the adapter was chosen by these same rows: take the scores as slightly too good)")
+        lines.append(
+            "  (the adapter was chosen by these same rows, or by others that belong to them: take the scores as"
+        )
+        lines.append("  slightly too good)")
     lines.append("exact match, base → tuned, by split (questions):")
     for split, group in metrics.get("groups", {}).get("split", {}).items():
         base, tuned = (score_text("exact_match", group[model]["exact_match"]) for model in ("base", "tuned"))
@@ -173,7 +176,7 @@ def what_came_of_it(facts: Facts) -> str:
 
 
 def gain(facts: Facts) -> tuple[float, list[float]] | None:
-    """Return held-out exact match, tuned minus base, and its 95 % interval, resampled by entity or row.
+    """Return held-out exact match, tuned minus base, and its 95 % interval, resampled by cluster.
 
     Return None if there are no answers, or answers of an earlier version without what this needs.
     """
@@ -181,7 +184,7 @@ def gain(facts: Facts) -> tuple[float, list[float]] | None:
     try:
         base = [float(line["base"]["exact_match"]) for line in lines]
         tuned = [float(line["tuned"]["exact_match"]) for line in lines]
-        clusters = clusters_of(lines)
+        clusters = clusters_of_answers(lines, facts.config.get("group_by", "entity"))
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
     if not lines:
@@ -342,7 +345,10 @@ def _score_caveats(facts: Facts) -> list[str]:
     # Scores look too certain if the adapter was chosen by these same rows, or if the rows are few.
     held, tuned = metrics["held_out"], metrics["tuned"]
     if held.get("chosen_on"):
-        sentences.append("The adapter was chosen by these same rows: take the scores as slightly too good.")
+        sentences.append(
+            "The adapter was chosen by these same rows, or by others that open with the same question or share an "
+            "entity: take the scores as slightly too good."
+        )
     if held["questions"] < FEW:
         low, high = tuned["intervals"]["exact_match"]
         sentences.append(
@@ -351,7 +357,7 @@ def _score_caveats(facts: Facts) -> list[str]:
         )
 
     # Several questions about one entity are not independent.
-    clusters = _count_clusters(facts.held_out)
+    clusters = _count_clusters(facts.held_out, facts.config.get("group_by", "entity"))
     if "paired" in metrics and 0 < clusters < len(facts.held_out):
         sentences.append(
             f"The {held['questions']:,} questions are about {clusters:,} entities or rows. The intervals draw these as "
@@ -367,10 +373,10 @@ def _score_caveats(facts: Facts) -> list[str]:
     return sentences
 
 
-def _count_clusters(lines: Sequence[AnswerLine]) -> int:
+def _count_clusters(lines: Sequence[AnswerLine], group_by: str | None) -> int:
     """Count the entities or rows behind the answers, 0 for answers of an earlier version."""
     try:
-        return len(set(clusters_of(lines)))
+        return len(set(clusters_of_answers(lines, group_by)))
     except (KeyError, TypeError, AttributeError):
         return 0
 
@@ -379,10 +385,15 @@ def _data_caveats(facts: Facts) -> list[str]:
     data, sentences = facts.data, []
 
     # Leakage makes scores too good, truncation and unknown tokens hide text from the model.
-    if data.get("leakage"):
+    if questions := data.get("leaked_questions", data.get("leakage")):
         sentences.append(
-            f"{counted(data['leakage'], 'held-out question')} {'was' if data['leakage'] == 1 else 'were'} also trained "
+            f"{counted(questions, 'held-out question')} {'was' if questions == 1 else 'were'} also trained "
             "on: scores on these say what was remembered, not what was learned."
+        )
+    if shared := data.get("leaked_groups"):
+        sentences.append(
+            f"{shared:,} of {counted(data['held_out'], 'held-out row')} share their {cut(data['group_by'], 80)} with "
+            "rows that were trained on: scores on these say little of what is new to the model."
         )
     if data.get("truncated_share", 0) > 0.02:
         share, limit = percent(data["truncated_share"]), f"max_seq_len={data.get('max_seq_len')} tokens and are cut"
@@ -425,11 +436,7 @@ def data_sentences(facts: Facts) -> list[str]:
             f"{data['train']:,} are there to train on, {data['held_out']:,} are held out ({data['held_out_by']}); "
             f"{rejected}"
         )
-        sentences.append(
-            f"{counted(data['leakage'], 'held-out question')} also stand among those trained on."
-            if data["leakage"]
-            else "No held-out question also stands among those trained on."
-        )
+        sentences += _describe_leakage(data)
 
     # Lengths decide how much is cut and how much padding a batch would hold; an encoder-decoder is always padded.
     sentences.append(
@@ -449,6 +456,26 @@ def data_sentences(facts: Facts) -> list[str]:
         if any(twice)
         else "No row repeats another."
     )
+    return sentences
+
+
+def _describe_leakage(data: Mapping[str, Any]) -> list[str]:
+    """Describe which questions and which values of the column `group_by` are on both sides."""
+    # Earlier versions counted questions alone.
+    questions = data.get("leaked_questions", data["leakage"])
+    sentences = ["No held-out question also stands among those trained on."]
+    if questions:
+        sentences = [f"{counted(questions, 'held-out question')} also stand among those trained on."]
+    if data.get("group_by"):
+        name, shared = cut(data["group_by"], 80), data["leaked_groups"]
+        sentences.append(
+            f"{counted(shared, 'held-out row')} share their {name} with rows to train on."
+            if shared
+            else f"No {name} is on both sides."
+        )
+    if column := data.get("split_column"):
+        followed = "is" if column["followed"] else "is not"
+        sentences.append(f"The column {column['name']} {followed} followed: {column['marks']}.")
     return sentences
 
 

@@ -294,11 +294,19 @@ def _warn_about_counts(found: Check) -> list[str]:
     config, report = found.config, found.report
     train, held_out = report["train"], report["held_out"]
     warnings: list[str] = []
-    if report["held_out_by"] != "the source's own":
+    if report["held_out_by"].startswith("set aside"):
+        group_by = report.get("group_by")
+        apart = f"; no {cut(group_by, 80)} is on both sides" if group_by else ""
         warnings.append(
             f"It brings no held-out rows, so {held_out:,} of {train + held_out:,} are set aside at random "
-            f"(held_out_rows={config.held_out_rows}, at most a fifth). To choose them yourself, put them into a file "
-            "test.csv or test.jsonl beside the others and give the folder."
+            f"(held_out_rows={config.held_out_rows}, at most a fifth){apart}. To choose them yourself, mark them test "
+            "in a column split, or put them into a file test.csv or test.jsonl beside the others and give the folder."
+        )
+    column = report.get("split_column")
+    if column and not column["followed"]:
+        warnings.append(
+            f"The column {column['name']} is not followed: it has {column['marks']}. To choose the held-out rows by "
+            "it, write train or test there."
         )
     # The rest follows from the number of rows, which is known only once all are read.
     if found.rows:
@@ -344,10 +352,16 @@ def _warn_about_texts(found: Check) -> list[str]:
     warnings: list[str] = []
 
     # Rows that are there more than once.
-    if report["leakage"]:
+    if questions := report["leaked_questions"]:
         warnings.append(
-            f"{report['leakage']:,} of {counted(report['held_out'], 'held-out question')} are also trained on: the "
+            f"{questions:,} of {counted(report['held_out'], 'held-out question')} are also trained on: the "
             "scores will be too good. Take them out of one of the two."
+        )
+    if shared := report["leaked_groups"]:
+        warnings.append(
+            f"{shared:,} of {counted(report['held_out'], 'held-out row')} share their {cut(report['group_by'], 80)} "
+            "with rows to train on: the scores say how well the model speaks of what it was trained on, not of what is "
+            "new to it."
         )
     if duplicates := report["normalised_duplicates"]:
         warnings.append(

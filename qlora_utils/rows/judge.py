@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils.rows.columns import count_columns
 from qlora_utils.rows.conversations import Conversation, Rejected, batches, parse, usable
 from qlora_utils.rows.files import Rows
+from qlora_utils.rows.held_out import group_keys, group_tag
 from qlora_utils.rows.lines import format_line
+from qlora_utils.rows.marks import SplitColumns, find_columns, mark_of
 from qlora_utils.rows.readers import Row, UnusableRowError
 from qlora_utils.rows.statistics import REPORTED, measure, question_keys
 from qlora_utils.runs.directory import HEADLESS, TERMINAL
@@ -67,10 +69,12 @@ class RawRows:
         dataset: of one column, `rows`: a list of rows, pickled, because Arrow's own types would
             silently change odd values.
         count: of all rows.
+        columns: what a column such as `split` says of them.
     """
 
     dataset: Dataset
     count: int
+    columns: SplitColumns
 
 
 def read_raw(source: Mapping[str, Rows], temporary: Path) -> RawRows:
@@ -90,7 +94,7 @@ def read_raw(source: Mapping[str, Rows], temporary: Path) -> RawRows:
     total = None
     if None not in counts:
         total = sum(count or 0 for count in counts)
-    count = 0
+    count, columns = 0, SplitColumns()
 
     def pickled() -> Iterator[dict[str, bytes]]:
         nonlocal count
@@ -102,6 +106,8 @@ def read_raw(source: Mapping[str, Rows], temporary: Path) -> RawRows:
                 remaining = iter(rows)
                 while some := list(islice(remaining, LIST)):
                     yield {"rows": _pickle(part, some)}
+                    for row in some:
+                        columns.add(row.columns or {}, is_train=part == "train")
                     bar.update(len(some))
                     count += len(some)
 
@@ -118,7 +124,7 @@ def read_raw(source: Mapping[str, Rows], temporary: Path) -> RawRows:
         if error.__cause__ is None:
             raise
         raise error.__cause__ from None
-    return RawRows(dataset, count)
+    return RawRows(dataset, count, columns)
 
 
 def _pickle(part: str, rows: list[Row]) -> bytes:
@@ -150,7 +156,7 @@ def judge_all(raw: RawRows, form: Format, temporary: Path, processes: int | None
     if processes is None:
         processes = min(available_cores(), MOST_PROCESSES) if raw.count > FEW else 1
     # A shard must have a list of rows.
-    processes = min(processes, len(raw.dataset))
+    processes, followed = min(processes, len(raw.dataset)), raw.columns.followed
 
     # The processes report progress by the size of a file: a byte for each row that is judged.
     progress = temporary / "done"
@@ -158,15 +164,15 @@ def judge_all(raw: RawRows, form: Format, temporary: Path, processes: int | None
     with _progress_bar("preparing rows", raw.count) as bar:
         if processes == 1:
             with _follow_size(progress, bar):
-                return _judge_shard(raw.dataset, form, temporary / "judged.arrow", progress)
+                return _judge_shard(raw.dataset, form, followed, temporary / "judged.arrow", progress)
         shards = [raw.dataset.shard(processes, number, contiguous=True) for number in range(processes)]
-        return concatenate_datasets(_judge_in_processes(shards, form, temporary, progress, bar))
+        return concatenate_datasets(_judge_in_processes(shards, form, followed, temporary, progress, bar))
 
 
-def _judge_shard(shard: Dataset, form: Format, path: Path, progress: Path) -> Dataset:
+def _judge_shard(shard: Dataset, form: Format, followed: str | None, path: Path, progress: Path) -> Dataset:
     """Judge some of the rows in this process, and write the result to a file in Arrow's format."""
     return shard.map(
-        partial(_judge, form=form, progress=progress),
+        partial(_judge, form=form, followed=followed, progress=progress),
         batched=True,
         batch_size=BATCH // LIST,
         remove_columns=["rows"],
@@ -177,7 +183,7 @@ def _judge_shard(shard: Dataset, form: Format, path: Path, progress: Path) -> Da
 
 
 def _judge_in_processes(
-    shards: list[Dataset], form: Format, temporary: Path, progress: Path, bar: Any
+    shards: list[Dataset], form: Format, followed: str | None, temporary: Path, progress: Path, bar: Any
 ) -> list[Dataset]:
     """Judge each shard in a process of its own, while a bar follows the progress of all.
 
@@ -191,7 +197,7 @@ def _judge_in_processes(
     paths = [temporary / f"judged-{number}.arrow" for number in range(len(shards))]
     workers = []
     for shard, path in zip(shards, paths, strict=True):
-        arguments = (shard, form, path, progress, os.getpid())
+        arguments = (shard, form, followed, path, progress, os.getpid())
         workers.append(context.Process(target=_run_worker, args=arguments, daemon=True))
 
     # Whatever happens here, an interrupt too, no worker remains.
@@ -212,7 +218,7 @@ def _judge_in_processes(
     return [Dataset.from_file(str(path)) for path in paths]
 
 
-def _run_worker(shard: Dataset, form: Format, path: Path, progress: Path, parent: int) -> None:
+def _run_worker(shard: Dataset, form: Format, followed: str | None, path: Path, progress: Path, parent: int) -> None:
     """Judge a shard in this process, which was forked for that and ends when its parent does."""
     # An interrupt reaches all processes of a terminal; the parent decides what it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -230,7 +236,7 @@ def _run_worker(shard: Dataset, form: Format, path: Path, progress: Path, parent
     # There is a process for each core already, and the tokenizer's threads do not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        _judge_shard(shard, form, path, progress)
+        _judge_shard(shard, form, followed, path, progress)
     except Exception as error:
         path.with_suffix(".error").write_bytes(_pickle_error(error))
         os._exit(1)
@@ -273,12 +279,15 @@ def arrow_features() -> Features:
     from datasets import Features, List, Value
 
     columns = {"part": "string", "where": "string", "number": "int64", "line": "large_binary", "reason": "string",
-               "too_long": "bool", "questions": "binary", "columns": "large_binary", **REPORTED}  # fmt: skip
+               "too_long": "bool", "questions": "binary", "groups": "binary", "columns": "large_binary",
+               **REPORTED}  # fmt: skip
     types = {name: List(Value("int32")) if kind == "list" else Value(kind) for name, kind in columns.items()}
     return Features(types)
 
 
-def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) -> dict[str, list[Any]]:
+def _judge(
+    batch: Mapping[str, list[bytes]], *, form: Format, followed: str | None, progress: Path
+) -> dict[str, list[Any]]:
     """Judge pickled rows: find those that can be trained on, and the reason why others cannot.
 
     A row can be trained on if it has a turn that is not blank, and an answer that begins within
@@ -287,6 +296,7 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) ->
     Args:
         batch: a column `rows`, as in `RawRows`.
         form: of the run's model.
+        followed: name of the column that marks rows to hold out, None if there is none.
         progress: file that grows by a byte for each row, so that the parent process sees progress.
 
     Returns:
@@ -295,13 +305,13 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) ->
         - `part`, `where` and `number` of the row;
         - `reason`, of a rejected row; `too_long`, True if `max_seq_len` is the reason;
         - `line`, in JSON, of the conversation or of the rejected row;
-        - `questions`, the keys of a usable conversation;
+        - `questions`, the keys of a usable conversation, and `groups`, its values of `group_by`;
         - `columns`, in the batch's first row alone, the counts of all its columns in JSON;
         - the columns of `statistics.measure`, of a row that could be read.
     """
     rows = list(chain.from_iterable(map(pickle.loads, batch["rows"])))
     columns: dict[str, list[Any]] = {name: [None] * len(rows) for name in arrow_features()}
-    conversations, indices, roles = _parse_rows(rows, columns)
+    conversations, indices, roles = _parse_rows(rows, columns, form.config.group_by, followed)
 
     # Measure in batches of limited size, since lists of token ids take much memory.
     following = iter(indices)
@@ -326,6 +336,7 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) ->
             if answered:
                 columns["line"][index] = format_line(filled)
                 columns["questions"][index] = question_keys(filled)
+                columns["groups"][index] = group_keys(filled, form.config.group_by)
             else:
                 columns["reason"][index] = f"no answer begins within max_seq_len={form.config.max_seq_len} tokens"
 
@@ -348,9 +359,15 @@ def _judge(batch: Mapping[str, list[bytes]], *, form: Format, progress: Path) ->
 
 
 def _parse_rows(
-    rows: list[Any], columns: dict[str, list[Any]]
+    rows: list[Any], columns: dict[str, list[Any]], group_by: str | None, followed: str | None
 ) -> tuple[list[Conversation], list[int], list[dict[str, str] | None]]:
     """Parse rows, and set the columns `part`, `where`, `number` and, of invalid rows, `reason`.
+
+    Args:
+        rows: a batch.
+        columns: of the batch.
+        group_by: name of the column whose values become a tag, whatever else is read of it.
+        followed: name of the column that marks rows to hold out.
 
     Returns:
         The conversations, the index of the row of each, and what the columns of each row were read as.
@@ -360,11 +377,41 @@ def _parse_rows(
     for index, (part, where, number, values, error) in enumerate(rows):
         columns["part"][index], columns["where"][index], columns["number"][index] = part, where, number
         try:
-            conversations.append(parse(Row(where, number, values, error), roles[index]))
+            columns["part"][index] = _marked_part(part, values or {}, followed)
+            conversation = parse(Row(where, number, values, error), roles[index])
+            if group_by and group_by not in conversation.tags:
+                conversation = _with_group(conversation, values, group_by)
+            conversations.append(conversation)
             indices.append(index)
         except UnusableRowError as refusal:
             columns["reason"][index] = str(refusal)
     return conversations, indices, roles
+
+
+def _with_group(conversation: Conversation, values: Mapping[str, Any], group_by: str) -> Conversation:
+    """Return a conversation with its value of the column `group_by` as a tag, if the row has one."""
+    tag = group_tag(values, group_by, len(conversation.turns))
+    return conversation if tag is None else replace(conversation, tags={**conversation.tags, group_by: tag})
+
+
+def _marked_part(part: str, values: Mapping[str, Any], followed: str | None) -> str:
+    """Return the part of a row: `train` or `held_out`.
+
+    Args:
+        part: of its file or split. What lies there with other held-out rows stays held out.
+        values: of its columns.
+        followed: name of the column that marks rows, None if there is none.
+
+    Raises:
+        UnusableRowError: the row is marked as neither.
+    """
+    if part != "train" or followed is None:
+        return part
+    value = values.get(find_columns(tuple(values)).get(followed))  # type: ignore[arg-type]
+    mark = mark_of(value)
+    if mark == "other":
+        raise UnusableRowError(f"{followed} is {str(value)[:40]!r}, expected train, validation or test")
+    return "held_out" if mark == "held_out" else "train"
 
 
 def available_cores() -> int:

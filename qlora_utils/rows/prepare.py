@@ -14,14 +14,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_utils.config import RunConfig
 from qlora_utils.rows.columns import add_counts
 from qlora_utils.rows.conversations import Rejected
 from qlora_utils.rows.files import DataError, Rows
 from qlora_utils.rows.held_out import choose_held_out, find_leaked
 from qlora_utils.rows.judge import hide_datasets_bars, judge_all, read_raw
+from qlora_utils.rows.marks import SplitColumns
 from qlora_utils.rows.reasons import group_reasons
 from qlora_utils.rows.statistics import DIGEST, REPORTED, digest_array, report_of
 from qlora_utils.runs.files import write_json
+from qlora_utils.style import cut
 
 if TYPE_CHECKING:
     import pyarrow
@@ -67,13 +70,16 @@ def prepare_into(
         judged = judge_all(raw, form, Path(temporary), processes)
         table = judged.data.table
 
+        group_by = _check_group_by(table, raw.columns, name, form)
+
         # Report on all rows that could be parsed, usable or not: those with a number of turns.
         report = report_of(table.select([*REPORTED]).filter(_has_value(table, "turns")), form)
         is_rejected = _has_value(table, "reason")
-        sides, held_out_by = _split(table, ~is_rejected, form)
+        sides, held_out_by = _split(table, ~is_rejected, form, raw.columns.followed, group_by)
         train, held_out = sides["train"], sides["held_out"]
         if not len(train) or not len(held_out):
-            raise DataError(_explain_too_few(name, len(train), len(held_out), table.filter(is_rejected)))
+            missing = _explain_missing(len(train), len(held_out), is_rejected.any(), raw.columns.followed, group_by)
+            raise DataError(_explain_too_few(name, len(train), len(held_out), missing, table.filter(is_rejected)))
         train = _limit_rows(train, form)
 
         # Only the lines are saved, each side in a dataset of its own. Without `num_shards`, one
@@ -85,8 +91,10 @@ def prepare_into(
             selected.save_to_disk(folder / part, num_shards=1)
 
         # Where `train_rows` leaves rows aside, the three numbers add up to less than `rows_read`.
-        keys = table["questions"]
-        is_leaked = find_leaked(_all_keys(keys.take(train)), _first_keys(keys.take(held_out)))
+        asks_trained = find_leaked(
+            _all_keys(table["questions"].take(train)), _first_keys(table["questions"].take(held_out))
+        )
+        shares_group = _find_shared_groups(table["groups"], train, held_out)
         report |= {
             "source": name,
             "columns": _count_columns(table),
@@ -95,7 +103,11 @@ def prepare_into(
             "train": len(train),
             "held_out": len(held_out),
             "held_out_by": held_out_by,
-            "leakage": int(is_leaked.sum()),
+            "split_column": raw.columns.describe(),
+            "group_by": group_by,
+            "leakage": int((asks_trained | shares_group).sum()),
+            "leaked_questions": int(asks_trained.sum()),
+            "leaked_groups": int(shares_group.sum()),
         }
     write_json(folder / "report.json", report)
 
@@ -129,13 +141,17 @@ def _has_value(table: pyarrow.Table, column: str) -> Any:
     return pyarrow.compute.is_valid(table[column]).to_numpy()
 
 
-def _split(table: pyarrow.Table, is_usable: Any, form: Format) -> tuple[dict[str, Any], str]:
+def _split(
+    table: pyarrow.Table, is_usable: Any, form: Format, followed: str | None, group_by: str | None
+) -> tuple[dict[str, Any], str]:
     """Split usable rows into those to train on and those to hold out.
 
     Args:
         table: of judged rows.
         is_usable: a boolean array, shape `(rows,)`.
         form: of the run's model.
+        followed: name of the column that marks rows to hold out, None if there is none.
+        group_by: name of the column of which no value may be on both sides, None if no row has it.
 
     Returns:
         The numbers of the rows of `train` and `held_out` as arrays, and who chose the rows to hold
@@ -147,17 +163,20 @@ def _split(table: pyarrow.Table, is_usable: Any, form: Format) -> tuple[dict[str
     is_train = pyarrow.compute.equal(table["part"], "train").to_numpy()
     own = numpy.flatnonzero(is_usable & ~is_train)
     if len(own):
-        return {"train": numpy.flatnonzero(is_usable & is_train), "held_out": own}, "the source's own"
+        by = "the source's own" if followed is None else f"the source's own, by its column {followed}"
+        return {"train": numpy.flatnonzero(is_usable & is_train), "held_out": own}, by
 
     # The source has no held-out part, or one that was published without answers. The choice depends
     # on the order in which rows are read; each side is then sorted by file and number.
     rows = numpy.flatnonzero(is_usable)
     first_keys = _first_keys(table["questions"].take(rows))
-    chosen = choose_held_out(first_keys, form.config.held_out_rows, form.config.seed)
+    owners, values = _group_values(table["groups"].take(rows))
+    chosen = choose_held_out(first_keys, form.config.held_out_rows, form.config.seed, owners, values)
     places = table.select(["where", "number"]).take(rows)
     order = pyarrow.compute.sort_indices(places, sort_keys=[("where", "ascending"), ("number", "ascending")])
     rows, chosen = rows[order.to_numpy()], chosen[order.to_numpy()]
-    return {"train": rows[~chosen], "held_out": rows[chosen]}, "set aside at random"
+    by = "set aside at random" if group_by is None else f"set aside at random, no {group_by} on both sides"
+    return {"train": rows[~chosen], "held_out": rows[chosen]}, by
 
 
 def _limit_rows(train: Any, form: Format) -> Any:
@@ -180,16 +199,68 @@ def _first_keys(questions: pyarrow.ChunkedArray) -> Any:
     return digest_array(b"".join(pyarrow.compute.binary_slice(questions, 0, DIGEST).to_pylist()))
 
 
-def _explain_too_few(name: str, train: int, held_out: int, rejected: pyarrow.Table) -> str:
+def _group_values(groups: pyarrow.ChunkedArray) -> tuple[Any, Any]:
+    """Return all values of the column `group_by`: the index of the row of each, and its digest."""
+    import numpy
+    import pyarrow.compute
+
+    counts = pyarrow.compute.binary_length(groups).to_numpy() // DIGEST
+    return numpy.repeat(numpy.arange(len(counts)), counts), digest_array(b"".join(groups.to_pylist()))
+
+
+def _find_shared_groups(groups: pyarrow.ChunkedArray, train: Any, held_out: Any) -> Any:
+    """Find the held-out rows that share a value of the column `group_by` with a row to train on.
+
+    Returns:
+        A boolean array, shape `(held-out rows,)`.
+    """
+    import numpy
+
+    _, trained = _group_values(groups.take(train))
+    owners, values = _group_values(groups.take(held_out))
+    is_shared = numpy.zeros(len(held_out), dtype=bool)
+    is_shared[owners[numpy.isin(values, numpy.unique(trained))]] = True
+    return is_shared
+
+
+def _check_group_by(table: pyarrow.Table, columns: SplitColumns, name: str, form: Format) -> str | None:
+    """Return the config's `group_by`, or None if no usable row has a value there.
+
+    Raises:
+        DataError: no row has one, and the config names a column other than the default.
+    """
+    import pyarrow.compute
+
+    group_by = form.config.group_by
+    if group_by is None or pyarrow.compute.any(pyarrow.compute.not_equal(table["groups"], b"")).as_py():
+        return group_by
+    # The default holds where rows have such a column. Without usable rows, that is what to report.
+    if group_by == RunConfig.model_fields["group_by"].default or not table["questions"].is_valid().to_numpy().any():
+        return None
+    shown = ", ".join([cut(column, 40) for column in columns.names][:20])
+    raise DataError(
+        f"dataset: no usable row of {name} has a value in the column {cut(group_by, 80)}, which group_by names; its "
+        f"columns are {shown}. Give one of these, or group_by=none to group rows by their first question alone."
+    )
+
+
+def _explain_missing(train: int, held_out: int, has_rejected: bool, followed: str | None, group_by: str | None) -> str:
+    """Explain why there are no rows to train on, or none to hold out; an empty text if that is plain."""
+    if train > 1:
+        shared = f" or share, one with the next, a value of {cut(group_by, 80)}" if group_by else ""
+        more = ", or group_by=none" if group_by else ""
+        return f" All usable rows open with the same question{shared}: give rows that ask others too{more}."
+    if held_out and followed:
+        return f" The column {followed} marks all usable rows as held out: mark some train, or rename the column."
+    if held_out:
+        return " Only files with test, validation or the like in their names were found: give one to train on too."
+    return "" if has_rejected else " Give more rows."
+
+
+def _explain_too_few(name: str, train: int, held_out: int, why: str, rejected: pyarrow.Table) -> str:
     """Explain that rows to train on or to hold out are missing, why, and what to do."""
     if not train and not held_out and not rejected.num_rows:
         return f"dataset: {name} holds no rows. Expected one question and answer or more."
-    if train > 1:
-        why = " All usable rows open with the same question: give rows that ask others too."
-    elif held_out:
-        why = " Only files with test, validation or the like in their names were found: give one to train on too."
-    else:
-        why = "" if rejected.num_rows else " Give more rows."
 
     # Name the commonest reasons in the order of their first rows: three, or as many as leave the message readable.
     rows = [Rejected(**row) for row in rejected.select(["where", "number", "reason"]).to_pylist()]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.scripts import script_of
-from qlora_utils.style import percent
+from qlora_utils.style import cut, percent
 
 if TYPE_CHECKING:
     import pyarrow
@@ -239,9 +239,23 @@ def report_table(report: Mapping[str, Any]) -> str:
     if "train" in report:
         lines["left out"] = str(report["rejected"])
         lines["train / held-out"] = f"{report['train']:,} / {report['held_out']:,} ({report['held_out_by']})"
-        lines["held-out questions also trained on"] = str(report["leakage"])
+        lines |= leakage_lines(report)
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def leakage_lines(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is on both sides of the split, as lines of a table, and what a column `split` says."""
+    # Reports of earlier versions count questions alone.
+    lines = {"held-out questions also trained on": f"{report.get('leaked_questions', report['leakage']):,}"}
+    if group_by := report.get("group_by"):
+        shared = f"{report['leaked_groups']:,}"
+        title = f"held-out rows whose {cut(group_by, 40)} is also trained on"
+        lines[title] = shared if report["leaked_groups"] else f"0: no {cut(group_by, 40)} is on both sides"
+    if column := report.get("split_column"):
+        title = f"column {column['name']}, followed" if column["followed"] else f"column {column['name']}, not followed"
+        lines[title] = column["marks"]
+    return lines
 
 
 def _share(part: int, whole: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import RunConfig
@@ -315,6 +315,32 @@ class StepCollator:
         return True
 
 
+class RandomSampler:
+    """Sample rows in random order, which depends on seed and epoch alone.
+
+    It is the order of accelerate's `SeedableRandomSampler`, which the Trainer would use. Having it
+    here tells afterwards which rows a training has read (`find_read`).
+    """
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def __len__(self) -> int:
+        """Return the number of rows in an epoch."""
+        return self.rows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch; the Trainer calls this before each epoch, also when it resumes one."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over the rows of an epoch, by their index."""
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(torch.randperm(self.rows, generator=generator).tolist())
+
+
 class LengthSampler:
     """Sample rows in random groups, within which rows of similar length follow each other.
 
@@ -341,6 +367,35 @@ class LengthSampler:
         # A large factor, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def make_sampler(
+    examples: Sequence[Encoded], collator: Collator | PairCollator, config: RunConfig, batch_size: int
+) -> RandomSampler | LengthSampler:
+    """Return the order in which a training reads its examples: random, or by `row_order` of like length.
+
+    Args:
+        examples: to train on.
+        collator: of the run.
+        config: the run.
+        batch_size: examples of a step in one process.
+    """
+    if config.row_order == "random":
+        return RandomSampler(len(examples), config.seed)
+    lengths = [collator.tokens(example) for example in examples]
+    return LengthSampler(lengths, batch_size, config.seed)
+
+
+def find_read(sampler: RandomSampler | LengthSampler, examples: int) -> set[int]:
+    """Return the indices of the examples that a training has read.
+
+    Args:
+        sampler: of the training, from `make_sampler`; its epoch is set to the first.
+        examples: number that all steps together have read.
+    """
+    # The first epoch reads each example once, and the later ones read none that is new.
+    sampler.set_epoch(0)
+    return set(islice(sampler, examples))
 
 
 # ---------------------------------------------------------------------------------- measured and drawn

@@ -49,7 +49,8 @@ def test_scores_stand_beside_each_other_with_their_intervals_and_by_group(run):
     low, high = metrics["tuned"]["intervals"]["exact_match"]
     assert table["exact match"][1] == f"0.900 [{low:.3f}, {high:.3f}]"
     assert table["perplexity"][0] == "17 [16.9, 17.1]"
-    assert table["stops by itself"] == ["1.000", "1.000"]
+    assert table["stops by itself"] == ["1.000", "1.000", "60 questions"]
+    assert table["perplexity"][2] == "70 conversations"
     for split, group in metrics["groups"]["split"].items():
         assert table[split][0] == str(group["questions"])
         assert table[split][3].startswith(f"{group['tuned']['exact_match']:.3f} [")
