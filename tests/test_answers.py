@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -113,6 +114,59 @@ def test_broken_weights_are_named_as_such(loss):
         answers.perplexity([loss], [1], [0])
 
 
+def test_a_perplexity_is_as_uncertain_as_its_clusters():
+    """Rows of one entity are as hard as each other: their interval is by entity, not by row (finding A)."""
+    draw = random.Random(0)
+    hardness = [draw.gauss(2, 0.6) for _ in range(20)]
+    losses = [10 * (hardness[n // 20] + draw.gauss(0, 0.1)) for n in range(400)]
+    value, by_row = answers.perplexity(losses, [10] * 400, range(400))
+    same, by_entity = answers.perplexity(losses, [10] * 400, [n // 20 for n in range(400)])
+    assert value == same
+    assert by_entity[0] < by_row[0] < value < by_row[1] < by_entity[1]
+    assert by_entity[1] - by_entity[0] > 3 * (by_row[1] - by_row[0])
+
+
+@pytest.mark.parametrize(("group_by", "wider"), [("entity", True), ("domain", True), (None, False)])
+def test_all_intervals_follow_group_by(group_by, wider):
+    lines = []
+    for number in range(100):
+        asked = line("all", 0.0, float(number // 10 % 2), entity=f"e{number // 10}", domain=f"d{number // 10}")
+        lines.append({**asked, "number": number, "text": f"q{number}", "history": []})
+    (scores,) = answers.group(lines, "split", group_by=group_by).values()
+    low, high = scores["tuned"]["intervals"]["exact_match"]
+    assert (high - low > 0.4) == wider
+    assert scores["tuned"]["counts"] == {"exact_match": 100, "f1": 100, "rouge_l": 100}
+
+
+def test_one_cluster_says_nothing_of_others():
+    from qlora_utils.evaluation.scores import difference_interval, share_interval
+
+    assert share_interval([0.0, 1.0, 0.5], [7, 7, 7]) == [0.0, 1.0]
+    assert difference_interval([0.0, 1.0], [1.0, 0.0], [7, 7]) == [-1.0, 1.0]
+
+
+@BOTH
+@pytest.mark.parametrize("row_order", ["random", "length"])
+def test_training_rows_are_asked_of_steps_alone(config, tokenizer, prepared, row_order):
+    """Of 200 training rows that were asked no step had seen 133 (finding A)."""
+    short = RunConfig.build({**config.model_dump(), "steps": 3, "row_order": row_order})
+    read = answers.read_rows(prepared, tokenizer, short)
+    _, trained = answers.choose_questions(prepared, tokenizer, short)
+    assert 0 < len(read) <= 24 < len(prepared.train)
+    assert {question.number for question in trained} <= {row.number for row in read}
+    longer = answers.read_rows(prepared, tokenizer, RunConfig.build({**short.model_dump(), "steps": 5}))
+    assert {row.number for row in read} < {row.number for row in longer}
+    whole = RunConfig.build({**short.model_dump(), "steps": 8})
+    assert len(answers.read_rows(prepared, tokenizer, whole)) == len(prepared.train)
+
+
+def test_the_adapter_that_was_kept_decides_what_it_was_trained_on(config, tokenizer, prepared, run):
+    run.add_metrics(train={"steps": 8, "kept_step": 2})
+    assert len(answers.read_rows(prepared, tokenizer, config)) == 16
+    run.add_metrics(train={"steps": 4})  # as an earlier version wrote it
+    assert len(answers.read_rows(prepared, tokenizer, config)) == 32
+
+
 @BOTH
 def test_evaluate_writes_answers_and_scores(config, tuned_model, tokenizer, prepared, run, recipe):
     done = []
@@ -139,6 +193,8 @@ def test_evaluate_writes_answers_and_scores(config, tuned_model, tokenizer, prep
     scores = answers.score_table(metrics)
     for model in ("base", "tuned"):
         low, high = metrics[model]["intervals"]["perplexity"]
+        assert scores.loc["perplexity", ("measured on", "")] == f"{len(prepared.held_out) // 2} conversations"
+        assert scores.loc["exact match", ("measured on", "")] == f"{len(held)} questions"
         assert scores.loc["perplexity", model].to_list() == [metrics[model]["perplexity"], low, high]
         assert scores.loc["stops by itself", (model, "mean")] == metrics[model]["stopped"]
     groups = answers.group_table(metrics["groups"]["split"])

@@ -15,7 +15,7 @@ import trajectory
 from conftest import BOTH, MARKUP, on_its_device, tensors
 from transformers import TrainerCallback
 
-from qlora_utils import lora, quantization, training
+from qlora_utils import answers, lora, quantization, training
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.curves import read_history
 from qlora_utils.evaluation.generation import Answer, Question, Sampling, answer_all
@@ -325,6 +325,26 @@ def test_a_finished_training_is_taken_as_it_is_or_trained_on(config, tokenizer, 
         train(changed(config, steps=4), tokenizer, prepared)
     _, _, longer = train(changed(config, steps=10), tokenizer, prepared)
     assert [line["step"] for line in longer if "loss" in line] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("row_order", ["random", pytest.param("length", marks=pytest.mark.slow)])
+def test_the_rows_that_steps_have_read_are_known_afterwards(config, tokenizer, prepared, monkeypatch, row_order):
+    """Also where a training was continued, and whatever its passes: what was read is what `answers.read_rows` says."""
+    read = []
+
+    def step(trainer, model, inputs, *rest):
+        read.extend(tuple(example.input_ids) for example in inputs["examples"])
+        return original(trainer, model, inputs, *rest)
+
+    original = training.StepTrainer.training_step
+    monkeypatch.setattr(training.StepTrainer, "training_step", step)
+    for steps in (2, 5):
+        longer = changed(config, steps=steps, row_order=row_order, keep="last", micro_batch_size=2)
+        train(longer, tokenizer, prepared)
+        rows = answers.read_rows(prepared, tokenizer, longer)
+        encoded = format_of(tokenizer, longer).examples(rows, training=True)
+        assert len(read) == len(rows) == 8 * steps
+        assert set(read) == {tuple(example.input_ids) for example in encoded}
 
 
 def test_a_finished_training_needs_no_checkpoints(config, tokenizer, prepared):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import BOTH
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_utils.style import PALE
@@ -11,7 +11,9 @@ from qlora_utils.tokens.packing import (
     Collator,
     LengthSampler,
     PairCollator,
+    RandomSampler,
     StepCollator,
+    find_read,
     format_passes,
     group_by_size,
     make_collator,
@@ -131,6 +133,33 @@ def test_like_lengths_share_a_step_and_each_epoch_has_an_order_of_its_own():
     assert list(sampler) != first
     spread = [max(part) - min(part) for n in range(0, 400, 8) if (part := [lengths[i] for i in first[n : n + 8]])]
     assert sum(spread) / len(spread) < 15  # of 100 at random
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_random_order_is_that_of_accelerate(seed):
+    from accelerate.data_loader import SeedableRandomSampler
+
+    ours, theirs = RandomSampler(50, seed), SeedableRandomSampler(range(50), data_seed=seed)
+    for epoch in (0, 1, 5):
+        ours.set_epoch(epoch)
+        theirs.set_epoch(epoch)
+        assert list(ours) == list(theirs)
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 30), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_what_was_read_is_counted_step_by_step(rows, batch_size, steps, by_length):
+    """Each epoch reads every example once; its last step may be a smaller one."""
+    sampler = (
+        LengthSampler([7 * n % 11 + 1 for n in range(rows)], batch_size, 3) if by_length else RandomSampler(rows, 3)
+    )
+    read, epoch = [], 0
+    while len(read) < steps:
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        read += [order[start : start + batch_size] for start in range(0, rows, batch_size)]
+        epoch += 1
+    assert find_read(sampler, steps * batch_size) == {index for step in read[:steps] for index in step}
 
 
 @given(SIZES)
