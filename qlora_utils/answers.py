@@ -201,7 +201,7 @@ def read_rows(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: Ru
     indices = iter(range(len(encoded)))
     rows = []
     for row, count in zip(prepared.train, examples_per_row, strict=True):
-        if read.issuperset(islice(indices, count)):
+        if set(islice(indices, count)) <= read:
             rows.append(row)
     return rows
 

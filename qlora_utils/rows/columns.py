@@ -27,8 +27,10 @@ TAG_ROLES = {
     "domain": "tag: scored apart",
     "kind": "tag: scored apart",
     "fact": "tag: looked for in the answer",
-    "entity": "tag: intervals by cluster",
+    "entity": "tag",
 }
+# These two are named by the rows' values and by the config, and set where rows are judged.
+MARKS_PART, GROUP = "train or held out", "rows of one value stay together"
 QUESTION, ANSWER, CONVERSATION = "question", "answer", "conversation"
 PART, SYSTEM, EARLIER = "part of the question", "system prompt", "earlier turns"
 LEFT_OUT = "left out with its row"

@@ -23,7 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.rows.columns import count_columns
+from qlora_utils.rows.columns import GROUP, MARKS_PART, count_columns
 from qlora_utils.rows.conversations import Conversation, Rejected, batches, parse, usable
 from qlora_utils.rows.files import Rows
 from qlora_utils.rows.held_out import group_keys, group_tag
@@ -381,11 +381,27 @@ def _parse_rows(
             conversation = parse(Row(where, number, values, error), roles[index])
             if group_by and group_by not in conversation.tags:
                 conversation = _with_group(conversation, values, group_by)
+            _note_roles(roles[index], values, conversation, group_by, followed)
             conversations.append(conversation)
             indices.append(index)
         except UnusableRowError as refusal:
             columns["reason"][index] = str(refusal)
     return conversations, indices, roles
+
+
+def _note_roles(
+    roles: dict[str, str] | None,
+    values: Mapping[str, Any],
+    conversation: Conversation,
+    group_by: str | None,
+    followed: str | None,
+) -> None:
+    """Note the columns of a row that are read to split rows, and not by `parse`."""
+    assert roles is not None
+    if group_by in conversation.tags:
+        roles[str(group_by)] = GROUP
+    if followed is not None and (spelling := find_columns(tuple(values)).get(followed)) is not None:
+        roles[spelling] = MARKS_PART
 
 
 def _with_group(conversation: Conversation, values: Mapping[str, Any], group_by: str) -> Conversation:
