@@ -115,7 +115,7 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
             # backward pass, and training after any evaluation would silently stop reaching the layers below.
             layer.support_avx512bf16_for_cpu = False
             # a model that was stored in 4 bits brings the precision of whoever stored it
-            layer.compute_dtype = layer.weight.quant_state.dtype = dtype
+            layer.compute_dtype = layer.weight.quant_state.dtype = dtype  # type: ignore[attr-defined]
     if resolved.config.keep_expanded:
         keep_expanded(model)
     model.requires_grad_(False)

@@ -581,9 +581,9 @@ DATASETS = [
     data("one question in all rows", "rows.csv", CSV + "".join(f"q,a{n}\n" for n in range(5)),
          r"leaves 5 rows to train on and 0 to hold out.*All usable rows open with the same question: give rows"),
     data("one entity in all rows", "rows.csv", "entity," + CSV + "".join(f"e,q{n},a{n}\n" for n in range(5)),
-         r"leaves 5 rows to train on and 0 to hold out.*or share, one with the next, a value of entity: .*group_by=none"),
+         r"leaves 5 rows to train on and 0 to hold out.*or share, one with the next, a value of entity: .*group_by"),
     data("a group_by that no row has", "rows.csv", "doc," + CSV + "".join(f"d{n},q{n},a{n}\n" for n in range(5)),
-         r"no usable row of .* has a value in the column docs, which group_by names; its columns are doc, question, answer",
+         r"no usable row of .* has a value in the column docs, which group_by names; its columns are doc, question",
          "-p", "group_by=docs"),
     data("all rows marked test", "rows.csv", "split," + CSV + "".join(f"test,q{n},a{n}\n" for n in range(5)),
          r"leaves 0 rows to train on and 5 to hold out.*The column split marks all usable rows as held out: mark some"),
@@ -736,7 +736,7 @@ def quantized_with(**described: Any) -> Callable[[Path], object]:
     return set_in("config.json", quantization_config=described)
 
 
-ALREADY = r"model: .*model is quantized already, with {}, which can be neither trained nor merged here\. Take the model from"
+ALREADY = r"model: .*model is quantized already, with {}, which can be neither trained nor merged here"
 
 
 NORM, HEAD_WEIGHT = "model.norm.weight", "lm_head.weight"
@@ -756,7 +756,8 @@ MODELS = [
     model("GPTQ", quantized_with(quant_method="gptq", bits=4), ALREADY.format("GPTQ")),
     model("AWQ", quantized_with(quant_method="awq", bits=4), ALREADY.format("AWQ")),
     model("FP8", quantized_with(quant_method="fp8"), ALREADY.format("FP8")),
-    model("compressed-tensors", quantized_with(quant_method="compressed-tensors"), ALREADY.format("compressed-tensors")),
+    model("compressed-tensors", quantized_with(quant_method="compressed-tensors"),
+          ALREADY.format("compressed-tensors")),
     model("compressed-tensors, earlier", set_in("config.json", compression_config={"quant_method": "sparseml"}),
           ALREADY.format("sparseml")),
     model("8 bits", quantized_with(quant_method="bitsandbytes", load_in_8bit=True),
