@@ -40,21 +40,21 @@ LEFT_OUT = "left out with its row"
 _KINDS = {
     # Texts to apply the question to: Dolly's `context`, BoolQ's `passage` and their like.
     "material": ("context", "contexts", "passage", "passages", "paragraph", "paragraphs", "article", "document",
-                 "documents", "story", "background"),
+                 "documents", "story", "background", "excerpt", "knowledge"),
     "options": ("options", "choices"),
     "system": ("system", "system_prompt", "system_message"),
     "history": ("history", "chat_history", "conversation_history"),
-    "label": ("label", "kto_tag"),
+    "label": ("label", "kto_tag", "desirable", "is_desirable", "is_chosen", "is_correct"),
     "weight": ("weight", "train"),
     "tools": ("tools", "functions", "function_call", "function_calls", "tool_calls"),
 }  # fmt: skip
 # Of these a single word, such as `handbook.pdf`, names a text and is none.
-_MAY_BE_NAMES = frozenset({"article", "document", "documents", "story", "background"})
+_MAY_BE_NAMES = frozenset({"article", "document", "documents", "story", "background", "excerpt", "knowledge"})
 # Names of columns to read in any spelling.
 SPELLED = frozenset(name for kind in ("material", "options", "system", "history") for name in _KINDS[kind])
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
 # The words of a name such as `image_path`, and of one such as `chosen_response`.
-_MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+_MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos", "img", "imgs", "picture", "pictures"})
 _MEDIA_FORMS = frozenset({"path", "paths", "url", "urls", "file", "files", "id", "ids", "bytes"})
 _PREFERRED = frozenset({"chosen", "rejected", "preferred", "dispreferred"})
 _ANSWERS = frozenset({"answer", "response", "output", "completion", "text", "message", "messages", "conversation"})
@@ -95,7 +95,8 @@ def _kind_of(name: str) -> str | None:
     if name in _KIND_OF:
         return _KIND_OF[name]
     words = {word for word in re.split(r"[\s_-]+", name) if word}
-    if words & _MEDIA and words <= _MEDIA | _MEDIA_FORMS:
+    # `image_1` is one of several.
+    if words & _MEDIA and all(word in _MEDIA | _MEDIA_FORMS or word.isdigit() for word in words):
         return "media"
     if words & _PREFERRED and words <= _PREFERRED | _ANSWERS:
         return "preference"
@@ -128,11 +129,12 @@ def refuse_other_data(columns: Mapping[str, Any], roles: MutableMapping[str, str
         if is_given(value) and (not isinstance(value, str) or value.lstrip()[:1] in ("[", "{")):
             raise UnusableRowError(f"{_short(name)} has a value; calls of tools are not read")
     for name in kinds.get("label", ()):
-        is_good = _truth(columns[name], numbers=normalise_name(name) == "kto_tag")
+        # A `label` of 0 may be a class.
+        is_good = _truth(columns[name], numbers=normalise_name(name) != "label")
         if is_good is False:
             raise UnusableRowError(f"{_short(name)} is false: an answer to avoid, not one to learn")
         if is_good:
-            roles[name] = "label: true is learned, false left out"
+            roles[name] = "label: false is left out"
     for name in kinds.get("weight", ()):
         is_learned = _truth(columns[name], numbers=True)
         if is_learned is False:
@@ -256,7 +258,7 @@ def _add_options(
     texts: list[str],
     roles: MutableMapping[str, str],
 ) -> None:
-    """Add the options of a multiple choice, a line each; see `_lettered`."""
+    """Add the options of a multiple choice, a line each; see `_append_choices`."""
     for name in kinds.get("options", ()):
         if not is_given(columns[name]):
             continue

@@ -297,13 +297,23 @@ def parse(row: Row, roles: dict[str, str] | None = None) -> Conversation:
     if not turns:
         raise UnusableRowError("no answered turn" if unanswered else "no turn")
 
-    # All other columns of text are tags. Check all texts now, since half a character in one of them
-    # would stop a file from being written much later.
+    # All other columns of text are tags.
     tags: dict[str, str | list[str]] = {}
     for name, value in columns.items():
         if name not in _SHAPED and name not in found_roles and _is_tag(value, len(turns)):
             tags[name] = value
             found_roles[name] = TAG_ROLES.get(name, NOT_READ)
+    _check_texts(turns, tags)
+
+    # Name the columns as the file spells them.
+    if roles is not None:
+        spelled = dict(zip(columns, row.columns, strict=True))
+        roles.update((spelled.get(name, name), role) for name, role in found_roles.items())
+    return Conversation(turns, row.where, row.number, shape, tags, unanswered, shown)
+
+
+def _check_texts(turns: Iterable[Turn], tags: Mapping[str, str | list[str]]) -> None:
+    """Check all texts of a row: half a character would stop a file from being written much later."""
     for turn in turns:
         _check_encodable(turn.system)
         _check_encodable(turn.question)
@@ -313,12 +323,6 @@ def parse(row: Row, roles: dict[str, str] | None = None) -> Conversation:
     for value in tags.values():
         for text in [value] if isinstance(value, str) else value:
             _check_encodable(text)
-
-    # Name the columns as the file spells them.
-    if roles is not None:
-        spelled = dict(zip(columns, row.columns, strict=True))
-        roles.update((spelled.get(name, name), role) for name, role in found_roles.items())
-    return Conversation(turns, row.where, row.number, shape, tags, unanswered, shown)
 
 
 def _rename_fields(columns: Mapping[str, Any], known: frozenset[str]) -> Mapping[str, Any]:

@@ -65,13 +65,15 @@ def parts_of_messages(name: str, messages: Any, roles: MutableMapping[str, str])
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise UnusableRowError(f"{name}[{index}] is {type(message).__name__}, expected role and content")
-        learned = len(message) <= 2 or _read_fields(name, index, message, roles)
+        learned = message.keys() <= _TEXT_FIELDS or _read_fields(name, index, message, roles)
 
         # In a table with both spellings, role/content and from/value, the missing ones are None.
         role = message.get("role") or message.get("from")
         if role is None and isinstance(message.get("input"), str) and isinstance(message.get("output"), str):
             parts += [("question", message["input"]), ("answer" if learned else "shown", message["output"])]
             continue
+        if role is not None and not isinstance(role, str):
+            raise UnusableRowError(f"{name}[{index}] has role {_format_role(role)}, expected user or assistant")
         content = message["content"] if message.get("content") is not None else message.get("value")
         if content is None:
             # A system prompt without text is none.
@@ -150,7 +152,7 @@ def _join_content(name: str, index: int, content: Any) -> str:
         # In a table, a part has the fields of all kinds of parts, most of them None.
         filled = [field for field, value in part.items() if field != "type" and has_value(value)]
         kind = part.get("type") or next(iter(filled), "text")
-        if kind not in _TEXT_TYPES:
+        if not isinstance(kind, str) or kind not in _TEXT_TYPES:
             raise UnusableRowError(f"{place} has a part of type {_format_role(kind)}; only text is read")
         text = part.get("text", part.get("content", part.get("value")))
         if not isinstance(text, str):

@@ -315,7 +315,7 @@ def any_row(draw):
         return dict(zip(("question", "answer"), pairs[0], strict=True)), (system, pairs, left)
     context = draw(TEXT)
     ((instruction, output),) = pairs
-    asked = f"{instruction}\n\n{context}" if context.strip() else instruction
+    asked = "\n\n".join(text for text in (instruction, context) if text.strip()) or instruction
     return {"instruction": instruction, "input": context, "output": output}, (system, [(asked, output)], left)
 
 
