@@ -408,7 +408,7 @@ def _describe_saved(path: Path, run: RunDirectory, failure: BaseException | None
     """
     if path.stem != "04_training":
         return ""
-    last = checkpoints.find_newest(run.checkpoints)
+    last = checkpoints.find_newest(run.checkpoints, contents=False)
     name = getattr(failure, "ename", type(failure).__name__)
     newest = f"the last checkpoint is {last}" if last else "no checkpoint yet"
     if name == INTERRUPTED:
