@@ -107,6 +107,11 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
         )
 
     # change what the loader leaves in a state that does not suit training
+    # weights beside those in 4 bits come in the precision that they were stored in
+    if stored:
+        for weight in model.parameters():
+            if weight.is_floating_point():
+                weight.data = weight.data.to(dtype)
     for linear in parts_in_fp32(model):
         linear.float()
     for layer in model.modules():

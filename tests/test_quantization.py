@@ -248,6 +248,7 @@ def test_a_model_that_is_stored_in_4_bits_stays_so_and_says_so(config, stored_in
     whole = quantization.load(RunConfig.build({**config.model_dump(), "double_quantization": False}))
     name, weight = quantization.first_quantized(whole)
     assert torch.equal(quantization.dequantize(model.get_parameter(name)), quantization.dequantize(weight))
+    assert {weight.dtype for weight in model.parameters()} == {torch.uint8, torch.float32}
 
 
 def test_a_head_that_is_stored_in_4_bits_is_not_trained(config, stored_in_4_bits, tmp_path):
