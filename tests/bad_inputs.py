@@ -291,7 +291,7 @@ COMMAND_LINE = [
         )
     ],
     *[
-        said(*words, name=f"{words[0]} with a word that is no UTF-8")(rf"'{bad}' is not UTF-8 text\. Set the terminal")
+        said(*words, name=f"{words[0]}: {bad} is no UTF-8")(rf"'{bad}' is not UTF-8 text\. Set the terminal")
         for bad, words in (
             (r"caf\\udce9\?", ("ask", "caf\udce9?", "--run", "demo")),
             (r"r\\udcff", ("ask", "Why?", "--run", "r\udcff")),
