@@ -33,8 +33,9 @@ from qlora_utils.tokens.packing import Collator, PairCollator
 # Tokens of the two conversations. A window is shortened to less, so that both reach past it.
 LENGTHS = (23, 17)
 WINDOW = 7
-# How far logits may lie from the model's own, as a share of the largest (benchmarks/results/self_test.json).
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# How far logits may always lie from the model's own, as a share of the largest. Layers can make more of rounding: where
+# embeddings that are rounded once more move the logits further, twice of that is allowed (benchmarks/self_test.py).
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # How far logits may move where nothing may move them. Rounding has no part in it: the same products are computed twice.
 STILL = 1e-4
 
@@ -141,7 +142,7 @@ def _find_remedy(model: nn.Module, collator: Collator | PairCollator) -> str:
 def measure(model: nn.Module, collator: Collator | PairCollator) -> SelfTest:
     """Compare what training computes of two random conversations with the model's own forward pass.
 
-    It takes eight small passes, leaves no trace in the model, and draws no number from the random states.
+    It takes some ten small passes, leaves no trace in the model, and draws no number from the random states.
 
     Args:
         model: language model with the kernels that will be used, or one wrapped by peft.
@@ -154,6 +155,8 @@ def measure(model: nn.Module, collator: Collator | PairCollator) -> SelfTest:
         # the model's own: one conversation, nothing but its tokens
         with _attention(plain, EAGER):
             expected = [_plain_logits(plain, example) for example in (first, second)]
+            with _rounded_embeddings(plain):
+                rounded = [_plain_logits(plain, example) for example in (first, second)]
         # by the kernels and the collator of the training
         alone = [_logits(plain, collator, [example])[0] for example in (first, second)]
         together = _logits(plain, collator, [first, second])
@@ -164,8 +167,9 @@ def measure(model: nn.Module, collator: Collator | PairCollator) -> SelfTest:
         is_product = head_is_a_product(plain)
 
     scale = torch.cat(expected).abs().max().clamp(min=1e-12)
+    noise = relative_difference(torch.cat(rounded), torch.cat(expected))
     return SelfTest(
-        tolerance=TOLERANCES[plain.get_input_embeddings().weight.dtype],
+        tolerance=max(TOLERANCES[plain.get_input_embeddings().weight.dtype], 2 * noise),
         alone=relative_difference(torch.cat(alone), torch.cat(expected)),
         together=relative_difference(torch.cat(together), torch.cat(expected)),
         across=float((moved[1] - together[1]).abs().max() / scale),
@@ -229,6 +233,22 @@ def _logits(model: Any, collator: Collator | PairCollator, examples: Sequence[En
     logits = model(**batch, use_cache=False).logits.flatten(0, 1).index_select(0, positions)
     # packed or padded, labelled tokens come example by example
     return list(logits.float().split([collator.answer_tokens(example) for example in examples]))
+
+
+@contextmanager
+def _rounded_embeddings(model: Any) -> Iterator[None]:
+    """Move the embedding of every token by about the rounding of its precision."""
+    generator = torch.Generator().manual_seed(0)
+
+    def move(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        drawn = torch.randn(output.shape, generator=generator).to(output.device)
+        return (output * (1 + torch.finfo(output.dtype).eps * drawn)).to(output.dtype)
+
+    hook = model.get_input_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -180,6 +180,24 @@ def test_a_faulty_kernel_is_found_at_one_part_in_ten_thousand(family, kernel, ma
         attention.register()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("family", "kernel", "mask"),
+    [("llama", one_conversation, None), ("llama", see_all, None), ("mistral", attention.split, no_mask),
+     ("gemma3_text", attention.split, no_mask)],
+)  # fmt: skip
+def test_in_16_bits_what_is_right_passes_and_a_faulty_kernel_does_not(family, kernel, mask, dtype):
+    model = build(family).to(dtype)
+    found = self_test.check(model, Collator(0, packing=True))
+    assert found.across == found.ahead == 0
+    assert 1e-4 < found.alone < found.tolerance < 0.5
+    AttentionInterface.register(attention.SPLIT, functools.partial(attention._attend, kernel))
+    if mask is not None:
+        AttentionMaskInterface.register(attention.SPLIT, mask)
+    with pytest.raises(ModelError):
+        self_test.check(model, Collator(0, packing=True))
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
 def test_a_sink_or_a_cap_that_is_swallowed_shows_in_the_logits_too(family, monkeypatch):
     monkeypatch.setattr(attention, "_NOT_COMPUTED", ())
