@@ -1,21 +1,19 @@
 """Measure the self-test: how far rounding and faults move the logits of a model, and the seconds that it takes.
 
-    python benchmarks/self_test.py --out benchmarks/results/self_test.json
-    python benchmarks/self_test.py --preset llama2-7b --model /tmp/llama2-7b --out benchmarks/results/self_test.json
+    python benchmarks/self_test.py
+    python benchmarks/self_test.py --loaded llama2-7b=outputs/llama2-7b flan-t5-large=outputs/flan-t5-large
 
-Without `--model` small random models of several families are measured, in each precision; with it the model of a folder
-or hub id, in NF4 and with the kernels that the preset takes on this machine, as in a training. `true_shape.py` builds
-such folders with random weights. Each is measured as it is and with two faults: conversations that are not told apart,
-and windows that are ignored. Results are added to those in OUT.
+Small random models of several families are measured in each precision, and those of `--loaded`, a folder or hub id each,
+in NF4 and with the kernels that the preset takes on this machine, as in a training. `true_shape.py` builds such folders
+with random weights. Each is measured as it is and with two faults: conversations that are not told apart, and windows
+that are ignored.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -27,12 +25,12 @@ import qlora_utils  # noqa: F401
 
 # isort: split
 import torch
+from stored import RESULTS, store
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from qlora_utils import data, lora, quantization
 from qlora_utils.config import RunConfig
 from qlora_utils.kernels import attention, self_test
-from qlora_utils.runs.provenance import provenance
 from qlora_utils.tokens.packing import Collator, make_collator
 
 SIZES: dict[str, Any] = {
@@ -110,28 +108,23 @@ def loaded(config: RunConfig) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and store."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--preset", default="llama2-7b")
-    options.add_argument("--model", help="folder or hub id (default: small random models)")
     options.add_argument(
-        "--out", type=Path, required=True, help="JSON file; new results replace those of the same name"
+        "--loaded", nargs="+", default=[], metavar="PRESET=MODEL", help="models to load in NF4 as well"
     )
+    options.add_argument("--out", type=Path, default=RESULTS / "self_test.json")
     given = options.parse_args(arguments)
-    if given.model:
-        results = [loaded(RunConfig.from_preset(given.preset, model=given.model))]
-    else:
-        results = [small(family, dtype) for family in FAMILIES for dtype in DTYPES]
+    results = [small(family, dtype) for family in FAMILIES for dtype in DTYPES]
+    for pair in given.loaded:
+        preset, _, model = pair.partition("=")
+        results.append(loaded(RunConfig.from_preset(preset, model=model)))
 
-    stored = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {}
-    made_with = {
-        **provenance(),
-        "command": shlex.join(["python", *(arguments or sys.argv)]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+    # Nested: values of the right model and of each fault, by model and precision.
+    values: dict[str, dict[str, Any]] = {}
     for result in results:
         print(json.dumps(result))
-        stored[f"{result['model']}, {result['dtype']}"] = {**result, **made_with}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+        measured = {name: value for name, value in result.items() if name not in ("model", "dtype")}
+        values.setdefault(result["model"], {})[result["dtype"]] = measured
+    store(given.out, values, results)
     return 0
 
 
