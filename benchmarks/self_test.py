@@ -3,8 +3,8 @@
     python benchmarks/self_test.py
     python benchmarks/self_test.py --loaded llama2-7b=outputs/llama2-7b flan-t5-large=outputs/flan-t5-large
 
-Small random models of several families are measured in each precision, and those of `--loaded`, a folder or hub id each,
-in NF4 and with the kernels that the preset takes on this machine, as in a training. `true_shape.py` builds such folders
+Small random models of several families are measured in each precision, and those of `--loaded`, a folder or hub id each
+(in NF4 and with the kernels that the preset takes on this machine, as in a training). `true_shape.py` builds such folders
 with random weights. Each is measured as it is and with two faults: conversations that are not told apart, and windows
 that are ignored.
 """
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and store."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument(
-        "--loaded", nargs="+", default=[], metavar="PRESET=MODEL", help="models to load in NF4 as well"
+        "--loaded", nargs="+", default=[], metavar="PRESET=MODEL", help="load these too, in NF4"
     )
     options.add_argument("--out", type=Path, default=RESULTS / "self_test.json")
     given = options.parse_args(arguments)
