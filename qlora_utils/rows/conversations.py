@@ -300,7 +300,8 @@ def parse(row: Row, roles: dict[str, str] | None = None) -> Conversation:
     # All other columns of text are tags.
     tags: dict[str, str | list[str]] = {}
     for name, value in columns.items():
-        if name not in _SHAPED and name not in found_roles and _is_tag(value, len(turns)):
+        is_read = name in _SHAPED or name in found_roles
+        if name.strip() and not is_read and _is_tag(value, len(turns)):
             tags[name] = value
             found_roles[name] = TAG_ROLES.get(name, NOT_READ)
     _check_texts(turns, tags)

@@ -362,16 +362,26 @@ def _refuse_start(path: Path, start: bytes) -> None:
     if not kinds:
         return
 
+    raise DataError(f"dataset: {path} is packed with {kinds[0]}. {_advise_unpacking(path, kinds[0])}")
+
+
+def _advise_unpacking(path: Path, kind: str) -> str:
+    """Return the advice to unpack a file, with the command.
+
+    Args:
+        path: of the file.
+        kind: in `_PACKED`.
+    """
     # What is packed has the name without the packing's suffix, if it has one.
     name = shlex.quote(path.name)
     is_named = path.suffix.lower() in PACKED
     inner = path.stem if is_named else f"{path.stem}-unpacked{path.suffix}"
-    command = f"{_PACKED[kinds[0]][1]} {name}"
+    command = f"{_PACKED[kind][1]} {name}"
     if path.name.lower().endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")):
         command = f"tar -xf {name}"
     elif command.split()[1] == "-dc":
         command += f" > {shlex.quote(inner)}"
-    raise DataError(f"dataset: {path} is packed with {kinds[0]}. Unpack it in its folder, `{command}`, and give that.")
+    return f"Unpack it in its folder, `{command}`, and give that."
 
 
 def _is_spreadsheet(path: Path) -> bool:

@@ -211,10 +211,15 @@ def _read_values(path: Path) -> Iterator[Row]:
                     yield _row(path, number, columns)
                     number += 1
                 return
+    value = _load_value(path)
     try:
-        rows = list_rows(_load_value(path))
+        rows = list_rows(value)
     except LayoutError as error:
-        raise DataError(f"dataset: {path} {error}") from error
+        # One line of a file that should have a row in each.
+        is_row = isinstance(value, dict) and not any(isinstance(member, (list, dict)) for member in value.values())
+        if not (is_row and value and path.suffix.lower() == ".jsonl"):
+            raise DataError(f"dataset: {path} {error}") from error
+        rows = [value]
     for columns in rows[number:]:
         yield _row(path, number, columns)
         number += 1

@@ -212,6 +212,10 @@ def test_two_spellings_in_a_table_are_told_even_if_one_is_exact(names, told):
     assert rows.parse(Row("rows.csv", 0, more)).tags == {"Notes": "x", "notes": "x"}
 
 
+def test_a_column_without_a_name_is_no_tag():
+    assert rows.parse(row(**{"question": "q", "answer": "a", "": "b", " ": "c", "kind": "d"})).tags == {"kind": "d"}
+
+
 def test_prose_under_text_does_not_hide_a_question_and_its_answer():
     columns = {"text": "A page of prose.", "Question": "q", "Answer": "a"}
     assert rows.parse(row(**columns)).turns == (Turn("q", "a"),)

@@ -110,7 +110,7 @@ def test_values_alone_are_told_how_pandas_writes_rows(tmp_path):
     [
         ('{"train": [{}], "test": [{}]}', "holds several lists (train, test); expected one. Write a file for each."),
         ("5", "holds no list of rows; expected [{...}, {...}]."),
-        ('{"a": 1}', "holds no list of rows; expected [{...}, {...}]."),
+        ('{"a": {"b": 1}, "c": 1}', "holds no list of rows; expected [{...}, {...}]."),
         ('{"question": ["q", "r"], "answer": ["a"]}', "holds columns of different lengths (question 2, answer 1); "
          "expected one length, or [{...}, {...}]."),
     ],
@@ -152,6 +152,11 @@ def test_the_count_of_an_array_is_not_that_of_its_lines(tmp_path):
     for content, count in ((json.dumps(PAIRS, indent=2), None), (f"{LINES}\n", 12), (b"\x1f\x8b\xff", None)):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         assert read_source(str(path))["train"].count == count
+
+
+def test_a_line_by_itself_is_a_row_if_it_has_single_values(tmp_path):
+    assert read(tmp_path / "rows.jsonl", '{"a": 1}') == [{"a": 1}]
+    assert refused(tmp_path / "rows.json", '{"a": 1}').endswith("holds no list of rows; expected [{...}, {...}].")
 
 
 # ------------------------------------------------------------------------------------------------ CSV
