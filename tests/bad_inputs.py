@@ -623,7 +623,7 @@ DATASETS = [
     folder_of_data("folder of hidden files", {"._train.csv": b"\x00\x05\x16\x07", ".rows.json": "["},
                    r"dataset: .*rows holds no \.parquet, \.jsonl, \.json, \.csv file and no saved"),
     folder_of_data("folder of packed files", {"train.csv.gz": gzip.compress(b"q")},
-                   r"rows holds no \.parquet.* It holds train\.csv\.gz\. Unpack it, and give what was in it"),
+                   r"rows holds no \.parquet.* It holds train\.csv\.gz\. Unpack it in its folder, `gzip -dc train"),
     folder_of_data("a packed file beside others", {"train.jsonl": lines(*ROWS), "test.jsonl.gz": gzip.compress(b"q")},
                    r"test\.jsonl\.gz is packed, beside train\.jsonl, which is not\. Unpack it"),
     folder_of_data("folder of other files", {"a.txt": "x", "b.xlsx": "y"},

@@ -176,7 +176,7 @@ def _folder(path: Path) -> list[Piece]:
     for file in itertools.chain.from_iterable(map(_visible_files, folders)):
         suffix = file.suffix.lower()
         if suffix in SPREADSHEETS + PACKED:
-            advice = _EXPORT if suffix in SPREADSHEETS else _UNPACK
+            advice = _EXPORT if suffix in SPREADSHEETS else _advise_unpacking(file)
             raise DataError(f"dataset: {path} {expected} It holds {file.name}. {advice}")
     raise DataError(f"dataset: {path} {expected}")
 
@@ -194,7 +194,8 @@ def _refuse_packed_beside(files: list[Path]) -> None:
         inner = Path(file.stem)
         if file.suffix.lower() in PACKED and inner.suffix.lower() in SUFFIXES and file.with_suffix("") not in files:
             raise DataError(
-                f"dataset: {file} is packed, beside {files[0].name}, which is not. {_UNPACK} Or take it away."
+                f"dataset: {file} is packed, beside {files[0].name}, which is not. "
+                f"{_advise_unpacking(file)} Or take it away."
             )
 
 
@@ -237,7 +238,7 @@ def _visible_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         return []
-    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    return sorted(file for file in folder.glob("*") if file.is_file() and not file.name.startswith("."))
 
 
 def _by_part(pieces: Iterable[Piece]) -> dict[str, Rows]:
@@ -342,9 +343,16 @@ def describe_unknown_type(suffix: str) -> str:
 
 
 def _read_start(path: Path) -> bytes:
-    """Return the first bytes of a file, without a byte order mark."""
-    with path.open("rb") as file:
-        return file.read(64).removeprefix(codecs.BOM_UTF8)
+    """Return the first bytes of a file, without a byte order mark.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(64).removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise DataError(f"dataset: {path} could not be read ({first_line(error)}).") from error
 
 
 def _refuse_start(path: Path, start: bytes) -> None:
@@ -355,23 +363,24 @@ def _refuse_start(path: Path, start: bytes) -> None:
     """
     if start.startswith(_POINTER):
         raise DataError(f"dataset: {path} is a pointer of Git LFS, not the file. Fetch it with `git lfs pull`.")
-    kinds = [kind for kind, (begin, _) in _PACKED.items() if re.match(begin, start)]
-    if start.startswith(_OLE) or (kinds == ["zip"] and _is_spreadsheet(path)):
+    kind = _packing_of(start)
+    if start.startswith(_OLE) or (kind == "zip" and _is_spreadsheet(path)):
         name = "" if path.suffix.lower() in SPREADSHEETS else " under another name"
         raise DataError(f"dataset: {path} is a spreadsheet{name}. {_EXPORT}")
-    if not kinds:
-        return
-
-    raise DataError(f"dataset: {path} is packed with {kinds[0]}. {_advise_unpacking(path, kinds[0])}")
+    if kind is not None:
+        raise DataError(f"dataset: {path} is packed with {kind}. {_advise_unpacking(path)}")
 
 
-def _advise_unpacking(path: Path, kind: str) -> str:
-    """Return the advice to unpack a file, with the command.
+def _packing_of(start: bytes) -> str | None:
+    """Return the kind of a packed file by its first bytes, or None if it is not packed."""
+    return next((kind for kind, (begin, _) in _PACKED.items() if re.match(begin, start)), None)
 
-    Args:
-        path: of the file.
-        kind: in `_PACKED`.
-    """
+
+def _advise_unpacking(path: Path) -> str:
+    """Return the advice to unpack a file, with the command if its content says which."""
+    kind = _packing_of(_read_start(path))
+    if kind is None:
+        return _UNPACK
     # What is packed has the name without the packing's suffix, if it has one.
     name = shlex.quote(path.name)
     is_named = path.suffix.lower() in PACKED
