@@ -234,11 +234,13 @@ def _files_of(folder: Path) -> list[Path]:
 def _visible_files(folder: Path) -> list[Path]:
     """List the files in a folder by name, except hidden ones; none if it is no folder.
 
-    Programs leave hidden files beside others unasked, as macOS a `._train.csv` for a `train.csv`.
+    Programs leave hidden files beside others unasked, as macOS a `._train.csv` for a `train.csv`;
+    none of them begins with two dots.
     """
     if not folder.is_dir():
         return []
-    return sorted(file for file in folder.glob("*") if file.is_file() and not file.name.startswith("."))
+    is_hidden = re.compile(r"\.(?!\.)").match
+    return sorted(file for file in folder.glob("*") if file.is_file() and not is_hidden(file.name))
 
 
 def _by_part(pieces: Iterable[Piece]) -> dict[str, Rows]:
