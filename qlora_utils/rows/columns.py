@@ -433,10 +433,11 @@ def answer_of(columns: Mapping[str, Any], name: str) -> str | None:
 
 
 def _describe(value: Any) -> str:
-    """Name the type of a value, and of what a list holds."""
+    """Name the type of a value, and the types of what a list holds."""
     kind = type(value).__name__
     if isinstance(value, list) and value:
-        return f"{kind} of {type(value[0]).__name__}"
+        members = dict.fromkeys(type(member).__name__ for member in value)
+        return f"{kind} of {' and '.join(members)}"
     return kind
 
 

@@ -164,7 +164,7 @@ def test_a_history_is_the_earlier_turns(history):
         # what cannot be placed
         ({**PAIR, "context": {"title": ["x"], "sentences": [["y"]]}}, "context is dict, expected text"),
         ({**PAIR, "documents": [{"text": "x"}]}, "documents is list of dict, expected text"),
-        ({"instruction": "q", "input": ["x", 1], "output": "a"}, "input is list of str, expected text"),
+        ({"instruction": "q", "input": ["x", 1], "output": "a"}, "input is list of str and int, expected text"),
         ({"messages": MESSAGES, "context": "In 1940."}, "context beside messages: put it into the message"),
         ({"messages": MESSAGES, "instruction": "In a word."}, "instruction beside messages"),
         ({"messages": MESSAGES, "history": [["r", "b"]]}, "history beside messages"),
