@@ -96,11 +96,9 @@ def _refuse_unmergeable(base_model: PreTrainedModel, *, train_head: bool) -> Non
         ModelError: names the first weights that would be missing, or the head, if that has a name of its own.
     """
     head: Any = base_model.get_output_embeddings()
-    (name,) = [path for path, module in base_model.named_modules() if module is head]
-    if train_head and name != HEAD:
-        raise ModelError(
-            f"model: its head is named {name}, and only one named {HEAD} trains. Take -p train_head=false."
-        )
+    name = next((path for path, module in base_model.named_modules() if module is head), "")
+    if train_head and name.rpartition(".")[2] != HEAD:
+        raise ModelError(f"model: its head is named {name}, and only one named {HEAD} trains. Take -p train_head=false.")
 
     # what merging writes: every weight once, in its full shape, and the head that trained
     weights = {}
@@ -109,7 +107,7 @@ def _refuse_unmergeable(base_model: PreTrainedModel, *, train_head: bool) -> Non
     described = base_model.config.to_dict()
     described.pop("quantization_config", None)
     if train_head:
-        weights[f"{HEAD}.weight"] = torch.empty(head.weight.shape, device="meta")
+        weights[f"{name}.weight"] = torch.empty(head.weight.shape, device="meta")
         described["tie_word_embeddings"] = False
     model_config = type(base_model.config).from_dict(described)
     found = find_missing_weights(type(base_model), None, config=model_config, state_dict=weights)

@@ -662,6 +662,15 @@ def model(name: str, spoil: Callable[[Path], object], message: str) -> Case:
     return Case(f"model: {name}", make, 1, message)
 
 
+def of_experts(folder: Path) -> None:
+    """A mixture of experts in place of the weights."""
+    from transformers import AutoConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 2048, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}  # fmt: skip
+    MixtralForCausalLM(AutoConfig.for_model("mixtral", **sizes)).save_pretrained(folder)
+
+
 def wrote(name: str, content: str | bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -813,6 +822,9 @@ MODELS = [
           r"model-00002-of-00002\.safetensors is missing, and model\.safetensors\.index\.json lists it" + AGAIN),
     model("an index of nonsense", wrote("model.safetensors.index.json", "{}"),
           r"model\.safetensors\.index\.json has no weight_map" + AGAIN),
+    model("a mixture of experts", of_experts,
+          r"\d\d% of its layers' weights outside of linear layers \(model\.layers\.0\.mlp\.experts\.\w+, of shape "
+          r".*belongs to a MixtralExperts\): they would be neither quantized nor trained nor merged\. Take a model"),
     model("more tokens than embeddings", more_tokens,
           r"the tokenizer of .*model has tokens up to number 2,048, and its config\.json a vocab_size of 2,048.*copy"),
 ]  # fmt: skip

@@ -34,7 +34,7 @@ from qlora_utils.config import (
 from qlora_utils.locate import EMBEDDED, first_line, locate, path_exists, project_folder
 from qlora_utils.loop import checkpoints
 from qlora_utils.models import files as model_files
-from qlora_utils.models.shapes import architecture_of
+from qlora_utils.models.shapes import architecture_of, refuse_unseen_weights
 from qlora_utils.report.render import write_report
 from qlora_utils.report.sentences import summary
 from qlora_utils.rows.files import SUFFIXES
@@ -340,6 +340,7 @@ def _check_model(config: RunConfig) -> None:
     source = locate(config.model)
     model_files.check(source)
     model_files.check_weights(source, architecture_of(config.model))
+    refuse_unseen_weights(config.model)
 
 
 def _execute_notebook(path: Path, run: RunDirectory, config: RunConfig, parameters: Mapping[str, Any]) -> None:
