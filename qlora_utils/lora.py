@@ -98,7 +98,7 @@ def _refuse_unmergeable(base_model: PreTrainedModel, *, train_head: bool) -> Non
     head: Any = base_model.get_output_embeddings()
     name = next((path for path, module in base_model.named_modules() if module is head), "")
     if train_head and name.rpartition(".")[2] != HEAD:
-        raise ModelError(f"model: its head is named {name}, and only one named {HEAD} trains. Take -p train_head=false.")
+        raise ModelError(f"model: its head is named {name}; only one named {HEAD} trains. Take -p train_head=false.")
 
     # what merging writes: every weight once, in its full shape, and the head that trained
     weights = {}
