@@ -237,31 +237,41 @@ def train(
     with locks.hold_lock(lock_path, "training", wait_s=10) if is_first else nullcontext():
         if is_first:
             _remove_leftovers(run)
+        return _train_or_reuse(config, tuned_model, tokenizer, prepared, run)
 
-        # Even with `fresh`, running the same cell again resumes the training that it has started.
-        started_in = getattr(tuned_model, BEGUN, None)
-        fresh = config.fresh and started_in != str(run.path)
-        total = total_steps(config, prepared, tokenizer)
-        finished = None if fresh else run.finished()
-        done = TrainingSummary(**finished) if finished else None
 
-        # Only some fields may differ from those of the training that was started. What is finished as
-        # it is asked for needs no checkpoint, so none is read through.
-        stored = read_json(run.config)["config"] if done else {}
-        is_enough = done is not None and done.steps == total and stored.get("keep") == config.keep
-        last = None if fresh else _find_start(run, reads_through=not is_enough)
-        if last is not None:
-            record = read_json(last / checkpoints.RECORD)
-            _check_config(config, record["config"], FINISHED_FIELDS if done else RESUME_FIELDS, run)
-            _check_rows(prepared, record["rows"], run)
-        if done:
-            _check_config(config, stored, FINISHED_FIELDS, run)
-            # To select another of the saved adapters, no steps are needed but the checkpoints are.
-            if is_enough or (done.steps == total and last is None):
-                return _reuse_finished(done, tuned_model, run)
-        _check_startable(run, last, done, total, is_trained=bool(started_in))
-        with checkpoints.explain_full_disk(run.path, "what the training leaves"):
-            return _train_from(last, config, tuned_model, tokenizer, prepared, run)
+def _train_or_reuse(
+    config: RunConfig,
+    tuned_model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    run: RunDirectory,
+) -> TrainingSummary:
+    """Find out what an earlier training left, check that this one may go on with it, and do what is left to do."""
+    # Even with `fresh`, running the same cell again resumes the training that it has started.
+    started_in = getattr(tuned_model, BEGUN, None)
+    fresh = config.fresh and started_in != str(run.path)
+    total = total_steps(config, prepared, tokenizer)
+    finished = None if fresh else run.finished()
+    done = TrainingSummary(**finished) if finished else None
+
+    # Only some fields may differ from those of the training that was started. What is finished as
+    # it is asked for needs no checkpoint, so none is read through.
+    stored = read_json(run.config)["config"] if done else {}
+    is_enough = done is not None and done.steps == total and stored.get("keep") == config.keep
+    last = None if fresh else _find_start(run, reads_through=not is_enough)
+    if last is not None:
+        record = read_json(last / checkpoints.RECORD)
+        _check_config(config, record["config"], FINISHED_FIELDS if done else RESUME_FIELDS, run)
+        _check_rows(prepared, record["rows"], run)
+    if done:
+        _check_config(config, stored, FINISHED_FIELDS, run)
+        # To select another of the saved adapters, no steps are needed but the checkpoints are.
+        if is_enough or (done.steps == total and last is None):
+            return _reuse_finished(done, tuned_model, run)
+    _check_startable(run, last, done, total, is_trained=bool(started_in))
+    with checkpoints.explain_full_disk(run.path, "what the training leaves"):
+        return _train_from(last, config, tuned_model, tokenizer, prepared, run)
 
 
 def _find_start(run: RunDirectory, *, reads_through: bool) -> Path | None:

@@ -64,8 +64,8 @@ class TrainingSummary:
         if self.skipped_steps:
             skipped = style.counted(self.skipped_steps, "step")
             lines["skipped"] = f"{skipped} without a finite loss or gradient"
-        for continued in self.continued:
-            lines[f"continued {continued['step']}"] = describe_continuation(continued)
+        if self.continued:
+            lines["continued"] = "; ".join(describe_continuation(each) for each in self.continued)
         if not self.learned:
             lines["learned"] = "nothing: no step had a learning rate above 0 and a finite loss"
         elif self.is_base_better():

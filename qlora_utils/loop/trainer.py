@@ -35,6 +35,9 @@ from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.history import describe_continuation
 from qlora_utils.tokens.packing import make_sampler
 
+# What the Trainer writes beside a model: a pickle, and an empty model card.
+UNWANTED = ("training_args.bin", "README.md")
+
 
 @dataclass(frozen=True)
 class TraceResult:
@@ -358,6 +361,8 @@ class StepTrainer(Trainer):
             self.state.best_model_checkpoint = None
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                for name in UNWANTED:
+                    (folder / f"checkpoint-{step}" / name).unlink(missing_ok=True)
                 checkpoints.seal(folder / f"checkpoint-{step}", self.checkpoint_record())
         else:
             checkpoints.write(folder, step, self._save_into, self.checkpoint_record())
@@ -366,9 +371,8 @@ class StepTrainer(Trainer):
 
     def _save_into(self, folder: Path) -> None:
         """Write adapter, optimizer, schedule, random states and the Trainer's state to a folder."""
-        # `save_model` also writes a pickle and an empty model card.
         self.save_model(str(folder), _internal_call=True)
-        for name in ("training_args.bin", "README.md"):
+        for name in UNWANTED:
             (folder / name).unlink(missing_ok=True)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
@@ -434,9 +438,10 @@ class StepTrainer(Trainer):
         self.continued = list(record.get("continued", []))
         if before := schedule.values_until_then(record["config"], self.config):
             self.continued.append({"step": self.state.global_step, "before": before})
-            rate, step = self._get_learning_rate(), self.state.global_step + 1
-            described = describe_continuation(self.continued[-1])
-            print(f"continued {described}; the learning rate of step {step:,} is {rate:.3g}")
+            if self.is_world_process_zero():
+                described = describe_continuation(self.continued[-1])
+                step, rate = self.state.global_step + 1, self._get_learning_rate()
+                print(f"continued {described}; the learning rate of step {step:,} is {rate:.3g}")
 
     def _scale_rates(self, factors: list[float]) -> None:
         """Multiply the learning rates that came with the checkpoint, by a factor for each group."""

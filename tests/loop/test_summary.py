@@ -22,14 +22,13 @@ def test_the_base_model_is_better_where_its_measured_loss_is_no_higher(base, kep
     assert ("the base model alone has held-out loss" in summary.text()) is better
 
 
-def test_every_continuation_has_a_line_with_the_values_until_then():
+def test_every_continuation_is_named_with_the_values_until_then():
     continued = [
         {"step": 10, "before": {"steps": 10}},
         {"step": 12, "before": {"learning_rate": 0.001, "epochs": None}},
     ]
     text = TrainingSummary(**STORED, continued=continued).text()
-    assert "from step 10, with steps=10 until then" in text
-    assert "from step 12, with learning_rate=0.001, epochs=none until then" in text
+    assert "from step 10, with steps=10 until then; from step 12, with learning_rate=0.001, epochs=none" in text
 
 
 def test_a_summary_of_an_earlier_version_says_nothing_it_does_not_know():
