@@ -108,9 +108,7 @@ def loaded(config: RunConfig) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and store."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument(
-        "--loaded", nargs="+", default=[], metavar="PRESET=MODEL", help="load these too, in NF4"
-    )
+    options.add_argument("--loaded", nargs="+", default=[], metavar="PRESET=MODEL", help="load these too, in NF4")
     options.add_argument("--out", type=Path, default=RESULTS / "self_test.json")
     given = options.parse_args(arguments)
     results = [small(family, dtype) for family in FAMILIES for dtype in DTYPES]

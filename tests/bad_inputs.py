@@ -745,7 +745,9 @@ def quantized_with(**described: Any) -> Callable[[Path], object]:
     return set_in("config.json", quantization_config=described)
 
 
-ALREADY = r"model: .*model is quantized already, with {}, which can be neither trained nor merged here"
+ALREADY = (
+    r"model: .*model is quantized already, with {}, which can be neither trained nor merged here\. Take the model from"
+)
 
 
 NORM, HEAD_WEIGHT = "model.norm.weight", "lm_head.weight"
