@@ -84,8 +84,9 @@ MODELS = {
 def elsewhere(tmp_path_factory):
     """A function that runs elsewhere/read.py with the packages of others and returns what it found."""
     folder = tmp_path_factory.mktemp("a place with spaces")
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary", ":all:", "--target", folder / "site",
-               "--disable-pip-version-check", "--retries", "2", "-r", HERE / "requirements.txt"]  # fmt: skip
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary", ":all:",
+               "--target", folder / "site", "--disable-pip-version-check", "--retries", "2",
+               "-r", HERE / "requirements.txt"]  # fmt: skip
     installed = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if installed.returncode:
         said = installed.stdout + installed.stderr

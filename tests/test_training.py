@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 import trajectory
 from conftest import BOTH, MARKUP, on_its_device, tensors
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from qlora_utils import answers, lora, quantization, training
 from qlora_utils.config import ConfigError, ModelError, RunConfig
@@ -857,3 +858,22 @@ def test_what_the_notebook_shows_of_a_loss_is_what_a_training_measures(config, t
     )
     size = (run.adapter / "adapter_model.safetensors").stat().st_size
     assert training.adapter_table(run).loc["adapter_model.safetensors", "size (MB)"] == round(size / 1e6, 2)
+
+
+@BOTH
+@pytest.mark.parametrize("own", ["{{ 'System: be brief. ' + messages[0]['content'] }}", None])
+def test_the_adapter_carries_the_template_it_was_trained_with_and_not_that_of_the_base(
+    config, tokenizer, prepared, own
+):
+    base = copy.deepcopy(tokenizer)
+    base.chat_template = own
+    _, run, _ = train(changed(config, steps=2, save_steps=1), base, replace(prepared, train=prepared.train[:8]))
+    assert base.chat_template == own
+    template = format_of(tokenizer, config).chat_template
+    saved = AutoTokenizer.from_pretrained(run.adapter)
+    assert saved.chat_template == template
+    asked = saved.apply_chat_template([{"role": "user", "content": "Why?"}], return_dict=False)
+    assert asked == format_of(tokenizer, config).prompt([], "Why?")
+    # No other template lies anywhere in what the training left.
+    for path in run.path.rglob("chat_template.jinja"):
+        assert path.read_text() == template

@@ -19,6 +19,7 @@ from transformers import (
 
 from qlora_utils import cli, lora, quantization, training
 from qlora_utils.commands import merging
+from qlora_utils.commands.merged_weights import Weight
 from qlora_utils.commands.merging import Checkpoint, ModelAnswers, as_loaded, merged_weights
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.evaluation.generation import Answer, Question
@@ -411,6 +412,65 @@ def test_files_that_do_not_fit_the_model_are_no_model(tuned):
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"does not load as it was written.*q_proj"):
         merging.load(folder)
+
+
+def small_model(folder, kind, tokenizer, **values):
+    small = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**small, **values}))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_what_cannot_be_merged_is_named_before_anything_is_asked_or_written(
+    config, tokenizer, tmp_path, monkeypatch, kind
+):
+    """Conv1D is no linear layer; files hold experts one by one, and memory holds them joined."""
+    from peft import LoraConfig, get_peft_model
+
+    values = {"num_local_experts": 2} if kind == "mixtral" else {"n_embd": 64, "n_layer": 1, "n_head": 4}
+    model = small_model(tmp_path / "base", kind, tokenizer, **values)
+    targets = ["c_attn"] if kind == "gpt2" else ["q_proj"]
+    tuned_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets))
+    changed = config.model_copy(update={"model": str(tmp_path / "base")})
+    named = r"c_attn is no linear layer but a Conv1D" if kind == "gpt2" else r"experts\.gate_up_proj, of shape"
+    with pytest.raises(ModelError, match=rf"merge: .*{named}.*Use the adapter as it is: qlora ask"):
+        merging.check_mergeable(tuned_model, changed)
+    # `merge` asks this first.
+    run = RunDirectory(config.run_dir)
+    run.record(changed)
+    monkeypatch.setattr(merging, "_check_adapter", lambda run: None)
+    monkeypatch.setattr(quantization, "load", lambda config: None)
+    monkeypatch.setattr(lora, "reload", lambda *arguments, **options: tuned_model)
+    monkeypatch.setattr(merging, "ask", lambda *arguments: pytest.fail("asked"))
+    monkeypatch.setattr(merging, "save", lambda *arguments, **options: pytest.fail("written"))
+    with pytest.raises(ModelError, match="Use the adapter as it is"):
+        merging.merge(changed, questions=0)
+    assert not run.merged.exists()
+
+
+def test_a_head_of_the_first_t5_includes_its_factor_when_it_parts_from_the_embeddings():
+    """Version 4 scales what a tied head reads, and nothing before a head of its own."""
+    weight = torch.randn(5, 64)
+    weights = {"lm_head.weight": Weight(weight.shape, lambda: weight)}
+    described = AutoConfig.for_model("t5", d_model=64)
+    assert described.scale_decoder_outputs
+    merging.unscale_head(weights, described)
+    torch.testing.assert_close(weights["lm_head.weight"].make(), weight / 8)
+    assert described.scale_decoder_outputs is False
+    merging.unscale_head(weights, described)
+    torch.testing.assert_close(weights["lm_head.weight"].make(), weight / 8)
+
+
+def test_further_tokens_that_end_an_answer_are_taken_over(tokenizer, tmp_path):
+    base = tmp_path / "base"
+    small_model(base, "llama", tokenizer)
+    stored = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**stored, "eos_token_id": [5, 2]}))
+    merging.save_tokenizer(tokenizer, tmp_path, RunConfig.from_preset("pocket", model=str(base)))
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [2, 5]
 
 
 # ------------------------------------------------------------------------------------------- the check
