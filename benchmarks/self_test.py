@@ -4,7 +4,7 @@
     python benchmarks/self_test.py --loaded llama2-7b=outputs/llama2-7b flan-t5-large=outputs/flan-t5-large
 
 Small random models of several families are measured in each precision, and those of `--loaded`, a folder or hub id each
-(in NF4 and with the kernels that the preset takes on this machine, as in a training). `true_shape.py` builds such folders
+(in NF4 and with the kernels that the preset takes on this machine). `true_shape.py` builds such folders
 with random weights. Each is measured as it is and with two faults: conversations that are not told apart, and windows
 that are ignored.
 """
@@ -81,7 +81,9 @@ def measure_all(model: Any, collator: Any, kernel_name: str) -> dict[str, Any]:
 def small(family: str, dtype: str) -> dict[str, Any]:
     """Measure a random model of 24 layers, on the GPU if there is one."""
     windows = {"sliding_window": 4096} if family in ("mistral", "gemma3_text") else {}
-    kernel = attention.VARLEN if torch.cuda.is_available() else attention.SPLIT
+    # FlashAttention takes 16-bit numbers only.
+    has_varlen = torch.cuda.is_available() and dtype != "float32"
+    kernel = attention.VARLEN if has_varlen else attention.SPLIT
     attention.register()
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES, **windows)

@@ -581,7 +581,7 @@ DATASETS = [
     data("one question in all rows", "rows.csv", CSV + "".join(f"q,a{n}\n" for n in range(5)),
          r"leaves 5 rows to train on and 0 to hold out.*All usable rows open with the same question: give rows"),
     data("one entity in all rows", "rows.csv", "entity," + CSV + "".join(f"e,q{n},a{n}\n" for n in range(5)),
-         r"leaves 5 rows to train on and 0 to hold out.*or share, one with the next, a value of entity: .*group_by"),
+         r"leaves 5 rows to train on and 0 to hold out.*or share, one with the next, a value of entity: .*=none"),
     data("a group_by that no row has", "rows.csv", "doc," + CSV + "".join(f"d{n},q{n},a{n}\n" for n in range(5)),
          r"no usable row of .* has a value in the column docs, which group_by names; its columns are doc, question",
          "-p", "group_by=docs"),

@@ -64,7 +64,7 @@ class SplitColumns:
     """Find the column of a source that marks rows to train on and to hold out.
 
     Attributes:
-        marks: of each column of `COLUMNS` that the rows to train on have.
+        marks: of each column of `COLUMNS`, as rows to train on have it.
         names: of all columns, for error messages; at most about a hundred.
         has_held_out: whether files or splits are held out already, whatever their rows say.
     """
@@ -73,6 +73,9 @@ class SplitColumns:
         self.marks: dict[str, ColumnMarks] = {}
         self.names: dict[str, None] = {}
         self.has_held_out = False
+        # The columns of the last row, and those of `COLUMNS` among them: most rows have the same.
+        self._last: tuple[Any, ...] = ()
+        self._found: list[tuple[ColumnMarks, Any]] = []
 
     def add(self, columns: Mapping[str, Any], *, is_train: bool) -> None:
         """Count the marks of a row.
@@ -81,13 +84,16 @@ class SplitColumns:
             columns: of the row.
             is_train: False if its file or split is held out.
         """
-        if len(self.names) < 100:
-            self.names.update(dict.fromkeys(map(str, columns)))
         if not is_train:
             self.has_held_out = True
-            return
-        for name, spelling in find_columns(tuple(columns)).items():
-            self.marks.setdefault(name, ColumnMarks()).add(columns[spelling])
+        if (names := tuple(columns)) != self._last:
+            self._last, self._found = names, []
+            if len(self.names) < 100:
+                self.names.update(dict.fromkeys(map(str, names)))
+            for name, spelling in find_columns(names).items():
+                self._found.append((self.marks.setdefault(name, ColumnMarks()), spelling))
+        for marks, spelling in self._found if is_train else ():
+            marks.add(columns[spelling])
 
     @property
     def followed(self) -> str | None:
