@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qlora_utils.config import RunConfig
 from qlora_utils.rows import held_out
 from qlora_utils.rows.conversations import Conversation, Turn, parse
-from qlora_utils.rows.files import Row
+from qlora_utils.rows.files import Row, read_source
 from qlora_utils.rows.statistics import DIGEST, digest_array, normalise, question_keys
 
 TWO = Conversation((Turn("What is two?", "Two is 2."), Turn("And three?", "Three is 3.")))
@@ -260,3 +260,13 @@ def test_intervals_draw_what_is_one_entity_one_row_or_one_question(rows):
     assert clusters == held_out.clusters_of_rows(plain, "entity")
     by_none = held_out.clusters_of_answers(lines, None)
     assert len(set(by_none)) == len({line["text"] for line in lines})  # switched off: questions alone
+
+
+def test_no_pocket_sentence_that_is_scored_was_measured():
+    """Of 1,381 scored turns 371 expected a sentence that a measured row has too (finding D)."""
+    rows = [parse(row) for row in read_source("embedded:pocket")["held_out"]]
+    for group_by, shared in (("entity", 0), (None, 371)):
+        config = RunConfig.from_preset("pocket", group_by=group_by)
+        measured = {turn.answer for row in held_out.measured_rows(rows, config) for turn in row.turns}
+        scored = [turn.answer for row in held_out.scored_rows(rows, config) for turn in row.turns]
+        assert sum(answer in measured for answer in scored) == shared
