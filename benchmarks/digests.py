@@ -1,6 +1,6 @@
 """Measure what the digests of a checkpoint cost: while it is written, and before a training resumes.
 
-    python benchmarks/digests.py --out benchmarks/results/digests.json      # 3.5 GB, a few minutes
+    python benchmarks/digests.py      # 3.5 GB, a few minutes
 
 Files of the size that a checkpoint of Llama-2-7b has are written, and sealed as a training seals
 them: without digests, by flushing each file to the disk, and with them, in turn. No model is loaded.
@@ -11,18 +11,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from stored import RESULTS, store
 
 from qlora_utils.loop import checkpoints
-from qlora_utils.runs.files import write_json
-from qlora_utils.runs.provenance import provenance
 
 # Parameters of Llama-2-7b that train; fp32 weights, and two moments of each in the optimizer.
 TRAINED = 290_979_840
@@ -74,7 +73,7 @@ def main() -> int:
     parser.add_argument("--parameters", type=int, default=TRAINED, help="that train")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("outputs/digests"), help="on the disk to measure")
-    parser.add_argument("--out", type=Path, default=Path("outputs/digests.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "digests.json")
     options = parser.parse_args()
 
     seconds: dict[str, list[tuple[float, float]]] = {"write": [], "flush alone": [], "flush and hash": [], "check": []}
@@ -89,20 +88,13 @@ def main() -> int:
             checkpoints.remove_all(options.folder)
         print({name: values[-1] for name, values in seconds.items()}, flush=True)
 
-    command = shlex.join(["python", *sys.argv])
-    found = {
-        "bytes": 12 * options.parameters,
-        "seconds_and_core_seconds": seconds,
-        "gb_per_core_second": algorithm_rates(500),
-        "load_average": os.getloadavg()[0],
-        "command": command,
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    write_json(options.out, {**found, **provenance()})
-    for name, values in seconds.items():
-        elapsed, cores = (statistics.median(column) for column in zip(*values, strict=True))
+    values: dict[str, Any] = {"bytes": 12 * options.parameters, "gb_per_core_second": algorithm_rates(500)}
+    for name, pairs in seconds.items():
+        elapsed, cores = (statistics.median(column) for column in zip(*pairs, strict=True))
+        values[name] = {"wall_s": elapsed, "cores_s": cores}
         print(f"{name:<16}{elapsed:6.1f} s, {cores:.1f} s of cores")
-    print(found["gb_per_core_second"])
+    print(values["gb_per_core_second"])
+    store(options.out, values, [{"seconds_and_core_seconds": seconds, "load_average": os.getloadavg()[0]}])
     return 0
 
 

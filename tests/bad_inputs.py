@@ -127,7 +127,9 @@ VALUES = [
     value("lr_scheduler", "cosin", r"lr_scheduler: 'cosin' is not allowed.*Did you mean cosine\?"),
     value("compute_dtype", "bf16", r"compute_dtype: 'bf16' is not allowed.*Did you mean bfloat16\?"),
     value("keep", "worst", r"keep: 'worst' is not allowed.*'best' or 'last'"),
-    value("attention_kernel", "flash", r"attention_kernel: 'flash' is not allowed.*'varlen', 'split' or 'dense'"),
+    value(
+        "attention_kernel", "flash", r"attention_kernel: 'flash' is not allowed.*'varlen', 'split', 'dense' or 'eager'"
+    ),
     value("micro_batch_size", "3", r"micro_batch_size=3 does not divide batch_size=16; take a divisor"),
     value("instruction", "Answer briefly.", r"instruction: 'Answer briefly.' is not allowed.*\{question\} in it once"),
     value("instruction", "{question} {question}", r"instruction: .* is not allowed.*\{question\} in it once"),
@@ -493,7 +495,7 @@ DATASETS = [
     data("csv as parquet", "rows.parquet", CSV + "q,a\n", r"rows\.parquet is not a readable parquet file.*suffix"),
     Case("dataset: truncated parquet", truncated_parquet, 1, r"rows\.parquet is not a readable parquet file.*Write it"),
     Case("dataset: numbers in parquet", numbers_in_parquet, 1,
-         left_out("n.parquet", r"n\.parquet row 0: question is int, expected text")),
+         left_out("n.parquet", r"n\.parquet row 0: answer is float, expected text")),
     data("json object without a list", "rows.json", '{"a": 1}', r"rows\.json holds no list of rows; expected \[\{"),
     data("json text", "rows.json", '"hello"', r"rows\.json holds no list of rows; expected \[\{"),
     data("json several lists", "rows.json", '{"train": [], "test": []}',
@@ -609,7 +611,7 @@ DATASETS = [
     data("numbers as content", "rows.jsonl", lines(messages(("user", 1), ("assistant", 2))),
          left_out("rows.jsonl", r"row 0: messages\[0\] has no text under content or value")),
     data("numbers as questions", "rows.jsonl", lines({"question": 1, "answer": 2}),
-         left_out("rows.jsonl", r"row 0: question is int, expected text")),
+         left_out("rows.jsonl", r"row 0: answer is int, expected text")),
     data("no messages", "rows.jsonl", lines({"messages": []}), left_out("rows.jsonl", r"row 0: no turn")),
     data("a lone surrogate", "rows.jsonl", '{"question": "q\\ud800", "answer": "a"}\n',
          left_out("rows.jsonl", r"row 0: half a character \(a lone surrogate\) after 'q'")),

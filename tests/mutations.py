@@ -129,8 +129,8 @@ MUTATIONS = [
     Mutation(
         "the token that ends an answer carries no loss",
         "tokens/formats.py",
-        "[IGNORED, *prompt[1:]]) + answer",
-        "[IGNORED, *prompt[1:]]) + [*answer[:-1], IGNORED]",
+        "labels += [IGNORED] * len(answer) if index in conversation.shown else answer",
+        "labels += [*answer[:-1], IGNORED]",
         "tests/tokens/test_formats.py",
     ),
 ]

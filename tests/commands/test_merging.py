@@ -19,7 +19,6 @@ from transformers import (
 
 from qlora_utils import cli, lora, quantization, training
 from qlora_utils.commands import merging
-from qlora_utils.commands.merged_weights import Weight
 from qlora_utils.commands.merging import Checkpoint, ModelAnswers, as_loaded, merged_weights
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.evaluation.generation import Answer, Question
@@ -449,19 +448,6 @@ def test_what_cannot_be_merged_is_named_before_anything_is_asked_or_written(
     with pytest.raises(ModelError, match="Use the adapter as it is"):
         merging.merge(changed, questions=0)
     assert not run.merged.exists()
-
-
-def test_a_head_of_the_first_t5_includes_its_factor_when_it_parts_from_the_embeddings():
-    """Version 4 scales what a tied head reads, and nothing before a head of its own."""
-    weight = torch.randn(5, 64)
-    weights = {"lm_head.weight": Weight(weight.shape, lambda: weight)}
-    described = AutoConfig.for_model("t5", d_model=64)
-    assert described.scale_decoder_outputs
-    merging.unscale_head(weights, described)
-    torch.testing.assert_close(weights["lm_head.weight"].make(), weight / 8)
-    assert described.scale_decoder_outputs is False
-    merging.unscale_head(weights, described)
-    torch.testing.assert_close(weights["lm_head.weight"].make(), weight / 8)
 
 
 def test_further_tokens_that_end_an_answer_are_taken_over(tokenizer, tmp_path):

@@ -525,7 +525,7 @@ def test_what_a_stopped_training_saved_is_read_from_its_checkpoints(tmp_path, mo
     training, run = Path("04_training.ipynb"), RunDirectory(tmp_path)
     stopped = SimpleNamespace(ename=interruptions.Interrupted.__name__, evalue=words)
     assert runner._describe_saved(training, run, stopped) == ", as asked; no checkpoint yet"
-    monkeypatch.setattr(checkpoints, "find_newest", lambda _: tmp_path / "checkpoint-7")
+    monkeypatch.setattr(checkpoints, "find_newest", lambda _, contents: tmp_path / "checkpoint-7")
     told = f"the last checkpoint is {tmp_path / 'checkpoint-7'}"
     assert runner._describe_saved(training, run, stopped) == f", as asked; {told}"
     other = SimpleNamespace(ename="OutOfMemoryError", evalue="no memory")

@@ -76,7 +76,9 @@ def test_token_f1_takes_each_word_as_often_as_both_texts_have_it(answer, expecte
         if word in left:
             left.remove(word)
             common += 1
-    assert scores.token_f1(answer, expected) == pytest.approx(2 * common / total if total else 1)
+    # Without words in both, the texts themselves decide.
+    alike = float(answer.strip() == expected.strip())
+    assert scores.token_f1(answer, expected) == pytest.approx(2 * common / total if total else alike)
     assert scores.token_f1("cat cat", "cat cat sat sat") == pytest.approx(2 / 3)
 
 

@@ -12,7 +12,7 @@ from qlora_utils.config import RunConfig
 from qlora_utils.rows import columns, lines
 from qlora_utils.rows.check import format_rejected
 from qlora_utils.rows.conversations import Rejected, Turn, parse, usable
-from qlora_utils.rows.files import DataError, Row, UnusableRowError
+from qlora_utils.rows.readers import DataError, Row, UnusableRowError
 
 CASES = ROOT.parent / "shared" / "cases"
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from qlora_utils.rows.conversations import Turn, parse, usable
-from qlora_utils.rows.files import Row, UnusableRowError
 from qlora_utils.rows.messages import NOT_READ, WEIGHT, has_value, is_given
+from qlora_utils.rows.readers import Row, UnusableRowError
 
 
 def read(*messages, name="messages", **columns):
