@@ -24,7 +24,7 @@ from qlora_utils.rows.marks import SplitColumns
 from qlora_utils.rows.reasons import group_reasons
 from qlora_utils.rows.statistics import DIGEST, REPORTED, digest_array, report_of
 from qlora_utils.runs.files import write_json
-from qlora_utils.style import cut
+from qlora_utils.style import counted, cut
 
 if TYPE_CHECKING:
     import pyarrow
@@ -281,8 +281,8 @@ def _explain_too_few(name: str, train: int, held_out: int, why: str, rejected: p
     if too_long and 2 * too_long >= rejected.num_rows:
         advice = ". Give a larger max_seq_len, or shorter rows."
     return (
-        f"dataset: {name} leaves {train} rows to train on and {held_out} to hold out; expected at least one of "
-        f"each.{why} Rows left out: {rejected.num_rows}{examples}{advice}"
+        f"dataset: {name} leaves {counted(train, 'row')} to train on and {held_out} to hold out; expected at least "
+        f"one of each.{why} Rows left out: {rejected.num_rows}{examples}{advice}"
     )
 
 

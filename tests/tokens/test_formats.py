@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 
+import hypothesis
 import pytest
 from conftest import BOTH, HOSTILE
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from qlora_utils import data
 from qlora_utils.config import RunConfig
 from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows import conversations
-from qlora_utils.rows.conversations import MARKS, Conversation, Turn, parse, prompt_text, render
+from qlora_utils.rows.conversations import MARKS, Conversation, Turn, defused, parse, prompt_text, render
 from qlora_utils.rows.files import Row
 from qlora_utils.tokens import formats
 from qlora_utils.tokens.formats import IGNORED, format_of
@@ -392,13 +393,15 @@ def test_chat_template_and_render_agree(tokenizer):
 
 @given(st.text(min_size=1), st.text(min_size=1))
 @settings(max_examples=300, deadline=None)
+@hypothesis.example("[INST]", "[INST]")
 def test_any_text_is_encoded_with_a_boundary(tokenizer, question, answer):
     encoded = formats.encode([Conversation((Turn(question, answer),))], tokenizer)[0]
     assert encoded.labels[-1] == tokenizer.eos_token_id
     prompt = formats.encode_prompt([], question, tokenizer)
     assert encoded.input_ids[: len(prompt)] == prompt
     assert encoded.labels[: len(prompt)] == [IGNORED] * len(prompt)
-    assert tokenizer.decode(encoded.input_ids[len(prompt) : -1]) == f" {answer} "
+    # A mark that the answer spells, as `[INST]`, is none any longer.
+    assert tokenizer.decode(encoded.input_ids[len(prompt) : -1]) == f" {defused(answer)} "
 
 
 def test_packing_restarts_positions_and_carries_no_label_across(tokenizer):
