@@ -5,7 +5,7 @@ NF4 and double quantization: Dettmers et al., QLoRA, 2023, https://arxiv.org/abs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,10 +100,10 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     model, found = loaded
     model_files.refuse_incomplete(source, found)
     head = model.get_output_embeddings()
-    if config.train_head and head is not None and is_quantized(head.weight):
+    if head is not None and is_quantized(head.weight):
         raise ModelError(
-            f"model: {source} is stored with its head in 4 bits, which cannot be trained in full: -p train_head=false, "
-            "or take the model from before quantization."
+            f"model: {source} is stored with its head in 4 bits, and the loss needs a head that is not quantized. "
+            "Take the model from before quantization; it is quantized here, but for its head."
         )
 
     # change what the loader leaves in a state that does not suit training
@@ -269,12 +269,17 @@ def plot_memory(rows: list[PartMemory], ax: Axes) -> Figure:
 class Checkpoint:
     """Read base weights from the base model's own files, one at a time.
 
+    Args:
+        source: local folder or hub id of the base model.
+        names: what files call weights, by their names in memory, where that differs.
+
     Raises:
         ModelError: no safetensors at the source, or, when called, a weight that is not in them in its full shape.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, names: Mapping[str, str] | None = None) -> None:
         self.source = source
+        self.names = names or {}
         folder = Path(source)
         # a hub id: the loader of the base model has fetched it before
         if not folder.is_dir():
@@ -304,6 +309,7 @@ class Checkpoint:
         from safetensors import safe_open
 
         weight = None
+        name = self.names.get(name, name)
         if name in self.files:
             with safe_open(self.files[name], framework="pt") as file:
                 weight = file.get_tensor(name)

@@ -251,7 +251,8 @@ def test_a_model_that_is_stored_in_4_bits_stays_so_and_says_so(config, stored_in
     assert {weight.dtype for weight in model.parameters()} == {torch.uint8, torch.float32}
 
 
-def test_a_head_that_is_stored_in_4_bits_is_not_trained(config, stored_in_4_bits, tmp_path):
+@pytest.mark.parametrize("train_head", [True, False])
+def test_a_head_that_is_stored_in_4_bits_is_refused_trained_or_not(config, stored_in_4_bits, tmp_path, train_head):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["none"])
@@ -259,7 +260,7 @@ def test_a_head_that_is_stored_in_4_bits_is_not_trained(config, stored_in_4_bits
     AutoModelForCausalLM.from_pretrained(
         locate(config.model), quantization_config=how, device_map="cpu"
     ).save_pretrained(tmp_path / "all")
-    changed = RunConfig.build({**config.model_dump(), "model": str(tmp_path / "all")})
-    with pytest.raises(ModelError, match=r"stored with its head in 4 bits.*-p train_head=false"):
+    changed = RunConfig.build({**config.model_dump(), "model": str(tmp_path / "all"), "train_head": train_head})
+    with pytest.raises(ModelError, match=r"stored with its head in 4 bits.*Take the model from before") as refused:
         quantization.load(changed)
-    quantization.load(changed.model_copy(update={"train_head": False}))
+    assert "train_head" not in str(refused.value)  # the loss needs the head in any case

@@ -28,10 +28,11 @@ class Weight:
     """Hold the shape of a merged weight, and the function that computes it.
 
     Weights are computed one by one while they are written: all of them may not fit into memory.
+    A `factor` given to the function multiplies the weight before it is rounded.
     """
 
     shape: torch.Size
-    make: Callable[[], torch.Tensor]
+    make: Callable[..., torch.Tensor]
 
 
 def model_config_of(config: RunConfig) -> Any:
@@ -124,13 +125,15 @@ def adapted_weight(layer: Any, adapter: str, base_weight: Callable[[], torch.Ten
     return weight
 
 
-def _round(name: str, value: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Compute a weight and round it to `dtype`, in main memory.
+def _round(name: str, value: Callable[[], torch.Tensor], dtype: torch.dtype, factor: float = 1.0) -> torch.Tensor:
+    """Compute a weight times a factor and round it once to `dtype`, in main memory.
 
     Raises:
         ModelError: a value is infinite or NaN.
     """
     weight = value().detach()
+    if factor != 1.0:
+        weight = weight.float() * factor
     weight = weight.to(dtype if weight.is_floating_point() else weight.dtype).cpu().contiguous()
     if not bool(torch.isfinite(weight).all()):
         raise ModelError(
@@ -155,5 +158,5 @@ def unscale_head(weights: dict[str, Weight], model_config: Any) -> None:
     name = f"{HEAD}.weight"
     if name in weights and getattr(model_config, "scale_decoder_outputs", False):
         head, factor = weights[name], model_config.d_model**-0.5
-        weights[name] = Weight(head.shape, lambda: head.make() * factor)
+        weights[name] = Weight(head.shape, partial(head.make, factor=factor))
         model_config.scale_decoder_outputs = False

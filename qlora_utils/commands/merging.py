@@ -110,7 +110,7 @@ def merge(
     tuned_model = lora.reload(quantization.load(config), run.adapter, fused=config.fused_layers)
     check_mergeable(tuned_model, config)
     unmerged = ask(tuned_model, tokenizer, chosen, config) if chosen else None
-    source = Checkpoint(locate(config.model)) if base_name == "original" else as_loaded
+    source = _choose_source(tuned_model, config, base_name)
     # Written under another name and renamed at the end, so that nobody finds half a model.
     temporary = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -167,6 +167,26 @@ def _choose_base(config: RunConfig, base: str | None) -> str:
             "leave --base away, or say --base original."
         )
     return "original"
+
+
+def _choose_source(tuned_model: PeftModel, config: RunConfig, base_name: str) -> Source:
+    """Return what reads the weights of the base that is merged into."""
+    if base_name == "quantized":
+        return as_loaded
+    # Files name some weights otherwise: the head of GPT-NeoX is `embed_out`.
+    stored = stored_weights(type(tuned_model.get_base_model()), model_config_of(config))
+    checkpoint = Checkpoint(locate(config.model), {name: in_files for name, (in_files, _) in stored.items()})
+    if config.quantize:
+        return checkpoint
+
+    def read(name: str, parameter: torch.Tensor) -> torch.Tensor:
+        # Nothing was quantized, so what was loaded is the original too, whatever its file calls it.
+        try:
+            return checkpoint(name, parameter)
+        except ModelError:
+            return as_loaded(name, parameter)
+
+    return read
 
 
 def _check_free(folder: Path, *, force: bool) -> None:

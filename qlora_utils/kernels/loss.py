@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**27}
 # How far logits may lie from the head's product, as a share of the largest: 16-bit products round.
 HEAD_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+# Rows of a model's own logits that are computed at a time at least: each time its whole forward pass is called.
+LEAST_OWN_ROWS = 64
 
 
 def linear_cross_entropy(
@@ -66,18 +68,19 @@ def _losses_by_chunk(
     targets: torch.Tensor,
     vocabulary: int,
     logits_of: Callable[[torch.Tensor], torch.Tensor],
+    at_least: int = 1,
 ) -> torch.Tensor:
     """Return the cross-entropy of each token in nats, (tokens,), with logits for one chunk at a time."""
     losses = [
         nn.functional.cross_entropy(logits_of(part).float(), target, reduction="none")
-        for part, target in _chunks(hidden, targets, vocabulary)
+        for part, target in _chunks(hidden, targets, vocabulary, at_least)
     ]
     return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
 
 
-def _chunks(hidden: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> Any:
-    """Yield hidden states and targets in pairs of parts whose logits fit into `CHUNK_BYTES`."""
-    rows = max(1, CHUNK_BYTES[hidden.device.type] // (4 * vocabulary))
+def _chunks(hidden: torch.Tensor, targets: torch.Tensor, vocabulary: int, at_least: int = 1) -> Any:
+    """Yield hidden states and targets in pairs of parts of `at_least` rows, whose logits fit into `CHUNK_BYTES`."""
+    rows = max(at_least, CHUNK_BYTES[hidden.device.type] // (4 * vocabulary))
     return zip(hidden.split(rows), targets.split(rows), strict=True)
 
 
@@ -282,7 +285,7 @@ def own_cross_entropy(model: PreTrainedModel, hidden: torch.Tensor, targets: tor
     # Nothing is drawn at random between hidden states and logits.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     total = hidden.sum() * 0.0
-    for part, target in _chunks(hidden, targets, len(head_weight(model))):
+    for part, target in _chunks(hidden, targets, len(head_weight(model)), LEAST_OWN_ROWS):
         total = total + checkpoint(chunk_loss, part, target, **options)
     return total.float()
 
@@ -470,7 +473,8 @@ def labelled_losses(
     if head_is_a_product(plain):
         return targets, token_losses(hidden, weight, targets)
     # Heads that do more than a product: the model itself computes the logits.
-    return targets, _losses_by_chunk(hidden, targets, len(weight), functools.partial(own_logits, plain))
+    logits_of = functools.partial(own_logits, plain)
+    return targets, _losses_by_chunk(hidden, targets, len(weight), logits_of, LEAST_OWN_ROWS)
 
 
 def _on(device: torch.device, value: Any) -> Any:

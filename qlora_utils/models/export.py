@@ -50,8 +50,11 @@ def write_config(config: PreTrainedConfig, folder: Path, source: str) -> None:
     for key in NOT_INHERITED:
         described.pop(key, None)
     # Version 5 leaves out what is its own default, and version 4 may have another one.
-    described["tie_word_embeddings"] = config.tie_word_embeddings
-    described["torch_dtype"] = written.get("dtype")
+    # Of a model that also reads images, such as Gemma 3, version 4 asks the part that reads text.
+    for part in (described, described.get("text_config")):
+        if isinstance(part, dict):
+            part["tie_word_embeddings"] = config.tie_word_embeddings
+            part["torch_dtype"] = written.get("dtype")
     write_json(path, described)
 
 
@@ -74,10 +77,12 @@ def older_keys(described: Mapping[str, Any]) -> dict[str, Any]:
     if not rope:
         return {}
     keys: dict[str, Any] = {}
-    # Gemma 3 has two: one for all layers, and one for those with a window.
-    if isinstance(rope.get("full_attention"), dict):
-        keys["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        rope = rope["full_attention"]
+    # Gemma 3 has two: one for all layers, and one for those with a window. Others have one of the two alone.
+    kinds = [value for value in rope.values() if isinstance(value, dict)]
+    if kinds:
+        if "sliding_attention" in rope:
+            keys["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope.get("full_attention", kinds[0])
 
     theta, share = rope.get("rope_theta"), rope.get("partial_rotary_factor")
     neox = str(described.get("model_type")).startswith("gpt_neox")

@@ -192,6 +192,35 @@ def test_a_run_without_quantization_has_one_base(tuned):
 
 
 @pytest.mark.parametrize("quantize", [True, False])
+def test_a_base_whose_files_name_its_weights_otherwise_is_merged_into(
+    config, tokenizer, tmp_path, monkeypatch, quantize
+):
+    """The head of GPT-NeoX is `embed_out` in files; both values of --base once named the other as the remedy."""
+    model = small_model(tmp_path / "base", "gpt_neox", tokenizer, num_attention_heads=4, num_hidden_layers=1)
+    changed = config.model_copy(
+        update={"model": str(tmp_path / "base"), "quantize": quantize, "train_head": False, "fused_layers": False}
+    )
+    tuned_model = lora.attach(quantization.load(changed), changed)
+    published = weights_in(tmp_path / "base")
+    assert "embed_out.weight" in published
+    source = merging._choose_source(tuned_model, changed, "original")
+    (tmp_path / "merged").mkdir()
+    merging.save(tuned_model, tmp_path / "merged", changed, source, dtype="float32")
+    merged = weights_in(tmp_path / "merged")
+    assert merged.keys() == published.keys()
+    assert all(torch.equal(merged[name], published[name]) for name in published)
+    # what neither files nor classes name: loaded weights are the original ones if nothing was quantized
+    head = model.get_output_embeddings().weight
+    monkeypatch.setattr(merging, "stored_weights", lambda kind, config: {})
+    source = merging._choose_source(tuned_model, changed, "original")
+    if quantize:
+        with pytest.raises(ModelError, match=r"lm_head\.weight is missing.*--base quantized"):
+            source("lm_head.weight", head)
+    else:
+        assert torch.equal(source("lm_head.weight", head), head)
+
+
+@pytest.mark.parametrize("quantize", [True, False])
 def test_a_base_that_is_stored_in_4_bits_is_merged_into_as_it_was_loaded(tuned, tokenizer, batch, tmp_path, quantize):
     from transformers import BitsAndBytesConfig
 

@@ -125,6 +125,28 @@ def shifted(base_model):
     base_model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + shift.to(logits.device))
 
 
+def test_a_large_vocabulary_does_not_cut_the_models_own_logits_into_crumbs(monkeypatch):
+    """Each part costs a call of the whole model: 8 rows each, for a vocabulary of 256,000 on a CPU."""
+    states, weight, targets = problem(tokens=100)
+    sizes = []
+
+    def own_logits(model, hidden):
+        sizes.append(len(hidden))
+        return hidden @ weight.T
+
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * 50 * 8)
+    monkeypatch.setattr(loss, "own_logits", own_logits)
+    monkeypatch.setattr(loss, "head_weight", lambda model: weight)
+    value = loss.own_cross_entropy(None, states, targets)
+    assert float(value) == pytest.approx(float(by_definition(states, weight, targets)), rel=1e-5)
+    assert sizes == [64, 36]
+    monkeypatch.setattr(loss, "answer_states", lambda model, batch: (states, targets))
+    monkeypatch.setattr(loss, "head_is_a_product", lambda model: False)
+    _, each = loss.labelled_losses(nn.Linear(1, 1), [], lambda rows: {})
+    assert float(each.sum()) == pytest.approx(float(value), rel=1e-5)
+    assert sizes == [64, 36, 64, 36]
+
+
 @pytest.mark.parametrize("change", [scaled, capped, shifted])
 @BOTH
 def test_a_head_that_is_more_than_a_product_has_the_loss_of_the_models_own_logits(
@@ -132,6 +154,7 @@ def test_a_head_that_is_more_than_a_product_has_the_loss_of_the_models_own_logit
 ):
     """In training with its gradients, and where it is measured: it once was that of other logits, or was refused."""
     monkeypatch.setattr(loss, "CHUNK_BYTES", dict.fromkeys(loss.CHUNK_BYTES, 4 * len(tokenizer) * 16))
+    monkeypatch.setattr(loss, "LEAST_OWN_ROWS", 1)
     batch = tensors(prepared.train[:4], tokenizer, config)
     models = []
     for fused in (False, True):

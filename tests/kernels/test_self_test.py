@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 import warnings
@@ -121,6 +122,7 @@ def test_a_family_that_is_not_what_it_is_taken_for_is_refused_with_what_was_meas
 def test_the_held_out_loss_is_that_of_the_models_own_logits(family, monkeypatch):
     """Granite's was 7.890 for 7.557 once: that of other logits than its own."""
     monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": 4 * 96 * 5})
+    monkeypatch.setattr(loss, "LEAST_OWN_ROWS", 1)
     model = build(family)
     examples = self_test._random_examples(model)
     measured, count = loss.response_loss(model, examples, collator_of(model), batch_size=2)
@@ -240,8 +242,47 @@ def test_a_head_that_is_mistaken_for_a_product_is_found():
 def test_logits_that_are_no_numbers_are_refused():
     model = build("llama")
     model.model.norm.weight.data[0] = torch.nan
-    with pytest.raises(ModelError, match=r"by nan of the largest"):
+    with pytest.raises(ModelError, match=r"infinite or NaN\. Its weights are damaged"):
         self_test.check(model, Collator(0, packing=True))
+
+
+def test_an_overflow_in_fp16_is_called_one_and_another_precision_advised():
+    """The model's own attention overflows: no kernel is at fault."""
+    model = build("llama").to(torch.float16)
+    model.model.norm.weight.data.fill_(6e4)
+    with pytest.raises(ModelError, match=r"infinite or NaN\. In float16 it overflows: take -p compute_dtype=float32"):
+        self_test.check(model, Collator(0, packing=True))
+    model.model.norm.weight.data.fill_(1)
+    assert self_test.check(model, Collator(0, packing=True))
+
+
+@pytest.mark.parametrize("family", [*RIGHT, "bart"])
+def test_embeddings_are_rounded_wherever_a_family_reads_them(family):
+    """T5 and BART read them by modules of their encoder and decoder, and the tolerance was too small for them."""
+    model = build(family)
+    example = self_test._random_examples(model)[0]
+    with torch.no_grad(), self_test._rounded_embeddings(model):
+        rounded = self_test._plain_logits(model, example)
+    with torch.no_grad():
+        assert not torch.equal(rounded, self_test._plain_logits(model, example))
+
+
+def test_a_deep_gated_t5_passes_in_bf16():
+    model = build("t5", num_layers=12, num_decoder_layers=12, feed_forward_proj="gated-gelu").to(torch.bfloat16)
+    found = self_test.check(model, PairCollator(0))
+    assert found.rounding > 0.01
+    assert found.tolerance == 2 * found.rounding
+
+
+def test_what_rounding_moves_too_far_is_not_judged_but_sent_to_fp32(monkeypatch):
+    """Else any fault of a kernel would pass as rounding."""
+    model = build("llama").to(torch.bfloat16)
+    right = self_test.measure(model, Collator(0, packing=True))
+    assert dataclasses.replace(right, rounding=0.3, tolerance=0.5).fault().startswith("it is too sensitive to rounding")
+    monkeypatch.setattr(self_test, "LARGEST_TOLERANCE", right.rounding)
+    with pytest.raises(ModelError, match=r"too sensitive to rounding to be judged .*Take -p compute_dtype=float32\.$"):
+        self_test.check(model, Collator(0, packing=True))
+    assert self_test.measure(model, Collator(0, packing=True)).tolerance == right.rounding
 
 
 # ---------------------------------------------------------------------------------------------- no trace

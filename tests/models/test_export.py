@@ -53,6 +53,23 @@ def test_each_family_has_keys_of_its_own(tmp_path, kind, rope, expected):
     assert {name: stored[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_that_also_reads_images_says_in_its_text_part_too_whether_its_head_is_tied(tmp_path, tied):
+    """Version 4 asks `text_config`, and would replace a trained head by the embeddings."""
+    config = AutoConfig.for_model("gemma3", dtype="bfloat16")
+    config.tie_word_embeddings = tied
+    stored = written(config, tmp_path)
+    for part in (stored, stored["text_config"]):
+        assert (part["tie_word_embeddings"], part["torch_dtype"]) == (tied, "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_rotary_embeddings_of_one_kind_of_layers_alone_are_described(kind):
+    described = {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 7.0}}}
+    local = {"rope_local_base_freq": 7.0} if kind == "sliding_attention" else {}
+    assert export.older_keys(described) == {"rope_theta": 7.0, "rope_scaling": None, **local}
+
+
 def test_keys_of_an_earlier_version_stay_and_those_of_a_quantization_go(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
