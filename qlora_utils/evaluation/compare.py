@@ -25,7 +25,7 @@ from qlora_utils.evaluation.scores import (
     paired_text,
     with_interval,
 )
-from qlora_utils.rows.held_out import clusters_of_answers
+from qlora_utils.rows.held_out import clusters_of_answers, find_groups
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import damaged, read_json, read_jsonl
 from qlora_utils.style import cut, in_figure, on_terminal
@@ -79,8 +79,7 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
     # From here on answers are aligned: index i is the same question in every run.
     lines = dict(zip(names, zip(*matched, strict=True), strict=True))
     first = lines[names[0]]
-    # Runs of an earlier version grouped by entity.
-    clusters = clusters_of_answers(first, configs[0].get("group_by", "entity"))
+    clusters = _clusters(lines, configs)
     by_split: dict[str, list[int]] = {}
     for index, line in enumerate(first):
         by_split.setdefault(_split(line), []).append(index)
@@ -100,6 +99,16 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
         "pairs": _pairs(lines, clusters),
         "disagreements": _disagreements(lines),
     }
+
+
+def _clusters(lines: Mapping[str, Sequence[Line]], configs: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the cluster of each question; what belongs together in one run is a cluster in all."""
+    answers_by_column: dict[Any, Sequence[Line]] = {}
+    for answers, config in zip(lines.values(), configs, strict=True):
+        # Runs of an earlier version grouped by entity.
+        answers_by_column.setdefault(config.get("group_by", "entity"), answers)
+    by_column = [clusters_of_answers(answers, column) for column, answers in answers_by_column.items()]
+    return find_groups(map(enumerate, zip(*by_column, strict=True)))
 
 
 def _fingerprint(run: RunDirectory) -> dict[str, str]:

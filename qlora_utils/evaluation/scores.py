@@ -42,30 +42,47 @@ def normalise_answer(text: str) -> str:
 
 
 # Punctuation that changes what a text means: plus; minus, which is no hyphen or dash; what stands
-# between two digits, other than the comma of thousands; the sharp of C# or F#.
+# between two digits, other than the comma of thousands; the sharp of C# or F#; the minus of 1e-5;
+# powers and fractions; comparisons and arrows, which are no HTML; `not equal`, `and`, `or` of code.
 _SIGN = re.compile(
     r"\+(?! +[^\W\d])|(?<=\w)\+|(?<![\w-])-(?=[\w.])|(?<=\d)-(?=\d)|(?<=\w)-$|(?<=\d) - (?=\d)"
     r"|(?<=\d)[./:^*=<>](?=\d)|(?<=[^\W\d])#"
+    r"|(?<=\d[eE])-(?=\d)|(?<=[\w)])\^(?=[\w({-])|(?<=[\w)])/(?=\d)|(?<=\d)/(?=\w)"
+    r"|(?<=\d) [*/%^=:] (?=\w)|(?<=\w) [*/%^] (?=\d)"
+    r"|[<>]=?(?= ?-?\.?\d)|(?<=\w )(?:<-|->|=>|[<>]=?)(?= [\w-])|!(?==)|&&|\|\|"
 )
+# What may enclose or end a letter that is an answer, such as `(A)`.
+_ENCLOSING = " .,:;!?()[]{}\"'*`_"
 
 
 def signed_form(text: str) -> str:
     """Return the normal form with signs in it, each as a character that is no punctuation."""
     stripped = text.strip().rstrip(".!?")
-    return normalise_answer(_SIGN.sub(lambda sign: chr(0xE000 + ord(sign[0].strip())), stripped))
+    return normalise_answer(_SIGN.sub(_private_characters, stripped))
+
+
+def _private_characters(sign: re.Match[str]) -> str:
+    """Return a sign in characters of Unicode's private use area."""
+    return "".join(chr(0xE000 + ord(character)) for character in sign[0].strip())
+
+
+def _bare(text: str) -> str:
+    """Return a text in lower case without what encloses or ends it, unless nothing else is left."""
+    lower = text.strip().lower()
+    return lower.strip(_ENCLOSING) or lower
 
 
 def exact_match(answer: str, expected: str) -> float:
     """Return 1 if both texts have the same normal form, else 0.
 
     Unlike SQuAD, for which `-5` is `5`, `C++` is `C` and `-` is `+`: if the normal form is empty, or
-    if signs differ, the texts differ.
+    if signs differ, the texts differ. The answer `A`, which is an article too, may be written `(A)`.
     """
     form = normalise_answer(answer)
     if form != normalise_answer(expected):
         return 0.0
     if not form:
-        return float(answer.strip().lower() == expected.strip().lower())
+        return float(_bare(answer) == _bare(expected))
     return float(signed_form(answer).replace(" ", "") == signed_form(expected).replace(" ", ""))
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import unicodedata
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from qlora_utils.config import RunConfig
 from qlora_utils.rows.conversations import Conversation
+from qlora_utils.rows.marks import spell_names
 from qlora_utils.rows.statistics import NO_TEXT, digest, normalise
 
 # Separates the values of a row that names several at once, such as the entities of a question.
@@ -30,14 +32,10 @@ def group_tag(columns: Mapping[str, Any], group_by: str, turns: int) -> str | li
 
     Args:
         columns: of the row, as it was found.
-        group_by: name of the column; case and outer spaces do not matter unless both spellings
-            exist.
+        group_by: name of the column; see `find_group_column`.
         turns: of the row: a list with a value for each of them stays a list.
     """
-    value = columns.get(group_by)
-    if group_by not in columns:
-        spellings = {str(name).strip().lstrip("\ufeff").strip().casefold(): name for name in columns}
-        value = columns.get(spellings.get(group_by.strip().casefold()))  # type: ignore[arg-type]
+    value = columns.get(find_group_column(columns, group_by))  # type: ignore[arg-type]
     if not isinstance(value, (list, tuple)):
         return _cell_text(value) or None
     texts = [_cell_text(member) for member in value]
@@ -46,10 +44,25 @@ def group_tag(columns: Mapping[str, Any], group_by: str, turns: int) -> str | li
     return _SEPARATOR.join(filter(None, texts)) or None
 
 
+def find_group_column(columns: Mapping[str, Any], group_by: str) -> str | None:
+    """Return the spelling of the column `group_by` in a row, None if it has no such column.
+
+    Case, outer spaces, and `_`, `-` or a space between words do not matter unless both spellings
+    exist.
+    """
+    if group_by in columns:
+        return group_by
+    spellings = spell_names(columns)
+    return next((spellings[form] for form in spell_names([group_by]) if form in spellings), None)
+
+
 def _cell_text(value: Any) -> str:
     """Return the value of a cell as text that can be stored; an empty text if it is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
+    # In pandas a column of numbers in which one is missing holds 3.0 for 3.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     text = value if isinstance(value, str) else str(value)
     # Half a surrogate pair cannot be written to a file.
     return text.encode("utf-8", "backslashreplace").decode() if text.strip() else ""
@@ -63,7 +76,8 @@ def group_values(tag: Any) -> list[str]:
     """
     text = _SEPARATOR.join(map(_cell_text, tag if isinstance(tag, list) else [tag]))
     normal = unicodedata.normalize("NFKC", text).casefold()
-    values = [" ".join(part.split()) for part in normal.split(_SEPARATOR)]
+    # A CSV that pandas wrote may have 3.0 for 3 too.
+    values = [re.sub(r"^(-?\d+)\.0+$", r"\1", " ".join(part.split())) for part in normal.split(_SEPARATOR)]
     return list(filter(None, values))
 
 

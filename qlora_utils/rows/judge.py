@@ -23,12 +23,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.rows.columns import GROUP, MARKS_PART, count_columns
+from qlora_utils.rows.columns import GROUP, MARKS_PART, TAG_ROLES, count_columns
 from qlora_utils.rows.conversations import Conversation, Rejected, batches, parse, usable
 from qlora_utils.rows.files import Rows
-from qlora_utils.rows.held_out import group_keys, group_tag
+from qlora_utils.rows.held_out import find_group_column, group_keys, group_tag
 from qlora_utils.rows.lines import format_line
-from qlora_utils.rows.marks import SplitColumns, find_columns, mark_of
+from qlora_utils.rows.marks import FLAGS, SplitColumns, find_columns, mark_of_row
+from qlora_utils.rows.messages import NOT_READ
 from qlora_utils.rows.readers import Row, UnusableRowError
 from qlora_utils.rows.statistics import REPORTED, measure, question_keys
 from qlora_utils.runs.directory import HEADLESS, TERMINAL
@@ -398,10 +399,13 @@ def _note_roles(
 ) -> None:
     """Note the columns of a row that are read to split rows, and not by `parse`."""
     assert roles is not None
-    if group_by in conversation.tags:
-        roles[str(group_by)] = GROUP
-    if followed is not None and (spelling := find_columns(tuple(values)).get(followed)) is not None:
-        roles[spelling] = MARKS_PART
+    if group_by and group_by in conversation.tags and (spelling := find_group_column(values, group_by)) is not None:
+        # A column may be part of the question as well.
+        role = roles.get(spelling, NOT_READ)
+        roles[spelling] = GROUP if role in (NOT_READ, TAG_ROLES["entity"]) else f"{role}; {GROUP}"
+    for name, marking in find_columns(tuple(values)).items() if followed else ():
+        if name == followed or (name in FLAGS and followed in FLAGS):
+            roles[marking] = MARKS_PART
 
 
 def _with_group(conversation: Conversation, values: Mapping[str, Any], group_by: str) -> Conversation:
@@ -423,10 +427,11 @@ def _marked_part(part: str, values: Mapping[str, Any], followed: str | None) -> 
     """
     if part != "train" or followed is None:
         return part
-    value = values.get(find_columns(tuple(values)).get(followed))  # type: ignore[arg-type]
-    mark = mark_of(value)
+    mark = mark_of_row(values, followed)
     if mark == "other":
-        raise UnusableRowError(f"{followed} is {str(value)[:40]!r}, expected train, validation or test")
+        value = str(values[find_columns(tuple(values))[followed]])[:40]
+        expected = "true or false" if followed in FLAGS else "train, validation or test"
+        raise UnusableRowError(f"{followed} is {value!r}, expected {expected}")
     return "held_out" if mark == "held_out" else "train"
 
 

@@ -283,3 +283,12 @@ def test_a_comparison_knows_when_answers_have_changed(pair):
     assert "Out of date:</strong> two" in part
     pair[0].answers.unlink()
     assert compare.outdated(found) == ["one", "two"]
+
+
+def test_runs_that_group_by_other_columns_are_compared_by_both(tmp_path):
+    by_entity = made(tmp_path, "one", [line(n, n % 2, entity=f"e{n // 2}") for n in range(12)])
+    by_topic = made(tmp_path, "two", [line(n, n % 3, topic=f"t{n // 3}") for n in range(12)], group_by="topic")
+    for runs in ([by_entity, by_topic], [by_topic, by_entity]):
+        # Entities 0 and 1 share topic 0: six questions are one cluster.
+        assert compare.compare(runs)["questions"] == {"shared": 12, "clusters": 2}
+    assert compare.compare([by_entity, by_entity])["questions"]["clusters"] == 6

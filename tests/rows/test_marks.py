@@ -51,6 +51,10 @@ def numbers(rows):
         ("holdout", "held_out"), ("hold-out", "held_out"), ("test_sft", "held_out"), ("validation_matched", "held_out"),
         ("val_unseen", "held_out"), ("test2", "held_out"), ("extra", "other"), ("latest", "other"), ("0", "other"),
         (0, "other"), (1.0, "other"), (True, "other"), (["test"], "other"), ({"test": 1}, "other"),
+        ("non-train", "other"), ("not train", "other"), ("not_train", "other"), ("test (not in train)", "other"),
+        ("exclude from training", "other"), ("don't train", "other"), ("trainset", "train"), ("TrainSet", "train"),
+        ("training_data", "train"), ("testset", "held_out"), ("TestSet", "held_out"), ("testA", "held_out"),
+        ("valsplit", "held_out"), ("tst", "held_out"), ("heldOut", "held_out"), ("Attest", "other"),
         ("a long text that is prose and happens to mention a test", "other"),
         (None, "blank"), ("", "blank"), ("  ", "blank"), (float("nan"), "blank"),
     ],
@@ -66,7 +70,10 @@ def test_a_value_is_a_mark_by_its_words(value, mark):
         ("split", "train", "test"), ("Split", "TRAIN", "Test"), ("split", "training", "validation"),
         ("partition", "train", "dev"), ("subset", "train", "held-out"), ("fold", "train", "val"),
         ("set", "train", "eval"),
-        ("split", "", "test"), ("data_split", "train", "holdout"),
+        ("split", "", "test"), ("data_split", "train", "holdout"), ("split_name", "train", "TestSet"),
+        ("usage", "train", "test"), ("phase", "training", "eval"), ("train_test", "train", "tst"),
+        ("is_test", False, True), ("is_test", 0, 1), ("is_test", "no", "Yes"), ("Is_Test", 0.0, 1.0),
+        ("is_train", True, False), ("held_out", "", "true"), ("is_validation", "f", "t"),
     ],
 )  # fmt: skip
 def test_a_column_that_marks_rows_is_followed(tmp_path, tokenizer, suffix, column, train, test):
@@ -212,3 +219,45 @@ def test_rows_without_a_value_are_grouped_by_their_question_alone(tmp_path, toke
     prepared = prepare_grouped(tmp_path, tokenizer, rows)
     assert len(prepared.held_out) == 12
     assert prepared.report["group_by"] == "entity"
+
+
+@pytest.mark.parametrize("column", ["Data Split", "data-split", "dataSplit", "DATA_SPLIT "])
+def test_the_words_of_a_column_s_name_may_be_joined_in_any_way(tmp_path, tokenizer, column):
+    prepared = prepared_of(tmp_path / "d", tokenizer, source=rows_of(["train", "train", "test"] * 6, column))
+    assert numbers(prepared.held_out) == set(range(2, 18, 3))
+    assert prepared.report["columns"][column] == {"train or held out": 18}
+
+
+def test_of_several_flags_one_that_holds_out_is_enough(tmp_path, tokenizer):
+    rows = [{**row, "is_val": n % 4 == 1} for n, row in enumerate(rows_of([n % 4 == 0 for n in range(24)], "is_test"))]
+    prepared = prepared_of(tmp_path / "d", tokenizer, source=rows)
+    assert numbers(prepared.held_out) == {n for n in range(24) if n % 4 < 2}
+    assert prepared.report["split_column"]["marks"] == "12 rows to train on, 12 to hold out"
+    assert prepared.report["columns"]["is_val"] == {"train or held out": 24}
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "is_named"),
+    [("phase", ["1", "2"], False), ("usage", ["cooking", "test"], True), ("is_test", [True, "perhaps"], True),
+     ("is_test", [False, False], False)],
+)  # fmt: skip
+def test_other_values_in_such_columns_hold_nothing_out(tmp_path, tokenizer, column, values, is_named):
+    report = prepared_of(tmp_path / "d", tokenizer, source=rows_of(values * 10, column)).report
+    assert (report["held_out_by"], report["rejected"]) == ("set aside at random", 0)
+    assert (report["split_column"] is not None) == is_named
+
+
+@pytest.mark.parametrize(
+    ("column", "group_by", "role"),
+    [
+        ("Topic", "topic", "rows of one value stay together"),
+        ("Entity", "entity", "rows of one value stay together"),
+        ("Document Id", "document_id", "rows of one value stay together"),
+        ("documentId", "document_id", "rows of one value stay together"),
+        ("context", "context", "part of the question; rows of one value stay together"),
+    ],
+)
+def test_the_column_that_groups_rows_is_listed_as_such_in_its_own_spelling(tmp_path, tokenizer, column, group_by, role):
+    rows = about([f"about {n % 10}" for n in range(30)], column)
+    report = prepare_grouped(tmp_path, tokenizer, rows, group_by=group_by).report
+    assert report["columns"][column] == {role: 30}
