@@ -269,6 +269,8 @@ def _train_or_reuse(
         # To select another of the saved adapters, no steps are needed but the checkpoints are.
         if is_enough or (done.steps == total and last is None):
             return _reuse_finished(done, tuned_model, run)
+    if not fresh and last is None and done is None:
+        _check_unfinished(run)
     _check_startable(run, last, done, total, is_trained=bool(started_in))
     with checkpoints.explain_full_disk(run.path, "what the training leaves"):
         return _train_from(last, config, tuned_model, tokenizer, prepared, run)
@@ -291,6 +293,19 @@ def _remove_leftovers(run: RunDirectory) -> None:
         earlier.rename(run.adapter)
     for name in (".adapter.new", ".adapter.old"):
         shutil.rmtree(run.path / name, ignore_errors=True)
+
+
+def _check_unfinished(run: RunDirectory) -> None:
+    """Refuse to start over in place of a finished adapter whose history or checkpoints were lost.
+
+    Raises:
+        ConfigError: the metrics say that the adapter was trained to its end.
+    """
+    if run.adapter.is_dir() and "train" in run.known_metrics():
+        raise ConfigError(
+            f"{run.path} holds a finished adapter, but not the {run.history.name} or the checkpoints that belong to "
+            "it; nothing was removed. Restore them, give another run_name, or fresh=true to start over in its place."
+        )
 
 
 def _check_startable(
@@ -348,8 +363,9 @@ def _start_over(run: RunDirectory) -> None:
 
     # History and metrics must not be taken for those of the training that starts now.
     checkpoints.remove_all(run.checkpoints)
-    run.history.unlink(missing_ok=True)
+    # Metrics without a history would mark the adapter as finished, and refuse whoever tries again.
     run.metrics.unlink(missing_ok=True)
+    run.history.unlink(missing_ok=True)
 
 
 def _reuse_finished(
@@ -418,7 +434,7 @@ def _train_from(
     form = format_of(tokenizer, config)
     with _record_format(form, run) if last is None else nullcontext():
         trainer = make_trainer(config, tuned_model, tokenizer, prepared, run)
-        _check_disk(trainer, run)
+        _check_disk(trainer, run, last)
         # The Trainer has put Liger's kernels in, so this is the model as every step will run it.
         check_model(config, tuned_model, tokenizer)
     if last is None and trainer.is_world_process_zero():
@@ -479,10 +495,10 @@ class _RestoreRecord(TrainerCallback):
         self.trainer.restore_record(self.record)
 
 
-def _check_disk(trainer: StepTrainer, run: RunDirectory) -> None:
+def _check_disk(trainer: StepTrainer, run: RunDirectory, last: Path | None) -> None:
     """Refuse to start if the disk has too little free space.
 
-    Existing checkpoints count as free space, since new ones replace them.
+    Checkpoints that new ones replace count as free space.
 
     Raises:
         DiskError: there is too little.
@@ -493,8 +509,8 @@ def _check_disk(trainer: StepTrainer, run: RunDirectory) -> None:
     moment_bytes = 2 if "8bit" in trainer.config.optimizer else 8
     limit = trainer.config.save_total_limit
     needed = checkpoints.needed_bytes(trained, limit, moment_bytes=moment_bytes)
-    existing = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
-    checkpoints.check_free_space(run.path, max(0, needed - existing), "this training")
+    freed = checkpoints.freed_bytes(run.checkpoints, last)
+    checkpoints.check_free_space(run.path, max(0, needed - freed), "this training")
 
 
 def _run_trainer(trainer: StepTrainer, run: RunDirectory, last: Path | None) -> None:
@@ -530,7 +546,7 @@ def _run_trainer(trainer: StepTrainer, run: RunDirectory, last: Path | None) -> 
     # A signal during the last step changes nothing: the training is finished.
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if stopper.received is not None and step < steps:
-        newest = checkpoints.find_newest(run.checkpoints, contents=False)
+        newest = checkpoints.find_newest(run.checkpoints, contents=False, upto=step)
         is_saved = _step_or_zero(newest) == step
         raise interruptions.Interrupted(step, steps, newest, saved=is_saved)
 

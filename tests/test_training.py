@@ -356,6 +356,23 @@ def test_a_finished_training_needs_no_checkpoints(config, tokenizer, prepared):
         train(changed(config, steps=10), tokenizer, prepared)
 
 
+@pytest.mark.parametrize("lost", ["missing", "shorter"])
+def test_a_finished_training_that_lost_its_history_is_not_started_over(config, tokenizer, prepared, lost):
+    once = changed(config, steps=2, batch_size=2, eval_rows=2)
+    _, run, _ = train(once, tokenizer, prepared)
+    shutil.rmtree(run.checkpoints)
+    run.answers.write_text("{}\n")
+    if lost == "missing":
+        run.history.unlink()
+    else:
+        run.history.write_text("".join(run.history.read_text().splitlines(keepends=True)[:2]))
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"finished adapter, but not the history\.jsonl.*nothing was removed.*fresh"):
+        train(once, tokenizer, prepared)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+    assert [line["step"] for line in train(changed(once, fresh=True), tokenizer, prepared)[2]][-1] == 2
+
+
 @pytest.mark.slow
 def test_a_training_does_not_go_on_as_another(config, tokenizer, prepared):
     _, run, _ = train(config, tokenizer, prepared, StopAt(6))
@@ -517,9 +534,14 @@ def test_asked_to_stop_it_saves_first(config, tokenizer, prepared, number, reque
     run = RunDirectory(sparse.run_dir)
     assert checkpoints.find_newest(run.checkpoints).name == "checkpoint-3"
     assert signal.getsignal(number) == usual
+    # one of a later step, damaged though its sizes are right, is not what was saved
+    damaged = run.checkpoints / "checkpoint-7"
+    shutil.copytree(run.checkpoints / "checkpoint-3", damaged)
+    (damaged / "optimizer.pt").write_bytes(bytes((damaged / "optimizer.pt").stat().st_size))
     again = lora.attach(quantization.load(sparse), sparse)
-    with pytest.raises(interruptions.Interrupted, match="after step 5 of 8"):
+    with pytest.raises(interruptions.Interrupted, match=r"after step 5 of 8.*checkpoint-5") as stopped:
         train_again(sparse, again, tokenizer, prepared, SignalAt(5, number))
+    assert "not saved" not in str(stopped.value)
     train_again(sparse, again, tokenizer, prepared)  # as the same cell of a notebook, with the model that it left
     parts = read_jsonl(run.history)
     _, _, whole = train(changed(sparse, run_name="whole"), tokenizer, prepared)

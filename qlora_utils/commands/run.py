@@ -409,7 +409,8 @@ def _describe_saved(path: Path, run: RunDirectory, failure: BaseException | None
     """
     if path.stem != "04_training":
         return ""
-    last = checkpoints.find_newest(run.checkpoints, contents=False)
+    # By its contents: one that the training passed over as damaged may have the right sizes.
+    last = checkpoints.find_newest(run.checkpoints, report=lambda line: None)
     name = getattr(failure, "ename", type(failure).__name__)
     newest = f"the last checkpoint is {last}" if last else "no checkpoint yet"
     if name == INTERRUPTED:

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -121,20 +122,27 @@ def _find_changed(digests: Mapping[Path, str], report: Callable[[str], None]) ->
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, damaged ones too; a name without a step is no checkpoint."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    """Return the checkpoints in a folder, damaged ones too; a user's copy under another name is none."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    found = [path for path in found if path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 
-def find_newest(folder: Path, *, contents: bool = True, report: Callable[[str], None] = print) -> Path | None:
+def find_newest(
+    folder: Path, *, contents: bool = True, upto: int | None = None, report: Callable[[str], None] = print
+) -> Path | None:
     """Return the newest whole checkpoint, None if there is none.
 
     Args:
         folder: with the checkpoints; it need not exist.
         contents: as in `find_damage`.
+        upto: step of the training that asks. Those of later steps were passed over as damaged when it
+            resumed, though their sizes may be right. None: all count.
         report: called with a line of text for each damaged checkpoint.
     """
     for path in _newest_first(folder):
+        if upto is not None and step_of(path) > upto:
+            continue
         damage = find_damage(path, contents=contents, report=report)
         if damage is None:
             return path
@@ -299,7 +307,8 @@ def remove_all(folder: Path) -> int:
 def sweep(folder: Path, *, report: Callable[[str], None] = print) -> None:
     """Remove what a killed process left half-written or half-removed.
 
-    A whole checkpoint that was about to get its name gets it now.
+    A whole checkpoint that was about to get its name gets it now. So does one that was being
+    replaced, even if it is damaged, where nothing else has its name: `find_start` then names it.
 
     Args:
         folder: with the checkpoints; it need not exist.
@@ -308,7 +317,8 @@ def sweep(folder: Path, *, report: Callable[[str], None] = print) -> None:
     # A process killed between two renamings leaves the new checkpoint and the one that it replaces, both whole.
     for path in [*sorted(folder.glob(f"{_NEW}*")), *sorted(folder.glob(f"{_REPLACED}*"))]:
         final = folder / f"checkpoint-{path.name.rpartition('-')[2]}"
-        if not final.exists() and find_damage(path, report=report) is None:
+        is_replaced = path.name.startswith(_REPLACED)
+        if not final.exists() and (is_replaced or find_damage(path, report=report) is None):
             path.rename(final)
         elif path.name.startswith(_NEW):
             report(f"passing over {path.name} in {folder}: it was not written to the end")
@@ -334,6 +344,21 @@ def needed_bytes(trained: int, checkpoints: int, *, moment_bytes: int = 8) -> in
     # Schedule, random states, tokenizer, history and figures.
     small = 4 * 2**20
     return (checkpoints + 1) * trained * (4 + moment_bytes) + 2 * trained * 4 + small
+
+
+def freed_bytes(folder: Path, last: Path | None) -> int:
+    """Return the bytes of the checkpoints that a training removes when it writes its own.
+
+    Args:
+        folder: with the checkpoints; it need not exist.
+        last: the checkpoint that the training resumes from; those that are damaged, or were passed
+            over for it, stay. None: it starts over, and removes all.
+    """
+    removed = _newest_first(folder)
+    if last is not None:
+        earlier = [path for path in removed if step_of(path) <= step_of(last)]
+        removed = [path for path in earlier if find_damage(path, contents=False) is None]
+    return sum(file.stat().st_size for path in removed for file in path.rglob("*") if file.is_file())
 
 
 def check_free_space(folder: Path, needed: int, what: str) -> None:

@@ -250,7 +250,7 @@ class StepTrainer(Trainer):
         self.state.global_step = step
         rate = self._get_learning_rate()
         self.log({"loss": math.nan, "grad_norm": norm, "learning_rate": rate})
-        last = checkpoints.find_newest(Path(str(self.args.output_dir)), contents=False)
+        last = checkpoints.find_newest(Path(str(self.args.output_dir)), contents=False, upto=step - 1)
         if last:
             advice = f"The last good checkpoint is {last}; fresh=true starts over instead."
         else:
@@ -408,8 +408,8 @@ class StepTrainer(Trainer):
     def checkpoint_record(self) -> dict[str, Any]:
         """Return the fields of a checkpoint that the Trainer does not save itself.
 
-        These are config, rows' digest, last logged step, loss since then, skipped steps, and where
-        the training was continued with other values.
+        These are config, rows' digest, last logged step, loss since then, skipped steps, where the
+        training was continued with other values, and the steps of its warm-up.
         """
         return {
             "config": self.config.model_dump(),
@@ -418,6 +418,7 @@ class StepTrainer(Trainer):
             "logged_at": self.logged_at,
             "skipped": [self.watch.skipped, self.watch.since_log],
             "continued": self.continued,
+            "warmup_steps": schedule.warmup_steps(self.lr_scheduler),
         }
 
     def restore_record(self, record: Mapping[str, Any]) -> None:
@@ -434,9 +435,11 @@ class StepTrainer(Trainer):
 
         # Another number of steps or another warm-up makes another curve of the same peak.
         assert self.optimizer is not None
+        before = schedule.values_until_then(record["config"], self.config)
+        schedule.keep_warmup(self.lr_scheduler, record.get("warmup_steps"), stored, before)
         schedule.follow_schedule(self.lr_scheduler, self.optimizer)
         self.continued = list(record.get("continued", []))
-        if before := schedule.values_until_then(record["config"], self.config):
+        if before:
             self.continued.append({"step": self.state.global_step, "before": before})
             if self.is_world_process_zero():
                 described = describe_continuation(self.continued[-1])
@@ -541,7 +544,7 @@ def training_arguments(
     on_gpu = torch.cuda.is_available()
     if dtype is torch.float16 and not on_gpu:
         raise ConfigError("compute_dtype: float16 needs a GPU; on a CPU take auto, float32 or bfloat16.")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = max(1, int(os.environ.get("WORLD_SIZE", "1")))
     _, arguments_class = TRAINERS[resolved.architecture]
     arguments: TrainingArguments = arguments_class(
         output_dir=str(run.checkpoints),

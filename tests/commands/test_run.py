@@ -520,13 +520,16 @@ def test_a_series_that_is_stopped_saves_and_goes_on(tmp_path, number):
 
 
 @pytest.mark.parametrize("words", ["stopped after step 9 of 250", "anything else that it may say one day"])
-def test_what_a_stopped_training_saved_is_read_from_its_checkpoints(tmp_path, monkeypatch, words):
+def test_what_a_stopped_training_saved_is_read_from_its_checkpoints(tmp_path, words):
     """Not from the message of the training, which is for people."""
     training, run = Path("04_training.ipynb"), RunDirectory(tmp_path)
     stopped = SimpleNamespace(ename=interruptions.Interrupted.__name__, evalue=words)
     assert runner._describe_saved(training, run, stopped) == ", as asked; no checkpoint yet"
-    monkeypatch.setattr(checkpoints, "find_newest", lambda _, contents: tmp_path / "checkpoint-7")
-    told = f"the last checkpoint is {tmp_path / 'checkpoint-7'}"
+    # The training went on from before step 9, whose checkpoint has the right sizes and other contents.
+    for step in (7, 9):
+        checkpoints.write(run.checkpoints, step, lambda at: (at / "weights").write_bytes(b"xx") and None, {})
+    (run.checkpoints / "checkpoint-9" / "weights").write_bytes(b"00")
+    told = f"the last checkpoint is {run.checkpoints / 'checkpoint-7'}"
     assert runner._describe_saved(training, run, stopped) == f", as asked; {told}"
     other = SimpleNamespace(ename="OutOfMemoryError", evalue="no memory")
     assert (

@@ -196,6 +196,48 @@ def test_what_lies_beyond_the_checkpoint_just_written_does_not_count_as_whole(tm
     assert said(tmp_path)[0] == tmp_path / "checkpoint-5"
 
 
+def test_of_checkpoints_beyond_the_step_of_a_training_none_is_its_newest(tmp_path):
+    for step in (4, 5, 8):
+        make(tmp_path, step)
+    zeros(tmp_path / "checkpoint-8" / "weights")
+    assert checkpoints.find_newest(tmp_path, contents=False, upto=5) == tmp_path / "checkpoint-5"
+    assert checkpoints.find_newest(tmp_path, contents=False, upto=3) is None
+
+
+def test_a_copy_under_another_name_is_no_checkpoint_and_stays(tmp_path):
+    copies = [tmp_path / name for name in ("checkpoint-10-copy", "checkpoint-10.old", "checkpoint-", "checkpoint-٣")]
+    for step in (9, 10):
+        make(tmp_path, step)
+    for copy in copies:
+        shutil.copytree(tmp_path / "checkpoint-10", copy)
+    (tmp_path / "checkpoint-11").write_text("a file")
+    assert said(tmp_path) == (tmp_path / "checkpoint-10", [])
+    checkpoints.prune(tmp_path, 1, None)
+    assert checkpoints.remove_all(tmp_path) == 1
+    assert {*tmp_path.iterdir()} == {*copies, tmp_path / "checkpoint-11"}
+
+
+def test_a_damaged_checkpoint_that_was_being_replaced_is_named_and_not_swept_away(tmp_path):
+    make(tmp_path, 4).rename(tmp_path / ".replaced-4")
+    cut(tmp_path / ".replaced-4")
+    (tmp_path / ".new-4").mkdir()
+    checkpoints.sweep(tmp_path, report=lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    with pytest.raises(DamagedError, match=r"checkpoint-4: weights has 1 bytes.*nothing was removed"):
+        checkpoints.find_start(tmp_path)
+
+
+def test_only_checkpoints_that_will_be_removed_make_room(tmp_path):
+    assert checkpoints.freed_bytes(tmp_path / "none", None) == 0
+    first, second, third = (make(tmp_path, step, size=10**6) for step in (1, 2, 3))
+    shutil.copytree(second, tmp_path / "checkpoint-2-copy")
+    cut(first)
+    zeros(third / "weights")
+    one = sum(path.stat().st_size for path in second.iterdir())
+    assert checkpoints.freed_bytes(tmp_path, second) == one
+    assert 2 * 10**6 < checkpoints.freed_bytes(tmp_path, None) < 3 * 10**6
+
+
 def test_a_failed_write_leaves_the_earlier_ones_and_nothing_else(tmp_path):
     make(tmp_path, 1)
 

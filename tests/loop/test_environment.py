@@ -11,6 +11,8 @@ from test_training import changed, losses, train
 from qlora_utils import training
 from qlora_utils.config import ConfigError
 from qlora_utils.loop import environment
+from qlora_utils.loop.trainer import training_arguments
+from qlora_utils.models.resolution import resolve_auto
 
 TORCHRUN = {
     "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0",
@@ -64,6 +66,14 @@ def test_half_a_launch_by_mpi_is_one_clear_line_too(monkeypatch, name):
 def test_a_whole_launcher_and_what_has_no_effect_go_on_working(monkeypatch, variables):
     given(monkeypatch, variables)
     environment.check_launcher()
+
+
+@pytest.mark.parametrize("processes", ["0", "-1", "1"])
+def test_no_process_is_one_process(config, run, monkeypatch, processes):
+    given(monkeypatch, {"WORLD_SIZE": processes})
+    environment.check_launcher()
+    arguments = training_arguments(resolve_auto(config), run, 1)
+    assert arguments.per_device_train_batch_size == config.batch_size
 
 
 def test_a_training_under_half_a_launcher_is_refused_before_anything_is_touched(

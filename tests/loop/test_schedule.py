@@ -13,12 +13,13 @@ from transformers import get_scheduler
 
 from qlora_utils import training
 from qlora_utils.curves import read_history
-from qlora_utils.loop import schedule
+from qlora_utils.loop import checkpoints, schedule
 from qlora_utils.loop.trainer import StepTrainer, training_arguments
 from qlora_utils.models.resolution import resolve_auto
 from qlora_utils.report.facts import gather
 from qlora_utils.report.sentences import caveats, course, summary
-from qlora_utils.runs.files import read_json
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json, read_jsonl
 
 CURVES = ("cosine", "linear", "constant", "constant_with_warmup")
 PEAKS = (1e-3, 1e-4)  # of matrices and head
@@ -84,8 +85,10 @@ def test_a_constant_rate_has_the_warm_up_that_its_description_promises(scheduled
 @pytest.mark.parametrize("name", [*CURVES, schedule.PLATEAU])
 @pytest.mark.parametrize("warmup", [0.0, 0.03, 0.2, 0.6])
 @pytest.mark.parametrize(("first", "at", "then"), [(10, 10, 20), (10, 6, 20), (10, 10, 11), (10, 10, 500), (20, 5, 8)])
-def test_a_continued_training_lies_on_the_new_schedule_from_its_first_step_on(scheduled, name, warmup, first, at, then):
-    """No dead step, no rate above the peak, and nothing else than the new number of steps asks for."""
+def test_a_continued_training_lies_on_the_new_schedule_from_its_first_step_on(
+    config, scheduled, name, warmup, first, at, then
+):
+    """No dead step, no rate above the peak, no second warm-up, else what the new number of steps asks for."""
     values = {"lr_scheduler": name, "warmup_ratio": warmup}
     optimizer, scheduler = scheduled(first, **values)
     take(optimizer, scheduler, at)
@@ -93,10 +96,19 @@ def test_a_continued_training_lies_on_the_new_schedule_from_its_first_step_on(sc
     optimizer, scheduler = scheduled(then, **values)
     optimizer.load_state_dict(stored[0])
     scheduler.load_state_dict(stored[1])
+    stored_config = changed(config, steps=first, **values)
+    until_then = schedule.warmup_steps(scheduled(first, **values)[1])
+    asked = schedule.warmup_steps(scheduler)
+    schedule.keep_warmup(scheduler, until_then, stored_config, {"steps": first})
     schedule.follow_schedule(scheduler, optimizer)
     rates = take(optimizer, scheduler, then - at)
-    whole = take(*scheduled(then, **values), then)
-    assert rates == whole[at:]
+    if asked is not None and until_then <= at < asked:
+        # The warm-up is over: the curve from here to the end, without a second one.
+        assert schedule.warmup_steps(scheduler) == at
+        assert rates[0] == pytest.approx(PEAKS)
+        assert all(after <= before for before, after in pairwise(rate for rate, _ in rates))
+    else:
+        assert rates == take(*scheduled(then, **values), then)[at:]
     for group, peak in enumerate(PEAKS):
         assert all(0 < rate[group] <= peak for rate in rates)
 
@@ -113,6 +125,32 @@ def test_resuming_an_unchanged_training_changes_no_bit_of_its_rates(scheduled, n
     before = [group["lr"] for group in again[0].param_groups]
     schedule.follow_schedule(again[1], again[0])
     assert [group["lr"] for group in again[0].param_groups] == before
+
+
+@pytest.mark.parametrize("until_then", [0, None], ids=["recorded", "of an earlier version"])
+def test_a_warm_up_that_is_over_stays_over_however_often_the_training_is_resumed(config, scheduled, until_then):
+    """Ten steps of 0.03 have no warm-up, a thousand have one of 30."""
+    values = {"lr_scheduler": "constant", "warmup_ratio": 0.03}
+    optimizer, scheduler = scheduled(10, **values)
+    take(optimizer, scheduler, 10)
+    for stored_steps, before in ((10, {"steps": 10}), (1000, {}), (1000, {"learning_rate": 1e-3})):
+        stored = optimizer.state_dict(), scheduler.state_dict()
+        optimizer, scheduler = scheduled(1000, **values)
+        optimizer.load_state_dict(stored[0])
+        scheduler.load_state_dict(stored[1])
+        schedule.keep_warmup(scheduler, until_then, changed(config, steps=stored_steps, **values), before)
+        schedule.follow_schedule(scheduler, optimizer)
+        until_then = schedule.warmup_steps(scheduler)
+        assert until_then == 10
+        assert take(optimizer, scheduler, 5) == [[*PEAKS]] * 5
+
+
+def test_a_warm_up_that_goes_on_is_resumed_to_the_bit(config, scheduled):
+    for values, before in (({"steps": 100}, {}), ({"steps": 50}, {"steps": 50})):
+        _, scheduler = scheduled(100, warmup_ratio=0.2)
+        scheduler.last_epoch = 7
+        schedule.keep_warmup(scheduler, 20 if not before else 10, changed(config, warmup_ratio=0.2, **values), before)
+        assert schedule.warmup_steps(scheduler) == 20
 
 
 # ------------------------------------------------------------------------------------------------ in a training
@@ -150,6 +188,22 @@ def test_ten_steps_continued_to_twenty(config, tokenizer, prepared, scheduled, c
     said = "The training was continued from step 10, with steps=10 until then."
     assert said in course(gather(run))
     assert said in summary(run)
+
+
+def test_ten_steps_continued_to_many_have_no_second_warm_up(config, tokenizer, prepared):
+    """Lost again after a later checkpoint, it goes on with the warm-up that was cut."""
+    short = quick(config, steps=4, learning_rate=1e-3, lr_scheduler="constant", warmup_ratio=0.2)
+    train(short, tokenizer, prepared)
+    longer = changed(short, steps=40, save_steps=1)
+    with pytest.raises(OSError, match="machine lost"):
+        train(longer, tokenizer, prepared, CrashAt(6))
+    run = RunDirectory(longer.run_dir)
+    newest = checkpoints.find_newest(run.checkpoints)
+    assert checkpoints.step_of(newest) > 4
+    assert read_json(newest / "checkpoint.json")["warmup_steps"] == 4
+    with pytest.raises(OSError, match="machine lost"):
+        train(longer, tokenizer, prepared, CrashAt(7))
+    assert rates_of(read_jsonl(run.history)) == [1e-3] * 7
 
 
 @pytest.mark.slow
