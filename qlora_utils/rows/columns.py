@@ -13,7 +13,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.rows.messages import NOT_READ, Parts, has_value, is_given, parts_of_messages
+from qlora_utils.rows.messages import (
+    CALLS,
+    NOT_READ,
+    Parts,
+    has_value,
+    is_call,
+    is_given,
+    is_media,
+    normalise_name,
+    parts_of_messages,
+    underscore_name,
+)
 from qlora_utils.rows.readers import UnusableRowError
 from qlora_utils.style import cut
 
@@ -40,36 +51,46 @@ LEFT_OUT = "left out with its row"
 _KINDS = {
     # Texts to apply the question to: Dolly's `context`, BoolQ's `passage` and their like.
     "material": ("context", "contexts", "passage", "passages", "paragraph", "paragraphs", "article", "document",
-                 "documents", "story", "background", "excerpt", "knowledge"),
-    "options": ("options", "choices"),
+                 "documents", "story", "background", "excerpt", "knowledge", "dialogue", "dialog", "transcript",
+                 "evidence", "source_text", "input_text"),
+    "options": ("options", "choices", "answer_choices", "answer_options", "candidates"),
     "system": ("system", "system_prompt", "system_message"),
-    "history": ("history", "chat_history", "conversation_history"),
-    "label": ("label", "kto_tag", "desirable", "is_desirable", "is_chosen", "is_correct"),
+    "history": ("history", "chat_history", "conversation_history", "dialogue_history", "dialog_history",
+                "message_history", "previous_messages"),
+    "label": ("label", "kto_tag", "kto_label", "desirable", "is_desirable", "is_correct", "accepted", "is_accepted",
+              "thumbs_up", "thumbs_down", "undesirable", "is_undesirable"),
     "weight": ("weight", "train"),
-    "tools": ("tools", "functions", "function_call", "function_calls", "tool_calls"),
+    "tools": CALLS,
 }  # fmt: skip
-# Of these a single word, such as `handbook.pdf`, names a text and is none.
-_MAY_BE_NAMES = frozenset({"article", "document", "documents", "story", "background", "excerpt", "knowledge"})
+# A name such as `sql_context`, `retrieved_documents` or `context_1` has one of those words, and only such others.
+_WITH_MATERIAL = frozenset({
+    "text", "texts", "source", "sql", "table", "retrieved", "relevant", "full"
+})  # fmt: skip
+# Of these a single word, or the name of a file such as `Employee handbook.pdf`, names a text and is none.
+_MAY_BE_NAMES = frozenset({
+    "article", "document", "documents", "story", "background", "excerpt", "knowledge", "dialogue", "dialog",
+    "transcript", "evidence"
+})  # fmt: skip
+_FILE_NAME = re.compile(
+    r"[^\n]{1,95}\.(?:pdf|docx?|odt|rtf|txt|md|html?|epub|csv|tsv|xlsx?|json|xml|pptx?)", re.IGNORECASE
+)
 # Names of columns to read in any spelling.
 SPELLED = frozenset(name for kind in ("material", "options", "system", "history") for name in _KINDS[kind])
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
-# The words of a name such as `image_path`, and of one such as `chosen_response`.
-_MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos", "img", "imgs", "picture", "pictures"})
-_MEDIA_FORMS = frozenset({"path", "paths", "url", "urls", "file", "files", "id", "ids", "bytes"})
+# The words of a name such as `chosen_response`.
 _PREFERRED = frozenset({"chosen", "rejected", "preferred", "dispreferred"})
+# True of one of these marks an answer to avoid.
+_AVOIDED = frozenset({"rejected", "dispreferred", "undesirable", "down"})
 _ANSWERS = frozenset({"answer", "response", "output", "completion", "text", "message", "messages", "conversation"})
 # A column for each option of a multiple choice: `A`, `option_b`, `choice1`.
 _OPTION_NAME = re.compile(r"(?:(?i:option|choice)[ _-]?([A-Ha-h1-8])|([A-H]))")
 # Where LLaVA and others put a picture: at the start of a question, or alone on a line.
+# What a prompt has around the texts of a row that it renders.
+_TEMPLATE = re.compile(
+    r"###|\[/?INST\]|<\||Below is an instruction|\b(?:Instruction|Input|Human|User|Assistant|Response|Question)\s*:",
+    re.IGNORECASE,
+)
 _MEDIA_MARK = re.compile(r"\A\s*<(image|video|audio)>|^[ \t]*<(image|video|audio)>[ \t]*$", re.MULTILINE)
-
-
-def normalise_name(name: str) -> str:
-    """Return a column's name in lower case, without outer spaces and byte order mark.
-
-    A file may begin with a byte order mark, which then stands before its first column.
-    """
-    return name.strip().lstrip("\ufeff").strip().casefold()
 
 
 # Most rows of a file have the same columns.
@@ -82,7 +103,7 @@ def find_kinds(names: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
         normal = normalise_name(name)
         if normal != name and normal in names:
             continue
-        kind = _kind_of(normal)
+        kind = _kind_of(normal) or _kind_of(underscore_name(name))
         if kind is None and _OPTION_NAME.fullmatch(name.strip()):
             kind = "option"
         if kind is not None:
@@ -94,12 +115,17 @@ def _kind_of(name: str) -> str | None:
     """Return the meaning of a column by its normalised name, or None."""
     if name in _KIND_OF:
         return _KIND_OF[name]
-    words = {word for word in re.split(r"[\s_-]+", name) if word}
-    # `image_1` is one of several.
-    if words & _MEDIA and all(word in _MEDIA | _MEDIA_FORMS or word.isdigit() for word in words):
+    if is_media(name):
         return "media"
-    if words & _PREFERRED and words <= _PREFERRED | _ANSWERS:
+    # `rejected_1` is one of several.
+    words = {word for word in name.split("_") if word and not word.isdigit()}
+    if words & _PREFERRED and words <= _PREFERRED | _ANSWERS | {"is"}:
         return "preference"
+    if "negative" in words and words & _ANSWERS and words <= _ANSWERS | {"negative"}:
+        return "preference"
+    is_material = any(_KIND_OF.get(word) == "material" for word in words)
+    if is_material and all(_KIND_OF.get(word) == "material" or word in _WITH_MATERIAL for word in words):
+        return "material"
     return None
 
 
@@ -118,29 +144,47 @@ def refuse_other_data(columns: Mapping[str, Any], roles: MutableMapping[str, str
     """
     kinds = find_kinds(tuple(columns))
     for name in kinds.get("preference", ()):
-        if is_given(columns[name]) and isinstance(columns[name], (str, list, Mapping)):
+        if (is_true := _truth(columns[name], numbers=True)) is not None:
+            _refuse_avoided(name, is_true, roles)
+        elif is_given(columns[name]) and isinstance(columns[name], (str, list, Mapping)):
             raise UnusableRowError(f"{_short(name)} holds one answer of a preference, not the answer to learn")
     for name in kinds.get("media", ()):
         if is_given(columns[name]):
             raise UnusableRowError(f"{_short(name)} has a value; only text is read")
     for name in kinds.get("tools", ()):
-        # A text that is no JSON, such as "hammer", is about other tools.
-        value = columns[name]
-        if is_given(value) and (not isinstance(value, str) or value.lstrip()[:1] in ("[", "{")):
+        if is_call(columns[name]):
             raise UnusableRowError(f"{_short(name)} has a value; calls of tools are not read")
     for name in kinds.get("label", ()):
-        # A `label` of 0 may be a class.
-        is_good = _truth(columns[name], numbers=normalise_name(name) != "label")
-        if is_good is False:
-            raise UnusableRowError(f"{_short(name)} is false: an answer to avoid, not one to learn")
-        if is_good:
-            roles[name] = "label: false is left out"
+        # A `label` of 0 may be a class, and so may one that is the answer.
+        is_class = normalise_name(name) == "label"
+        is_good = _truth(columns[name], numbers=not is_class)
+        if is_class and _is_answer(columns, columns[name]):
+            continue
+        if is_good is None and isinstance(columns[name], str):
+            is_good = {"undesirable": False, "rejected": False}.get(columns[name].strip().casefold())
+        if is_good is not None:
+            _refuse_avoided(name, is_good, roles)
     for name in kinds.get("weight", ()):
         is_learned = _truth(columns[name], numbers=True)
         if is_learned is False:
             raise UnusableRowError(f"{_short(name)} is {str(columns[name]).strip()}: the row is not to be learned")
         if is_learned:
             roles[name] = "weight: 0 is left out"
+
+
+def _refuse_avoided(name: str, is_true: bool, roles: MutableMapping[str, str]) -> None:
+    """Refuse a row if a column says that its answer is one to avoid: `is_correct` is false, `rejected` is true."""
+    is_bad = not _AVOIDED.isdisjoint(underscore_name(name).split("_"))
+    if is_true is is_bad:
+        raise UnusableRowError(f"{_short(name)} is {str(is_true).lower()}: an answer to avoid, not one to learn")
+    roles[name] = f"label: {str(is_bad).lower()} is left out"
+
+
+def _is_answer(columns: Mapping[str, Any], value: Any) -> bool:
+    """Return True if a value is that of one of the columns which hold answers."""
+    text = str(value).strip().casefold()
+    answers = [answer for name, answer in columns.items() if normalise_name(name) in _ANSWERS]
+    return any(not isinstance(answer, (list, Mapping)) and str(answer).strip().casefold() == text for answer in answers)
 
 
 def _truth(value: Any, *, numbers: bool) -> bool | None:
@@ -195,13 +239,16 @@ def compose_question(columns: Mapping[str, Any], name: str, answer: str | None, 
     """
     texts: list[str] = []
     # An instruction may stand beside the question that it is for, whatever that is called.
-    second = "question" if has_value(columns.get("question")) else "prompt"
+    second = next((other for other in _SECONDS if has_value(columns.get(other))), "prompt")
     asked = dict.fromkeys(["instruction", name, *([second] if name == "instruction" else [])])
     for column in asked:
         if columns.get(column) is not None:
             text = text_of(columns, column)
             # A column that repeats the question, or is a rendering of it, says nothing new.
-            is_copy = any(one.strip() in text if column == "prompt" else one.strip() == text.strip() for one in texts)
+            is_copy = any(one.strip() == text.strip() for one in texts)
+            if column == "prompt" and any(_holds(text, one) for one in texts):
+                _refuse_more(column, text, columns, texts)
+                is_copy = True
             if text.strip() and not is_copy:
                 roles[column] = PART if column != name else QUESTION
                 texts.append(text)
@@ -211,6 +258,8 @@ def compose_question(columns: Mapping[str, Any], name: str, answer: str | None, 
     for column in kinds.get("material", ()):
         if not any(str(part).strip() == str(columns[column]).strip() for part in texts):
             _add_material(columns, column, texts, roles)
+    if "text" in columns and not _is_copy_of_row(columns["text"], answer, texts):
+        _add_material(columns, "text", texts, roles)
     _refuse_second_question(columns, {*asked}, texts)
     _add_options(columns, kinds, answer, texts, roles)
 
@@ -222,30 +271,77 @@ def compose_question(columns: Mapping[str, Any], name: str, answer: str | None, 
     return "\n\n".join(texts) if texts else columns[name]
 
 
+# A question beside an instruction, in the order in which they are looked for.
+_SECONDS = ("question", "prompt", "query")
+
+
+def _holds(text: str, part: str) -> bool:
+    """Return True if a text holds another one; a short one as whole words, as it may be found by chance."""
+    part = part.strip()
+    if len(part) > 40:
+        return part in text
+    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None
+
+
+def _is_rendering(text: str, parts: Iterable[str]) -> bool:
+    """Return True if a text holds some of these, and nothing else but what a template has around them."""
+    rest = text
+    for part in sorted(parts, key=len, reverse=True):
+        if part.strip() and _holds(rest, part):
+            rest = rest.replace(part.strip(), " ")
+    return rest != text and (re.search(r"\w", rest) is None or _TEMPLATE.search(rest) is not None)
+
+
+def _refuse_more(name: str, text: str, columns: Mapping[str, Any], texts: Sequence[str]) -> None:
+    """Refuse a row if a column holds its question, and more that no other column has."""
+    beside = [value for column, value in columns.items() if column != name and isinstance(value, str)]
+    if not _is_rendering(text, [*texts, *beside]):
+        asked = next(column for column, value in columns.items() if value in texts)
+        raise UnusableRowError(f"{name} holds more than {asked}; remove one")
+
+
+def _is_copy_of_row(text: Any, answer: str | None, texts: Sequence[str]) -> bool:
+    """Return True if a text beside a pair is a rendering of it, as Alpaca's is, or the answer once more."""
+    if not isinstance(text, str):
+        return True
+    said = (answer or "").strip()
+    if said and (text.strip() == said or (len(said) > 40 and text.strip().startswith(said))):
+        return True
+    holds_row = bool(said) and all(_holds(text, part) for part in [said, *texts[:1]])
+    return holds_row or _is_rendering(text, [*texts, said])
+
+
 def _add_material(columns: Mapping[str, Any], name: str, texts: list[str], roles: MutableMapping[str, str]) -> None:
     """Add a text that the question is about, or several in a list; numbers are passed over."""
     value = columns[name]
     if not has_value(value) or isinstance(value, (bool, int, float)):
         return
-    members = value if isinstance(value, list) else [value]
+    members = [member for member in (value if isinstance(value, list) else [value]) if member is not None]
     if not all(isinstance(member, str) for member in members):
         raise UnusableRowError(f"{name} is {_describe(value)}, expected text")
     # A question may hold the text already, and then would have it twice.
-    material = "\n\n".join(member for member in members if member.strip())
-    if name in _MAY_BE_NAMES and len(material.split()) == 1 and material.isascii():
-        return
-    if name != "input" and any(material.strip() in text for text in texts):
+    material = "\n\n".join(member for member in members if member.strip() and not _is_name(name, member))
+    if not material or (name != "input" and any(_holds(text, material) for text in texts)):
         return
     texts.append(material)
     roles[name] = PART
 
 
+def _is_name(column: str, text: str) -> bool:
+    """Return True if a text of such a column as `document` names a document, and is none."""
+    is_word = len(text.split()) == 1 and text.isascii()
+    return normalise_name(column) in _MAY_BE_NAMES and (is_word or _FILE_NAME.fullmatch(text.strip()) is not None)
+
+
 def _refuse_second_question(columns: Mapping[str, Any], asked: set[str], texts: Sequence[str]) -> None:
     """Refuse a row with another question beside its own, unless it is a copy or a rendering of it."""
     whole = "\n\n".join(texts)
-    for other in {"question", "prompt"} - asked:
+    for other in _SECONDS:
         text = columns.get(other)
-        if not isinstance(text, str) or text.strip() in whole or all(part.strip() in text for part in texts):
+        if other in asked or not isinstance(text, str) or text.strip() in whole:
+            continue
+        if texts and all(_holds(text, part) for part in texts[:1]):
+            _refuse_more(other, text, columns, texts)
             continue
         beside = next(name for name in asked if name in columns)
         raise UnusableRowError(f"{other} beside {beside}: which of them is asked is not known; remove one")
@@ -263,7 +359,7 @@ def _add_options(
         if not is_given(columns[name]):
             continue
         if isinstance(columns[name], str):
-            if not any(columns[name].strip() in text for text in texts):
+            if not any(_holds(text, columns[name]) for text in texts):
                 texts.append(columns[name])
                 roles[name] = PART
         elif _append_choices(name, _choices_of(name, columns[name]), answer, texts):
@@ -297,6 +393,8 @@ def _choices_of(name: str, value: Any) -> dict[str, str]:
     choices: dict[str, Any] = {}
     if isinstance(value, Mapping) and isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
         choices = dict(zip(map(str, value["label"]), value["text"], strict=False))
+    elif isinstance(value, list) and value and all(map(_is_labelled, value)):
+        choices = {str(one.get("label", one.get("key"))): one.get("text", one.get("value")) for one in value}
     elif isinstance(value, Mapping):
         choices = {str(label): text for label, text in value.items() if text is not None}
     elif isinstance(value, list) and len(value) <= 26:
@@ -304,6 +402,11 @@ def _choices_of(name: str, value: Any) -> dict[str, str]:
     if not choices or not all(isinstance(text, str) for text in choices.values()):
         raise UnusableRowError(f"{name} is {_describe(value)}, expected a list of texts")
     return choices
+
+
+def _is_labelled(option: Any) -> bool:
+    """Return True if an option brings its label, as `{"label": "A", "text": "red"}`, or `key` and `value`."""
+    return isinstance(option, Mapping) and bool({"label", "key"} & option.keys() and {"text", "value"} & option.keys())
 
 
 def _append_choices(name: str, choices: Mapping[str, str], answer: str | None, texts: list[str]) -> bool:
@@ -315,7 +418,14 @@ def _append_choices(name: str, choices: Mapping[str, str], answer: str | None, t
     Raises:
         UnusableRowError: the answer is a letter or a number, but names none of them.
     """
-    if all(any(choice.strip() in text for text in texts) for choice in choices.values()):
+    # A bare number may count from 0 or from 1: only a label or the text itself is certain.
+    short = re.fullmatch(r"\(?([A-Za-z]|\d+)[).:]?", (answer or "").strip())
+    is_text = (answer or "").strip() in {choice.strip() for choice in choices.values()}
+    # The question may hold the options already, and with them the label that is the answer.
+    label_line = rf"(?<!\w){short[1]}\s*[).:\]]" if short and not is_text else ""
+    if all(any(_holds(text, choice) for text in texts) for choice in choices.values()) and any(
+        re.search(label_line, text, re.IGNORECASE) for text in texts
+    ):
         return False
     # Options such as "A) four" bring their labels.
     labels = [re.match(r"\(?([A-Za-z]|\d{1,2})[).:]\s*\S", choice.strip()) for choice in choices.values()]
@@ -325,9 +435,6 @@ def _append_choices(name: str, choices: Mapping[str, str], answer: str | None, t
         lines = [*choices.values()]
         known = {label[1].casefold() for label in labels if label}
 
-    # A bare number may count from 0 or from 1: only a label or the text itself is certain.
-    short = re.fullmatch(r"\(?([A-Za-z]|\d+)[).:]?", (answer or "").strip())
-    is_text = (answer or "").strip() in {choice.strip() for choice in choices.values()}
     if short and not is_text and short[1].casefold() not in known:
         raise UnusableRowError(f"{name}: the answer {short[0]!r} names none of {', '.join(choices)[:40]}")
     texts.append("\n".join(lines))
@@ -397,12 +504,13 @@ def refuse_beside(columns: Mapping[str, Any], shape: str, parts: Parts) -> None:
     kinds = find_kinds(tuple(columns))
     spread = _spread_options(columns, kinds)
     names = [*kinds.get("material", ()), *kinds.get("options", ()), *kinds.get("history", ()), *spread.values()]
-    for name in [*names, *(["instruction"] if "instruction" in columns else [])]:
+    for name in [*names, *(other for other in ("instruction", "input") if other in columns)]:
         value = columns[name]
         if not is_given(value) or isinstance(value, (bool, int, float)):
             continue
-        members = value if isinstance(value, list) else [value]
-        if not all(isinstance(member, str) and any(member.strip() in text for _, text in parts) for member in members):
+        members = [member for member in (value if isinstance(value, list) else [value]) if member is not None]
+        members = [member for member in members if not (isinstance(member, str) and _is_name(name, member))]
+        if not all(isinstance(member, str) and any(_holds(text, member) for _, text in parts) for member in members):
             raise UnusableRowError(f"{_short(name)} beside {shape}: put it into the message that it belongs to")
 
 
@@ -416,17 +524,21 @@ def text_of(columns: Mapping[str, Any], name: str) -> str:
 def answer_of(columns: Mapping[str, Any], name: str) -> str | None:
     """Return the answer of a row, None if it has none.
 
-    SQuAD's `answers` are an object with the texts that readers marked, which mostly are the same.
+    SQuAD's `answers` are an object with the texts that readers marked, which mostly are the same; of
+    several that differ the first is the answer. A whole number is text, as in a CSV.
 
     Raises:
-        UnusableRowError: it is no text, or there are several that differ.
+        UnusableRowError: it is no text, or there are several that differ and no places of them.
     """
     value = columns[name]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    is_marked = name == "answers" and isinstance(value, Mapping) and "answer_start" in value
     if name == "answers" and isinstance(value, Mapping):
         value = value.get("text")
     if name == "answers" and isinstance(value, list) and all(isinstance(text, str) for text in value):
         texts = dict.fromkeys(value)
-        if len(texts) > 1:
+        if len(texts) > 1 and not is_marked:
             raise UnusableRowError(f"answers holds {len(texts)} different texts, expected one")
         return next(iter(texts), None)
     return None if value is None else text_of({name: value}, name)

@@ -33,7 +33,7 @@ from qlora_utils.rows.columns import (
     refuse_other_data,
     text_of,
 )
-from qlora_utils.rows.messages import Parts, parts_of_messages
+from qlora_utils.rows.messages import Parts, is_given, parts_of_messages
 from qlora_utils.rows.readers import NAME_COLUMNS, DataError, Row, UnusableRowError
 
 JOINER = "\u2060"  # WORD JOINER: invisible, and not part of any mark
@@ -282,6 +282,8 @@ def parse(row: Row, roles: dict[str, str] | None = None) -> Conversation:
     # Other spellings of extra fields are always read; those of a shape's fields only if the exact
     # spellings make no shape. A row may hold prose under "text", and its question under "Question".
     columns = _rename_fields(row.columns, _EXTRA)
+    # NaN is how pandas writes a cell without value, and is unlike itself.
+    columns = {name: None if isinstance(value, float) and value != value else value for name, value in columns.items()}
     found_roles: dict[str, str] = {}
     refuse_other_data(columns, found_roles)
     found = _shape_and_parts(columns, found_roles)
@@ -387,7 +389,9 @@ def _shape_and_parts(columns: Mapping[str, Any], roles: dict[str, str]) -> tuple
     # Capybara's lists of `input` and `output` are called `conversation`, as is many a tag.
     lists = (*_LISTS, "conversation") if isinstance(columns.get("conversation"), list) else _LISTS
     for name in lists:
-        if columns.get(name) is not None:
+        # Beside a pair, a list without messages says nothing.
+        is_empty = not is_given(columns.get(name)) and _find_pair(columns, _PAIRS + _MORE_PAIRS) is not None
+        if columns.get(name) is not None and not is_empty:
             parts = parts_of_messages(name, columns[name], roles)
             roles[name] = CONVERSATION
             refuse_beside(columns, name, parts)

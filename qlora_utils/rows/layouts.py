@@ -12,11 +12,15 @@ EXPECTED_ROWS = "expected [{...}, {...}]"
 RECORDS = 'pandas writes them with to_json(orient="records")'
 # An object with a question and an answer is a row, and no shell around rows: a row may well have a
 # list of other objects, such as its sources.
-_QUESTIONS = frozenset({"question", "instruction", "prompt", "input"})
+_QUESTIONS = frozenset({"question", "instruction", "prompt", "query", "input"})
 _ANSWERS = frozenset({"answer", "output", "response", "completion"})
 _LISTS = frozenset({"messages", "conversations"})
 # Names that tell columns from labels of rows.
 _COLUMNS = _QUESTIONS | _ANSWERS | _LISTS | {"text"}
+# A text under one of these names, beside a list of rows, belongs to each of them.
+_FOR_EACH = _QUESTIONS | {"system", "system_prompt", "context"}
+# With one of these, a text is a conversation.
+_MARK = re.compile(r"\[INST\]|### Human:")
 
 
 class LayoutError(ValueError):
@@ -105,6 +109,8 @@ def is_lone_row(value: Mapping[str, Any]) -> bool:
     """Return True if an object is a row: it has a question and an answer, or messages."""
     if _has_pair(value) or any(map(is_conversation, value.values())):
         return True
+    if any(_is_conversation_column(_fold(name), member) for name, member in value.items()):
+        return True
     # Messages without a role, or none: a row that will be left out, with the reason. The members of
     # a list of this name may be rows, too.
     lists = [(name, members) for name, members in value.items() if isinstance(members, list)]
@@ -112,6 +118,27 @@ def is_lone_row(value: Mapping[str, Any]) -> bool:
         return False
     first: Any = next(iter(lists[0][1]), {})
     return isinstance(first, Mapping) and not _are_columns(first)
+
+
+def _is_conversation_column(name: str, value: Any) -> bool:
+    """Return True if a value is a conversation by its column: Guanaco's text, Capybara's pairs, LIMA's texts."""
+    if name == "text":
+        return isinstance(value, str) and _MARK.search(value) is not None
+    if not isinstance(value, list) or not value:
+        return False
+    if name == "conversation":
+        return all(isinstance(member, Mapping) and {"input", "output"} <= member.keys() for member in value)
+    # A text that holds JSON is a cell of a table: a conversation that was written twice.
+    is_texts = all(isinstance(member, str) and member.lstrip()[:1] not in ("[", "{") for member in value)
+    return name == "conversations" and is_texts
+
+
+def name_for_each_row(value: Mapping[str, Any]) -> str | None:
+    """Return the name of a text in an object around rows that belongs to each of them, or None."""
+    for name, member in value.items():
+        if _fold(name) in _FOR_EACH and isinstance(member, str) and member.strip():
+            return name
+    return None
 
 
 def _has_pair(value: Mapping[str, Any]) -> bool:
@@ -140,13 +167,17 @@ def _rows_of_lists(value: Mapping[str, Any]) -> list[Any]:
     with_objects = [name for name, members in lists.items() if members and isinstance(members[0], dict)]
     only = next(iter(lists.values()))
     if len(lists) == 1 and (not only or with_objects):
+        if only and (name := name_for_each_row(value)) is not None:
+            raise LayoutError(f"has {name!r} beside its list of rows; write it into each row, as a column of its own.")
         return only
 
     # Columns have one length, and nothing lies beside them. One of them may hold objects, all of
     # them would rather be the parts of a dataset, such as train and test.
     lengths = {name: len(members) for name, members in lists.items()}
     is_table = len(lists) == len(value) and any(lengths.values()) and len(with_objects) < len(lists)
-    has_rows = any(_are_columns(lists[name][0]) for name in with_objects)
+    # SQuAD's `answers` have a `text`, and stand beside columns that are read.
+    is_beside = _are_columns(lists.keys() - {*with_objects})
+    has_rows = not is_beside and any(_are_columns(lists[name][0]) for name in with_objects)
     if is_table and not has_rows and len(set(lengths.values())) == 1:
         return _join_columns(lists)
     if is_table and not with_objects:

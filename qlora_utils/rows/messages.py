@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -12,17 +13,29 @@ from qlora_utils.rows.readers import UnusableRowError
 # answer that is read as context and never learned.
 Parts = list[tuple[str, str]]
 
+# In any case of letters, as `User`.
 QUESTION_ROLES = {"user", "human", "prompter"}
-ANSWER_ROLES = {"assistant", "gpt", "bot", "model"}
+ANSWER_ROLES = {"assistant", "gpt", "bot", "model", "chatgpt", "bing", "bard"}
 # OpenAI's newer models call the system prompt a developer's.
 SYSTEM_ROLES = {"system", "developer"}
 # Fields that say whether a message is learned (OpenAI's `weight`, axolotl's `train` and `training`,
 # torchtune's `masked`, ms-swift's `loss`), with the value for which it is.
-_LEARNED_IF = {"weight": 1, "train": 1, "training": 1, "trainable": 1, "loss": 1, "masked": 0, "mask": 0}
+_LEARNED_IF = {
+    **dict.fromkeys(("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight"), 1),
+    **dict.fromkeys(("masked", "mask", "is_masked"), 0),
+}
 _TEXT_FIELDS = {"role", "content", "from", "value"}
-_CALLS = {"tool_calls", "function_call", "tool_responses"}
-# Fields without which the text of a message means something else.
-_MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
+CALLS = ("tools", "functions", "function_call", "function_calls", "tool_calls")
+_CALLS = {*CALLS, "tool_responses"}
+# The words of a name such as `image_path`: without a picture, the text beside it means something else.
+_MEDIA = frozenset({
+    "image", "images", "audio", "audios", "video", "videos", "img", "imgs", "picture", "pictures", "photo", "photos",
+    "screenshot", "screenshots", "attachment", "attachments"
+})  # fmt: skip
+_MEDIA_FORMS = frozenset({
+    "path", "paths", "url", "urls", "uri", "uris", "file", "files", "filename", "id", "ids", "name", "names", "bytes",
+    "base64", "b64", "data"
+})  # fmt: skip
 # The part of a content that is text, as OpenAI's two interfaces and others call it.
 _TEXT_TYPES = {"text", "input_text", "output_text"}
 
@@ -47,13 +60,42 @@ def is_given(value: Any) -> bool:
     return has_value(value) and not (isinstance(value, str) and value.strip() in ("[]", "{}", "null"))
 
 
+def normalise_name(name: str) -> str:
+    """Return a column's name in lower case, without outer spaces and byte order mark.
+
+    A file may begin with a byte order mark, which then stands before its first column.
+    """
+    return name.strip().lstrip("\ufeff").strip().casefold()
+
+
+# Most rows of a file have the same fields.
+@functools.lru_cache(maxsize=256)
+def underscore_name(name: str) -> str:
+    """Return a name as `system_prompt`, from `System Prompt`, `system-prompt` or `systemPrompt`."""
+    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s-]+", "_", name.strip().lstrip("\ufeff").strip())
+    return normalise_name(apart)
+
+
+def is_media(name: str) -> bool:
+    """Return True if a name is that of a picture, a sound or a film; `image_1` is one of several."""
+    words = {word for word in underscore_name(name).split("_") if word}
+    return bool(words & _MEDIA) and all(word in _MEDIA | _MEDIA_FORMS or word.isdigit() for word in words)
+
+
+def is_call(value: Any) -> bool:
+    """Return True if a value may be the call of a tool; a text such as "hammer" is about other tools."""
+    members = value if isinstance(value, list) else [value]
+    texts = [member for member in members if isinstance(member, str)]
+    return is_given(value) and (len(texts) < len(members) or any(text.lstrip()[:1] in ("[", "{") for text in texts))
+
+
 def parts_of_messages(name: str, messages: Any, roles: MutableMapping[str, str]) -> Parts:
     """Return the texts of a list of messages, each with its role.
 
     Args:
         name: of the column, for errors.
         messages: objects with `role` and `content`, or `from` and `value`; or with `input` and
-            `output`, a question and its answer.
+            `output`, a question and its answer; or texts, which are questions and answers in turn.
         roles: gets what each field beside these was read as.
 
     Raises:
@@ -62,6 +104,9 @@ def parts_of_messages(name: str, messages: Any, roles: MutableMapping[str, str])
     if not isinstance(messages, list):
         raise UnusableRowError(f"{name} is {type(messages).__name__}, expected a list")
     parts: Parts = []
+    # LIMA's. A text that holds JSON is a message that was written twice, and says who wrote it.
+    if messages and all(isinstance(text, str) and text.lstrip()[:1] not in ("{", "[") for text in messages):
+        return [("answer" if index % 2 else "question", text) for index, text in enumerate(messages)]
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise UnusableRowError(f"{name}[{index}] is {type(message).__name__}, expected role and content")
@@ -74,6 +119,7 @@ def parts_of_messages(name: str, messages: Any, roles: MutableMapping[str, str])
             continue
         if role is not None and not isinstance(role, str):
             raise UnusableRowError(f"{name}[{index}] has role {_format_role(role)}, expected user or assistant")
+        written, role = role, role and role.casefold()
         content = message["content"] if message.get("content") is not None else message.get("value")
         if content is None:
             # A system prompt without text is none.
@@ -91,7 +137,7 @@ def parts_of_messages(name: str, messages: Any, roles: MutableMapping[str, str])
         elif role in SYSTEM_ROLES:
             _add_system(parts, text, f"{name}[{index}]", role)
         else:
-            raise UnusableRowError(f"{name}[{index}] has role {_format_role(role)}, expected user or assistant")
+            raise UnusableRowError(f"{name}[{index}] has role {_format_role(written)}, expected user or assistant")
     return parts
 
 
@@ -114,18 +160,18 @@ def _read_fields(name: str, index: int, message: Mapping[str, Any], roles: Mutab
     for field, value in message.items():
         if field in _TEXT_FIELDS or not is_given(value):
             continue
-        place = f"{name}[{index}]"
-        if field in _LEARNED_IF:
+        place, known = f"{name}[{index}]", underscore_name(field)
+        if known in _LEARNED_IF:
             # True and 1.0 equal 1. A text such as "0" says nothing for certain.
             if not isinstance(value, (bool, int, float)) or value not in (0, 1):
                 raise UnusableRowError(f"{place} has {field} {str(value)[:20]!r}, expected 0 or 1")
-            learned = learned and value == _LEARNED_IF[field]
-            roles[f"{name}[].{field}"] = WEIGHT if _LEARNED_IF[field] else f"{field}: 1 is not learned"
-        elif field in _CALLS:
+            learned = learned and value == _LEARNED_IF[known]
+            roles[f"{name}[].{field}"] = WEIGHT if _LEARNED_IF[known] else f"{field}: 1 is not learned"
+        elif known in _CALLS and is_call(value):
             raise UnusableRowError(f"{place} has {field}; calls of tools are not read")
-        elif field in _MEDIA:
+        elif is_media(field):
             raise UnusableRowError(f"{place} has {field}; only text is read")
-        elif field == "train_detail":
+        elif known == "train_detail":
             raise UnusableRowError(f"{place} has train_detail; an answer is learned as a whole or not at all")
         elif field not in ("input", "output") or message.get("role") or message.get("from"):
             roles[f"{name}[].{field}"] = NOT_READ
@@ -152,6 +198,8 @@ def _join_content(name: str, index: int, content: Any) -> str:
         # In a table, a part has the fields of all kinds of parts, most of them None.
         filled = [field for field, value in part.items() if field != "type" and has_value(value)]
         kind = part.get("type") or next(iter(filled), "text")
+        # A picture may stand beside the text of its part.
+        kind = next(filter(_has_media_word, filled), kind)
         if not isinstance(kind, str) or kind not in _TEXT_TYPES:
             raise UnusableRowError(f"{place} has a part of type {_format_role(kind)}; only text is read")
         text = part.get("text", part.get("content", part.get("value")))
@@ -159,6 +207,11 @@ def _join_content(name: str, index: int, content: Any) -> str:
             raise UnusableRowError(f"{place} has a part of type {kind} without text")
         texts.append(text)
     return "".join(texts)
+
+
+def _has_media_word(field: str) -> bool:
+    """Return True if a word of a field's name is that of a picture, a sound or a film."""
+    return not _MEDIA.isdisjoint(underscore_name(field).split("_"))
 
 
 def _format_role(role: Any) -> str:

@@ -24,6 +24,7 @@ from qlora_utils.rows.layouts import (
     is_message,
     list_rows,
     make_object,
+    name_for_each_row,
 )
 from qlora_utils.style import cut
 
@@ -289,7 +290,7 @@ def _find_members(path: Path) -> str | None:
 def _prefix_of_only_list(events: Iterable[tuple[str, str, Any]]) -> str | None:
     """Return the prefix of the members of the only list in a JSON object, from ijson's events.
 
-    None if there is not one list, or the object is a row itself.
+    None if there is not one list, the object is a row itself, or a text of it belongs to each row.
     """
     lists, others, depth = [], {}, 0
     for name, event, value in events:
@@ -301,7 +302,9 @@ def _prefix_of_only_list(events: Iterable[tuple[str, str, Any]]) -> str | None:
             depth += 1
         elif event.startswith("end"):
             depth -= 1
-    return f"{lists[0]}.item" if len(lists) == 1 and not is_lone_row(others) else None
+    if len(lists) != 1 or is_lone_row(others) or name_for_each_row(others) is not None:
+        return None
+    return f"{lists[0]}.item"
 
 
 class _Unique(dict[str, Any]):

@@ -48,7 +48,24 @@ def roles_of(**row):
         ({"question": "In 1940. When?", "context": "In 1940.", "answer": "a"}, "In 1940. When?"),
         ({"question": "When?", "document": "handbook.pdf", "answer": "a"}, "When?"),
         ({"question": "When?", "article": 7, "answer": "a"}, "When?"),
+        # names of files, and missing texts in a list
+        ({"question": "When?", "documents": ["a.pdf", "Opened in 1940."], "answer": "a"}, "When?\n\nOpened in 1940."),
+        ({"question": "When?", "document": "Employee handbook.pdf", "answer": "a"}, "When?"),
+        ({"question": "When?", "context": ["In 1940.", None], "answer": "a"}, "When?\n\nIn 1940."),
+        # other names of texts, and other spellings
+        *(({"question": "When?", name: "In 1940.", "answer": "a"}, "When?\n\nIn 1940.")
+          for name in ("sql_context", "context_text", "passage_text", "article_text", "retrieved_context", "context_1",
+                       "retrieved_documents", "dialogue", "transcript", "evidence", "source_text", "Source Text",
+                       "retrievedContext", "Passage-Text")),
+        *(({"question": "When?", name: "7", "answer": "a"}, "When?")
+          for name in ("context_id", "document_title", "article_url", "reference", "passage_name")),
+        # a text is more of the question, unless it renders the row or has the answer
+        ({"instruction": "Sort it.", "text": "I loved it", "output": "a"}, "Sort it.\n\nI loved it"),
+        ({"question": "Sort it.", "text": "a", "answer": "a"}, "Sort it."),
+        ({"instruction": "Go.", "text": "### Instruction: Go. ### Response: a", "output": "a"}, "Go."),
+        ({"instruction": "Go.", "text": "### Instruction: Go. ### Response:", "output": "a"}, "Go."),
         # an instruction that is blank or missing
+        ({"instruction": float("nan"), "input": "When?", "output": "a"}, "When?"),
         ({"instruction": "", "input": "When?", "output": "a"}, "When?"),
         ({"instruction": " ", "input": "When?", "output": "a"}, "When?"),
         ({"instruction": None, "input": "When?", "output": "a"}, "When?"),
@@ -58,11 +75,15 @@ def roles_of(**row):
         ({"instruction": "In a word.", "question": "When?", "answer": "a"}, "In a word.\n\nWhen?"),
         ({"instruction": "In a word.", "question": "When?", "output": "a"}, "In a word.\n\nWhen?"),
         ({"instruction": "In a word.", "prompt": "When?", "response": "a"}, "In a word.\n\nWhen?"),
+        ({"instruction": "In a word.", "query": "When?", "response": "a"}, "In a word.\n\nWhen?"),
         ({"Instruction": "In a word.", "Question": "When?", "Answer": "a"}, "In a word.\n\nWhen?"),
         ({"instruction": "When?", "question": "When?", "answer": "a"}, "When?"),
         # a prompt that is a rendering of the question
         ({"instruction": "When?", "output": "a", "prompt": "### Instruction: When? ### Response:"}, "When?"),
         ({"question": "When?", "prompt": "When?", "answer": "a"}, "When?"),
+        ({"instruction": "Sum", "input": "1, 2", "output": "a", "prompt": "Sum\n1, 2"}, "Sum\n\n1, 2"),
+        ({"context": "In 1940.", "question": "When?", "answers": {"text": ["a", "b"], "answer_start": [3, 4]}},
+         "When?\n\nIn 1940."),
         # SQuAD, OpenOrca, MetaMath
         ({"context": "In 1940.", "question": "When?", "answers": {"text": ["a", "a"], "answer_start": [3, 3]}},
          "When?\n\nIn 1940."),
@@ -84,15 +105,38 @@ def test_all_that_is_asked_stands_in_the_question(row, question):
         ({"A": "red", "B": "blue"}, "B", "A. red\nB. blue"),
         ({"text": ["red", "blue"], "label": ["1", "2"]}, "2", "1. red\n2. blue"),
         (["4", "8"], "8", "A. 4\nB. 8"),
+        ([{"label": "A", "text": "red"}, {"label": "B", "text": "blue"}], "B", "A. red\nB. blue"),
+        ([{"key": "1", "value": "red"}, {"key": "2", "value": "blue"}], "2", "1. red\n2. blue"),
         ("A) red B) blue", "B", "A) red B) blue"),
     ],
 )
 def test_options_stand_in_the_question(options, answer, listed):
-    for name in ("options", "Choices"):
+    for name in ("options", "Choices", "answer_choices", "Answer Options", "candidates"):
         assert (
             read(**{"question": "Which?", name: options, "answer": answer}).turns[0].question == f"Which?\n\n{listed}"
         )
     assert read(question=f"Which?\n{listed}", options=options, answer=answer).turns[0].question == f"Which?\n{listed}"
+
+
+@pytest.mark.parametrize("question", ["In 1234, how many?", "Is it 1, 2, 3 or 4?"])
+def test_options_found_by_chance_or_without_their_labels_are_still_listed(question):
+    found = read(question=question, choices=["1", "2", "3", "4"], answer="D")
+    assert found.turns[0].question == f"{question}\n\nA. 1\nB. 2\nC. 3\nD. 4"
+    assert read(question="Is a category a cat?", options="cat", answer="a").turns[0].question.endswith("a cat?")
+    assert read(question="A category?", options="cat", answer="a").turns[0].question == "A category?\n\ncat"
+    assert read(question="A category?", context="cat", answer="a").turns[0].question == "A category?\n\ncat"
+
+
+@pytest.mark.parametrize("name", ["System Prompt", "systemPrompt", "system-prompt"])
+def test_a_name_with_spaces_hyphens_or_capitals_is_read(name):
+    assert read(**PAIR, **{name: "Be brief."}).turns[0].system == "Be brief."
+    history = "chat" + name.removeprefix("system").removeprefix("System").replace("Prompt", "History")
+    history = history.replace("prompt", "history")
+    assert len(read(**PAIR, **{history: [["r", "b"]]}).turns) == 2
+
+
+def test_a_whole_number_is_an_answer_as_in_a_csv():
+    assert read(question="2 + 2?", answer=4).turns == (Turn("2 + 2?", "4"),)
 
 
 def test_options_in_columns_of_their_own_stand_in_the_question():
@@ -146,12 +190,22 @@ def test_a_history_is_the_earlier_turns(history):
         ({"prompt": "q", "completion": "a", "label": "False"}, "label is false"),
         ({**PAIR, "kto_tag": 0}, "kto_tag is false"),
         ({**PAIR, "is_correct": "0"}, "is_correct is false"),
+        ({**PAIR, "chosen": False}, "chosen is false: an answer to avoid"),
+        ({**PAIR, "rejected": True}, "rejected is true: an answer to avoid"),
+        *(({**PAIR, name: False}, f"{name} is false: an answer to avoid")
+          for name in ("is_preferred", "isPreferred", "kto_label", "thumbs_up", "accepted", "Is Correct")),
+        *(({**PAIR, name: True}, f"{name} is true: an answer to avoid") for name in ("is_rejected", "thumbs_down")),
+        *(({**PAIR, "label": value}, "label is false: an answer") for value in ("undesirable", "rejected")),
+        *(({**PAIR, name: "x"}, f"{name} holds one answer of a preference")
+          for name in ("negative_response", "rejected_1", "rejectedResponse", "Rejected Response 2")),
         ({**PAIR, "weight": 0}, "weight is 0: the row is not to be learned"),
         ({**PAIR, "weight": "0"}, "weight is 0"),
         ({**PAIR, "train": False}, "train is False: the row"),
         # pictures, sounds, films
         *(({"messages": MESSAGES, name: ["i/0.jpg"]}, f"{name} has a value; only text")
-          for name in ("images", "image", "audios", "videos", "Image_Path", "image url", "image_1", "picture")),
+          for name in ("images", "image", "audios", "videos", "Image_Path", "image url", "image_1", "picture",
+                       "image_base64", "image_name", "image_file_name", "imageUri", "image_data",
+                       "photo", "screenshot", "imagePath")),
         ({**PAIR, "image": {"bytes": b"x", "path": None}}, "image has a value"),
         ({**PAIR, "image_id": 9}, "image_id has a value"),
         ({"messages": [{"role": "user", "content": "<image>what is it?"}, MESSAGES[1]]}, "a question is about <image>"),
@@ -167,6 +221,10 @@ def test_a_history_is_the_earlier_turns(history):
         ({"instruction": "q", "input": ["x", 1], "output": "a"}, "input is list of str and int, expected text"),
         ({"messages": MESSAGES, "context": "In 1940."}, "context beside messages: put it into the message"),
         ({"messages": MESSAGES, "instruction": "In a word."}, "instruction beside messages"),
+        ({"messages": MESSAGES, "input": "In 1940."}, "input beside messages"),
+        ({"question": "Who?", "prompt": "Ben waved. Who?", "answer": "a"}, "prompt holds more than question; remove"),
+        ({"instruction": "Who?", "prompt": "Ben waved. Who?", "output": "a"}, "prompt holds more than instruction"),
+        ({"question": "Who?", "query": "What else?", "answer": "a"}, "query beside question: which of them"),
         ({"messages": MESSAGES, "history": [["r", "b"]]}, "history beside messages"),
         ({"messages": MESSAGES, "options": ["x", "y"]}, "options beside messages"),
         ({"text": "<s>[INST] q [/INST] a </s>", "context": "In 1940."}, "context beside text"),
@@ -178,7 +236,8 @@ def test_a_history_is_the_earlier_turns(history):
         ({**PAIR, "system": "x", "system_prompt": "y"}, "two system prompts that differ"),
         ({"question": "q", "options": ["red", "blue"], "answer": "1"}, "options: the answer '1' names none of A, B"),
         ({"question": "q", "options": ["red", "blue"], "answer": "C"}, "options: the answer 'C' names none of A, B"),
-        ({"question": "q", "choices": ["red", "blue"], "answer": 1}, "answer is int, expected text"),
+        ({"question": "q", "choices": ["red", "blue"], "answer": 1}, "choices: the answer '1' names none of A, B"),
+        ({"question": "q", "answer": 1.5}, "answer is float, expected text"),
         ({"question": "q", "options": [1, 2], "answer": "1"}, "options is list of int, expected a list of texts"),
         ({"question": "q", "answers": {"text": ["a", "b"]}}, "answers holds 2 different texts"),
         ({"question": "q", "context": "c", "answers": {"text": [], "answer_start": []}}, "no answered turn"),
@@ -195,6 +254,7 @@ def test_what_cannot_be_read_is_refused_with_the_reason(row, reason):
     [{"images": []}, {"images": "[]"}, {"image": None}, {"tools": "[]"}, {"tools": "a hammer"}, {"rejected": None},
      {"chosen_score": 7}, {"rejected": False}, {"label": "sport"}, {"label": 0}, {"label": True}, {"weight": 0.5},
      {"weight": "3 kg"}, {"weight": 1}, {"prompt_id": "x"}, {"history": []}, {"options": []}, {"system": None},
+     {"tools": ["hammer"]}, {"rejected": "False"}, {"chosen": True}, {"label": "b"}, {"document": "a b.pdf"},
      {"context": ""}, {"imagery": "x"}, {"functions": None}, {"train": "to Rome"}],
 )  # fmt: skip
 def test_what_changes_nothing_is_let_be(beside):
@@ -203,8 +263,12 @@ def test_what_changes_nothing_is_let_be(beside):
 
 
 def test_a_text_beside_a_conversation_that_holds_it_is_a_copy():
-    beside = {"context": "q", "instruction": " q", "prompt": "q", "input": "x", "question": "y"}
+    beside = {"context": "q", "instruction": " q", "prompt": "q", "input": "q", "question": "y"}
     assert read(messages=MESSAGES, **beside).turns == (Turn("q", "a"),)
+
+
+def test_a_label_that_is_the_answer_is_a_class():
+    assert read(question="Is it so?", answer="False", label="False").turns == (Turn("Is it so?", "False"),)
 
 
 def test_tags_of_html_are_no_pictures():

@@ -218,7 +218,7 @@ def test_a_column_without_a_name_is_no_tag():
 
 def test_prose_under_text_does_not_hide_a_question_and_its_answer():
     columns = {"text": "A page of prose.", "Question": "q", "Answer": "a"}
-    assert rows.parse(row(**columns)).turns == (Turn("q", "a"),)
+    assert rows.parse(row(**columns)).turns == (Turn("q\n\nA page of prose.", "a"),)
 
 
 def test_tags_that_scores_are_told_by_are_among_those_that_are_found():

@@ -30,6 +30,11 @@ CALL = [*TALK, {"role": "user", "content": "weather?"}, {"role": "assistant", "t
         {"text": "[INST] q [/INST] a"},
         {"question": 1, "answer": 2},
         {"messages": []},
+        {"id": "1", "conversation": [{"input": "q", "output": "a"}, {"input": "r", "output": "b"}]},
+        {"conversations": ["q", "a"], "source": "x"},
+        {"conversations": ["q", "a"]},
+        {"query": "q", "response": "a", "docs": [{"url": "u"}]},
+        {"text": "### Human: q ### Assistant: a", "meta": [{"n": 1}]},
         {"conversations": [{"content": "q"}, {"content": "a"}], "id": 3},
     ],
 )
@@ -68,6 +73,11 @@ def test_columns_become_rows():
     assert list_rows(more) == [{**row, "meta": {"n": n}, "empty": None} for n, row in enumerate(ROWS)]
 
 
+def test_squad_by_columns_is_a_table():
+    columns = {"question": ["q", "r"], "context": ["c", "d"], "answers": [{"text": ["a"]}, {"text": ["b"]}]}
+    assert list_rows(columns)[1] == {"question": "r", "context": "d", "answers": {"text": ["b"]}}
+
+
 @pytest.mark.parametrize("labels", [None, [f"row{n}" for n in range(12)], [-n for n in range(12)]])
 @pytest.mark.parametrize("orient", ["columns", "index", "records", "split", "table"])
 def test_whatever_pandas_writes_is_read_as_the_rows_of_its_table(orient, labels):
@@ -87,6 +97,10 @@ def test_rows_by_their_ids_are_rows():
         ({"train": ROWS, "test": ROWS}, r"several lists \(train, test\); expected one\. Write a file for each"),
         ({"train": ROWS, "test": ROWS[:3], "name": "n"}, r"several lists \(train, test\)"),
         ({"train": [], "test": []}, r"several lists \(train, test\)"),
+        *(
+            ({name: "Be exact.", "examples": ROWS}, f"has '{name}' beside its list of rows; write it into each row")
+            for name in ("instruction", "Question", "query", "system", "system_prompt", "context")
+        ),
         ({"question": ["q", "r"], "answer": ["a"]}, r"columns of different lengths \(question 2, answer 1\)"),
         ({"columns": ["answer", "answer"], "data": [["a", "b"]]}, r"names the column 'answer' twice; rename"),
         ({"columns": ["question", "answer"], "data": [["a"]]}, r"1 cells in row 0; expected 2"),

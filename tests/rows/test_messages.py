@@ -25,6 +25,7 @@ def assistant(content="a", **fields):
 @pytest.mark.parametrize(
     "fields",
     [{"weight": 0}, {"weight": 0.0}, {"weight": False}, {"train": False}, {"training": False}, {"trainable": False},
+     {"Weight": 0}, {"loss_mask": 0}, {"loss_weight": 0}, {"is_masked": True}, {"lossMask": 0},
      {"loss": 0}, {"masked": True}, {"mask": 1}, {"weight": 1, "train": False}],
 )  # fmt: skip
 def test_an_answer_of_weight_0_stays_in_the_conversation_and_is_only_shown(fields):
@@ -92,6 +93,8 @@ def test_parts_of_text_are_joined(content):
         ({"type": "tool_result", "content": "4"}, "a part of type tool_result;"),
         ({"type": "thinking", "thinking": "hm"}, "a part of type thinking;"),
         ({"text": None, "image_url": "x"}, "a part of type image_url;"),
+        ({"text": "q", "image": "y"}, "a part of type image;"),
+        ({"type": "text", "text": "q", "image_url": {"url": "y"}}, "a part of type image_url;"),
         ({"type": "text"}, "a part of type text without text"),
         (7, "a part that is int"),
     ],
@@ -107,6 +110,14 @@ def test_other_parts_are_named_and_the_row_is_left_out(part, reason):
         ([user(), assistant(None, tool_calls=[{"id": "1"}])], r"messages\[1\] has tool_calls; calls of tools are not"),
         ([user(), assistant("a", function_call={"name": "f"})], r"messages\[1\] has function_call;"),
         ([user(), {"role": "tool", "content": "4"}], r"messages\[1\] has role tool, expected user or assistant"),
+        *(
+            ([user(**{name: ["x"]}), assistant()], rf"messages\[0\] has {name}; only text")
+            for name in ("image_url", "imagePath", "image_base64", "attachments", "Images", "photo")
+        ),
+        *(
+            ([user(), assistant(**{name: [{"name": "f"}]})], rf"messages\[1\] has {name}; calls of tools")
+            for name in ("tools", "functions", "Tool_Calls", "toolCalls")
+        ),
         ([user(images=["a.png"]), assistant()], r"messages\[0\] has images; only text is read"),
         ([user(None), assistant()], r"messages\[0\] has no text under content or value"),
     ],
@@ -115,6 +126,22 @@ def test_calls_and_pictures_of_a_message_are_refused(messages, reason):
     with pytest.raises(UnusableRowError, match=reason):
         read(*messages)
     assert read(user(images=[], name="Ann"), assistant(tool_calls=None, function_call={})).turns == (Turn("q", "a"),)
+
+
+@pytest.mark.parametrize("role", ["Assistant", "GPT", "chatgpt", "bing", "bard"])
+def test_roles_are_known_in_any_case_of_letters(role):
+    messages = [{"role": "System", "content": "s"}, {"role": "User", "content": "q"}, {"role": role, "content": "a"}]
+    assert read(*messages).turns == (Turn("q", "a", "s"),)
+
+
+def test_a_list_of_texts_is_question_and_answer_in_turn():
+    assert read("q", "a", "r", "b", name="conversations", source="x").turns == (Turn("q", "a"), Turn("r", "b"))
+    with pytest.raises(UnusableRowError, match=r"conversations\[0\] is str, expected role and content"):
+        read('{"role": "user", "content": "q"}', name="conversations")
+
+
+def test_a_list_without_messages_beside_a_pair_says_nothing():
+    assert read(question="q", answer="a").turns == (Turn("q", "a"),)  # `messages` is an empty list
 
 
 def test_capybaras_pairs_are_turns_and_a_tag_of_that_name_is_none():

@@ -68,12 +68,25 @@ def test_json_is_read_by_its_content_whatever_its_name(tmp_path, monkeypatch, la
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize(
     "row",
-    [{"id": "x1", "messages": TALK}, PAIRS[0], {"prompt": "p", "completion": "c", "sources": [{"url": "u"}]}],
-    ids=["a conversation", "a pair", "a pair with a list"],
+    [
+        {"id": "x1", "messages": TALK},
+        PAIRS[0],
+        {"prompt": "p", "completion": "c", "sources": [{"url": "u"}]},
+        {"id": "1", "conversation": [{"input": "q", "output": "a"}]},
+        {"query": "q", "response": "a", "docs": [{"n": 1}]},
+    ],
+    ids=["a conversation", "a pair", "a pair with a list", "pairs", "a query with a list"],
 )
 def test_a_lone_row_is_one_row(tmp_path, monkeypatch, row, indent, suffix, large):
     monkeypatch.setattr(readers, "LARGE_JSON", 0 if large else 2**26)
     assert read(tmp_path / f"rows{suffix}", json.dumps(row, indent=indent)) == [row]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_text_for_each_row_beside_their_list_is_not_lost(tmp_path, monkeypatch, large):
+    monkeypatch.setattr(readers, "LARGE_JSON", 0 if large else 2**26)
+    around = {"instruction": "Translate.", "examples": [{"input": "cat", "output": "chat"}]}
+    assert "has 'instruction' beside its list of rows" in refused(tmp_path / "rows.json", json.dumps(around))
 
 
 @pytest.mark.parametrize("large", [False, True])
