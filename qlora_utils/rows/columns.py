@@ -533,15 +533,23 @@ def answer_of(columns: Mapping[str, Any], name: str) -> str | None:
     value = columns[name]
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    is_marked = name == "answers" and isinstance(value, Mapping) and "answer_start" in value
+    is_marked = False
     if name == "answers" and isinstance(value, Mapping):
-        value = value.get("text")
+        is_marked, value = "answer_start" in value, value.get("text")
+    # In SQuAD's own file each text has its place.
+    elif name == "answers" and isinstance(value, list) and value and all(map(_is_marked_text, value)):
+        is_marked, value = True, [one["text"] for one in value]
     if name == "answers" and isinstance(value, list) and all(isinstance(text, str) for text in value):
         texts = dict.fromkeys(value)
         if len(texts) > 1 and not is_marked:
             raise UnusableRowError(f"answers holds {len(texts)} different texts, expected one")
         return next(iter(texts), None)
     return None if value is None else text_of({name: value}, name)
+
+
+def _is_marked_text(value: Any) -> bool:
+    """Return True if a value is a text with the place at which it stands in its context."""
+    return isinstance(value, Mapping) and {"text", "answer_start"} <= value.keys()
 
 
 def _describe(value: Any) -> str:

@@ -82,8 +82,9 @@ def roles_of(**row):
         ({"instruction": "When?", "output": "a", "prompt": "### Instruction: When? ### Response:"}, "When?"),
         ({"question": "When?", "prompt": "When?", "answer": "a"}, "When?"),
         ({"instruction": "Sum", "input": "1, 2", "output": "a", "prompt": "Sum\n1, 2"}, "Sum\n\n1, 2"),
-        ({"context": "In 1940.", "question": "When?", "answers": {"text": ["a", "b"], "answer_start": [3, 4]}},
-         "When?\n\nIn 1940."),
+        *(({"context": "In 1940.", "question": "When?", "answers": answers}, "When?\n\nIn 1940.")
+          for answers in ({"text": ["a", "b"], "answer_start": [3, 4]},
+                          [{"text": "a", "answer_start": 3}, {"text": "b", "answer_start": 4}])),
         # SQuAD, OpenOrca, MetaMath
         ({"context": "In 1940.", "question": "When?", "answers": {"text": ["a", "a"], "answer_start": [3, 3]}},
          "When?\n\nIn 1940."),
