@@ -370,7 +370,7 @@ def test_only_the_first_rows_are_looked_at_and_nothing_is_left(tmp_path, config)
 @pytest.mark.parametrize("text", MARKUP)
 def test_nothing_that_a_row_says_reaches_the_terminal_as_more_than_text(tmp_path, config, text):
     good = [{"question": f"{text} {n}", "answer": text, text: text} for n in range(9)]
-    bad = [{text: text}, {"messages": [{"role": text, "content": text}]}, {"question": text, "answer": 3}]
+    bad = [{text: text}, {"messages": [{"role": text, "content": text}]}, {"question": text, "answer": 3.5}]
     told = data.check(written(tmp_path, [*good, *bad]), config).text
     assert not UNSEEN.search(told)
     assert "3 rows left out:" in told
