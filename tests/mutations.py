@@ -54,7 +54,7 @@ MUTATIONS = [
         "kernels/attention.py",
         " and not windowed",
         "",
-        "tests/kernels/test_attention.py",
+        "tests/kernels/test_self_test.py",
     ),
     Mutation(
         "the speed is doubled",
