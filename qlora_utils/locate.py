@@ -49,6 +49,9 @@ def outputs_of_notebooks() -> str:
     A kernel need not work in the folder of its notebook: papermill's works where it was called.
     """
     working = Path.cwd()
+    # A kernel that works beside its notebooks, also in a copy of them elsewhere, means its own `../outputs`.
+    if (working / "01_data.ipynb").is_file() and working.name != "solutions":
+        return OUTPUTS_OF_NOTEBOOKS
     for folder in (working, *working.parents):
         if (folder / "qlora_utils" / "config.py").is_file() and (folder / "notebooks").is_dir():
             checkout = folder

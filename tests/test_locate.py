@@ -73,6 +73,14 @@ def test_a_checkout_around_the_kernel_counts_before_that_of_the_package(tmp_path
     assert outputs_of_notebooks() == "../outputs"
 
 
+def test_notebooks_that_were_copied_elsewhere_write_beside_themselves(tmp_path, monkeypatch):
+    """Also where the package is that of a checkout."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "01_data.ipynb").touch()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert outputs_of_notebooks() == "../outputs"
+
+
 def test_a_path_in_the_home_folder_is_one_for_every_loader(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert locate("~/models/mine") == str(tmp_path / "models" / "mine")
