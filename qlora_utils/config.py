@@ -17,7 +17,9 @@ from qlora_utils.presets import PRESETS
 
 # Fields by what they decide. Fields in none of these groups decide what a training learns.
 # Once the rows are prepared, these can't be changed any more.
-DATA_FIELDS = ("model", "dataset", "train_rows", "held_out_rows", "group_by", "max_seq_len", "seed")
+DATA_FIELDS = (
+    "model", "dataset", "train_rows", "held_out_rows", "group_by", "max_seq_len", "chat_template", "seed"
+)  # fmt: skip
 # These only change speed and memory.
 SPEED_FIELDS = ("keep_expanded", "attention_kernel", "fused_layers", "liger")
 # These only matter to the answers after the training.
@@ -98,6 +100,12 @@ class RunConfig(BaseModel):
     )
     response_only: bool = Field(
         True, description="loss on answers and their closing </s> alone, not on questions (an encoder-decoder: always)"
+    )
+    chat_template: str = Field(
+        "auto",
+        pattern=r"^(auto|llama2|chatml|.+\.(jinja|jinja2|j2))$",
+        description="how a conversation is written for a causal model: auto, as its tokenizer says (llama2 where it "
+        "says nothing), llama2, chatml, or the path of a template in Jinja, FILE.jinja",
     )
     instruction: str | None = Field(
         None,
@@ -404,6 +412,8 @@ class RunConfig(BaseModel):
             ) from None
         # A field of an earlier version, which resumed a run only if this field was set.
         stored.pop("resume", None)
+        # Earlier versions knew one format for all causal models.
+        stored.setdefault("chat_template", "llama2")
         try:
             return cls.build({**stored, "fresh": False, **overrides})
         except ConfigError:
@@ -586,6 +596,7 @@ def _explain(detail: Any) -> str:
 # Patterns of fields in words, for error messages.
 _IN_WORDS = {
     "run_name": "Expected letters, digits, dots, _ and -, the first of them a letter or digit",
+    "chat_template": "Expected auto, llama2, chatml, or a path that ends with .jinja",
     "lora_targets": "Expected all-linear, or names of layers with commas between",
 }
 

@@ -41,6 +41,7 @@ from qlora_utils.rows.statistics import report_table as report_table
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_bytes, write_json
 from qlora_utils.style import BLUE, ORANGE, cut, in_page, on_terminal, unframed
+from qlora_utils.tokens.chat import read_template
 from qlora_utils.tokens.formats import Format, format_of, has_plain_backend
 from qlora_utils.tokens.instructions import instructions_of
 from qlora_utils.tokens.packing import make_collator as make_collator
@@ -58,7 +59,8 @@ UPLOAD_MB = 8
 _DECIDING = (
     "data.py", "rows/files.py", "rows/readers.py", "rows/layouts.py", "rows/messages.py", "rows/columns.py",
     "rows/conversations.py", "rows/scripts.py", "rows/statistics.py", "rows/held_out.py", "rows/marks.py",
-    "rows/lines.py", "rows/judge.py", "rows/prepare.py", "tokens/formats.py", "tokens/instructions.py",
+    "rows/lines.py", "rows/judge.py", "rows/prepare.py", "tokens/formats.py", "tokens/chat.py",
+    "tokens/instructions.py",
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- tokens
@@ -92,12 +94,15 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         model_files.refuse_tokenizer(source, error)
         raise ModelError(model_advice(source, error)) from error
 
-    # An encoder-decoder needs no `<s>`: its decoder begins with a token of its own.
+    # An encoder-decoder needs no `<s>`: its decoder begins with a token of its own. A chat template
+    # writes what it needs.
     can_begin = tokenizer.bos_token_id is not None or architecture_of(config.model) == "encoder-decoder"
+    can_begin = can_begin or read_template(tokenizer, config) is not None
     if not can_begin or tokenizer.eos_token_id is None:
         raise ModelError(
             f"model: the tokenizer of {source} has no token that begins a text, or none that ends one; the Llama-2 "
-            "chat format needs both, an encoder-decoder the second. Take a model of the Llama or the T5 family."
+            "chat format needs both, an encoder-decoder the second. Take a chat model, whose tokenizer brings a "
+            "template, or give one: -p chat_template=FILE.jinja"
         )
     model_files.check_vocabulary(source, tokenizer)
 
@@ -291,14 +296,14 @@ def _key(form: Format, tokenizer: str, contents: Mapping[str, str | None]) -> st
 
     # Of the model, the tokenizer and the architecture matter; its weights do not.
     config = form.config
-    fields = [name for name in (*DATA_FIELDS, "batch_size", "instruction") if name != "model"]
+    fields = [name for name in (*DATA_FIELDS, "batch_size", "instruction") if name not in ("model", "chat_template")]
     settings = [(name, getattr(config, name)) for name in fields]
-    instructions = instructions_of(config) if form.architecture == "encoder-decoder" else None
+    written_in = instructions_of(config) if form.architecture == "encoder-decoder" else form.chat_template
     code = [(Path(__file__).parent / module).read_bytes() for module in _DECIDING]
     parts = [
         settings,
         sorted(contents.items()),
-        (tokenizer, form.architecture, instructions),
+        (tokenizer, form.architecture, written_in),
         (sys.version_info, numpy.__version__, tokenizers.__version__, datasets.__version__),
         code,
     ]

@@ -473,14 +473,17 @@ def _train_from(
 
 @contextmanager
 def _record_format(form: Format, run: RunDirectory) -> Iterator[None]:
-    """Save the instructions of the format in the run; on an error restore those from before."""
-    before = run.instructions.read_text(encoding="utf-8") if run.instructions.is_file() else None
+    """Save what the format depends on in the run; on an error restore what was there before."""
+    before = {}
+    for path in (run.instructions, run.chat_template):
+        if path.is_file():
+            before[path] = path.read_text(encoding="utf-8")
     form.record(run)
     try:
         yield
     except BaseException:
-        if before is not None:
-            write_text(run.instructions, before)
+        for path, text in before.items():
+            write_text(path, text)
         raise
 
 

@@ -41,10 +41,10 @@ from qlora_utils.models.shapes import HEAD, architecture_of
 from qlora_utils.quantization import Checkpoint
 from qlora_utils.rows.conversations import Conversation, Turn
 from qlora_utils.runs.directory import RunDirectory
-from qlora_utils.runs.files import follow_umask, read_json, write_json
+from qlora_utils.runs.files import follow_umask, write_json
 from qlora_utils.runs.provenance import provenance
 from qlora_utils.style import cut
-from qlora_utils.tokens.formats import format_of
+from qlora_utils.tokens.formats import format_of, published_ends
 from qlora_utils.tokens.packing import make_collator
 
 if TYPE_CHECKING:
@@ -317,11 +317,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, config: Run
     """
     from transformers import GenerationConfig
 
-    ends = [tokenizer.eos_token_id]
-    if published := model_files.find_file(locate(config.model), "generation_config.json"):
-        others = read_json(published).get("eos_token_id")
-        ends += [end for end in (others if isinstance(others, list) else [others]) if end not in (None, *ends)]
-    write_tokenizer(tokenizer, folder, format_of(tokenizer, config).chat_template)
+    form = format_of(tokenizer, config)
+    ends = [*dict.fromkeys([*form.ends, *published_ends(config)])]
+    write_tokenizer(tokenizer, folder, form.chat_template)
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends if len(ends) > 1 else ends[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 import time
@@ -17,8 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 from qlora_utils.config import RunConfig
 from qlora_utils.evaluation.generation import Sampling, decode_answer, decode_text
 from qlora_utils.evaluation.next_token import NextTokens, next_tokens
-from qlora_utils.rows.conversations import JOINER, MARKS, Turn, restored
-from qlora_utils.tokens.formats import format_of
+from qlora_utils.rows.conversations import JOINER, Turn, restored
+from qlora_utils.tokens.formats import Format, format_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,11 +51,9 @@ class _StepwiseGeneration(StoppingCriteria, BaseStreamer):
     the next `step`.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, prompt: list[int], options: dict[str, Any]
-    ) -> None:
+    def __init__(self, model: Any, form: Format, prompt: list[int], options: dict[str, Any]) -> None:
         self.tokens, self.seconds, self.ended = 0, 0.0, False
-        self._stream = AnswerStream(tokenizer)
+        self._stream = AnswerStream(form)
         self._prompt_is_read = False
         self._new_texts: list[str] = []
         self._failure: BaseException | None = None
@@ -126,7 +125,7 @@ class _StepwiseGeneration(StoppingCriteria, BaseStreamer):
 
 def _answer_side_by_side(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    form: Format,
     prompt: list[int],
     sides: Mapping[str, Callable[[], AbstractContextManager[Any]]],
     *,
@@ -137,18 +136,18 @@ def _answer_side_by_side(
 
     Args:
         model: set to eval mode.
-        tokenizer: of the base model.
+        form: of the run.
         prompt: token ids.
         sides: name -> a context that puts the model into that state. It is left after every token.
         sampling: how tokens are chosen.
         stop: set it to end all answers.
     """
     model.eval()
-    options = {"generation_config": sampling.generation_config(model, tokenizer)}
+    options = {"generation_config": sampling.generation_config(model, form)}
     generations: dict[str, _StepwiseGeneration] = {}
     try:
         for name in sides:
-            generations[name] = _StepwiseGeneration(model, tokenizer, prompt, options)
+            generations[name] = _StepwiseGeneration(model, form, prompt, options)
         while running := [name for name in generations if not generations[name].ended]:
             for name in running:
                 generation = generations[name]
@@ -168,7 +167,12 @@ def _match_unfinished(mark: str) -> str:
     return f"{re.escape(mark[0])}(?:{JOINER}+(?:{beginnings}))?$"
 
 
-_UNFINISHED_MARK = re.compile("|".join(map(_match_unfinished, MARKS)))
+@functools.lru_cache(maxsize=8)
+def _match_unfinished_marks(marks: tuple[str, ...]) -> re.Pattern[str]:
+    """Match the end of a text that may become one of these marks."""
+    return re.compile("|".join(map(_match_unfinished, marks)) or "(?!)")
+
+
 # The token of a single byte, as tokenizers with byte fallback spell it.
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
@@ -184,8 +188,9 @@ class AnswerStream:
     # Tokens that are decoded again at each step: at most so many, and so many at least.
     _LONGEST, _SHORTEST = 24, 8
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, form: Format) -> None:
+        self._form, self._tokenizer = form, form.tokenizer
+        self._ends, self._marks = frozenset(form.ends), form.marks
         self._trimmer = MarginTrimmer()
         self._ids: list[int] = []
         self._ended = False
@@ -198,7 +203,7 @@ class AnswerStream:
     def add(self, token: int) -> str:
         """Return the text that became final with the next token."""
         self._ids.append(token)
-        self._ended = self._ended or token == self._tokenizer.eos_token_id
+        self._ended = self._ended or token in self._ends
         # Bytes are decoded together, up to the next token of another kind: if one of them is wrong,
         # all become replacement characters. Special tokens between them change nothing.
         is_byte = _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token)))
@@ -217,16 +222,16 @@ class AnswerStream:
             self._move_window()
 
         # What may become a mark waits until it is one, or none.
-        unfinished = _UNFINISHED_MARK.search(self._pending)
+        unfinished = _match_unfinished_marks(self._marks).search(self._pending)
         end = unfinished.start() if unfinished else len(self._pending)
-        piece = self._trimmer.trim(restored(self._pending[:end], MARKS))
+        piece = self._trimmer.trim(restored(self._pending[:end], self._marks))
         self._pending = self._pending[end:]
         self._characters_returned += len(piece)
         return piece
 
     def end(self) -> str:
         """Return the rest of the answer: the part of `decode_answer` that was not returned yet."""
-        return decode_answer(self._ids, self._tokenizer).text[self._characters_returned :]
+        return decode_answer(self._ids, self._form).text[self._characters_returned :]
 
     def _move_window(self) -> None:
         """Decode only the latest tokens from now on, if they alone are spelled as they are now."""
@@ -294,9 +299,9 @@ class Asker:
         Raises:
             Exception: any error of the generation.
         """
-        prompt = format_of(self.tokenizer, self.config).prompt(history, question, system)
+        form = format_of(self.tokenizer, self.config)
         return _answer_side_by_side(
-            self.tuned_model, self.tokenizer, prompt, self._states(models),
+            self.tuned_model, form, form.prompt(history, question, system), self._states(models),
             sampling=sampling or Sampling(), stop=stop or threading.Event(),
         )  # fmt: skip
 
@@ -325,10 +330,11 @@ class Asker:
             Model -> candidates for each of `samplings`, in their order.
         """
         # Both models read the same prompt, as a batch of one.
-        prompt = format_of(self.tokenizer, self.config).prompt(history, question, system)
+        form = format_of(self.tokenizer, self.config)
+        prompt = form.prompt(history, question, system)
         ids = torch.tensor([prompt], device=next(self.tuned_model.parameters()).device)  # (1, seq)
         # Raw logits of a single token: each sampling is then applied to the same logits.
-        single_token = Sampling(max_new_tokens=1).generation_config(self.tuned_model, self.tokenizer)
+        single_token = Sampling(max_new_tokens=1).generation_config(self.tuned_model, form)
         single_token.update(output_logits=True, return_dict_in_generate=True)
         # Switch dropout off, and back afterwards: a notebook may ask in the middle of a training.
         was_training = self.tuned_model.training

@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 from qlora_utils.config import RunConfig
 from qlora_utils.locate import first_line
 from qlora_utils.models.hardware import OutOfMemoryError, free_memory, is_out_of_memory
-from qlora_utils.rows.conversations import MARKS, Conversation, Turn, restored
-from qlora_utils.tokens.formats import format_of
+from qlora_utils.rows.conversations import Conversation, Turn, restored
+from qlora_utils.tokens.formats import Format, format_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold a model's answer; `stopped` means that it ended with `</s>` and was not cut off."""
+    """Hold a model's answer; `stopped` means that the model ended it, and that it was not cut off."""
 
     text: str
     stopped: bool
@@ -54,8 +54,13 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
 
-    def generation_config(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-        """Return these settings for `generate`, which then ignores generation_config.json."""
+    def generation_config(self, model: Any, form: Format) -> GenerationConfig:
+        """Return these settings for `generate`, which then ignores generation_config.json.
+
+        Args:
+            model: that answers.
+            form: of the run, whose `ends` stop an answer.
+        """
         if self.temperature > 0:
             choice = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         else:
@@ -63,9 +68,9 @@ class Sampling:
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             use_cache=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=form.tokenizer.bos_token_id,
+            eos_token_id=[*form.ends],
+            pad_token_id=form.tokenizer.pad_token_id,
             decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
             **choice,
         )
@@ -168,7 +173,7 @@ def answer_all(
             size = max(1, min(batch_size, fitting))
             members = by_length[:size]
             try:
-                rows = _generate(model, tokenizer, [prompts[index] for index in members], sampling)
+                rows = _generate(model, form, [prompts[index] for index in members], sampling)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -186,7 +191,7 @@ def answer_all(
                 continue
             by_length = by_length[size:]
             for index, row in zip(members, rows, strict=True):
-                answers[index] = decode_answer(row, tokenizer)
+                answers[index] = decode_answer(row, form)
             if on_batch is not None:
                 on_batch(len(members))
     finally:
@@ -194,7 +199,7 @@ def answer_all(
     return [answers[index] for index in range(len(questions))]
 
 
-def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], sampling: Sampling) -> Any:
+def _generate(model: Any, form: Format, prompts: list[list[int]], sampling: Sampling) -> Any:
     """Return the token ids of the answers, one list for each prompt."""
     # A causal model's answer follows its prompt directly, so padding goes to the left of the
     # prompt. A decoder's answer follows a start token alone, and its encoder's input is padded as
@@ -203,7 +208,7 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list
         answer_start, padding_side = 1, "right"
     else:
         answer_start, padding_side = max(map(len, prompts)), "left"
-    batch = tokenizer.pad(
+    batch = form.tokenizer.pad(
         {"input_ids": prompts},
         padding_side=padding_side,
         return_attention_mask=True,
@@ -213,20 +218,19 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list
     generated = model.generate(
         input_ids=batch["input_ids"],  # (batch, seq)
         attention_mask=batch["attention_mask"],
-        generation_config=sampling.generation_config(model, tokenizer),
+        generation_config=sampling.generation_config(model, form),
     )
     return generated[:, answer_start:].tolist()
 
 
-def decode_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
-    """Decode token ids up to the end token."""
-    stopped = tokenizer.eos_token_id in ids
-    if stopped:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    text = decode_text(ids, tokenizer).strip()
+def decode_answer(ids: list[int], form: Format) -> Answer:
+    """Decode token ids up to the first token that ends an answer."""
+    ends = form.ends
+    end = next((index for index, token in enumerate(ids) if token in ends), None)
+    text = decode_text(ids[:end], form.tokenizer).strip()
     # Marks in training rows were made harmless by another spelling. A model that learned them
     # writes that spelling; here it becomes the original spelling again.
-    return Answer(restored(text, MARKS), stopped)
+    return Answer(restored(text, form.marks), end is not None)
 
 
 def decode_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

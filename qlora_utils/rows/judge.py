@@ -312,7 +312,7 @@ def _judge(
     """
     rows = list(chain.from_iterable(map(pickle.loads, batch["rows"])))
     columns: dict[str, list[Any]] = {name: [None] * len(rows) for name in arrow_features()}
-    conversations, indices, roles = _parse_rows(rows, columns, form.config.group_by, followed)
+    conversations, indices, roles = _parse_rows(rows, columns, form, followed)
 
     # Measure in batches of limited size, since lists of token ids take much memory.
     following = iter(indices)
@@ -360,20 +360,22 @@ def _judge(
 
 
 def _parse_rows(
-    rows: list[Any], columns: dict[str, list[Any]], group_by: str | None, followed: str | None
+    rows: list[Any], columns: dict[str, list[Any]], form: Format, followed: str | None
 ) -> tuple[list[Conversation], list[int], list[dict[str, str] | None]]:
     """Parse rows, and set the columns `part`, `where`, `number` and, of invalid rows, `reason`.
 
     Args:
         rows: a batch.
         columns: of the batch.
-        group_by: name of the column whose values become a tag, whatever else is read of it.
+        form: of the run's model, which may refuse a conversation.
         followed: name of the column that marks rows to hold out.
 
     Returns:
         The conversations, the index of the row of each, and what the columns of each row were read as.
     """
     conversations, indices = [], []
+    # The values of this column become a tag, whatever else is read of it.
+    group_by = form.config.group_by
     roles: list[dict[str, str] | None] = [{} for _ in rows]
     for index, (part, where, number, values, error) in enumerate(rows):
         columns["part"][index], columns["where"][index], columns["number"][index] = part, where, number
@@ -383,6 +385,8 @@ def _parse_rows(
             if group_by and group_by not in conversation.tags:
                 conversation = _with_group(conversation, values, group_by)
             _note_roles(roles[index], values, conversation, group_by, followed)
+            if reason := form.refuse(conversation):
+                raise UnusableRowError(reason)
             conversations.append(conversation)
             indices.append(index)
         except UnusableRowError as refusal:

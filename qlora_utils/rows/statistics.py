@@ -104,7 +104,8 @@ def measure(conversations: Sequence[Conversation], form: Format) -> dict[str, li
         - the digests `text` and, normalised, `plain_text`;
         - the tokens of each example, whole (`lengths`) and within `max_seq_len` (`within`), and the
           number of examples that are longer (`cut`);
-        - `answer_tokens`, of which `unknown` are `<unk>`.
+        - `answer_tokens`, of which `unknown` are `<unk>`;
+        - `trimmed`, answers without their leading white space, which the tokenizer joins with the prompt.
     """
     counts, limit = form.count_tokens(conversations), form.config.max_seq_len
     columns: dict[str, list[Any]] = {name: [] for name in REPORTED}
@@ -129,6 +130,7 @@ def measure(conversations: Sequence[Conversation], form: Format) -> dict[str, li
         columns["cut"].append(longer)
     columns["answer_tokens"] = counts.answer_tokens
     columns["unknown"] = counts.unknown
+    columns["trimmed"] = counts.trimmed
     return {**columns, "answered": counts.answered}
 
 
@@ -136,7 +138,7 @@ def measure(conversations: Sequence[Conversation], form: Format) -> dict[str, li
 REPORTED = {
     "turns": "int32", "shape": "string", "script": "string", "text": "binary", "plain_text": "binary",
     "blank": "bool", "unanswered": "bool", "lengths": "list", "within": "list", "cut": "int32",
-    "answer_tokens": "int32", "unknown": "int32",
+    "answer_tokens": "int32", "unknown": "int32", "trimmed": "int32",
 }  # fmt: skip
 
 
@@ -198,6 +200,7 @@ def report_of(measured: pyarrow.Table, form: Format) -> dict[str, Any]:
         "padding_share": padding_share(within, config.batch_size, config.seed),
         "exact_duplicates": duplicates("text"),
         "normalised_duplicates": duplicates("plain_text"),
+        "trimmed_answers": total("trimmed"),
         "rows_with_blank_turn": total("blank"),
         "rows_ending_unanswered": total("unanswered"),
     }
@@ -235,6 +238,9 @@ def report_table(report: Mapping[str, Any]) -> str:
         "rows with a blank turn": str(report["rows_with_blank_turn"]),
         "rows ending unanswered": str(report["rows_ending_unanswered"]),
     }
+    # It happens with some tokenizers, and to few answers.
+    if trimmed := report.get("trimmed_answers"):
+        lines["answers without their leading white space"] = f"{trimmed:,}: the tokenizer joins it with the prompt"
     # `report_of` alone knows nothing of the split.
     if "train" in report:
         lines["left out"] = str(report["rejected"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,11 @@ class RunDirectory:
     def instructions(self) -> Path:
         """Return the path of the instructions that an encoder-decoder was trained with."""
         return self.data / "instructions.toml"
+
+    @property
+    def chat_template(self) -> Path:
+        """Return the path of the chat template that a causal model was trained with, if not Llama-2's."""
+        return self.data / "chat_template.jinja"
 
     @property
     def adapter(self) -> Path:
@@ -138,7 +145,14 @@ class RunDirectory:
         # `fresh` is an order to one training: whoever resumes the run must not start over.
         lasting = {**config.model_dump(), "fresh": False}
         until_then = {"continued": list(continued)} if continued else {}
-        write_json(self.config, {"config": lasting, **until_then, **provenance()})
+        write_json(self.config, {"config": lasting, **until_then, "began": str(self.began()), **provenance()})
+
+    def began(self) -> date:
+        """Return the day on which the run was begun: of this run, chat templates print that date."""
+        if self.config.is_file():
+            with suppress(ValueError, TypeError):
+                return date.fromisoformat(read_json(self.config).get("began"))
+        return date.today()
 
     def record_answers(self, config: RunConfig) -> None:
         """Replace in `config.json` what the answers depend on, and nothing else."""

@@ -1,23 +1,26 @@
-"""Turn conversations into tokens, in one format for each architecture (notebook 01).
+"""Turn conversations into tokens, in one format for each kind of model (notebook 01).
 
-A causal model such as Llama continues a text: a conversation is one sequence in Llama-2 chat
-format, in which the answers carry loss. An encoder-decoder such as Flan-T5 reads one text and
+A causal model such as Llama continues a text: a conversation is one sequence, in which the answers
+carry loss. It is written in the tokenizer's own chat template, or in Llama-2 chat format where there
+is none. An encoder-decoder such as Flan-T5 reads one text and
 writes another: each answer of a conversation is an example of its own. Its input is an instruction
 with the question, and the turns before it.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qlora_utils.config import RunConfig
-from qlora_utils.models.files import Architecture
+from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.locate import locate
+from qlora_utils.models.files import Architecture, find_file
 from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.conversations import (
     CHAT_TEMPLATE,
@@ -31,8 +34,11 @@ from qlora_utils.rows.conversations import (
 )
 from qlora_utils.rows.files import DataError
 from qlora_utils.rows.lines import View
+from qlora_utils.rows.readers import UnusableRowError
 from qlora_utils.runs.directory import RunDirectory
-from qlora_utils.runs.files import write_text
+from qlora_utils.runs.files import read_json, write_text
+from qlora_utils.tokens import chat
+from qlora_utils.tokens.chat import IGNORED as IGNORED
 from qlora_utils.tokens.instructions import (
     Instructions,
     chat_template,
@@ -44,9 +50,6 @@ from qlora_utils.tokens.instructions import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The label of a token without loss, in torch and in transformers.
-IGNORED = -100
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -57,10 +60,12 @@ class Encoded:
             the encoder reads.
         labels: of a causal model one for each id, the id itself where it carries loss and -100
             elsewhere; of an encoder-decoder the tokens that the decoder learns to write.
+        trimmed: answers whose leading white space was left out.
     """
 
     input_ids: list[int]
     labels: list[int]
+    trimmed: int = 0
 
 
 def hold_examples(batches: Iterable[list[Encoded]]) -> View[Encoded]:
@@ -98,18 +103,72 @@ class TokenCounts:
         answer_tokens: of all its answers together.
         unknown: answer tokens that are `<unk>`: a model learns to write them, and nobody can read
             them.
+        trimmed: answers whose leading white space is left out, because the tokenizer joins it with
+            the prompt.
     """
 
     lengths: list[list[tuple[int, ...]]]
     answered: list[bool]
     answer_tokens: list[int]
     unknown: list[int]
+    trimmed: list[int]
 
 
 def format_of(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Format:
-    """Return the format of the run's base model."""
-    kinds = {"causal": ChatFormat, "encoder-decoder": InstructionFormat}
-    return kinds[architecture_of(config.model)](tokenizer, config)
+    """Return the format of the run's base model.
+
+    Raises:
+        ConfigError: a chat template is asked for that cannot be read, or of an encoder-decoder.
+        DataError: the chat template cannot be used for training.
+        ModelError: the tokenizer has no token that begins a text, which the Llama-2 format needs.
+    """
+    if architecture_of(config.model) == "encoder-decoder":
+        if config.chat_template not in ("auto", "llama2"):
+            raise ConfigError(
+                f"chat_template: {config.chat_template} is for models that continue a text. An encoder-decoder is "
+                "asked with an instruction; leave chat_template=auto, or set instruction."
+            )
+        return InstructionFormat(tokenizer, config)
+    source = choose_template(tokenizer, config)
+    return Llama2Format(tokenizer, config) if source is None else TemplateFormat(tokenizer, config, source)
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> str | None:
+    """Return the chat template of a causal run; None for Llama-2 format.
+
+    That is taken where the tokenizer has no template, and where its template makes the same tokens, as
+    Meta's own does: the recipe stays as it is.
+    """
+    source = chat.read_template(tokenizer, config)
+    if source is None or (config.chat_template == "auto" and _makes_llama2_tokens(tokenizer, source)):
+        return None
+    if not has_plain_backend(tokenizer):
+        raise DataError(
+            "chat_template: this tokenizer computes its ids in Python code of its own, in which special tokens cannot "
+            "be told from those that an author spelled. Take Llama-2's format: -p chat_template=llama2"
+        )
+    return source
+
+
+# Each prompt asks for the format, and trying takes a few milliseconds.
+@functools.lru_cache(maxsize=8)
+def _makes_llama2_tokens(tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
+    """Return True if a chat template makes the tokens of the Llama-2 format."""
+    from jinja2 import TemplateError
+
+    if tokenizer.bos_token is None or tokenizer.eos_token is None:
+        return False
+    turns = (Turn("What is two?", "A number.", "Be brief."), Turn("And three?", "Another one."))
+    messages = [{"role": "system", "content": turns[0].system}]
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.question})
+        messages.append({"role": "assistant", "content": turn.answer})
+    try:
+        ids: Any = tokenizer.apply_chat_template(messages, chat_template=source, tokenize=True, return_dict=False)
+        return bool(ids == encode([Conversation(turns)], tokenizer)[0].input_ids)
+    # A template that refuses these messages, or a tokenizer without the boundaries of Llama-2's.
+    except (TemplateError, TypeError, KeyError, ValueError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -181,6 +240,20 @@ class Format(ABC):
         Training does so when it begins.
         """
 
+    def refuse(self, conversation: Conversation) -> str | None:
+        """Return the reason why a conversation cannot be written in this format, None if it can."""
+        return None
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Return the marks that are defused in what authors wrote, and restored in answers."""
+        return MARKS
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Return the tokens that end an answer, the one that is learned first."""
+        return (self.tokenizer.eos_token_id,)
+
     @property
     @abstractmethod
     def chat_template(self) -> str:
@@ -196,17 +269,28 @@ class Format(ABC):
 
 
 class ChatFormat(Format):
-    """Encode a conversation as one sequence in Llama-2 chat format."""
+    """Encode a conversation as one sequence."""
 
     architecture = "causal"
     unit = "conversation"
+
+    @abstractmethod
+    def encode(
+        self, conversations: Sequence[Conversation], *, max_seq_len: int | None = None, response_only: bool = True
+    ) -> list[Encoded]:
+        """Tokenize conversations, one example each.
+
+        Args:
+            conversations: to encode, in order.
+            max_seq_len: tokens; the rest is cut off (None: nothing is cut).
+            response_only: False gives a label to every token but the first of each conversation or turn.
+        """
 
     def examples(self, conversations: Iterable[Conversation], *, training: bool) -> Sequence[Encoded]:
         """Encode conversations, one example each; see `encode`."""
         # Loss on questions is for training alone: measurements count answers, whatever the config.
         encode_batch = partial(
-            encode,
-            tokenizer=self.tokenizer,
+            self.encode,
             max_seq_len=self.config.max_seq_len,
             response_only=self.config.response_only or not training,
         )
@@ -215,10 +299,6 @@ class ChatFormat(Format):
     def count_examples(self, conversation: Conversation) -> int:
         """Return 1."""
         return 1
-
-    def prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
-        """Return the conversation up to the answer; see `encode_prompt`."""
-        return encode_prompt(history, question, self.tokenizer, system=system)
 
     def whole_prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
         """Return the prompt, which is never cut."""
@@ -230,8 +310,8 @@ class ChatFormat(Format):
         prompt_length = len(self.prompt(history, last.question, last.system))
         # A long prompt still leaves one token of the answer, on which there is loss.
         limit = max(self.config.max_seq_len, prompt_length + 1)
-        ids = encode([conversation], self.tokenizer, max_seq_len=limit)[0].input_ids
-        return Encoded(ids, [IGNORED] * prompt_length + ids[prompt_length:])
+        shown = tuple(range(len(history)))
+        return self.encode([replace(conversation, shown=shown)], max_seq_len=limit)[0]
 
     def count_tokens(self, conversations: Sequence[Conversation]) -> TokenCounts:
         """Count the tokens of sequences.
@@ -239,17 +319,18 @@ class ChatFormat(Format):
         A question can fill all of `max_seq_len`; then no answer begins within it.
         """
         lengths: list[list[tuple[int, ...]]] = []
-        answered, answer_tokens, unknown = [], [], []
-        encoded = encode(conversations, self.tokenizer)
+        answered, answer_tokens, unknown, trimmed = [], [], [], []
+        encoded = self.encode(conversations)
         for conversation, example in zip(conversations, encoded, strict=True):
             lengths.append([(len(example.input_ids),)])
             within = example.labels[: self.config.max_seq_len]
             answered.append(within.count(IGNORED) < len(within))
-            # The `</s>` after each answer carries loss too, but is no token of the answer.
+            # The token that ends each answer carries loss too, but is no token of the answer.
             labelled = len(example.labels) - example.labels.count(IGNORED)
             answer_tokens.append(labelled - len(conversation.learned))
             unknown.append(example.labels.count(self.tokenizer.unk_token_id))
-        return TokenCounts(lengths, answered, answer_tokens, unknown)
+            trimmed.append(example.trimmed)
+        return TokenCounts(lengths, answered, answer_tokens, unknown, trimmed)
 
     def list_tokens(self, example: Encoded) -> list[tuple[int, str]]:
         """List the token ids; the role of those without loss is `·`."""
@@ -258,6 +339,75 @@ class ChatFormat(Format):
             tokens.append((token, "·" if label == IGNORED else "answer"))
         return tokens
 
+
+@dataclass(frozen=True)
+class TemplateFormat(ChatFormat):
+    """Encode a conversation in a chat template; see `chat`.
+
+    Attributes:
+        source: of the template, in Jinja.
+    """
+
+    source: str
+
+    @functools.cached_property
+    def template(self) -> chat.ChatTemplate:
+        """Return the template, prepared for the tokenizer."""
+        return chat.prepare_template(self.tokenizer, self.source)
+
+    def encode(
+        self, conversations: Sequence[Conversation], *, max_seq_len: int | None = None, response_only: bool = True
+    ) -> list[Encoded]:
+        """Tokenize conversations; see `chat.encode`."""
+        written = chat.encode(conversations, self.template, response_only=response_only)
+        return [Encoded(one.ids[:max_seq_len], one.labels[:max_seq_len], one.trimmed) for one in written]
+
+    def prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
+        """Return the conversation up to the answer; see `chat.encode_prompt`."""
+        return chat.encode_prompt(history, question, system, self.template)
+
+    def refuse(self, conversation: Conversation) -> str | None:
+        """Return the reason why the template cannot write a conversation."""
+        try:
+            chat.lay_out(conversation.turns, self.template)
+        except UnusableRowError as error:
+            return str(error)
+        return None
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Return the tokenizer's special tokens."""
+        return self.template.marks
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Return the token that ends an answer in the template, and all that end one of the base model."""
+        ends = [self.template.end, self.tokenizer.eos_token_id, *published_ends(self.config)]
+        return tuple(dict.fromkeys(ends))
+
+    def record(self, run: RunDirectory) -> None:
+        """Write the template: that of the base model may change."""
+        write_text(run.chat_template, self.source)
+
+    @property
+    def chat_template(self) -> str:
+        """Return the template itself."""
+        return self.source
+
+
+class Llama2Format(ChatFormat):
+    """Encode a conversation in Llama-2 chat format."""
+
+    def encode(
+        self, conversations: Sequence[Conversation], *, max_seq_len: int | None = None, response_only: bool = True
+    ) -> list[Encoded]:
+        """Tokenize conversations; see `encode`."""
+        return encode(conversations, self.tokenizer, max_seq_len=max_seq_len, response_only=response_only)
+
+    def prompt(self, history: Sequence[Turn], question: str, system: str = "") -> list[int]:
+        """Return the conversation up to the answer; see `encode_prompt`."""
+        return encode_prompt(history, question, self.tokenizer, system=system)
+
     def record(self, run: RunDirectory) -> None:
         """Write nothing: the format depends on the config alone."""
 
@@ -265,6 +415,13 @@ class ChatFormat(Format):
     def chat_template(self) -> str:
         """Return `conversations.CHAT_TEMPLATE`."""
         return CHAT_TEMPLATE
+
+
+def published_ends(config: RunConfig) -> list[int]:
+    """Return the tokens that end an answer according to the model's `generation_config.json`."""
+    published = find_file(locate(config.model), "generation_config.json")
+    ends = read_json(published).get("eos_token_id") if published else None
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
 
 
 def encode(
@@ -489,7 +646,7 @@ class InstructionFormat(Format):
             lengths.append(sizes)
             answer_tokens.append(tokens)
             unknown.append(unknown_tokens)
-        return TokenCounts(lengths, [True] * len(conversations), answer_tokens, unknown)
+        return TokenCounts(lengths, [True] * len(conversations), answer_tokens, unknown, [0] * len(conversations))
 
     def list_tokens(self, example: Encoded) -> list[tuple[int, str]]:
         """List the token ids; the role of those that the encoder reads is `read`."""

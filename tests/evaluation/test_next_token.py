@@ -58,7 +58,7 @@ def test_top_p_keeps_of_the_next_tokens_what_generate_draws_from(asker):
     ids = torch.tensor([format_of(asker.tokenizer, asker.config).prompt((), "Hi")])
     for one in asker.next_tokens("Hi", WAYS, models=["tuned"])["tuned"]:
         model = asker.tuned_model.eval()
-        options = one.sampling.generation_config(model, asker.tokenizer)
+        options = one.sampling.generation_config(model, format_of(asker.tokenizer, asker.config))
         options.update(max_new_tokens=1, output_scores=True, return_dict_in_generate=True)
         batch = on_its_device(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         drawn = model.generate(**batch, generation_config=options).scores[0][0].cpu()

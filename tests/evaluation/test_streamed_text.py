@@ -15,8 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_utils.evaluation.asker import AnswerStream
 from qlora_utils.evaluation.generation import decode_answer, decode_text
+from qlora_utils.config import RunConfig
 from qlora_utils.locate import locate
 from qlora_utils.rows.conversations import MARKS, defused, parse
+from qlora_utils.tokens.formats import format_of
 
 ARCHIVE = SHARED / "tokenizers" / "tokenizers.tar.xz"
 REAL = ["llama2", "qwen3", "llama3", "gemma3"]
@@ -102,13 +104,13 @@ def tokenizers(tmp_path_factory):
 
 def stream(ids, tokenizer):
     """The pieces that come one by one, and the last."""
-    streamed = AnswerStream(tokenizer)
+    streamed = AnswerStream(format_of(tokenizer, RunConfig.from_preset("pocket")))
     return [*map(streamed.add, ids), streamed.end()]
 
 
 def assert_equal_to_batch(ids, tokenizer):
     pieces = stream(ids, tokenizer)
-    assert "".join(pieces) == decode_answer(ids, tokenizer).text
+    assert "".join(pieces) == decode_answer(ids, format_of(tokenizer, RunConfig.from_preset("pocket"))).text
     return pieces
 
 

@@ -23,6 +23,7 @@ from qlora_utils.rows.conversations import Rejected, UnusableRowError, parse
 from qlora_utils.rows.files import DataError, read_source
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json
+from qlora_utils.tokens.formats import format_of
 
 EXAMPLE = ROOT / "data" / "examples" / "questions.csv"
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -250,7 +251,7 @@ def test_an_answer_is_too_long_where_a_model_that_gives_it_does_not_end_by_itsel
     rows = [{**row, "answer": answer} for row in PLAIN[1]]
     found = data.check(written(tmp_path, PLAIN[0], rows), config)
     generated = [*ids, tokenizer.eos_token_id][:limit]  # as `generate` gives it
-    assert found.answers.cut_share == (not generation.decode_answer(generated, tokenizer).stopped)
+    assert found.answers.cut_share == (not generation.decode_answer(generated, format_of(tokenizer, config)).stopped)
     assert any(f"max_new_tokens={limit} tokens (the longest {len(ids) + 1})" in said for said in found.warnings) == (
         beyond < 0
     )

@@ -367,9 +367,9 @@ def test_what_a_tokenizer_cannot_spell_is_counted(config, tokenizer):
     few.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     few = PreTrainedTokenizerFast(tokenizer_object=few, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     rows = [Conversation((Turn("好", "yes no"), Turn("no", "好"))), Conversation((Turn("好", "yes"),))]
-    found = formats.ChatFormat(few, config).count_tokens(rows)
+    found = formats.Llama2Format(few, config).count_tokens(rows)
     assert (found.answer_tokens, found.unknown) == ([3, 1], [1, 0])
-    found = formats.ChatFormat(tokenizer, config).count_tokens(rows)
+    found = formats.Llama2Format(tokenizer, config).count_tokens(rows)
     assert found.unknown == [0, 0]  # falls back on bytes
     assert min(found.answer_tokens) > 0
 
