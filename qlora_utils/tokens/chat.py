@@ -353,9 +353,11 @@ def encode(
         trimmed = _trim_answers(layout, joined)
         (again,) = _encode_texts([_join(trimmed, template)[0]], template)
         if _find_joined(trimmed, again, template):
+            place = f" of {conversation.where} row {conversation.number}" if conversation.where else ""
             raise DataError(
-                f"{conversation.where} row {conversation.number}: the tokenizer joins the end of the question and the "
-                f"start of the answer in one token; labels need a boundary there. {_ADVICE}"
+                f"chat_template: the tokenizer joins the end of a prompt and the start of an answer{place} in one token, "
+                "but labels need a boundary there. A template must not write a space before an answer, unless a "
+                f"special token is before that. {_ADVICE}"
             )
         tokens = _label(conversation, trimmed, again, template, response_only)
         encoded.append(replace(tokens, trimmed=len(joined)))

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qlora_utils.config import RunConfig
 from qlora_utils.evaluation.asker import AnswerStream
 from qlora_utils.evaluation.generation import decode_answer, decode_text
-from qlora_utils.config import RunConfig
 from qlora_utils.locate import locate
 from qlora_utils.rows.conversations import MARKS, defused, parse
 from qlora_utils.tokens.formats import format_of

@@ -1,0 +1,479 @@
+"""Chat templates of real tokenizers: the ids of `apply_chat_template`, labels, and nothing forged."""
+
+from __future__ import annotations
+
+import json
+import random
+import tarfile
+from datetime import date
+from pathlib import Path
+
+import pytest
+from conftest import SHARED
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from qlora_utils import data
+from qlora_utils.commands import merging
+from qlora_utils.config import ConfigError, ModelError, RunConfig
+from qlora_utils.evaluation.asker import AnswerStream
+from qlora_utils.evaluation.generation import decode_answer
+from qlora_utils.rows.conversations import JOINER, Conversation, Turn, defused, parse
+from qlora_utils.rows.files import DataError, read_source
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json, write_json
+from qlora_utils.tokens import chat
+from qlora_utils.tokens.formats import IGNORED, InstructionFormat, Llama2Format, TemplateFormat, format_of
+
+ARCHIVE = SHARED / "tokenizers" / "tokenizers.tar.xz"
+SMOLLM2 = Path("/tmp/h/smol/model")
+REAL = ("qwen3", "llama3", "gemma3")
+TEMPLATED = (*REAL, "smollm2")
+TWO = Conversation((Turn("What is two?", "A number."), Turn("And three?", "Another one.")))
+# As Gemma 1 and 2 have it.
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + chat.CHATML
+)
+DATED = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.' }}" + chat.CHATML
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory):
+    """Load a real tokenizer by its name, once; skip where it is not at hand."""
+    folder, loaded = tmp_path_factory.mktemp("tokenizers"), {}
+
+    def load(name):
+        if name not in loaded:
+            path = SHARED / "llama2-tokenizer" if name == "llama2" else folder / name
+            if name == "smollm2":
+                path = SMOLLM2
+            elif name in REAL and ARCHIVE.is_file():
+                with tarfile.open(ARCHIVE) as archive:
+                    archive.extractall(folder, [m for m in archive if m.name.split("/")[0] == name], filter="data")
+            if path is None or not path.is_dir():
+                pytest.skip(f"{name}: not at hand")
+            loaded[name] = AutoTokenizer.from_pretrained(path)
+        return loaded[name]
+
+    return load
+
+
+@pytest.fixture
+def chatml(tokenizer):
+    """The pocket tokenizer with the marks of ChatML, and no template of its own."""
+    import copy
+
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = None
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return made
+
+
+def config_of(tmp_path, **values):
+    return RunConfig.from_preset("pocket", output_dir=str(tmp_path / "outputs"), **values)
+
+
+def messages(conversation):
+    found = []
+    for turn in conversation.turns:
+        if turn.system:
+            found.append({"role": "system", "content": turn.system})
+        found.append({"role": "user", "content": turn.question})
+        found.append({"role": "assistant", "content": turn.answer})
+    return found
+
+
+def rendered(tokenizer, found, **options):
+    return tokenizer.apply_chat_template(found, tokenize=True, return_dict=False, enable_thinking=False, **options)
+
+
+def spans(example):
+    """The stretches of tokens with loss."""
+    found, last = [], IGNORED
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        if label != IGNORED:
+            assert label == token
+            if last == IGNORED:
+                found.append([])
+            found[-1].append(token)
+        last = label
+    return found
+
+
+@pytest.fixture(scope="session")
+def real_conversations():
+    """200 conversations of one to five turns out of real rows, every other with a system prompt."""
+    folder = SHARED / "guanaco-llama2-1k"
+    if not folder.is_dir():
+        pytest.skip(f"not at {folder}")
+    turns = []
+    for row in read_source(str(folder))["train"]:
+        turns += parse(row).turns
+    draw, found = random.Random(20), []
+    for number in range(200):
+        some = draw.sample(turns, number % 5 + 1)
+        if number % 2:
+            some[0] = Turn(some[0].question, some[0].answer, "You are kind, and brief.")
+        found.append(Conversation(tuple(some), "rows", number))
+    return found
+
+
+# --------------------------------------------------------------------------------------- as the template says
+
+
+@pytest.mark.parametrize("name", TEMPLATED)
+def test_ids_are_those_of_apply_chat_template_and_labels_are_the_answers(name, load, real_conversations, tmp_path):
+    tokenizer = load(name)
+    form = format_of(tokenizer, config_of(tmp_path))
+    assert isinstance(form, TemplateFormat)
+    for conversation, example in zip(real_conversations, form.encode(real_conversations), strict=True):
+        assert form.refuse(conversation) is None
+        if not example.trimmed:
+            assert example.input_ids == rendered(tokenizer, messages(conversation))
+        answers = spans(example)
+        assert len(answers) == len(conversation.turns)
+        for ids, turn in zip(answers, conversation.turns, strict=True):
+            # The end token, once and at the end.
+            assert ids[-1] == form.ends[0] == tokenizer.eos_token_id
+            assert tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False).strip() == turn.answer.strip()
+            assert not {*ids[:-1]} & {*form.template.special.values()}
+
+
+@pytest.mark.parametrize("name", TEMPLATED)
+def test_a_prompt_is_what_servers_render_and_what_training_read(name, load, real_conversations, tmp_path):
+    tokenizer = load(name)
+    form = format_of(tokenizer, config_of(tmp_path))
+    for conversation in real_conversations[:60]:
+        *history, last = conversation.turns
+        prompt = form.prompt(history, last.question, last.system)
+        example = form.encode([conversation])[0]
+        assert example.input_ids[: len(prompt)] == prompt
+        assert example.labels[len(prompt)] != IGNORED
+        if not example.trimmed:
+            assert prompt == rendered(tokenizer, messages(conversation)[:-1], add_generation_prompt=True)
+        # Only the last answer is measured, and nothing of the prompt.
+        measured = form.last_answer(conversation)
+        assert measured.labels.count(IGNORED) >= len(prompt)
+        assert spans(measured) == [spans(example)[-1][: len(spans(measured)[0])]]
+
+
+@pytest.mark.real_data
+def test_metas_own_template_makes_llama2s_ids_so_the_recipe_stays(llama_tokenizer, real_conversations, tmp_path):
+    assert llama_tokenizer.chat_template
+    form = format_of(llama_tokenizer, config_of(tmp_path))
+    assert type(form) is Llama2Format
+    for conversation in real_conversations:
+        turns = tuple(Turn(t.question.strip(), t.answer.strip(), t.system) for t in conversation.turns)
+        example = form.encode([Conversation(turns)])[0]
+        assert example.input_ids == rendered(llama_tokenizer, messages(Conversation(turns)))
+
+
+def test_without_a_template_it_is_llama2_format(chatml, tmp_path):
+    assert type(format_of(chatml, config_of(tmp_path))) is Llama2Format
+    chatml.chat_template = chat.CHATML
+    form = format_of(chatml, config_of(tmp_path))
+    assert type(form) is TemplateFormat
+    assert type(format_of(chatml, config_of(tmp_path, chat_template="llama2"))) is Llama2Format
+    # Of several templates, the one without tools.
+    chatml.chat_template = {"default": chat.CHATML, "tool_use": "{{ 'tools' }}"}
+    assert format_of(chatml, config_of(tmp_path)).chat_template == chat.CHATML
+    chatml.chat_template = {"tool_use": "{{ 'tools' }}"}
+    assert type(format_of(chatml, config_of(tmp_path))) is Llama2Format
+
+
+def test_a_template_may_be_a_file_or_chatml(chatml, tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    form = format_of(chatml, config_of(tmp_path, chat_template=str(path)))
+    text = chatml.decode(form.encode([TWO])[0].input_ids)
+    assert text.count("<|im_start|>assistant\n") == 2
+    answers = [chatml.decode(ids) for ids in spans(form.encode([TWO])[0])]
+    assert answers == ["A number.<|im_end|>", "Another one.<|im_end|>"]
+    named = format_of(chatml, config_of(tmp_path, chat_template="chatml"))
+    assert "<|im_start|>user\nWhat is two?<|im_end|>" in chatml.decode(named.prompt([], "What is two?"))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("nowhere.jinja", r"chat_template: nowhere\.jinja cannot be read .*FILE\.jinja"),
+        (
+            "chat",
+            "chat_template: 'chat' is not allowed. Expected auto, llama2, chatml, or a path that ends with .jinja",
+        ),
+        ("", "chat_template: '' is not allowed"),
+    ],
+)
+def test_a_template_that_is_not_there_is_named(tokenizer, tmp_path, value, said):
+    with pytest.raises(ConfigError, match=said):
+        format_of(tokenizer, config_of(tmp_path, chat_template=value))
+
+
+def test_chatml_needs_its_marks_in_the_tokenizer(tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"no special token of the tokenizer follows an answer.*-p chat_template=llama2"):
+        format_of(tokenizer, config_of(tmp_path, chat_template="chatml")).encode([TWO])
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{% for m in messages %}", "the chat template refuses it"),
+        ("{{ messages[0].content }}", "leaves an answer out"),
+        (
+            "{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}",
+            "leaves an answer out|changes its answer",
+        ),
+        ("{% for m in messages %}{{ m.role + ':\\n' + m.content }}{% endfor %}", "no special token"),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}", "must not write a space"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_in_is_refused_with_advice(chatml, tmp_path, source, said):
+    (tmp_path / "mine.jinja").write_text(source)
+    config = config_of(tmp_path, chat_template=str(tmp_path / "mine.jinja"))
+    with pytest.raises(DataError, match=f"(?s)chat_template: .*({said}).*Give another"):
+        format_of(chatml, config).encode([TWO])
+
+
+def test_an_encoder_decoder_has_no_chat_template(tmp_path):
+    config = RunConfig.from_preset("pocket-t5", output_dir=str(tmp_path))
+    tokenizer = data.load_tokenizer(config)
+    assert isinstance(format_of(tokenizer, config), InstructionFormat)
+    with pytest.raises(ConfigError, match=r"chat_template: chatml is for models that continue a text.*instruction"):
+        format_of(tokenizer, config.model_copy(update={"chat_template": "chatml"}))
+
+
+# --------------------------------------------------------------------------------------- opinions of templates
+
+
+@pytest.mark.parametrize("name", ["qwen3"])
+def test_an_answer_that_the_template_would_cut_is_refused_with_the_reason(name, load, tmp_path):
+    form = format_of(load(name), config_of(tmp_path))
+    cut = Conversation((Turn("What ends a thought?", "It is </think>, of course."),))
+    assert form.refuse(cut) == "its answer spells </think>, at which the chat template cuts it"
+    # A question may spell it.
+    assert form.refuse(Conversation((Turn("What is </think>?", "A mark."),))) is None
+
+
+def test_rows_that_the_template_refuses_are_left_out_and_the_rest_is_trained(chatml, tmp_path):
+    chatml.chat_template = NO_SYSTEM
+    rows = [
+        {"question": f"What is {n}?", "answer": f"It is {n}.", "system": "Be brief." if n < 3 else ""}
+        for n in range(20)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(tmp_path, dataset=str(tmp_path / "rows.jsonl"), held_out_rows=4)
+    prepared = data.prepare(config, chatml)
+    assert [row.number for row in prepared.rejected] == [0, 1, 2]
+    assert {row.reason for row in prepared.rejected} == {"the chat template refuses it: System role not supported"}
+    assert len(prepared.train) + len(prepared.held_out) == 17
+
+
+@pytest.mark.parametrize("name", ["gemma3"])
+def test_a_system_prompt_goes_where_the_template_puts_it(name, load, tmp_path):
+    tokenizer = load(name)
+    form = format_of(tokenizer, config_of(tmp_path))
+    text = tokenizer.decode(form.prompt([], "Why?", "Be brief."))
+    assert text == "<bos><start_of_turn>user\nBe brief.\n\nWhy?<end_of_turn>\n<start_of_turn>model\n"
+
+
+@pytest.mark.parametrize("name", ["smollm2"])
+def test_a_default_system_prompt_is_part_of_the_prompt(name, load, tmp_path):
+    tokenizer = load(name)
+    prompt = tokenizer.decode(format_of(tokenizer, config_of(tmp_path)).prompt([], "Why?"))
+    assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    own = tokenizer.decode(format_of(tokenizer, config_of(tmp_path)).prompt([], "Why?", "Be brief."))
+    assert own.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+
+
+@pytest.mark.parametrize("name", TEMPLATED)
+def test_white_space_that_the_tokenizer_joins_with_the_prompt_is_left_out_and_counted(name, load, tmp_path):
+    form = format_of(load(name), config_of(tmp_path))
+    rows = [
+        Conversation((Turn("Why?", answer),)) for answer in ("  \n Because.", "  Because.", "\tBecause.", "Because.")
+    ]
+    for example, trimmed in zip(form.encode(rows), form.count_tokens(rows).trimmed, strict=True):
+        assert example.trimmed == trimmed
+        (ids,) = spans(example)
+        prompt = form.prompt([], "Why?")
+        assert example.input_ids[: len(prompt)] == prompt
+        if trimmed:
+            assert ids == spans(form.encode(rows)[-1])[0]
+    assert not form.encode(rows)[-1].trimmed
+
+
+def test_the_report_counts_answers_without_their_leading_white_space(load, tmp_path):
+    rows = [{"question": f"What is {n}?", "answer": "  \n It." if n < 2 else "It."} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(tmp_path, dataset=str(tmp_path / "rows.jsonl"), held_out_rows=4, chat_template="auto")
+    report = data.prepare(config, load("qwen3")).report
+    assert report["trimmed_answers"] in (0, 2)
+    said = data.report_table(report)
+    assert ("answers without their leading white space" in said) == bool(report["trimmed_answers"])
+
+
+def test_a_date_is_that_of_the_run_and_kept(chatml, tmp_path):
+    chatml.chat_template = DATED
+    config = config_of(tmp_path)
+    run = RunDirectory(config.run_dir)
+    run.begin(config)
+    assert read_json(run.config)["began"] == str(date.today())
+    write_json(run.config, {**read_json(run.config), "began": "2024-07-26"})
+    form = format_of(chatml, config)
+    assert "Today is 26 Jul 2024." in chatml.decode(form.prompt([], "Why?"))
+    # Servers print that date too, and notebooks of another day keep it.
+    assert "strftime_now" not in form.chat_template
+    run.record(config)
+    assert read_json(run.config)["began"] == "2024-07-26"
+
+
+def test_a_run_keeps_the_template_that_it_was_trained_in(chatml, tmp_path):
+    chatml.chat_template = chat.CHATML
+    config = config_of(tmp_path)
+    run = RunDirectory(config.run_dir)
+    format_of(chatml, config).record(run)
+    chatml.chat_template = DATED
+    assert format_of(chatml, config).chat_template == chat.CHATML
+    assert format_of(chatml, config.model_copy(update={"fresh": True})).chat_template != chat.CHATML
+
+
+def test_runs_of_earlier_versions_are_asked_as_they_were_trained(tmp_path):
+    config = config_of(tmp_path)
+    run = RunDirectory(config.run_dir)
+    run.begin(config)
+    stored = read_json(run.config)
+    del stored["config"]["chat_template"]
+    write_json(run.config, stored)
+    assert RunConfig.continue_run(run.path).chat_template == "llama2"
+
+
+# --------------------------------------------------------------------------------------- ends
+
+
+def test_any_token_that_ends_an_answer_of_the_base_model_ends_one(chatml, tmp_path, monkeypatch):
+    chatml.chat_template = chat.CHATML
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_json(folder / "generation_config.json", {"eos_token_id": [2, 1]})
+    config = config_of(tmp_path).model_copy(update={"model": str(folder)})
+    form = TemplateFormat(chatml, config, chat.CHATML)
+    end = chatml.convert_tokens_to_ids("<|im_end|>")
+    assert form.ends == (end, 2, 1)
+    words = chatml.encode("It is so", add_special_tokens=False)
+    for stop in form.ends:
+        answer = decode_answer([*words, stop, *words], form)
+        assert (answer.text, answer.stopped) == ("It is so", True)
+        stream = AnswerStream(form)
+        pieces = [stream.add(token) for token in [*words, stop, *words]]
+        assert "".join([*pieces, stream.end()]) == "It is so"
+    assert not decode_answer(words, form).stopped
+
+
+@pytest.mark.parametrize("name", TEMPLATED)
+def test_a_merged_folder_carries_template_and_ends(name, load, tmp_path):
+    tokenizer = load(name)
+    config = config_of(tmp_path)
+    merging.save_tokenizer(tokenizer, tmp_path / "merged", config)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert saved.chat_template == tokenizer.chat_template
+    found = messages(TWO)[:-1]
+    assert rendered(saved, found, add_generation_prompt=True) == rendered(tokenizer, found, add_generation_prompt=True)
+    ends = read_json(tmp_path / "merged" / "generation_config.json")["eos_token_id"]
+    assert tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends])
+
+
+def test_a_tokenizer_without_a_beginning_needs_a_template(tmp_path, load, monkeypatch):
+    import shutil
+
+    tokenizer = load("qwen3")
+    folder = tmp_path / "model"
+    shutil.copytree(data.locate("embedded:pocket/model"), folder)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    tokenizer.save_pretrained(folder)
+    config = config_of(tmp_path).model_copy(update={"model": str(folder)})
+    monkeypatch.setattr(data.model_files, "check_vocabulary", lambda *_: None)
+    assert isinstance(format_of(data.load_tokenizer(config), config), TemplateFormat)
+    with pytest.raises(ModelError, match=r"no token that begins a text.*chat_template=FILE\.jinja"):
+        data.load_tokenizer(config.model_copy(update={"chat_template": "llama2"}))
+
+
+# --------------------------------------------------------------------------------------- nothing is forged
+
+
+def forged_texts(marks):
+    """Texts out of letters and special tokens, whole, cut, doubled, and with joiners."""
+    pieces = st.one_of(
+        st.sampled_from(marks),
+        st.sampled_from(marks).map(lambda mark: mark[:-1]),
+        st.sampled_from(marks).map(lambda mark: mark[1:]),
+        st.sampled_from(marks).map(lambda mark: mark[:1] + JOINER + mark[1:]),
+        st.sampled_from(
+            ["assistant\n", "user", "system", "model\n", " ", "\n", "\n\n", "</think>", "<think>", "a", "B", "é", "漢"]
+        ),
+        st.sampled_from([chat.new_name(2), "\ufdd0", "\ufdd12", "\ufdd20\ufdd3", "\ufdd2"]),
+        st.text(max_size=4),
+    )
+    return st.lists(pieces, min_size=1, max_size=6).map("".join)
+
+
+def check_forgery(form, count):
+    marks = sorted(form.marks)
+    special = {*form.template.special.values()}
+
+    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @given(
+        st.lists(st.tuples(*[forged_texts(marks)] * 2), min_size=1, max_size=3),
+        st.one_of(st.just(""), forged_texts(marks)),
+    )
+    def check(pairs, system):
+        turns = [Turn(question, answer) for question, answer in pairs]
+        turns[0] = Turn(*pairs[0], system)
+        plain = [Turn("a", "b", "c" if turn.system else "") for turn in turns]
+        conversation = Conversation(tuple(turns))
+        if form.refuse(conversation) is not None:
+            return
+        (example,), (innocent,) = form.encode([conversation]), form.encode([Conversation(tuple(plain))])
+        assert [i for i in example.input_ids if i in special] == [i for i in innocent.input_ids if i in special]
+        assert len(spans(example)) == len(turns)
+        prompt = form.prompt(turns[:-1], turns[-1].question, turns[-1].system)
+        assert example.input_ids[: len(prompt)] == prompt
+
+    check()
+
+
+@pytest.mark.parametrize("name", TEMPLATED)
+def test_no_text_forges_a_special_token(name, load, tmp_path):
+    form = format_of(load(name), config_of(tmp_path))
+    check_forgery(form, 60)
+    # Each mark of the vocabulary once, in each place.
+    for mark in form.marks:
+        hostile = Conversation((Turn(f"a{mark}b", f"c{mark}d", f"e{mark}f"), Turn(mark, mark)))
+        for token in (ids := form.encode([hostile])[0].input_ids):
+            assert token != form.template.special[mark] or ids.count(token) == form.encode([PLAIN])[0].input_ids.count(
+                token
+            )
+
+
+PLAIN = Conversation((Turn("ab", "cd", "ef"), Turn("g", "h")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEMPLATED)
+def test_ten_thousand_texts_forge_no_special_token(name, load, tmp_path):
+    check_forgery(format_of(load(name), config_of(tmp_path)), 10_000)
+
+
+@pytest.mark.parametrize("name", TEMPLATED)
+def test_what_an_author_spelled_comes_back_in_answers(name, load, tmp_path):
+    form = format_of(load(name), config_of(tmp_path))
+    for mark in form.marks:
+        text = f"The mark {mark} ends it, and {mark[0]}{JOINER}{mark[1:]} does not."
+        (ids,) = spans(form.encode([Conversation((Turn("Which?", text),))])[0])
+        assert decode_answer(ids, form).text == text
+        stream = AnswerStream(form)
+        assert "".join([*map(stream.add, ids), stream.end()]) == text
+        assert defused(text, form.marks) != text
