@@ -355,8 +355,8 @@ def encode(
         if _find_joined(trimmed, again, template):
             place = f" of {conversation.where} row {conversation.number}" if conversation.where else ""
             raise DataError(
-                f"chat_template: the tokenizer joins the end of a prompt and the start of an answer{place} in one token, "
-                "but labels need a boundary there. A template must not write a space before an answer, unless a "
+                f"chat_template: the tokenizer joins the end of a prompt and the start of an answer{place} in one "
+                "token, but labels need a boundary there. A template must not write a space before an answer, unless a "
                 f"special token is before that. {_ADVICE}"
             )
         tokens = _label(conversation, trimmed, again, template, response_only)

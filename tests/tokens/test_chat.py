@@ -214,7 +214,9 @@ def test_a_template_that_is_not_there_is_named(tokenizer, tmp_path, value, said)
 
 
 def test_chatml_needs_its_marks_in_the_tokenizer(tokenizer, tmp_path):
-    with pytest.raises(DataError, match=r"no special token of the tokenizer follows an answer.*-p chat_template=llama2"):
+    with pytest.raises(
+        DataError, match=r"no special token of the tokenizer follows an answer.*-p chat_template=llama2"
+    ):
         format_of(tokenizer, config_of(tmp_path, chat_template="chatml")).encode([TWO])
 
 
