@@ -30,6 +30,9 @@ from qlora_utils.evaluation.scores import (
     token_f1,
 )
 from qlora_utils.evaluation.scores import paired_text as paired_text  # notebook 06 prints it
+from qlora_utils.evaluation.verdict import Probe, choose_probe, compare_held_out, judge_probe
+from qlora_utils.evaluation.verdict import plot_probe as plot_probe  # and these too
+from qlora_utils.evaluation.verdict import verdict_text as verdict_text
 from qlora_utils.kernels.loss import row_losses
 from qlora_utils.lora import base_alone, reload
 from qlora_utils.models.files import check_adapter
@@ -221,8 +224,9 @@ def evaluate(
 
     Both are the same loaded model: with its adapter disabled it is the base model again, original
     head included. In `metrics.json` the sections `base`, `tuned` and `paired` cover the held-out
-    questions alone, and so do all `groups` but `split`. If the scored rows, or rows that belong to
-    them, also helped to choose the adapter, `held_out.chosen_on` is true.
+    questions alone, and so do all `groups` but `split`; `differences` compares the two with
+    intervals. `probe` has what was forgotten. If the scored rows, or rows that belong to them, also
+    helped to choose the adapter, `held_out.chosen_on` is true.
 
     Args:
         config: the run.
@@ -244,7 +248,8 @@ def evaluate(
     held_out_questions, train_questions = choose_questions(prepared, tokenizer, config)
     questions = held_out_questions + train_questions
     rows = scored_rows(prepared.held_out, config)
-    base, tuned = _measure_both(config, tuned_model, tokenizer, questions, rows, on_batch)
+    probe = choose_probe(format_of(tokenizer, config), prepared.train, config.probe_rows)
+    base, tuned = _measure_both(config, tuned_model, tokenizer, questions, rows, probe, on_batch)
 
     # Write one line for each question, held-out questions first.
     guesses = commonest_facts(prepared.train)
@@ -254,11 +259,7 @@ def evaluate(
     held_out_lines = lines[: len(held_out_questions)]
 
     # The scores over all held-out questions, and those group by group.
-    overall = _group_scores(held_out_lines, config.group_by)
-    clusters = clusters_of_rows(rows, config.group_by)
-    for model, results in (("base", base), ("tuned", tuned)):
-        value, interval = perplexity(results.losses, results.counts, clusters)
-        overall[model]["perplexity"], overall[model]["intervals"]["perplexity"] = value, interval
+    overall = _overall_scores(held_out_lines, rows, base, tuned, config.group_by)
     groups = {}
     for by in GROUPS:
         # Only groups by split include training questions, to compare them with held-out ones.
@@ -277,9 +278,8 @@ def evaluate(
             "answer_tokens": sum(tuned.counts),
             "chosen_on": config.keep == "best" and is_one_group(prepared.held_out, config),
         },
-        base=overall["base"],
-        tuned=overall["tuned"],
-        paired=overall["paired"],
+        **overall,
+        probe=judge_probe(probe, base.probe_losses, tuned.probe_losses, tuned.probe_counts),
         groups=groups,
     )
     return lines
@@ -287,11 +287,13 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Results:
-    """Hold the results of one model: scores of each answer, loss and answer tokens of each row."""
+    """Hold the results of one model: scores of each answer, loss and answer tokens of each row and of the probe."""
 
     scores: list[dict[str, Any]]
     losses: list[float]
     counts: list[int]
+    probe_losses: list[float]
+    probe_counts: list[int]
 
 
 def _measure_both(
@@ -300,9 +302,10 @@ def _measure_both(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     rows: Sequence[Conversation],
+    probe: Probe,
     on_batch: Callable[[int], None] | None,
 ) -> tuple[_Results, _Results]:
-    """Let base and tuned model answer all questions, and measure their loss on the rows.
+    """Let base and tuned model answer all questions, and measure their loss on the rows and on the probe.
 
     Returns:
         The results of the base model, and those of the tuned model.
@@ -312,26 +315,51 @@ def _measure_both(
     encoded = form.examples(rows, training=False)
     examples_per_row = [form.count_examples(row) for row in rows]
     collator = make_collator(tokenizer, config)
-    lengths = [collator.tokens(example) for example in encoded]
-    loss_batch_size = micro_batch_size(resolution_of(tuned_model, config).config, lengths)
+    resolved = resolution_of(tuned_model, config).config
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
     max_batch_tokens = answer_room(config)
+
+    def losses_of(examples: Sequence[Any]) -> tuple[list[float], list[int]]:
+        lengths = [collator.tokens(example) for example in examples]
+        return row_losses(tuned_model, examples, collator, batch_size=micro_batch_size(resolved, lengths))
 
     def measure() -> _Results:
         answers = answer_all(
             tuned_model, tokenizer, questions, config, sampling=sampling,
             batch_size=config.answer_batch_size, batch_tokens=max_batch_tokens, on_batch=on_batch,
         )  # fmt: skip
-        losses, counts = row_losses(tuned_model, encoded, collator, batch_size=loss_batch_size)
+        losses, counts = losses_of(encoded)
+        probe_losses, probe_counts = losses_of(probe.examples)
         return _Results(
             scores=score(answers, questions),
             losses=_sum_by_row(losses, examples_per_row),
             counts=_sum_by_row(counts, examples_per_row),
+            probe_losses=probe_losses,
+            probe_counts=probe_counts,
         )
 
     with base_alone(tuned_model):
         base = measure()
     return base, measure()
+
+
+def _overall_scores(
+    lines: Sequence[Mapping[str, Any]],
+    rows: Sequence[Conversation],
+    base: _Results,
+    tuned: _Results,
+    group_by: str | None,
+) -> dict[str, dict[str, Any]]:
+    """Return the sections `base`, `tuned`, `paired` and `differences` over all held-out questions and rows."""
+    overall = _group_scores(lines, group_by)
+    sections = {name: overall[name] for name in ("base", "tuned", "paired")}
+    clusters = clusters_of_rows(rows, group_by)
+    for model, results in (("base", base), ("tuned", tuned)):
+        value, interval = perplexity(results.losses, results.counts, clusters)
+        sections[model]["perplexity"], sections[model]["intervals"]["perplexity"] = value, interval
+    losses = base.losses, tuned.losses
+    differences = compare_held_out(lines, clusters_of_answers(lines, group_by), losses, tuned.counts, clusters)
+    return {**sections, "differences": differences}
 
 
 def _sum_by_row(values: Sequence[Any], examples_per_row: Sequence[int]) -> list[Any]:

@@ -23,7 +23,7 @@ DATA_FIELDS = (
 # These only change speed and memory.
 SPEED_FIELDS = ("keep_expanded", "attention_kernel", "fused_layers", "liger")
 # These only matter to the answers after the training.
-ANSWER_FIELDS = ("score_rows", "max_new_tokens", "answer_batch_size")
+ANSWER_FIELDS = ("score_rows", "probe_rows", "max_new_tokens", "answer_batch_size")
 # These name a run and its place, or hold for one training only. Two runs that differ in them alone
 # are the same.
 PLACE_FIELDS = ("preset", "run_name", "output_dir", "fresh")
@@ -212,6 +212,9 @@ class RunConfig(BaseModel):
     # Answers
     score_rows: int = Field(
         200, ge=1, le=LARGEST, description="questions of each split answered by base and tuned model"
+    )
+    probe_rows: int = Field(
+        200, ge=0, le=LARGEST, description="general questions by which forgetting is measured, at most (0: none)"
     )
     max_new_tokens: int = Field(256, ge=1, le=LARGEST, description="tokens; the longest answer")
     answer_batch_size: int = Field(16, ge=1, le=LARGEST, description="questions answered at a time, at most")

@@ -35,6 +35,7 @@ from qlora_utils.rows.files import SUFFIXES, DataError, Row, Rows, describe_unkn
 from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.rows.lines import lines_of, read_lines, show_conversations, show_rejected
 from qlora_utils.rows.prepare import find_entry, new_entry, prepare_into, unfinished_entry
+from qlora_utils.rows.probe import read_probe_bytes
 from qlora_utils.rows.scripts import by_script as by_script
 from qlora_utils.rows.scripts import plot_scripts as plot_scripts
 from qlora_utils.rows.statistics import report_table as report_table
@@ -59,7 +60,7 @@ UPLOAD_MB = 8
 _DECIDING = (
     "data.py", "rows/files.py", "rows/readers.py", "rows/layouts.py", "rows/messages.py", "rows/columns.py",
     "rows/conversations.py", "rows/scripts.py", "rows/statistics.py", "rows/held_out.py", "rows/marks.py",
-    "rows/lines.py", "rows/judge.py", "rows/prepare.py", "tokens/formats.py", "tokens/chat.py",
+    "rows/lines.py", "rows/judge.py", "rows/probe.py", "rows/prepare.py", "tokens/formats.py", "tokens/chat.py",
     "tokens/instructions.py",
 )  # fmt: skip
 
@@ -303,6 +304,7 @@ def _key(form: Format, tokenizer: str, contents: Mapping[str, str | None]) -> st
     parts = [
         settings,
         sorted(contents.items()),
+        hashlib.sha256(read_probe_bytes()).hexdigest(),
         (tokenizer, form.architecture, written_in),
         (sys.version_info, numpy.__version__, tokenizers.__version__, datasets.__version__),
         code,

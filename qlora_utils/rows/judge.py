@@ -30,6 +30,7 @@ from qlora_utils.rows.held_out import find_group_column, group_keys, group_tag
 from qlora_utils.rows.lines import format_line
 from qlora_utils.rows.marks import FLAGS, SplitColumns, find_columns, mark_of_row
 from qlora_utils.rows.messages import NOT_READ
+from qlora_utils.rows.probe import refuse_probe
 from qlora_utils.rows.readers import Row, UnusableRowError
 from qlora_utils.rows.statistics import REPORTED, measure, question_keys
 from qlora_utils.runs.directory import HEADLESS, TERMINAL
@@ -292,7 +293,7 @@ def _judge(
     """Judge pickled rows: find those that can be trained on, and the reason why others cannot.
 
     A row can be trained on if it has a turn that is not blank, and an answer that begins within
-    `max_seq_len` tokens.
+    `max_seq_len` tokens, and if it asks no question of the probe.
 
     Args:
         batch: a column `rows`, as in `RawRows`.
@@ -327,6 +328,8 @@ def _judge(
             answered = measured["answered"][number]
             try:
                 filled = usable(conversation)
+                if columns["part"][index] == "train":
+                    refuse_probe(filled)
                 if len(filled.turns) < len(conversation.turns):
                     (answered,) = form.count_tokens([filled]).answered
             except UnusableRowError as error:
