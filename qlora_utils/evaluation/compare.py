@@ -25,6 +25,7 @@ from qlora_utils.evaluation.scores import (
     paired_text,
     with_interval,
 )
+from qlora_utils.evaluation.verdict import change_with_interval
 from qlora_utils.rows.held_out import clusters_of_answers, find_groups
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import damaged, read_json, read_jsonl
@@ -51,8 +52,8 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
 
     Returns:
         The contents of `comparison.json`: `runs`: `name`, `preset`, the number of held-out
-        questions `asked`, and facts of the training. `differences`: parameters whose values differ,
-        by run. `questions`: the number of `shared` questions, and of the `clusters` (entities or
+        questions `asked`, facts of the training, and what was `forgotten`. `differences`: parameters
+        whose values differ, by run. `questions`: the number of `shared` questions, and of the `clusters` (entities or
         rows) that they are about. `scores` by run, and the same for each of the `splits`. `pairs`,
         for each two runs: `difference` (exact match of the second run minus the first's) with
         `interval`, `gained`, `lost`, `p_value` and `p_holm`. `disagreements`: the number of
@@ -89,7 +90,7 @@ def compare(runs: Sequence[RunDirectory]) -> dict[str, Any]:
     facts_of_runs = []
     for name, config, questions, run in zip(names, configs, asked, runs, strict=True):
         identity = {"name": name, "preset": config["preset"], "asked": len(questions)}
-        facts_of_runs.append({**identity, **_fingerprint(run), **_training(run)})
+        facts_of_runs.append({**identity, **_fingerprint(run), **_training(run), **_forgotten(run)})
     return {
         "runs": facts_of_runs,
         "differences": _differences(names, configs),
@@ -280,6 +281,17 @@ def _training(run: RunDirectory) -> dict[str, Any]:
     return {name: train[name] for name in ("steps", "kept_step", "kept_loss") if train.get(name) is not None}
 
 
+def _forgotten(run: RunDirectory) -> dict[str, str]:
+    """Return how the perplexity of the probe changed, in words; nothing for a run of an earlier version."""
+    probe = run.known_metrics().get("probe")
+    if probe is None:
+        return {}
+    try:
+        return {"forgotten": "not judged" if "unjudged" in probe else change_with_interval(probe)}
+    except (KeyError, TypeError, ValueError):
+        raise damaged(run.metrics, "probe: expected a difference with its interval, or why there is none") from None
+
+
 def _differences(names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the parameters whose values differ, by run.
 
@@ -371,7 +383,8 @@ def facts(comparison: Mapping[str, Any]) -> dict[str, list[str]]:
         # `none` is how a value that is not set is written on the command line.
         values = [by_run[run["name"]] for run in runs]
         rows[field] = ["none" if value is None else str(value) for value in values]
-    for name, title in (("kept_step", "adapter of step"), ("kept_loss", "held-out loss")):
+    titles = {"kept_step": "adapter of step", "kept_loss": "held-out loss", "forgotten": "forgotten: probe perplexity"}
+    for name, title in titles.items():
         if any(name in run for run in runs):
             rows[title] = [_format_fact(run.get(name, "-")) for run in runs]
     return rows

@@ -251,7 +251,8 @@ def is_worse(difference: Mapping[str, Any]) -> bool:
 
 def _perplexity(loss: float) -> str:
     """Format the perplexity of a loss in nats per token."""
-    return score_text("perplexity", math.exp(loss))
+    value = math.exp(loss)
+    return f"{value:,.0f}" if value >= 1000 else score_text("perplexity", value)
 
 
 def change_text(loss: float) -> str:

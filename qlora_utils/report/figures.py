@@ -108,6 +108,26 @@ def draw_scores(metrics: Mapping[str, Any]) -> Picture:
     )  # fmt: skip
 
 
+def draw_probe(probe: Mapping[str, Any]) -> Picture:
+    """Draw how much the loss changed on each topic of the probe.
+
+    Args:
+        probe: of `metrics.json`, with `topics`.
+    """
+    from qlora_utils.evaluation.verdict import change_with_interval, plot_probe
+
+    topics = probe["topics"]
+    return draw(
+        "probe", partial(plot_probe, probe), title="What was forgotten, by topic",
+        caption="Loss of the tuned model on general questions, less that of the base model: right of 0 the right answer "
+        "surprises the tuned model more. Each pale dot is a question, each dark one the mean of a topic; the band is the "
+        "95 % interval of all.",
+        description=f"Change of the loss on {probe['questions']} general questions of {len(topics)} topics; the "
+        f"perplexity of all changes by {change_with_interval(probe)}.",
+        height=1.1 + 0.2 * len(topics),
+    )  # fmt: skip
+
+
 def draw_groups(number: int, by: str, groups: Mapping[str, Any], lowest: str) -> Picture:
     """Draw exact match group by group.
 

@@ -42,6 +42,7 @@ def write_report(run: RunDirectory) -> None:
 def render_page(facts: Facts) -> str:
     """Return the page of a run."""
     parts: dict[str, tuple[str, Callable[[Facts], sections.Values]]] = {
+        "verdict": ("Learned, forgotten, cannot tell", sections.verdict),
         "scores": ("Scores on held-out questions", sections.scores),
         "beside": ("Beside other runs", sections.other_runs),
         "answers": ("Answers side by side", sections.answers),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qlora_utils import style
 from qlora_utils.config import PLACE_FIELDS, RunConfig, as_given, run_command
 from qlora_utils.evaluation import compare
+from qlora_utils.evaluation import verdict as verdicts
 from qlora_utils.evaluation.scores import measured_on, paired_text, score_text
 from qlora_utils.presets import PRESETS
 from qlora_utils.report import figures, sentences
@@ -97,6 +98,18 @@ def key_figures(facts: Facts) -> Values:
 
 def _what_peak_counts(facts: Facts) -> str:
     return "allocated on the GPU" if facts.hardware.get("gpu") else "of the whole process, libraries included"
+
+
+# ---------------------------------------------------------------------------------------------------- the verdict
+
+
+def verdict(facts: Facts) -> Values:
+    """Return what was learned, what was forgotten, and what the questions cannot tell, in sentences and a picture."""
+    if not facts.scored:
+        raise AbsentError(facts.missing.get("metrics", "Not measured yet: notebook 06 does it."))
+    probe = facts.metrics.get("probe", {})
+    parts = [{"title": title, "sentences": said} for title, said in verdicts.verdict(facts.metrics).items()]
+    return {"parts": parts, "picture": figures.draw_probe(probe) if probe.get("topics") else None}
 
 
 # ---------------------------------------------------------------------------------------------------- scores
