@@ -157,16 +157,16 @@ def choose_probe(form: Format, train: Sequence[Conversation], probe_rows: int) -
     chosen = [probe[index * len(probe) // count] for index in range(count)]
     unseen = drop_trained(chosen, train)
 
-    unknown = form.count_tokens(unseen).unknown if unseen else []
-    spelled = [row for row, tokens in zip(unseen, unknown, strict=True) if not tokens]
-    rows, examples = [], []
-    for row, whole in zip(spelled, form.examples(spelled, training=False), strict=True):
+    rows, examples, unspellable = [], [], 0
+    for row, whole in zip(unseen, form.examples(unseen, training=False), strict=True):
         example = _without_end(whole, form.architecture)
+        if form.tokenizer.unk_token_id in example.labels:
+            unspellable += 1
         # Of an answer that begins beyond max_seq_len nothing is left.
-        if any(label != IGNORED for label in example.labels):
+        elif any(label != IGNORED for label in example.labels):
             rows.append(row)
             examples.append(example)
-    return Probe(rows, examples, len(unseen) - len(spelled), len(chosen) - len(unseen))
+    return Probe(rows, examples, unspellable, len(chosen) - len(unseen))
 
 
 def _without_end(example: Encoded, architecture: str) -> Encoded:

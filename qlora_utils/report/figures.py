@@ -119,9 +119,9 @@ def draw_probe(probe: Mapping[str, Any]) -> Picture:
     topics = probe["topics"]
     return draw(
         "probe", partial(plot_probe, probe), title="What was forgotten, by topic",
-        caption="Loss of the tuned model on general questions, less that of the base model: right of 0 the right answer "
-        "surprises the tuned model more. Each pale dot is a question, each dark one the mean of a topic; the band is the "
-        "95 % interval of all.",
+        caption="Loss of the tuned model on general questions, less that of the base model: right of 0 the right "
+        "answer surprises the tuned model more. Each pale dot is a question, each dark one the mean of a topic; the "
+        "band is the 95 % interval of all.",
         description=f"Change of the loss on {probe['questions']} general questions of {len(topics)} topics; the "
         f"perplexity of all changes by {change_with_interval(probe)}.",
         height=1.1 + 0.2 * len(topics),
