@@ -27,6 +27,7 @@ def store(
     runs: Sequence[Mapping[str, Any]],
     *,
     packages: Mapping[str, str] | None = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a result, in place of an earlier one.
 
@@ -35,6 +36,8 @@ def store(
         values: the numbers that docs may name; nested mappings become dotted keys.
         runs: all that was measured, one entry per training or measurement, as it came.
         packages: versions beyond those that every run records.
+        recorded: machine, versions, commit, command, date and note of what was measured elsewhere, in place of those of
+            this process.
     """
     result = {
         "machine": hardware(),
@@ -43,6 +46,7 @@ def store(
         "commit": git_commit() or os.environ.get("COMMIT"),
         "command": command_line(sys.argv, path),
         "date": datetime.now(UTC).date().isoformat(),
+        **(recorded or {}),
         "runs": list(runs),
         "values": flatten(values),
     }
