@@ -40,7 +40,7 @@ SPLIT_SEED = 0
 # half of these for scoring.
 GUANACO: dict[str, Any] = {
     "preset": "llama2-7b", "held_out_rows": 200, "keep": "last", "eval_rows": 16, "eval_steps": 250, "save_steps": 250,
-    "save_total_limit": 1, "score_rows": 100, "answer_batch_size": 128,
+    "save_total_limit": 1, "score_rows": 100, "answer_batch_size": 40,
 }  # fmt: skip
 # What two cores do in minutes.
 SHARE: dict[str, Any] = {
