@@ -1,0 +1,518 @@
+"""Train many recipes on the example's 30 questions, and ask each tuned model what they ask in other words.
+
+    python benchmarks/own_data.py --model FOLDER --round first --worker 0/12 --out outputs/own_data/first
+    python benchmarks/own_data.py --table outputs/own_data/first
+
+Workers of one round share a GPU and a folder, and each takes the next training that nobody has
+begun. Choices are made by `own_data/development.jsonl`; `own_data/rewordings.jsonl` is asked with
+`--final` alone. An answer is right if it holds the fact of its row (`own_data/facts.jsonl`) and no
+number or day that the row's answer does not have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+# Imported before torch: it sets how long torch's threads spin while they wait.
+import qlora_utils  # noqa: F401
+
+# isort: split
+import torch
+
+from qlora_utils import data, lora, quantization, training
+from qlora_utils.config import RunConfig
+from qlora_utils.evaluation.generation import Question, Sampling, answer_all
+from qlora_utils.kernels.loss import row_losses
+from qlora_utils.locate import project_folder
+from qlora_utils.loop.history import HistoryWriter
+from qlora_utils.loop.live import Progress
+from qlora_utils.rows.conversations import Conversation, Turn, parse_rows
+from qlora_utils.rows.files import read_source
+from qlora_utils.rows.rewordings import reword_question
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.tokens.formats import format_of
+from qlora_utils.tokens.packing import make_collator
+
+HERE = Path(__file__).resolve().parent / "own_data"
+EXAMPLE = project_folder("data") / "examples" / "questions.csv"
+PROBE = project_folder("data") / "probe.jsonl"
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hold what one training does otherwise than `BASIS`.
+
+    Attributes:
+        name: in tables.
+        values: of `RunConfig`.
+        rewordings: of each question, by the library's rules.
+        dropped: copies of each question without some of its words, chosen so that it still differs from all others.
+        own_words: rewordings of each question that the base model writes itself.
+        reverse: adds a row per fact that asks for the question of an answer.
+        replay: general questions, answered by the base model, for each row of the example.
+        system: system prompt in training and asking.
+        neftune: alpha of the noise on embeddings; it is scaled to a conversation's length, not to that of its pack.
+        pairs: copies of the example in conversations of two turns, drawn at random.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    rewordings: int = 0
+    dropped: int = 0
+    own_words: int = 0
+    reverse: bool = False
+    replay: float = 0.0
+    system: str = ""
+    neftune: float = 0.0
+    pairs: int = 0
+
+
+# What every recipe begins with. What `auto` would resolve by the card's free memory, which workers share, is given.
+BASIS: dict[str, Any] = {
+    "lora_r": 16, "lora_alpha": 16, "train_head": False, "learning_rate": 1e-3, "steps": 120, "batch_size": 10,
+    "keep": "last", "max_seq_len": 512, "held_out_rows": 1, "micro_batch_tokens": 4096, "gradient_checkpointing": False,
+    "optimizer": "adamw_torch_fused", "keep_expanded": True, "liger": False, "logging_steps": 20, "max_new_tokens": 64,
+}  # fmt: skip
+ATTENTION, MLP = "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj"
+
+
+def vary(center: Recipe, name: str, **changes: Any) -> Recipe:
+    """Return a recipe with some fields of its own or of `RunConfig` changed."""
+    own = {field: value for field, value in changes.items() if field in Recipe.__dataclass_fields__}
+    values = {field: value for field, value in changes.items() if field not in own}
+    return replace(center, name=f"{center.name} {name}".strip(), values={**center.values, **values}, **own)
+
+
+def first_round() -> list[Recipe]:
+    """Vary one thing at a time, around plain rows and around eight rewordings of each question."""
+    base, plain = Recipe("untrained", {"steps": 0}), Recipe("plain", {})
+    worded = Recipe("R8", {}, rewordings=8)
+    return [
+        plain,
+        worded,
+        base,
+        # passes and rate
+        vary(plain, "lr 5e-4", learning_rate=5e-4),
+        vary(plain, "lr 2e-3", learning_rate=2e-3),
+        vary(plain, "steps 60", steps=60),
+        vary(plain, "steps 240", steps=240),
+        vary(worded, "lr 3e-4", learning_rate=3e-4),
+        vary(worded, "lr 5e-4", learning_rate=5e-4),
+        vary(worded, "lr 2e-3", learning_rate=2e-3),
+        vary(worded, "lr 3e-3", learning_rate=3e-3),
+        vary(worded, "steps 60", steps=60),
+        vary(worded, "steps 240", steps=240),
+        vary(worded, "steps 400", steps=400),
+        vary(worded, "steps 400 lr 5e-4", steps=400, learning_rate=5e-4),
+        vary(worded, "constant", lr_scheduler="constant"),
+        vary(worded, "batch 30", batch_size=30),
+        # wordings
+        vary(plain, "R2", rewordings=2),
+        vary(plain, "R4", rewordings=4),
+        vary(plain, "R16", rewordings=16),
+        vary(plain, "R24 steps 240", rewordings=24, steps=240),
+        vary(plain, "dropped 8", dropped=8),
+        vary(worded, "dropped 8", dropped=8),
+        vary(worded, "own words 8", own_words=8),
+        vary(worded, "dropped 8 steps 240", dropped=8, steps=240),
+        # noise
+        vary(plain, "dropout 0.1", lora_dropout=0.1),
+        vary(plain, "neftune 5", neftune=5),
+        vary(plain, "neftune 15", neftune=15),
+        vary(plain, "decay 0.1", weight_decay=0.1),
+        vary(worded, "dropout 0.1", lora_dropout=0.1),
+        vary(worded, "dropout 0.3", lora_dropout=0.3),
+        vary(worded, "neftune 5", neftune=5),
+        vary(worded, "neftune 15", neftune=15),
+        vary(worded, "neftune 40", neftune=40),
+        vary(worded, "decay 0.1", weight_decay=0.1),
+        # what is trained
+        vary(plain, "r 64", lora_r=64, lora_alpha=64),
+        vary(plain, "attention", lora_targets=ATTENTION),
+        vary(plain, "mlp", lora_targets=MLP),
+        vary(worded, "r 8", lora_r=8, lora_alpha=8),
+        vary(worded, "r 64", lora_r=64, lora_alpha=64),
+        vary(worded, "r 128", lora_r=128, lora_alpha=128),
+        vary(worded, "alpha 32", lora_alpha=32),
+        vary(worded, "attention", lora_targets=ATTENTION),
+        vary(worded, "mlp", lora_targets=MLP),
+        vary(worded, "head", train_head=True, head_learning_rate=1e-4),
+        # other rows
+        vary(plain, "loss on questions", response_only=False),
+        vary(worded, "loss on questions", response_only=False),
+        vary(worded, "reverse", reverse=True),
+        vary(worded, "pairs 2", pairs=2),
+        vary(worded, "replay 1", replay=1.0),
+        vary(worded, "system", system="You answer questions about Hollow Lane Library."),
+    ]
+
+
+ROUNDS = {"first": (first_round, 3)}  # the recipes of a round, and seeds of each
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object per line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_example() -> list[Turn]:
+    """Read the example's questions and answers."""
+    rows, _ = parse_rows(row for part in read_source(str(EXAMPLE)).values() for row in part)
+    return [row.turns[0] for row in rows]
+
+
+def drop_words(texts: Sequence[str], count: int, seed: int) -> list[list[str]]:
+    """Leave out words of each question at random, as long as the rest tells it from all other questions."""
+    draw = random.Random(seed)
+    bags = [{word.strip("?,.").casefold() for word in text.split()} for text in texts]
+    found = []
+    for place, text in enumerate(texts):
+        others = [bag for other, bag in enumerate(bags) if other != place]
+        ways: list[str] = []
+        for _ in range(20 * count):
+            words = [word for word in text.split() if draw.random() > 0.3]
+            left = {word.strip("?,.").casefold() for word in words}
+            way = " ".join(words)
+            if len(words) > 1 and way not in (text, *ways) and not any(left <= bag for bag in others):
+                ways.append(way)
+        found.append(ways[:count])
+    return found
+
+
+_REQUESTS = (
+    "Ask the same question in other words: {}", "Rephrase this question: {}", "Paraphrase: {}",
+    "How would somebody else ask this? {}", "Rewrite the question so that it means the same: {}",
+)  # fmt: skip
+
+
+def ask_in_own_words(base: Any, tokenizer: Any, config: RunConfig, texts: Sequence[str]) -> list[list[str]]:
+    """Let the base model reword each question, and keep what is a question and shares a word of meaning with it."""
+    asked = [Question(request.format(text), "") for text in texts for request in _REQUESTS for _ in range(6)]
+    torch.manual_seed(0)
+    sampling = Sampling(max_new_tokens=32, temperature=0.8, top_p=0.95)
+    answers = answer_all(base, tokenizer, asked, config, sampling=sampling, batch_size=256)
+    each = len(asked) // len(texts)
+    found = []
+    for place, text in enumerate(texts):
+        meaning = {word.strip("?,.'").casefold() for word in text.split() if len(word) > 3}
+        ways: list[str] = []
+        for answer in answers[place * each : (place + 1) * each]:
+            lines = answer.text.strip().strip('"').splitlines() or [""]
+            way = lines[0].partition("?")[0].strip().strip('"') + "?"
+            words = {word.strip("?,.'").casefold() for word in way.split()}
+            if "?" in lines[0] and 3 < len(words) < 25 and len(words & meaning) >= 2 and way not in (text, *ways):
+                ways.append(way)
+        found.append(ways)
+    return found
+
+
+def make_rows(recipe: Recipe, seed: int, turns: Sequence[Turn], more: Mapping[str, Any]) -> list[Conversation]:
+    """Make the rows that a recipe trains on."""
+    texts = [turn.question for turn in turns]
+    ways = [[text] for text in texts]
+    for place, text in enumerate(texts):
+        ways[place] += reword_question(text, recipe.rewordings, seed)
+        ways[place] += random.Random(seed).sample(
+            more["own words"][place], min(recipe.own_words, len(more["own words"][place]))
+        )
+    if recipe.dropped:
+        for place, dropped in enumerate(drop_words(texts, recipe.dropped, seed)):
+            ways[place] += dropped
+    rows: list[tuple[Turn, ...]] = []
+    for turn, asked in zip(turns, ways, strict=True):
+        rows += [(Turn(way, turn.answer, recipe.system),) for way in asked]
+        if recipe.reverse:
+            rows.append((Turn(f"Which question does this answer? {turn.answer}", turn.question, recipe.system),))
+    draw = random.Random(seed)
+    for _ in range(recipe.pairs):
+        order = draw.sample(range(len(turns)), len(turns))
+        for one, other in zip(order[::2], order[1::2], strict=False):
+            rows.append(tuple(Turn(draw.choice(ways[n]), turns[n].answer, recipe.system) for n in (one, other)))
+    general = [*more["replay"]] * max(1, round(recipe.replay))
+    rows += [(turn,) for turn in general[: round(recipe.replay * len(turns))]]
+    return [Conversation(row, "own data", number) for number, row in enumerate(rows)]
+
+
+def read_probe() -> list[Conversation]:
+    """Read the general questions and answers on which forgetting is measured."""
+    path = PROBE if PROBE.is_file() else HERE / "general.jsonl"
+    rows, _ = parse_rows(row for part in read_source(str(path)).values() for row in part)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------- scores
+
+_NUMBERS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)  # fmt: skip
+_DAYS = re.compile(r"\b(?:mon|tues|wednes|thurs|fri|satur|sun)day", re.IGNORECASE)
+
+
+def quantities(text: str) -> set[str]:
+    """Return the numbers and days of the week in a text; `one` may be a pronoun and is left out."""
+    found = set(re.findall(r"\d+", text)) | {day.lower() for day in _DAYS.findall(text)}
+    for word in re.findall(r"[a-z]+", text.lower()):
+        if word in _NUMBERS and word != "one":
+            found.add(str(_NUMBERS.index(word)))
+    return found
+
+
+def is_right(answer: str, expected: str, must: Sequence[str], must_not: Sequence[str]) -> bool:
+    """Tell whether an answer holds the fact asked for, and nothing that the expected answer does not say.
+
+    Args:
+        answer: of the model.
+        expected: answer of the row.
+        must: patterns, all of which the answer matches.
+        must_not: patterns, none of which it matches.
+    """
+    if not quantities(answer) <= quantities(expected) | {"one", "1"}:
+        return False
+    text = answer.strip().lower()
+    return all(re.search(one, text) for one in must) and not any(re.search(one, text) for one in must_not)
+
+
+def read_asked(path: Path, turns: Sequence[Turn]) -> list[tuple[str, str, list[str], list[str]]]:
+    """Read questions to ask: text, expected answer, and the patterns of a right answer."""
+    facts = {fact["row"]: fact for fact in read_jsonl(HERE / "facts.jsonl")}
+    asked = []
+    for line in read_jsonl(path):
+        rule = {**facts[line["row"]], **line}
+        asked.append((line["text"], turns[line["row"] - 1].answer, rule["must"], rule["must_not"]))
+    return asked
+
+
+# ---------------------------------------------------------------------------------------------------- a training
+
+
+class Bench:
+    """Load the base model once, and train and ask recipe after recipe on it."""
+
+    def __init__(self, model: str, recipes: Sequence[Recipe], *, final: bool) -> None:
+        self.basis = RunConfig.build({"model": model, "dataset": str(EXAMPLE), **BASIS})
+        self.tokenizer = data.load_tokenizer(self.basis)
+        self.base = quantization.load(self.basis)
+        self.turns = read_example()
+        self.probe = read_probe()
+        facts = {fact["row"]: fact for fact in read_jsonl(HERE / "facts.jsonl")}
+        trained = []
+        for place, turn in enumerate(self.turns, start=1):
+            trained.append((turn.question, turn.answer, facts[place]["must"], facts[place]["must_not"]))
+        self.asked = {"trained": trained, "development": read_asked(HERE / "development.jsonl", self.turns)}
+        if final:
+            self.asked["final"] = read_asked(HERE / "rewordings.jsonl", self.turns)
+        texts = [turn.question for turn in self.turns]
+        self.more: dict[str, Any] = {"own words": [[] for _ in texts], "replay": []}
+        # what the base model writes for some recipes
+        if any(recipe.own_words for recipe in recipes):
+            self.more["own words"] = ask_in_own_words(self.base, self.tokenizer, self.basis, texts)
+        if any(recipe.replay for recipe in recipes):
+            self.more["replay"] = self.answer_general()
+        self.base_probe = self.measure_probe(self.base)
+
+    def answer_general(self) -> list[Turn]:
+        """Let the base model answer general questions, which some recipes train on against forgetting."""
+        texts = (HERE / "replayed.txt").read_text(encoding="utf-8").splitlines()
+        asked = [Question(text, "") for text in texts]
+        sampling = Sampling(max_new_tokens=64)
+        answers = answer_all(self.base, self.tokenizer, asked, self.basis, sampling=sampling, batch_size=32)
+        pairs = zip(texts, answers, strict=True)
+        return [Turn(text, answer.text) for text, answer in pairs if answer.text]
+
+    def run(self, recipe: Recipe, seed: int) -> dict[str, Any]:
+        """Train a recipe with a seed, ask all questions, and put the base model back as it was."""
+        values = {name: value for name, value in recipe.values.items() if (name, value) != ("steps", 0)}
+        config = (
+            self.basis.model_copy(update={}) if not values else RunConfig.build({**self.basis.model_dump(), **values})
+        )
+        config = RunConfig.build({**config.model_dump(), "seed": seed})
+        began = time.perf_counter()
+        line: dict[str, Any] = {"recipe": recipe.name, "seed": seed, "values": dict(recipe.values)}
+        for name in ("rewordings", "dropped", "own_words", "reverse", "replay", "neftune", "pairs", "system"):
+            line[name] = getattr(recipe, name)
+        tuned = None
+        if recipe.values.get("steps") != 0:
+            rows = make_rows(recipe, seed, self.turns, self.more)
+            tuned = lora.attach(self.base, config)
+            line |= {"rows": len(rows), "loss": self.train(tuned, config, rows, recipe.neftune)}
+        line["train_s"] = round(time.perf_counter() - began, 2)
+        line |= self.ask(tuned if tuned is not None else self.base, config, recipe.system)
+        line["probe"] = [self.base_probe, self.measure_probe(tuned if tuned is not None else self.base)]
+        if tuned is not None:
+            restore(tuned)
+        # peft leaves a trained head on the model that it was trained with
+        if config.train_head:
+            self.base = quantization.load(self.basis)
+        line["all_s"] = round(time.perf_counter() - began, 2)
+        return line
+
+    def train(self, tuned: Any, config: RunConfig, rows: list[Conversation], neftune: float) -> float | None:
+        """Train as `qlora run` does, without checkpoints and measurements, and return the last loss."""
+        prepared = data.Prepared(rows, rows[:2], [], {})
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = training.make_trainer(config, tuned, self.tokenizer, prepared, RunDirectory(Path(folder)))
+            for callback in (HistoryWriter, Progress):
+                trainer.remove_callback(callback)
+            trainer.progress = None
+            trainer.args.eval_strategy = trainer.args.save_strategy = "no"
+            trainer.args.eval_on_start = False
+            if neftune:
+                # transformers divides by the tokens of the whole pack; NEFTune means those of a conversation
+                lengths = [len(example.input_ids) for example in trainer.train_dataset]  # type: ignore[union-attr]
+                packed = config.batch_size if config.packing else 1
+                longest = config.micro_batch_tokens or 1
+                per_pack = min(packed, longest / (sum(lengths) / len(lengths)))
+                trainer.neftune_noise_alpha = neftune * per_pack**0.5
+            trainer.train()
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses[-1] if losses else None
+
+    def ask(self, model: Any, config: RunConfig, system: str) -> dict[str, Any]:
+        """Ask all questions greedily, and tell which are answered right."""
+        flat = [(name, one) for name, asked in self.asked.items() for one in asked]
+        questions = [Question(one[0], one[1], system=system) for _, one in flat]
+        sampling = Sampling(max_new_tokens=config.max_new_tokens)
+        began = time.perf_counter()
+        answers = answer_all(model, self.tokenizer, questions, config, sampling=sampling, batch_size=256)
+        found: dict[str, Any] = {"ask_s": round(time.perf_counter() - began, 2)}
+        for (name, (_, expected, must, must_not)), answer in zip(flat, answers, strict=True):
+            right = answer.stopped and is_right(answer.text, expected, must, must_not)
+            found.setdefault(name, []).append(int(right))
+            found.setdefault("answers", {}).setdefault(name, []).append(answer.text)
+        return found
+
+    def measure_probe(self, model: Any) -> float:
+        """Measure the loss per answer token of the general texts, in nats."""
+        form = format_of(self.tokenizer, self.basis)
+        examples = form.examples(self.probe, training=False)
+        losses, counts = row_losses(model, examples, make_collator(self.tokenizer, self.basis), batch_size=32)
+        return round(sum(losses) / sum(counts), 4)
+
+
+def restore(tuned: Any) -> None:
+    """Take the adapter, the chunked loss and the fused layers' hooks off the base model again."""
+    base = tuned.unload()
+    base.__dict__.pop("forward", None)
+    base.model._forward_pre_hooks.clear()
+    base.model._forward_pre_hooks_with_kwargs.clear()
+
+
+# ---------------------------------------------------------------------------------------------------- a round
+
+
+def claim(folder: Path, number: int) -> bool:
+    """Take a training of the round, unless another worker has taken it."""
+    try:
+        (folder / "claims" / str(number)).mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def work(options: argparse.Namespace) -> None:
+    """Train what nobody else has begun, until the time is up."""
+    began = time.perf_counter()
+    worker, workers = map(int, options.worker.split("/"))
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[worker * len(cores) // workers]})
+    torch.set_num_threads(1)
+    make, seeds = ROUNDS[options.round]
+    # All recipes with the first seed come first: if time runs out, each has been tried.
+    tasks = [(recipe, seed) for seed in range(seeds) for recipe in make()]
+    tasks = [(recipe, seed) for recipe, seed in tasks if seed == 0 or recipe.values.get("steps") != 0]
+    if options.only:
+        tasks = [(recipe, seed) for recipe, seed in tasks if recipe.name in options.only]
+    options.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options.model, [recipe for recipe, _ in tasks], final=options.final)
+    print(f"worker {worker}: ready after {time.perf_counter() - began:.0f} s", flush=True)
+    if worker == 0:
+        (options.out / "own_words.json").write_text(json.dumps(bench.more["own words"], indent=1), encoding="utf-8")
+    for number, (recipe, seed) in enumerate(tasks):
+        if time.perf_counter() - began > 60 * options.minutes:
+            break
+        if not claim(options.out, number):
+            continue
+        line = bench.run(recipe, seed)
+        with (options.out / f"worker-{worker}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        right = ", ".join(f"{name} {sum(line[name])}/{len(line[name])}" for name in bench.asked)
+        print(f"{recipe.name} seed {seed}: {right}, probe {line['probe']}, {line['all_s']} s", flush=True)
+
+
+# two-sided 95 % quantiles of Student's t, by degrees of freedom
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and half the width of its 95 % interval over seeds, by Student's t."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, float("nan")
+    spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+    return mean, _T[min(len(values) - 2, len(_T) - 1)] * spread / len(values) ** 0.5
+
+
+def read_round(folder: Path) -> Iterator[dict[str, Any]]:
+    """Read what all workers of a round have written."""
+    for path in sorted(folder.glob("worker-*.jsonl")):
+        yield from read_jsonl(path)
+
+
+def show_table(folder: Path) -> None:
+    """Print each recipe's shares of right answers, with the interval over seeds, the best first."""
+    recipes: dict[str, list[dict[str, Any]]] = {}
+    for line in read_round(folder):
+        recipes.setdefault(line["recipe"], []).append(line)
+    rows = []
+    for name, lines in recipes.items():
+        shares = [100 * sum(line["development"]) / len(line["development"]) for line in lines]
+        trained = [100 * sum(line["trained"]) / len(line["trained"]) for line in lines]
+        forgot = [line["probe"][1] - line["probe"][0] for line in lines]
+        final = [100 * sum(line["final"]) / len(line["final"]) for line in lines if "final" in line]
+        rows.append(
+            (interval(shares), name, len(lines), interval(trained)[0], interval(forgot)[0], final, lines[0]["all_s"])
+        )
+    print(f"{'recipe':<40} seeds  development      trained  probe   seconds")
+    for (mean, half), name, seeds, known, forgot_mean, final, seconds in sorted(rows, reverse=True):
+        text = f"{name:<40} {seeds:>5}  {mean:5.1f} ± {half:4.1f}    {known:5.1f}  {forgot_mean:+6.3f}  {seconds:6.1f}"
+        print(text + (f"  rewordings {interval(final)[0]:.1f} ± {interval(final)[1]:.1f}" if final else ""))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train a round's recipes, or print its table."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", help="folder of SmolLM2-135M-Instruct")
+    options.add_argument("--round", choices=ROUNDS, default="first")
+    options.add_argument("--worker", default="0/1", help="number of this process, from 0, and of all")
+    options.add_argument("--out", type=Path, default=Path("outputs/own_data"))
+    options.add_argument("--minutes", type=float, default=7.5, help="begin no training later than this")
+    options.add_argument("--only", nargs="*", help="names of recipes")
+    options.add_argument("--final", action="store_true", help="ask the held-out rewordings as well")
+    options.add_argument("--table", type=Path, help="folder of a round that was trained")
+    given = options.parse_args(arguments)
+    if given.table:
+        show_table(given.table)
+        return 0
+    work(given)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
