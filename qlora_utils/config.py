@@ -12,7 +12,16 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qlora_utils.locate import OUTPUTS_OF_NOTEBOOKS, is_path, is_url, locate, outputs_of_notebooks, path_exists
+from qlora_utils.locate import (
+    OUTPUTS_OF_NOTEBOOKS,
+    PACKAGED,
+    PACKAGED_MODELS,
+    is_path,
+    is_url,
+    locate,
+    outputs_of_notebooks,
+    path_exists,
+)
 from qlora_utils.presets import PRESETS
 
 # Fields by what they decide. Fields in none of these groups decide what a training learns.
@@ -625,8 +634,11 @@ def check_source(name: str, source: str, suffixes: tuple[str, ...] = ()) -> None
     Raises:
         ConfigError: it is neither; the message names field and value.
     """
-    if path_exists(locate(source)):
+    # What a package brings is fetched when it is first loaded.
+    if path_exists(locate(source)) or (name == "model" and source in PACKAGED_MODELS):
         return
+    if source.startswith(PACKAGED):
+        raise ConfigError(f"{name}: {_short(source)} is not known; expected {', '.join(PACKAGED_MODELS)} as model.")
     if is_path(source, suffixes):
         raise ConfigError(
             f"{name}: {_short(source, plain=True)} does not exist. Expected a local path, or a hub id like owner/name."

@@ -24,8 +24,9 @@ from qlora_utils.config import (
     check_folder,
     check_source,
 )
-from qlora_utils.locate import locate, model_advice
+from qlora_utils.locate import model_advice
 from qlora_utils.models import files as model_files
+from qlora_utils.models.packaged import find_model
 from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.check import Check, free_name, measure_answers, safe_name
 from qlora_utils.rows.columns import columns_table as columns_table
@@ -87,7 +88,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    source = locate(config.model)
+    source = find_model(config.model)
     model_files.check_tokenizer(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

@@ -13,6 +13,9 @@ MIRRORS = {
 }
 # The prefix of a path inside the project's own data folder.
 EMBEDDED = "embedded:"
+# The prefix of a model whose weights a Python package brings, and all such models: models/packaged.py fetches them.
+PACKAGED = "packaged:"
+PACKAGED_MODELS = ("packaged:smollm2-135m-instruct",)
 # The folder of runs as the notebooks name it, which lie beside it.
 OUTPUTS_OF_NOTEBOOKS = "../outputs"
 # A URL, also one that was a `Path` in between, which makes one slash of two.
@@ -74,8 +77,11 @@ def is_url(text: str) -> bool:
 def locate(source: str) -> str:
     """Return a model or dataset as loaders accept it.
 
-    `embedded:…` becomes a path in `data/`, and `~/…` one in the home folder.
+    `embedded:…` becomes a path in `data/`, `packaged:…` one in `outputs/models/`, which need not exist yet, and
+    `~/…` one in the home folder.
     """
+    if source in PACKAGED_MODELS:
+        return str(project_folder("data").parent / "outputs" / "models" / source.removeprefix(PACKAGED))
     if source.startswith(EMBEDDED):
         return str(project_folder("data") / source.removeprefix(EMBEDDED))
     if source.startswith("~"):
@@ -87,7 +93,8 @@ def locate(source: str) -> str:
 
 def is_path(source: str, suffixes: tuple[str, ...] = ()) -> bool:
     """Return True if a model or dataset can only be a local path, and not a hub id `owner/name`."""
-    return source.startswith(("/", ".", "~", EMBEDDED)) or source.count("/") != 1 or source.lower().endswith(suffixes)
+    local = source.startswith(("/", ".", "~", EMBEDDED, PACKAGED))
+    return local or source.count("/") != 1 or source.lower().endswith(suffixes)
 
 
 def path_exists(source: str) -> bool:

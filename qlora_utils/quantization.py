@@ -18,6 +18,8 @@ from qlora_utils.kernels import attention
 from qlora_utils.kernels.lora_layers import keep_expanded
 from qlora_utils.locate import first_line, locate, model_advice
 from qlora_utils.models import files as model_files
+from qlora_utils.models.packaged import describe_origin as describe_origin  # notebook 02 calls it
+from qlora_utils.models.packaged import find_model
 from qlora_utils.models.resolution import Resolved, resolve_to_load
 from qlora_utils.models.resolution import resolve_auto as resolve_auto  # notebook 02 calls it
 from qlora_utils.models.shapes import architecture_of, refuse_unseen_weights
@@ -55,7 +57,7 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     from transformers import BitsAndBytesConfig
 
     # a damaged folder is refused before anything is loaded: transformers would name neither file nor remedy
-    source = locate(config.model)
+    source = find_model(config.model)
     model_files.check(source)
     stored = model_files.stored_quantization(source)
     if stored:

@@ -31,9 +31,10 @@ from qlora_utils.config import (
     check_source,
     resume_command,
 )
-from qlora_utils.locate import EMBEDDED, first_line, locate, path_exists, project_folder
+from qlora_utils.locate import EMBEDDED, PACKAGED, first_line, path_exists, project_folder
 from qlora_utils.loop import checkpoints
 from qlora_utils.models import files as model_files
+from qlora_utils.models.packaged import find_model
 from qlora_utils.models.shapes import architecture_of, refuse_unseen_weights
 from qlora_utils.report.render import write_report
 from qlora_utils.report.sentences import summary
@@ -269,7 +270,7 @@ def run_series(
         run.begin(config)
         run.notebooks.mkdir(parents=True, exist_ok=True)
         _prepare_environment()
-        if notebooks and not config.model.startswith(EMBEDDED):
+        if notebooks and not config.model.startswith((EMBEDDED, PACKAGED)):
             _warn_without_gpu(config)
         for path in notebooks:
             title = f"[{series().index(path) + 1}/{len(series())}] {path.stem}"
@@ -337,7 +338,7 @@ def check_inputs(run: RunDirectory, config: RunConfig, notebooks: Sequence[Path]
 
 def _check_model(config: RunConfig) -> None:
     """Check that the files of the base model are complete and of a supported architecture."""
-    source = locate(config.model)
+    source = find_model(config.model)
     model_files.check(source)
     model_files.check_weights(source, architecture_of(config.model))
     refuse_unseen_weights(config.model)

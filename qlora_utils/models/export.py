@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 # What the base model's files say of itself and not of a model that is saved anew: how it is
 # quantized, and Python code that is not copied.
-NOT_INHERITED = ("quantization_config", "compression_config", "quantization", "auto_map", "_name_or_path")
+NOT_INHERITED = ("quantization_config", "compression_config", "quantization", "auto_map", "_name_or_path",
+                 "_model_name_or_path")  # fmt: skip
 # llama.cpp's converter reads these. From tokenizer.json alone it gives all tokens of a
 # sentencepiece vocabulary the same score, and texts become other tokens.
 VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "added_tokens.json")

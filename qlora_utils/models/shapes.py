@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qlora_utils.config import ModelError, RunConfig
-from qlora_utils.locate import first_line, is_path, locate, model_advice
+from qlora_utils.locate import PACKAGED, PACKAGED_MODELS, first_line, is_path, locate, model_advice
 from qlora_utils.models import files as model_files
 from qlora_utils.models.files import Architecture
 
@@ -34,7 +34,13 @@ FLAN_T5_LARGE: dict[str, Any] = {
     "num_decoder_layers": 24, "num_heads": 16, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0,
     "is_encoder_decoder": True, "tie_word_embeddings": False,
 }  # fmt: skip
-STORED = {"llama-2-7b-hf": LLAMA_2_7B, "llama-2-7b": LLAMA_2_7B, "flan-t5-large": FLAN_T5_LARGE}
+SMOLLM2_135M: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+STORED = {"llama-2-7b-hf": LLAMA_2_7B, "llama-2-7b": LLAMA_2_7B, "flan-t5-large": FLAN_T5_LARGE,
+          "smollm2-135m-instruct": SMOLLM2_135M}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -273,6 +279,8 @@ def _adapter_activations(linears: Linears, config: RunConfig, wide: int) -> int:
 
 def known(source: str) -> dict[str, Any] | None:
     """Return the stored config of a preset's model or of a copy of it under another owner; None for other models."""
+    if source in PACKAGED_MODELS:
+        return STORED[source.removeprefix(PACKAGED)]
     return None if is_path(source) else STORED.get(source.lower().rpartition("/")[2])
 
 
