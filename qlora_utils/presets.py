@@ -23,6 +23,26 @@ _POCKET = {
     "max_new_tokens": 48,
     "answer_batch_size": 64,
 }
+# Common to the chat models of today, which differ in size alone; docs/models.md says where each value comes from.
+_CHAT = {
+    "dataset": "mlabonne/guanaco-llama2-1k",
+    "held_out_rows": 50,
+    "max_seq_len": 2048,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    # Their heads are tied to the embeddings, or larger than all adapters together.
+    "train_head": False,
+    "learning_rate": 2e-4,
+    "head_learning_rate": 2e-5,
+    "lr_scheduler": "cosine",
+    "warmup_ratio": 0.03,
+    "steps": 240,
+    "batch_size": 8,
+    "eval_steps": 40,
+    "save_steps": 80,
+    "score_rows": 50,
+    "answer_batch_size": 64,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "pocket": {**_POCKET, "model": "embedded:pocket/model", "max_seq_len": 512},
     # From the well-known tutorial recipe; docs/models.md lists what differs.
@@ -44,6 +64,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "score_rows": 50,
         "answer_batch_size": 64,
     },
+    # Small, middle and large.
+    "qwen3-1.7b": {**_CHAT, "model": "Qwen/Qwen3-1.7B"},
+    "qwen3-4b": {**_CHAT, "model": "Qwen/Qwen3-4B"},
+    "llama3.1-8b": {**_CHAT, "model": "meta-llama/Llama-3.1-8B-Instruct"},
     # The same text and the same questions, for an encoder-decoder.
     "pocket-t5": {**_POCKET, "model": "embedded:pocket-t5/model", "max_seq_len": 256, "packing": False},
     # The recipe from which the T5 part of this project was developed.

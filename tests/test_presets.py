@@ -3,8 +3,16 @@ from __future__ import annotations
 import pytest
 
 from qlora_utils.config import RunConfig
+from qlora_utils.models import hardware, shapes
+from qlora_utils.models.hardware import CARDS
+from qlora_utils.models.memory import usable_memory
+from qlora_utils.models.resolution import OPEN, overview, plan_for, resolve_auto
 from qlora_utils.presets import PRESETS
 from qlora_utils.runs.directory import RunDirectory
+
+CHAT = ("qwen3-1.7b", "qwen3-4b", "llama3.1-8b")
+# Of a hub that is not asked here; the pocket models lie in the package.
+REAL = [name for name in PRESETS if shapes.known(RunConfig.from_preset(name).model)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -22,3 +30,53 @@ def test_llama2_follows_the_tutorial_recipe():
     config = RunConfig.from_preset("llama2-7b")
     assert (config.lora_r, config.lora_alpha, config.learning_rate, config.lr_scheduler) == (64, 16, 2e-4, "cosine")
     assert (config.steps, config.batch_size) == (250, 4)
+
+
+@pytest.mark.parametrize("preset", CHAT)
+def test_the_chat_models_have_one_recipe_and_a_frozen_head(preset):
+    config = RunConfig.from_preset(preset)
+    assert (config.lora_r, config.lora_alpha, config.learning_rate, config.lora_targets) == (16, 32, 2e-4, "all-linear")
+    assert (config.steps, config.batch_size, config.max_seq_len) == (240, 8, 2048)
+    assert not config.train_head
+    # All else that is not said is open, and follows from the card.
+    assert all(getattr(config, name) in (None, "auto") for name in OPEN)
+
+
+@pytest.mark.parametrize("preset", REAL)
+def test_every_preset_is_planned_for_every_card(preset, monkeypatch):
+    """It fits, with every knob set; and what a card can do is what is asked of it."""
+    monkeypatch.setattr(hardware, "find_spec", lambda name: object())  # Liger and a torch with varlen
+    config = RunConfig.from_preset(preset)
+    shape = shapes.read(config.model)
+    decoder = shape.architecture == "causal"
+    peaks = {}
+    for name, card in CARDS.items():
+        resolved, plan = plan_for(config, card, shape)
+        chosen = resolved.config
+        peaks[name] = plan.peak
+        assert plan.fits(card)
+        assert all(getattr(chosen, field) not in (None, "auto") for field in OPEN)
+        in_16_bits = "bfloat16" if card.bf16 else "float16" if decoder else "float32"
+        assert chosen.compute_dtype == in_16_bits
+        assert chosen.attention_kernel == (("varlen" if card.bf16 else "split") if decoder else "dense")
+        assert chosen.liger == (decoder and name != "P100")
+        assert chosen.micro_batch_tokens >= shape.longest_example(config)
+        assert chosen.keep_expanded == (plan.parts["expanded weights"] > 0)
+    assert peaks["2xT4"] == peaks["T4"]  # the second is not used
+    # Cards of one kind: where a smaller one has room for something, a larger one has too.
+    for smaller, larger in (("V100-16", "V100-32"), ("A100-40", "A100-80"), ("3060", "3090"), ("4080", "4090")):
+        small, large = (resolve_auto(config, CARDS[name], shape).config for name in (smaller, larger))
+        assert small.gradient_checkpointing >= large.gradient_checkpointing
+        assert small.keep_expanded <= large.keep_expanded or large.gradient_checkpointing < small.gradient_checkpointing
+
+
+def test_small_cards_turn_the_knobs_and_what_fits_none_is_said():
+    """With very long conversations a middle card recomputes, and a small one refuses with the reason."""
+    long = RunConfig.from_preset("llama3.1-8b", max_seq_len=16_384)
+    table = overview(long, list(CARDS.values()), shapes.read(long.model))
+    fits = table["verdict"] == "fits"
+    assert fits["H200"] and fits["T4"] and not fits["3060"]
+    assert set(table.loc[fits, "recomputed"]) == {"yes", "no"}
+    assert "max_seq_len=8192" in table.loc["3060", "verdict"]
+    assert all(table.loc[fits, "peak (GiB)"] <= table.loc[fits, "room (GiB)"])
+    assert all(table["room (GiB)"] == [round(usable_memory(card) / 2**30, 1) for card in CARDS.values()])

@@ -188,6 +188,11 @@ def test_stored_plans_are_what_is_planned_now(results):
                 assert results["plans.json"][f"{preset}.{card}.{name}"] == value
 
 
+def test_the_table_of_cards_is_the_one_that_the_command_prints():
+    stored_runs = json.loads((BENCHMARKS / "results" / "plans.json").read_text())["runs"]
+    assert f"\n\n{plans.table(stored_runs)}\n\n" in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
 def test_every_expected_sentence_stands_in_the_pretraining_text_and_facts_can_be_guessed(results):
     counted = stored.flatten({"pocket": questions.count()})
     assert counted["pocket.expected_in_text"] == counted["pocket.expected"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.commands.options import parameter_options, parse_parameters, run_path
@@ -23,7 +24,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--preset", help="what to plan (default: llama2-7b)")
     parser.add_argument("--run", help="or the run, by name or path, whose config is planned for")
-    parser.add_argument("--gpu", help="T4, L4, A10, A100-40, A100-80, H100 or H200 (default: this machine's, or all)")
+    parser.add_argument("--gpu", help=f"{', '.join(hardware.CARDS)} (default: this machine's, or all)")
     parser.set_defaults(command=main)
 
 
@@ -47,12 +48,14 @@ def main(options: argparse.Namespace) -> int:
     if len(cards) > 1:
         print(f"{config.preset}: {config.model}\n{trainable}\n")
         print_overview(resolution.overview(config, cards, shape))
+        print_notes(cards)
         return 0
     resolved, predicted = resolution.plan_for(config, cards[0], shape)
     print(f"{config.preset} on {cards[0].name}: {config.model}\n{trainable}\n")
     print(resolved.text(), end="\n\n")
     print(table_text(memory.plan_table(predicted)))
     print(memory.fit_text(predicted, cards[0]))
+    print_notes(cards)
     if not predicted.fits(cards[0]):
         raise ConfigError(memory.explain_too_large(config, cards[0], predicted.peak))
     return 0
@@ -64,3 +67,13 @@ def print_overview(table: DataFrame) -> None:
     print(table_text(table.assign(verdict=fits.map({True: "fits", False: "does not fit"})), digits=1))
     for verdict in table.loc[~fits, "verdict"]:
         print(f"\n{verdict}")
+
+
+def print_notes(cards: Sequence[hardware.Card]) -> None:
+    """Print what to know about a card before a run; cards of which the same is to be known, together."""
+    names: dict[str, list[str]] = {}
+    for card in cards:
+        names.setdefault(card.note, []).append(card.name)
+    names.pop("", None)
+    for note, of in names.items():
+        print(f"\n{', '.join(of)}: {note}.")

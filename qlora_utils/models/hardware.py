@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -17,7 +18,8 @@ class Card:
     """Hold what a plan needs to know about a GPU.
 
     `memory` is what a program can see, in bytes; `capability` is the CUDA compute capability. `matrix_rate`, in FLOP/s
-    of 16-bit products, and `bandwidth`, in bytes/s, are the vendor's: they only rank choices.
+    of 16-bit products that are summed in fp32, and `bandwidth`, in bytes/s, are the vendor's: they only rank choices.
+    Of several `gpus` in a machine all numbers are those of one.
     """
 
     name: str
@@ -25,24 +27,57 @@ class Card:
     capability: tuple[int, int]
     matrix_rate: float
     bandwidth: float
+    gpus: int = 1
 
     @property
     def bf16(self) -> bool:
         """Return True if it multiplies in bf16, from Ampere on. PyTorch says yes for emulation too, as on a T4."""
         return self.capability[0] >= 8
 
+    @property
+    def note(self) -> str:
+        """Return what to know about it before a run: GPUs that stay unused, the PyTorch that it needs; often empty.
 
-def _card(name: str, gib: float, capability: tuple[int, int], tflops: float, gb_per_s: float) -> Card:
-    return Card(name, int(gib * GIB), capability, tflops * 1e12, gb_per_s * 1e9)
+        Architectures of PyTorch's builds: its RELEASE.md, and its issues 172352 (Volta) and 190385 (CUDA 12.6).
+        """
+        notes = []
+        if self.gpus > 1:
+            notes.append(f"a run takes place on the first of the {self.gpus} GPUs, and no other is used")
+        # CUDA 13 compiles for nothing before Turing, and builds for CUDA 12.6 are to end with PyTorch 2.14
+        if self.capability < (7, 5):
+            notes.append(
+                "it needs a PyTorch built for CUDA 12.6, which there is up to PyTorch 2.14: pip install torch "
+                "--index-url https://download.pytorch.org/whl/cu126"
+            )
+        if self.capability >= (10, 0):
+            notes.append("it needs a PyTorch built for CUDA 12.8 or later")
+        return "; ".join(notes)
 
 
+def _card(name: str, gib: float, capability: tuple[int, int], tflops: float, gb_per_s: float, *, gpus: int = 1) -> Card:
+    return Card(name, int(gib * GIB), capability, tflops * 1e12, gb_per_s * 1e9, gpus)
+
+
+# By memory. GeForce cards sum products in fp32 at half the rate of those that are summed in fp16.
 CARDS = {
     card.name: card
     for card in (
+        _card("3060", 11.7, (8, 6), 25.5, 360),
         _card("T4", 14.6, (7, 5), 65, 320),
+        _card("2xT4", 14.6, (7, 5), 65, 320, gpus=2),
+        _card("4060-Ti", 15.6, (8, 9), 44, 288),
+        _card("4080", 15.6, (8, 9), 97.5, 717),
+        _card("V100-16", 15.7, (7, 0), 112, 900),
+        _card("P100", 15.8, (6, 0), 18.7, 732),
         _card("L4", 22.0, (8, 9), 121, 300),
         _card("A10", 22.0, (8, 6), 125, 600),
+        _card("3090", 23.6, (8, 6), 71, 936),
+        _card("4090", 23.6, (8, 9), 165, 1008),
+        _card("5090", 31.3, (12, 0), 209.5, 1792),
+        _card("V100-32", 31.7, (7, 0), 112, 900),
         _card("A100-40", 39.4, (8, 0), 312, 1555),
+        _card("L40S", 44.4, (8, 9), 362, 864),
+        _card("A6000", 47.5, (8, 6), 155, 768),
         _card("A100-80", 79.1, (8, 0), 312, 2039),
         _card("H100", 79.1, (9, 0), 989, 3350),
         _card("H200", 139.7, (9, 0), 989, 4800),
@@ -51,16 +86,20 @@ CARDS = {
 
 
 def find_card(name: str) -> Card:
-    """Return the card of a name, in upper or lower case.
+    """Return the card of a name, however it is written: `h100`, `RTX 3090` and `2×T4` are all found.
 
     Raises:
         ConfigError: no card in `CARDS` has this name; lists those that are there.
     """
     # names are typed by hand, as `--gpu h100`
     for card in CARDS.values():
-        if card.name.lower() == name.lower():
+        if _plain(card.name) == _plain(name):
             return card
     raise ConfigError(f"--gpu {name}: not known. Expected one of {', '.join(CARDS)}.")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"nvidia|geforce|rtx|tesla|[^a-z0-9]", "", name.lower().replace("×", "x"))
 
 
 def this_card() -> Card | None:
@@ -81,7 +120,8 @@ def this_card() -> Card | None:
         )
 
     similar = min(CARDS.values(), key=distance)
-    return Card(properties.name, properties.total_memory, capability, similar.matrix_rate, similar.bandwidth)
+    rates = similar.matrix_rate, similar.bandwidth
+    return Card(properties.name, properties.total_memory, capability, *rates, gpus=torch.cuda.device_count())
 
 
 def precision(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[str, str]:
@@ -140,6 +180,8 @@ def liger_kernels(config: RunConfig, card: Card | None, architecture: Architectu
         return False, "it has none for T5"
     if card is None:
         return False, "they are Triton kernels, for GPUs"
+    if card.capability < (7, 0):
+        return False, f"they are Triton kernels, for GPUs of compute capability 7.0 or later, and {card.name} is older"
     if find_spec("liger_kernel") is None:
         return False, "liger-kernel is not installed: pip install liger-kernel makes training faster and smaller"
     return True, "norms, rotation and SwiGLU as one kernel each"

@@ -180,12 +180,24 @@ def answer_room(config: RunConfig) -> int | None:
     return max(1, int(0.6 * (usable_memory(card) - torch.cuda.memory_allocated()) / token_bytes))
 
 
-def explain_too_large(config: RunConfig, card: Card, smallest: int) -> str:
-    """Explain that even a plan of `smallest` bytes does not fit a card, and list what to change."""
-    return (
+def explain_too_large(config: RunConfig, card: Card, smallest: int, without_head: int | None = None) -> str:
+    """Explain that even a plan of `smallest` bytes does not fit a card, and list what to change.
+
+    Args:
+        config: the run.
+        card: that it does not fit.
+        smallest: peak in bytes of the smallest plan.
+        without_head: the same with a frozen head, None if that is not known.
+    """
+    found = (
         f"{card.name} has room for {usable_memory(card) / GIB:.1f} GiB, and this takes {smallest / GIB:.1f} GiB at the "
-        f"least. Take {_list_remedies(config)}. `qlora plan` shows each part."
+        "least."
     )
+    # one change that is enough is better than a list of changes that may be
+    if config.train_head and without_head is not None and without_head <= usable_memory(card):
+        found += f" With a frozen head (train_head=false) it takes {without_head / GIB:.1f} GiB, which fits."
+        return f"{found} `qlora plan` shows each part."
+    return f"{found} Take {_list_remedies(config)}. `qlora plan` shows each part."
 
 
 def _list_remedies(config: RunConfig) -> str:
@@ -271,7 +283,8 @@ def trainable_text(shape: Shape, config: RunConfig) -> str:
     adapters, head = shape.lora_parameters(config), shape.head_parameters
     if not config.train_head:
         return f"trainable: {adapters:,} parameters of adapters; the head is frozen"
-    return f"trainable: {adapters + head:,} parameters, {adapters:,} of adapters and {head:,} of the head"
+    tied = ", a copy of the embeddings, which -p train_head=false freezes" if shape.head_is_tied else ""
+    return f"trainable: {adapters + head:,} parameters, {adapters:,} of adapters and {head:,} of the head{tied}"
 
 
 def fit_text(plan: MemoryPlan, card: Card) -> str:

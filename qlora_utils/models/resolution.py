@@ -41,6 +41,8 @@ _BY_HARDWARE = {"compute_dtype": precision, "attention_kernel": attention_kernel
 class Resolved:
     """Hold a config with nothing left open, the config as it was `given`, and a reason for each value that was open.
 
+    `train_head` has a reason too where it would better be false: `_advise_on_head`.
+
     One is made when the base model is loaded, and handed on with it, as its attribute `resolved`.
     """
 
@@ -88,11 +90,11 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
     architecture = shape.architecture if shape else _read_architecture(config)
     # called for its error alone: the given precision may be one that the model cannot be computed in
     precision(config, card, architecture)
+    card = card or this_card()
     if not any(is_open(config, name) for name in OPEN):
-        return Resolved(config, given, architecture, {})
+        return Resolved(config, given, architecture, _advise_on_head(config, card, shape))
 
     # precision and kernels follow from the hardware alone, and the plan depends on them
-    card = card or this_card()
     values: dict[str, Any] = {}
     reasons: dict[str, str] = {}
     for name, choose in _BY_HARDWARE.items():
@@ -100,7 +102,7 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
             values[name], reasons[name] = choose(config, card, architecture)
     config = config.model_copy(update=values)
     if not any(is_open(config, name) for name in OPEN):
-        return Resolved(config, given, architecture, reasons)
+        return Resolved(config, given, architecture, reasons | _advise_on_head(config, card, shape))
 
     # the rest follows from memory
     if card is None:
@@ -125,7 +127,43 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
             reasons["micro_batch_tokens"] = (
                 f"{planned:,} were planned, but more than this ran out of memory here before"
             )
-    return Resolved(chosen, given, architecture, reasons)
+    return Resolved(chosen, given, architecture, reasons | _advise_on_head(chosen, card, shape))
+
+
+# Share of a card's room that a head may take before the plan advises to freeze it.
+LARGE_HEAD = 0.25
+
+
+def _advise_on_head(config: RunConfig, card: Card | None, shape: Shape | None) -> dict[str, str]:
+    """Advise to freeze a head that is tied to the embeddings, or takes much of the card.
+
+    Args:
+        config: the run, resolved.
+        card: that it runs on; None: a CPU.
+        shape: of the base model; None: read from `config.model`, if that is needed.
+
+    Returns:
+        The advice as the reason of `train_head`; nothing where there is none, or where nothing can be planned.
+    """
+    if not config.train_head:
+        return {}
+    try:
+        # counting a model takes a second, so it is done only where something depends on it
+        if shape is None and card is None and not shapes.ties_head(config.model):
+            return {}
+        shape = shape or shapes.read(config.model)
+    except ModelError:
+        return {}
+    frozen = config.model_copy(update={"train_head": False})
+    size = predict(shape, config).peak - predict(shape, frozen).peak
+    takes = f"{shape.head_parameters:,} parameters, {size / GIB:.1f} GiB with gradients and optimizer"
+    if shape.head_is_tied:
+        why = f"its head is the matrix of embeddings; what trains is a copy: {takes}; merged, the two stay apart"
+    elif card is not None and size > LARGE_HEAD * usable_memory(card):
+        why = f"its head takes much of the {usable_memory(card) / GIB:.1f} GiB of {card.name}: {takes}"
+    else:
+        return {}
+    return {"train_head": f"as given, but {why}. -p train_head=false freezes it"}
 
 
 def _read_architecture(config: RunConfig) -> Architecture:
@@ -234,7 +272,10 @@ def choose_fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
     plans = [(candidate, predict(shape, candidate)) for candidate in candidates(config, shape)]
     fitting = [(candidate, plan) for candidate, plan in plans if plan.fits(card)]
     if not fitting:
-        raise ConfigError(explain_too_large(config, card, min(plan.peak for _, plan in plans)))
+        smallest = min(plan.peak for _, plan in plans)
+        frozen = [candidate.model_copy(update={"train_head": False}) for candidate, _ in plans]
+        without_head = min(predict(shape, candidate).peak for candidate in frozen)
+        raise ConfigError(explain_too_large(config, card, smallest, without_head))
     # times within 1 % count as equal: they are estimates
     times = [step_seconds(shape, candidate, card) for candidate, _ in fitting]
     limit = 1.01 * min(times)

@@ -39,8 +39,30 @@ SMOLLM2_135M: dict[str, Any] = {
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
 }  # fmt: skip
-STORED = {"llama-2-7b-hf": LLAMA_2_7B, "llama-2-7b": LLAMA_2_7B, "flan-t5-large": FLAN_T5_LARGE,
-          "smollm2-135m-instruct": SMOLLM2_135M}  # fmt: skip
+_QWEN3: dict[str, Any] = {
+    "model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128,
+    "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "bos_token_id": 151643,
+    "eos_token_id": 151645, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3_1_7B = {
+    **_QWEN3, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16
+}  # fmt: skip
+QWEN3_4B = {
+    **_QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32
+}  # fmt: skip
+LLAMA_3_1_8B: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 5e5, "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "tie_word_embeddings": False,
+}  # fmt: skip
+STORED = {
+    "llama-2-7b-hf": LLAMA_2_7B, "llama-2-7b": LLAMA_2_7B, "flan-t5-large": FLAN_T5_LARGE, "qwen3-1.7b": QWEN3_1_7B,
+    "qwen3-4b": QWEN3_4B, "llama-3.1-8b-instruct": LLAMA_3_1_8B, "meta-llama-3.1-8b-instruct": LLAMA_3_1_8B,
+    "smollm2-135m-instruct": SMOLLM2_135M,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -305,6 +327,19 @@ def architecture_of(source: str) -> Architecture:
     if stored := known(source):
         return "encoder-decoder" if stored.get("is_encoder_decoder") else "causal"
     return "encoder-decoder" if _model_config(source).is_encoder_decoder else "causal"
+
+
+@functools.cache
+def ties_head(source: str) -> bool:
+    """Return True if the head of the model of a local folder or hub id is the matrix of its embeddings.
+
+    It is read from config.json; no model is built for it. An encoder-decoder has a head of its own: see `count_shape`.
+
+    Raises:
+        ModelError: there is no such model; says what to do next.
+    """
+    model_config = _model_config(source)
+    return bool(model_config.tie_word_embeddings) and not model_config.is_encoder_decoder
 
 
 def _model_config(source: str) -> PreTrainedConfig:

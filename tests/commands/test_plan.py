@@ -4,21 +4,26 @@ import pytest
 import torch
 
 from qlora_utils.cli import main
-from qlora_utils.models.hardware import CARDS
+from qlora_utils.models.hardware import CARDS, GIB
 
 
 def test_on_the_command_line(capsys):
     assert main(["plan"]) == 0
     table = capsys.readouterr().out
     if not torch.cuda.is_available():
-        assert [line.split()[0] for line in table.splitlines()[4:]] == list(CARDS)
+        assert [line.split()[0] for line in table.splitlines()[4 : 4 + len(CARDS)]] == list(CARDS)
+        assert "\n\n2xT4: a run takes place on the first of the 2 GPUs, and no other is used.\n" in table
+        assert "\n\nV100-16, P100, V100-32: it needs a PyTorch built for CUDA 12.6" in table
     assert main(["plan", "-p", "lora_r=256", "-p", "max_seq_len=8192"]) == 0
     if not torch.cuda.is_available():
-        _, _, _, head, small, *others, blank, why = capsys.readouterr().out.splitlines()
+        _, _, _, head, *lines = capsys.readouterr().out.splitlines()
         assert head.split()[0] == "GPU"
-        assert small.split()[0] == "T4" and small.endswith("does not fit")
-        assert len(others) == len(CARDS) - 1 and all(line.endswith("  fits") for line in others)
-        assert not blank and why.startswith("T4 has room for 13.3 GiB, and this takes 16.1 GiB at the least. Take")
+        table, after = lines[: len(CARDS)], lines[len(CARDS) :]
+        small = [line.split()[0] for line in table if line.endswith("does not fit")]
+        assert small == [name for name in CARDS if CARDS[name].memory < 16 * GIB]
+        assert all(line.endswith("  fits") for line in table if line.split()[0] not in small)
+        assert not after[0] and after[1].startswith("3060 has room for 10.5 GiB, and this takes 16.1 GiB at the least.")
+        assert "\nT4 has room for 13.3 GiB, and this takes 16.1 GiB at the least. Take" in "\n".join(after)
     capsys.readouterr()
     assert main(["plan", "--gpu", "T4", "-p", "train_head=false"]) == 0
     printed = capsys.readouterr().out
@@ -44,6 +49,9 @@ def test_on_the_command_line(capsys):
         (["--preset", "llama2-7b", "-p", "train_head=false"], ("159,907,840", "the head is frozen")),
         (["--preset", "llama2-7b", "-p", "lora_r=8"], (f"{159_907_840 // 8 + 131_072_000:,}", "19,988,480")),
         (["--preset", "flan-t5-large"], ("35,258,368", "32,899,072")),
+        (["--preset", "qwen3-1.7b"], ("17,432,576", "the head is frozen")),
+        (["--preset", "qwen3-4b"], ("33,030,144", "the head is frozen")),
+        (["--preset", "llama3.1-8b"], ("41,943,040", "the head is frozen")),
     ],
 )
 @pytest.mark.parametrize("gpu", [[], ["--gpu", "A100-40"]], ids=["all", "one"])
@@ -51,3 +59,21 @@ def test_a_plan_says_how_many_parameters_train(arguments, trained, gpu, capsys):
     assert main(["plan", *arguments, *gpu]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trainable: ")]
     assert all(number in line for number in trained)
+
+
+@pytest.mark.parametrize("gpu", [[], ["--gpu", "RTX 3060"]], ids=["all", "one"])
+def test_a_plan_says_what_training_a_tied_head_means(gpu, capsys):
+    assert main(["plan", "--preset", "qwen3-4b", "-p", "train_head=true", *gpu]) == 0
+    printed = capsys.readouterr().out
+    head = "388,956,160 of the head, a copy of the embeddings, which -p train_head=false freezes\n"
+    assert f"trainable: 421,986,304 parameters, 33,030,144 of adapters and {head}" in printed
+    if gpu:
+        assert "train_head              True        as given, but its head is the matrix of embeddings" in printed
+
+
+def test_where_a_frozen_head_would_fit_the_plan_says_so(capsys):
+    assert main(["plan", "--preset", "llama3.1-8b", "-p", "train_head=true", "--gpu", "T4"]) == 2
+    refused = capsys.readouterr().err
+    assert "T4 has room for 13.3 GiB, and this takes 14.6 GiB at the least. With a frozen head (train_head" in refused
+    assert refused.rstrip().endswith("GiB, which fits. `qlora plan` shows each part.")
+    assert main(["plan", "--preset", "llama3.1-8b", "--gpu", "T4"]) == 0

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -15,6 +17,10 @@ POCKET = RunConfig.from_preset("pocket")
     [
         (None, "float32", "split"),
         ("T4", "float16", "split"),
+        ("V100-16", "float16", "split"),
+        ("P100", "float16", "split"),
+        ("3060", "bfloat16", "varlen"),
+        ("5090", "bfloat16", "varlen"),
         ("L4", "bfloat16", "varlen"),
         ("H200", "bfloat16", "varlen"),
     ],
@@ -45,8 +51,33 @@ def test_liger_is_never_a_requirement(monkeypatch):
 
 def test_cards_are_found_by_name_and_others_named():
     assert hardware.find_card("a100-80") is CARDS["A100-80"]
-    with pytest.raises(ConfigError, match=r"RTX: not known.*T4, L4, A10, A100-40, A100-80, H100, H200"):
+    written = {"RTX 3060": "3060", "NVIDIA GeForce RTX 4060 Ti": "4060-Ti", "rtx-a6000": "A6000", "2×T4": "2xT4",
+               "2 x T4": "2xT4", "l40s": "L40S", "Tesla P100": "P100"}  # fmt: skip
+    assert {name: hardware.find_card(name).name for name in written} == written
+    with pytest.raises(ConfigError, match=rf"RTX: not known. Expected one of {', '.join(CARDS)}\."):
         hardware.find_card("RTX")
+
+
+def test_liger_needs_what_triton_needs(monkeypatch):
+    monkeypatch.setattr(hardware, "find_spec", lambda name: object())
+    assert hardware.liger_kernels(POCKET, CARDS["V100-16"])[0]
+    wanted, why = hardware.liger_kernels(POCKET, CARDS["P100"])
+    assert not wanted and "7.0 or later, and P100 is older" in why
+
+
+@pytest.mark.parametrize(
+    ("card", "note"),
+    [("P100", r"built for CUDA 12\.6"), ("V100-32", r"built for CUDA 12\.6"), ("5090", r"CUDA 12\.8 or later"),
+     ("2xT4", "on the first of the 2 GPUs")],
+)  # fmt: skip
+def test_what_to_know_before_a_run_is_noted(card, note):
+    assert re.search(note, CARDS[card].note)
+
+
+def test_most_cards_need_no_note():
+    quiet = {"3060", "T4", "4060-Ti", "4080", "L4", "A10", "3090", "4090", "A100-40", "L40S", "A6000", "A100-80",
+             "H100", "H200"}  # fmt: skip
+    assert {name for name, card in CARDS.items() if not card.note} == quiet
 
 
 class Properties:
@@ -60,7 +91,14 @@ class Properties:
         ("NVIDIA H100 80GB HBM3", 79.2 * GIB, (9, 0), "H100"),
         ("NVIDIA A100-SXM4-40GB", 39.4 * GIB, (8, 0), "A100-40"),
         ("Tesla T4", 14.6 * GIB, (7, 5), "T4"),
-        ("NVIDIA GeForce RTX 4090", 23.5 * GIB, (8, 9), "L4"),  # unknown: of its generation, and the nearest in memory
+        ("NVIDIA GeForce RTX 4090", 23.5 * GIB, (8, 9), "4090"),
+        ("NVIDIA GeForce RTX 4060 Ti", 15.7 * GIB, (8, 9), "4060-Ti"),
+        ("NVIDIA RTX A6000", 47.5 * GIB, (8, 6), "A6000"),
+        ("NVIDIA L40S", 44.4 * GIB, (8, 9), "L40S"),
+        ("Tesla V100-SXM2-32GB", 31.7 * GIB, (7, 0), "V100-32"),
+        ("Tesla P100-PCIE-16GB", 15.9 * GIB, (6, 0), "P100"),
+        ("NVIDIA GeForce RTX 5090", 31.4 * GIB, (12, 0), "5090"),
+        ("NVIDIA RTX 4500 Ada", 23.5 * GIB, (8, 9), None),  # unknown: of its generation, and the nearest in memory
     ],
 )
 def test_this_card_is_recognised(monkeypatch, name, memory, capability, alike):
@@ -69,8 +107,15 @@ def test_this_card_is_recognised(monkeypatch, name, memory, capability, alike):
     card = hardware.this_card()
     assert (card.name, card.memory, card.capability) == (name, int(memory), capability)
     assert card.bandwidth in {c.bandwidth for c in CARDS.values() if c.capability[0] == capability[0]}
-    if "RTX" not in name:
+    if alike:
         assert card.matrix_rate == CARDS[alike].matrix_rate
+
+
+def test_a_second_gpu_of_this_machine_is_noted(monkeypatch):  # trap 30
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties("Tesla T4", 14 * GIB, 7, 5))
+    assert hardware.this_card().note == "a run takes place on the first of the 2 GPUs, and no other is used"
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -118,6 +119,47 @@ def test_a_model_can_be_loaded_where_it_could_not_be_trained(monkeypatch):
     with pytest.raises(ConfigError):
         resolve_auto(too_long)
     assert resolution.resolve_to_load(too_long).config.keep_expanded is False
+
+
+QWEN, LLAMA_3 = (RunConfig.from_preset(name, train_head=True, liger=True) for name in ("qwen3-1.7b", "llama3.1-8b"))
+CLOSED = {"gradient_checkpointing": True, "keep_expanded": False, "micro_batch_tokens": 2048, "optimizer": "adamw_8bit"}
+
+
+@pytest.mark.parametrize(
+    ("config", "card", "why"),
+    [
+        (QWEN, "H200", r"the matrix of embeddings; what trains is a copy: 311,164,928 parameters, .* GiB"),
+        (changed(QWEN, **CLOSED), "H200", r"the matrix of embeddings"),
+        (changed(QWEN, compute_dtype="bfloat16", attention_kernel="varlen", **CLOSED), "T4", r"the matrix of embedd"),
+        (LLAMA_3, "3090", r"takes much of the 22\.0 GiB of 3090: 525,336,576 parameters, .* GiB with gradients"),
+        (LLAMA_3, "H200", None),
+        (LARGE, "T4", None),  # the Llama-2 recipe trains its head
+        (changed(QWEN, train_head=False), "H200", None),
+    ],
+)
+def test_a_head_that_is_better_frozen_is_advised_on(config, card, why):
+    resolved = resolve_auto(config, CARDS[card])
+    assert resolved.config.train_head == config.train_head  # what is given stays
+    if why is None:
+        assert "train_head" not in resolved.reasons
+    else:
+        assert re.search(f"as given, but .*{why}.* -p train_head=false freezes it", resolved.reasons["train_head"])
+        assert "train_head" in resolved.text()
+
+
+def test_the_advice_on_a_tied_head_holds_on_a_cpu_too(monkeypatch):
+    monkeypatch.setattr(resolution, "this_card", lambda: None)
+    assert "the matrix of embeddings" in resolve_auto(QWEN).reasons["train_head"]
+    # Nothing depends on it elsewhere, and then no model is built to be counted.
+    monkeypatch.setattr(shapes, "read", lambda source: pytest.fail("counted"))
+    assert "train_head" not in resolve_auto(RunConfig.from_preset("pocket")).reasons
+
+
+def test_where_only_the_head_is_too_large_that_is_said():
+    with pytest.raises(ConfigError, match=r"14\.\d GiB at the least\. With a frozen head .* 6\.\d GiB, which fits"):
+        resolve_auto(LLAMA_3, CARDS["T4"])
+    with pytest.raises(ConfigError, match="Take shorter examples"):  # not enough
+        resolve_auto(changed(LLAMA_3, max_seq_len=100_000), CARDS["T4"])
 
 
 @pytest.mark.parametrize("change", [{"dora": True}, {"fused_layers": False}, {"quantize": False}], ids=str)

@@ -34,9 +34,32 @@ def test_flan_t5_large_has_its_known_numbers():
     assert FLAN_T5_LARGE.lora_parameters(FLAN) + FLAN_T5_LARGE.head_parameters == 35_258_368
 
 
+# The models' pages give 1.7, 4.0 and 8.03 billion parameters; of Qwen 3, 1.4 and 3.6 billion beside the embeddings.
+@pytest.mark.parametrize(
+    ("preset", "vocabulary", "everything", "beside_embeddings", "tied"),
+    [("qwen3-1.7b", 151_936, 1_720_574_976, 1_409_410_048, True),
+     ("qwen3-4b", 151_936, 4_022_468_096, 3_633_511_936, True),
+     ("llama3.1-8b", 128_256, 8_030_261_248, 6_979_588_096, False)],
+)  # fmt: skip
+def test_the_chat_models_have_their_published_numbers(preset, vocabulary, everything, beside_embeddings, tied):
+    shape = shapes.read(RunConfig.from_preset(preset).model)
+    assert shape.linear_parameters + shape.small_parameters == beside_embeddings
+    head = 0 if tied else shape.head_parameters
+    assert beside_embeddings + shape.embedding_parameters + head == everything
+    assert (shape.head_is_tied, shapes.ties_head(RunConfig.from_preset(preset).model)) == (tied, tied)
+    assert shape.vocabulary == vocabulary
+
+
+def test_an_encoder_decoder_ties_no_head():
+    assert not shapes.ties_head(FLAN.model)
+    assert not shapes.ties_head("embedded:pocket-t5/model")
+
+
 def test_shapes_of_presets_are_known_without_a_network():
     assert shapes.read("google/flan-t5-large") == FLAN_T5_LARGE
     assert shapes.read("NousResearch/Llama-2-7b-hf") == shapes.read(LLAMA.model)
+    mirror = "NousResearch/Meta-Llama-3.1-8B-Instruct"
+    assert shapes.read(mirror) == shapes.read(RunConfig.from_preset("llama3.1-8b").model)
     with pytest.raises(ModelError, match="give a local folder"):
         shapes.read("owner/absent")
 
