@@ -27,7 +27,7 @@ from qlora_utils.tokens import chat
 from qlora_utils.tokens.formats import IGNORED, InstructionFormat, Llama2Format, TemplateFormat, format_of
 
 ARCHIVE = SHARED / "tokenizers" / "tokenizers.tar.xz"
-SMOLLM2 = Path("/tmp/h/smol/model")
+SMOLLM2 = Path(locate("packaged:smollm2-135m-instruct"))
 REAL = ("qwen3", "llama3", "gemma3")
 TEMPLATED = (*REAL, "smollm2")
 TWO = Conversation((Turn("What is two?", "A number."), Turn("And three?", "Another one.")))
