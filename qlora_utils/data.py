@@ -30,7 +30,7 @@ from qlora_utils.models.packaged import find_model
 from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.check import Check, free_name, measure_answers, safe_name
 from qlora_utils.rows.columns import columns_table as columns_table
-from qlora_utils.rows.conversations import Conversation, Rejected, first_readable
+from qlora_utils.rows.conversations import Conversation, Rejected, Turn, first_readable
 from qlora_utils.rows.conversations import defused as defused
 from qlora_utils.rows.files import SUFFIXES, DataError, Row, Rows, describe_unknown_type, first_rows, read_source
 from qlora_utils.rows.held_out import scored_rows
@@ -122,6 +122,30 @@ def show_tokens(conversation: Conversation, form: Format) -> str:
         form: of the run's base model, from `format_of`.
     """
     return form.table(form.examples([conversation], training=False)[0])
+
+
+def describe_format(form: Format) -> str:
+    """List how a conversation is written for a model, a line each: around a question, and at the end.
+
+    What a chat template adds by itself, such as a default system prompt, is seen here.
+
+    Args:
+        form: of the run's base model, from `format_of`.
+    """
+    question = "Question?"
+    text = str(form.tokenizer.decode(form.prompt([], question)))
+    before, _, after = text.partition(question)
+    ends = form.tokenizer.convert_ids_to_tokens([*form.ends])
+    refused = form.refuse(Conversation((Turn(question, "Answer.", "System prompt."),)))
+    lines = {
+        "written in": form.name,
+        "before a question": repr(before),
+        "after it": repr(after),
+        "an answer ends with": " or ".join(ends),
+        "a system prompt": refused or "is written",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
 
 
 # ---------------------------------------------------------------------------------------------------- preparation

@@ -398,7 +398,7 @@ def answer_loss(
 ) -> float:
     """Return the mean negative log-likelihood, in nats, of the expected answers' tokens.
 
-    The `</s>` of each answer counts too. Tokens beyond `max_seq_len` do not count, except for the
+    The token that ends each answer counts too. Tokens beyond `max_seq_len` do not count, except for the
     first token of an answer, which always counts.
     """
     form = format_of(tokenizer, config)

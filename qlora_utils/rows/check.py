@@ -53,7 +53,7 @@ class Answers:
         long_share: share of all characters that the longest tenth of the answers has.
         longest: tokens of the longest held-out answer.
         cut_share: share of the held-out answers that are longer than `max_new_tokens`, with the
-            `</s>` that ends them.
+            token that ends them.
     """
 
     count: int
@@ -108,7 +108,7 @@ class Check:
         # Of the first rows alone it is not known how many there are.
         advised = {} if self.rows else _advise_training(self.config, self.examples)
 
-        # Leave room for the longest answer and its </s>, in steps of sixteen tokens.
+        # Leave room for the longest answer and its end token, in steps of sixteen tokens.
         needed = -(-(self.answers.longest + 1) // 16) * 16
         max_new_tokens = min(MOST_ANSWER_TOKENS, needed)
         preset = RunConfig.from_preset(self.config.preset)
@@ -422,7 +422,7 @@ def _warn_about_answers(found: Check) -> list[str]:
     if answers.cut_share:
         advised = found.advised.get("max_new_tokens")
         warnings.append(
-            f"{percent(answers.cut_share)} of the held-out answers, with the </s> that ends them, are longer than "
+            f"{percent(answers.cut_share)} of the held-out answers, with the token that ends them, are longer than "
             f"max_new_tokens={config.max_new_tokens} tokens (the longest {answers.longest + 1:,}), where the model's "
             "answers are cut off: none of these could come to its end by itself."
             + (f" The command below has room for {advised}." if advised else "")

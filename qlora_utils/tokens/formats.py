@@ -180,12 +180,14 @@ class Format(ABC):
         config: of the run.
         architecture: of the models that this format is for.
         unit: name of one example in reports.
+        name: of the format, for people.
     """
 
     tokenizer: Any
     config: RunConfig
     architecture: ClassVar[Architecture]
     unit = "example"
+    name = "instructions"
 
     @abstractmethod
     def examples(self, conversations: Iterable[Conversation], *, training: bool) -> Sequence[Encoded]:
@@ -350,6 +352,12 @@ class TemplateFormat(ChatFormat):
 
     source: str
 
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Return whose template it is."""
+        given = self.config.chat_template
+        return "the tokenizer's own chat template" if given in ("auto", "llama2") else f"the chat template {given}"
+
     @functools.cached_property
     def template(self) -> chat.ChatTemplate:
         """Return the template, prepared for the tokenizer."""
@@ -397,6 +405,8 @@ class TemplateFormat(ChatFormat):
 
 class Llama2Format(ChatFormat):
     """Encode a conversation in Llama-2 chat format."""
+
+    name = "Llama-2 chat format"
 
     def encode(
         self, conversations: Sequence[Conversation], *, max_seq_len: int | None = None, response_only: bool = True

@@ -19,6 +19,7 @@ from qlora_utils.commands import merging
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.evaluation.asker import AnswerStream
 from qlora_utils.evaluation.generation import decode_answer
+from qlora_utils.locate import locate
 from qlora_utils.rows.conversations import JOINER, Conversation, Turn, defused, parse
 from qlora_utils.rows.files import DataError, read_source
 from qlora_utils.runs.directory import RunDirectory
