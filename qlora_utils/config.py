@@ -108,7 +108,8 @@ class RunConfig(BaseModel):
         True, description="lay a micro-batch end to end instead of padding it (an encoder-decoder is always padded)"
     )
     response_only: bool = Field(
-        True, description="loss on answers and the token that ends each alone, not on questions (an encoder-decoder: always)"
+        True,
+        description="loss on answers and the token that ends each alone, not on questions (an encoder-decoder: always)",
     )
     chat_template: str = Field(
         "auto",

@@ -235,7 +235,7 @@ def test_one_that_is_cut_among_thousands_is_worth_knowing_and_no_share_is_told_a
     )  # fmt: skip
     said = " ".join(few.warnings)
     assert "less than 0.1% are longer than max_seq_len=512" in said
-    assert "0.1% of the held-out answers, with the </s> that ends them, are longer than max_new_tokens=48" in said
+    assert "0.1% of the held-out answers, with the token that ends them, are longer than max_new_tokens=48" in said
     assert "250 steps see 0.4% of them" in said
     assert not re.search(r"(?<![\d.])0(\.0)?%", said)
 
