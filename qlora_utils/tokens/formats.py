@@ -120,7 +120,6 @@ def format_of(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Format:
     Raises:
         ConfigError: a chat template is asked for that cannot be read, or of an encoder-decoder.
         DataError: the chat template cannot be used for training.
-        ModelError: the tokenizer has no token that begins a text, which the Llama-2 format needs.
     """
     if architecture_of(config.model) == "encoder-decoder":
         if config.chat_template not in ("auto", "llama2"):
@@ -130,7 +129,11 @@ def format_of(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Format:
             )
         return InstructionFormat(tokenizer, config)
     source = choose_template(tokenizer, config)
-    return Llama2Format(tokenizer, config) if source is None else TemplateFormat(tokenizer, config, source)
+    if source is None:
+        return Llama2Format(tokenizer, config)
+    # Now, so that a template of no use is refused before any row is read, and forks share the copy.
+    chat.prepare_template(tokenizer, source)
+    return TemplateFormat(tokenizer, config, source)
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> str | None:
