@@ -635,11 +635,13 @@ def check_source(name: str, source: str, suffixes: tuple[str, ...] = ()) -> None
     Raises:
         ConfigError: it is neither; the message names field and value.
     """
-    # What a package brings is fetched when it is first loaded.
-    if path_exists(locate(source)) or (name == "model" and source in PACKAGED_MODELS):
+    # What a package brings need not be here yet: it is fetched when it is first loaded.
+    if name == "model" and source in PACKAGED_MODELS:
         return
     if source.startswith(PACKAGED):
         raise ConfigError(f"{name}: {_short(source)} is not known; expected {', '.join(PACKAGED_MODELS)} as model.")
+    if path_exists(locate(source)):
+        return
     if is_path(source, suffixes):
         raise ConfigError(
             f"{name}: {_short(source, plain=True)} does not exist. Expected a local path, or a hub id like owner/name."

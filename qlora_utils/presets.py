@@ -68,6 +68,28 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-1.7b": {**_CHAT, "model": "Qwen/Qwen3-1.7B"},
     "qwen3-4b": {**_CHAT, "model": "Qwen/Qwen3-4B"},
     "llama3.1-8b": {**_CHAT, "model": "meta-llama/Llama-3.1-8B-Instruct"},
+    # A model that has read the world, on any machine: a package brings its weights. On two CPU cores it takes a
+    # quarter of an hour, which decides steps, lengths and the number of questions; see docs/models.md.
+    "smollm2": {
+        "model": "packaged:smollm2-135m-instruct",
+        "dataset": "embedded:pocket",
+        "max_seq_len": 512,
+        "lora_r": 16,
+        "lora_alpha": 16,
+        # The head is tied to the embeddings, and would be a fifth of the model to train.
+        "train_head": False,
+        "learning_rate": 1e-3,
+        "steps": 250,
+        "batch_size": 8,
+        "gradient_checkpointing": False,
+        "keep_expanded": True,
+        "micro_batch_tokens": 1024,
+        "eval_rows": 80,
+        "trace_rows": 16,
+        "score_rows": 100,
+        "max_new_tokens": 48,
+        "answer_batch_size": 64,
+    },
     # The same text and the same questions, for an encoder-decoder.
     "pocket-t5": {**_POCKET, "model": "embedded:pocket-t5/model", "max_seq_len": 256, "packing": False},
     # The recipe from which the T5 part of this project was developed.

@@ -93,6 +93,20 @@ def on_its_device(model, batch):
 
 
 @pytest.fixture(scope="session")
+def smollm2():
+    """The folder of the packaged model, in `outputs/` as a run would leave it; skipped where it can't be had."""
+    from qlora_utils.config import ModelError
+    from qlora_utils.models.packaged import find_model
+
+    try:
+        return find_model("packaged:smollm2-135m-instruct")
+    except ModelError as error:
+        if os.environ.get("QLORA_ELSEWHERE") == "required":
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def preset(request):
     """The preset that a test runs on: `pocket`, and in tests marked `BOTH` the pocket T5 too."""
     return getattr(request, "param", None) or "pocket"

