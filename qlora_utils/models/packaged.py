@@ -91,18 +91,18 @@ def find_model(source: str) -> str:
 
 
 def describe_origin(source: str) -> str:
-    """Describe in a sentence or two where the weights of a packaged model come from; empty for other models.
+    """Describe in a sentence or two where the weights of a model come from.
 
     Args:
         source: as `find_model` takes it.
     """
     package = PACKAGES.get(source)
     if package is None:
-        return ""
+        return f"The weights are those of {source}."
     return (
         f"The weights come from the package {package.requirement} ({package.licence}), which holds "
         f"{package.original} in {package.stored}, a 4-bit format: NF4 on top of it is a second quantization. "
-        f"The original, from a hub: -p model={package.original}"
+        f"With a hub, -p model={package.original} is the original."
     )
 
 

@@ -12,6 +12,8 @@ from qlora_utils.evaluation.scores import (
     score_text,
     with_interval,
 )
+from qlora_utils.locate import PACKAGED
+from qlora_utils.models.packaged import describe_origin
 from qlora_utils.report.facts import AnswerLine, Facts, measured, trained_on_date
 from qlora_utils.rows.held_out import clusters_of_answers
 from qlora_utils.rows.statistics import truncated_share
@@ -129,13 +131,16 @@ def what_was_tuned(facts: Facts) -> str:
     # How the model was loaded and what trains: what sets one run apart from another.
     form = "in 4-bit NF4" if config.get("quantize", True) else "not quantized"
     head = ", the head trained in full beside them" if config.get("train_head") else ""
-    model = f"The base model {config.get('model')}, {form}, "
+    source = str(config.get("model"))
+    origin = f" {describe_origin(source)}" if source.startswith(PACKAGED) else ""
+    model = f"The base model {source}, {form}, "
     if not train:
-        return f"{model}is to be tuned on {unit}{config.get('dataset')}. No training has come to its end here yet."
+        dataset = config.get("dataset")
+        return f"{model}is to be tuned on {unit}{dataset}. No training has come to its end here yet.{origin}"
     return (
         f"{model}was tuned with LoRA matrices of rank {config.get('lora_r')}{head}, on {unit}{config.get('dataset')}: "
         f"{counted(train['steps'], 'step')} of {config.get('batch_size')}, {train['tokens']:,} tokens"
-        f"{_passes(facts.history)}."
+        f"{_passes(facts.history)}.{origin}"
     )
 
 

@@ -258,7 +258,7 @@ def test_every_packaged_model_has_a_package_and_a_place_in_outputs():
         check_source("model", source)  # although it may not be there yet
         assert packaged.PACKAGES[source].original in packaged.describe_origin(source)
     assert find_model("owner/name") == "owner/name"
-    assert packaged.describe_origin("owner/name") == ""
+    assert packaged.describe_origin("owner/name") == "The weights are those of owner/name."
 
 
 def test_an_unknown_one_is_refused_with_those_that_there_are():
