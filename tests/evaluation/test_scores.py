@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from itertools import product
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -167,3 +168,37 @@ def test_mcnemar_is_the_share_of_coin_tosses_at_least_as_uneven(gained, lost):
     uneven = sum(abs(2 * sum(toss) - tosses) >= abs(gained - lost) for toss in product((0, 1), repeat=tosses))
     found = scores.mcnemar([0] * gained + [1] * lost, [1] * gained + [0] * lost)
     assert found["p_value"] == pytest.approx(uneven / 2**tosses)
+
+
+@pytest.mark.parametrize(
+    ("share", "freedom", "value"),
+    [
+        (0.975, 2, 4.303),
+        (0.975, 4, 2.776),
+        (0.8, 4, 0.941),
+        (0.975, 24, 2.064),
+        (0.8, 24, 0.857),
+        (0.975, 10**6, 1.960),
+    ],
+)
+def test_students_t_is_that_of_the_tables(share, freedom, value):
+    assert scores.student_t(share, freedom) == pytest.approx(value, rel=0.01)
+
+
+@pytest.mark.parametrize("clusters", [6, 25, 200])
+def test_a_detectable_difference_is_found_four_times_in_five(clusters):
+    """By a test on the means of clusters, each of three questions that go together."""
+    draw = numpy.random.default_rng(0)
+    bounds = []
+    for _ in range(50):
+        sums = 3 * draw.normal(0, 1, clusters)
+        bounds.append(scores.detectable_difference(list(sums), [3] * clusters))
+    true = float(numpy.sqrt(numpy.mean(numpy.square(bounds))))
+    samples = draw.normal(true, 1, (4000, clusters))
+    t = samples.mean(axis=1) / (samples.std(axis=1, ddof=1) / clusters**0.5)
+    assert numpy.mean(t > scores.student_t(0.975, clusters - 1)) == pytest.approx(0.8, abs=0.05)
+
+
+def test_one_cluster_has_no_spread():
+    assert scores.detectable_difference([3.0], [10]) is None
+    assert scores.detectable_difference([3.0, 6.0], [10, 20]) == 0
