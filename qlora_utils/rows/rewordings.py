@@ -18,6 +18,11 @@ _ASKING = (
     "has", "have", "had", "am",
 )  # fmt: skip
 _OPENS = re.compile(rf"(?:{'|'.join(_ASKING)})\b", re.IGNORECASE)
+# Of these, other languages have some too: such a question has another English word as well.
+_SHARED = frozenset({"is", "was", "will", "am", "are", "has", "had", "can"})
+_ENGLISH = frozenset(
+    {"the", "a", "an", "i", "you", "we", "they", "my", "your", "it", "there", "this", "of", "with", "to", "for", "if"}
+)
 # A long question, or one of several lines, is a text of its own, which frames and orders would not fit.
 LONGEST_WORDS = 30
 
@@ -115,6 +120,8 @@ def reword_question(text: str, count: int, seed: int = 0) -> list[str]:
     question = " ".join(text.split()).rstrip("?").rstrip()
     words = question.split()
     fits = bool(_OPENS.match(question)) and 2 <= len(words) <= LONGEST_WORDS and question.isprintable()
+    if fits and words[0].casefold() in _SHARED:
+        fits = not _ENGLISH.isdisjoint(word.casefold() for word in words[1:])
     # Several sentences or lines, quotations and code have an order of their own.
     if not fits or "\n" in text.strip() or re.search(r"[?!`\"{}]|\.\s", question):
         return []

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import csv
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_utils.locate import project_folder
+from qlora_utils.rows.rewordings import LONGEST_WORDS, reword_question
+
+with (project_folder("data") / "examples" / "questions.csv").open(encoding="utf-8", newline="") as file:
+    EXAMPLE = [row["question"] for row in csv.DictReader(file)]
+
+# Words by which a question asks; the rules may put others in their place.
+ASKING = {
+    "a", "an", "the", "is", "are", "do", "does", "can", "may", "i", "my", "mine", "me", "you", "it", "there", "to",
+    "of", "that", "has", "at", "what", "when", "where", "who", "which", "how", "for", "long", "often", "many", "cost",
+    "if", "need",
+}  # fmt: skip
+
+
+def words_of(text):
+    return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def is_kept(word, way):
+    """Tell whether a word stands in a rewording as it is, as a third person, or with two letters swapped."""
+    return any(
+        found in (word, f"{word}s", f"{word}es") or (len(word) > 6 and sorted(found) == sorted(word))
+        for found in words_of(way)
+    )
+
+
+@pytest.mark.parametrize("question", EXAMPLE)
+def test_a_rewording_loses_no_word_of_meaning_and_adds_no_number(question):
+    ways = reword_question(question, 1000)
+    assert len(ways) >= 20
+    meaning = [word for word in words_of(question) if word not in ASKING]
+    for way in ways:
+        assert all(is_kept(word, way) for word in meaning), way
+        assert set(re.findall(r"\d+", way)) == set(re.findall(r"\d+", question))
+
+
+def test_two_questions_never_become_one():
+    seen = {}
+    for question in EXAMPLE:
+        for way in reword_question(question, 1000):
+            key = " ".join(words_of(way))
+            assert seen.setdefault(key, question) == question
+
+
+@pytest.mark.parametrize(
+    "question, expected",
+    [
+        ("When does the library open?", "Tell me when the library opens."),
+        ("What do I need to bring?", "Tell me what I need to bring."),
+        ("Where is Hollow Lane?", "Tell me where Hollow Lane is."),
+        ("Is there a quiet room?", "Do you have a quiet room?"),
+        ("How do I renew a loan?", "How to renew a loan?"),
+        ("What does a card cost?", "How much is a card?"),
+        ("What is the fine for a book?", "Tell me the fine for a book."),
+        ("Is it open on Sundays?", "On Sundays, is it open?"),
+        ("What do I do if I lose a book?", "If I lose a book, what do I do?"),
+        ("Can NASA see the 12 moons?", "NASA see 12 moons"),
+    ],
+)
+def test_each_rule(question, expected):
+    # a fifth of them look otherwise: in small letters, or without the mark at their end
+    ways = [way.lower().rstrip("?.") for way in reword_question(question, 1000)]
+    assert expected.lower().rstrip("?.") in ways
+
+
+def test_names_and_i_keep_their_capitals():
+    for way in reword_question("What may I ask Aunt Rosa at 5 Mill Road?", 1000):
+        if way != way.lower():
+            assert "Aunt Rosa" in way and "Mill Road" in way and not re.search(r"\bi\b", way), way
+
+
+@given(st.integers(0, 40), st.integers(0, 2**32 - 1), st.sampled_from(EXAMPLE))
+@settings(max_examples=60, deadline=None)
+def test_as_many_as_asked_for_all_different_and_the_same_each_time(count, seed, question):
+    ways = reword_question(question, count, seed)
+    assert ways == reword_question(question, count, seed)
+    assert len(ways) <= count and len({*ways, question}) == len(ways) + 1
+    # the first ones do not depend on how many there are
+    assert ways == reword_question(question, 1000, seed)[: len(ways)]
+
+
+def test_another_seed_words_otherwise():
+    assert reword_question(EXAMPLE[0], 8, 0) != reword_question(EXAMPLE[0], 8, 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Wann öffnet die Bibliothek?", "Was kostet ein Ausweis?", "Will er kommen?", "Is de bibliotheek open?",
+        "Когда открывается библиотека?", "图书馆几点开门？", "متى تفتح المكتبة؟", "¿Cuándo abre la biblioteca?",
+        "Quand la bibliothèque ouvre-t-elle ?", "", " ", "?", "Why?", "Tell me a story.", "12 + 3", "x = [1, 2]",
+        "What is this?\n\n    def f(): pass", "What does `f()` return?", "Is it open? And when?", "What is it. Really",
+        "What is " + "very " * LONGEST_WORDS + "long?", "How {q} is it?",
+    ],
+)  # fmt: skip
+def test_other_texts_are_left_alone(text):
+    assert reword_question(text, 8) == []
+
+
+@given(st.text(max_size=80))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_taken(text):
+    for opening in ("", "What is the ", "How do I "):
+        ways = reword_question(opening + text, 6)
+        assert len(set(ways)) == len(ways)
