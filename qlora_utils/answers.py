@@ -40,6 +40,7 @@ from qlora_utils.models.memory import answer_room
 from qlora_utils.models.resolution import resolution_of
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.held_out import clusters_of_answers, clusters_of_rows, is_one_group, scored_rows
+from qlora_utils.rows.rewordings import training_rows
 from qlora_utils.runs.directory import RunDirectory, require_adapter
 from qlora_utils.runs.files import write_jsonl
 from qlora_utils.style import BASE, ORANGE, TUNED, cut, in_figure, unframed
@@ -194,11 +195,13 @@ def read_rows(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: Ru
     steps = trained.get("kept_step", trained.get("steps", total_steps(config, prepared, tokenizer)))
     examples_per_row = [form.count_examples(row) for row in prepared.train]
     read_examples = steps * config.batch_size
-    if read_examples >= sum(examples_per_row):
+    examples = sum(form.count_examples(row) for row in training_rows(prepared.train, config))
+    if read_examples >= examples:
         return prepared.train
 
-    # Examples of an encoder-decoder are single answers: all of a row must have been read.
-    encoded = form.examples(prepared.train, training=True)
+    # Examples of an encoder-decoder are single answers: all of a row must have been read. Other
+    # wordings of the rows come after them.
+    encoded = form.examples(training_rows(prepared.train, config), training=True)
     sampler = make_sampler(encoded, make_collator(tokenizer, config), config, config.batch_size)
     read = find_read(sampler, read_examples)
     indices = iter(range(len(encoded)))

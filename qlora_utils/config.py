@@ -117,6 +117,9 @@ class RunConfig(BaseModel):
         description="how a conversation is written for a causal model: auto, as its tokenizer says (llama2 where it "
         "says nothing), llama2, chatml, or the path of a template in Jinja, FILE.jinja",
     )
+    rewordings: int = Field(
+        0, ge=0, le=100, description="other wordings by rule of each English question to train on, beside its own"
+    )
     instruction: str | None = Field(
         None,
         description="how an encoder-decoder is asked, with {question} in it (None: data/instructions.toml, in training "

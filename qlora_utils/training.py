@@ -39,6 +39,7 @@ from qlora_utils.models.resolution import resolution_of
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.files import DataError
 from qlora_utils.rows.held_out import measured_rows
+from qlora_utils.rows.rewordings import training_rows
 from qlora_utils.runs import locks
 from qlora_utils.runs.directory import LEARNED, RunDirectory
 from qlora_utils.runs.files import follow_umask, read_json, read_jsonl, write_json, write_text
@@ -93,7 +94,7 @@ def make_trainer(
     resolved = resolution_of(tuned_model, config)
     config = resolved.config
     form = format_of(tokenizer, config)
-    train_rows = form.examples(prepared.train, training=True)
+    train_rows = form.examples(training_rows(prepared.train, config), training=True)
     collator = make_collator(tokenizer, config)
     if not any(collator.answer_tokens(row) for row in train_rows):
         raise DataError(
@@ -146,7 +147,7 @@ def total_steps(config: RunConfig, prepared: Prepared, tokenizer: PreTrainedToke
         return config.steps
     # A conversation is one example of a causal model, and one per answer of an encoder-decoder.
     form = format_of(tokenizer, config)
-    examples = sum(form.count_examples(row) for row in prepared.train)
+    examples = sum(form.count_examples(row) for row in training_rows(prepared.train, config))
     return math.ceil(config.epochs * math.ceil(examples / config.batch_size))
 
 

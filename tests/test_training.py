@@ -24,7 +24,7 @@ from qlora_utils.kernels.loss import decoder_inputs, response_loss, row_losses
 from qlora_utils.loop import checkpoints, interruptions
 from qlora_utils.report.facts import gather
 from qlora_utils.report.sentences import caveats, summary
-from qlora_utils.rows.conversations import Turn
+from qlora_utils.rows.conversations import Conversation, Turn
 from qlora_utils.rows.files import DataError
 from qlora_utils.rows.held_out import measured_rows, scored_rows
 from qlora_utils.runs.directory import RunDirectory
@@ -899,3 +899,19 @@ def test_the_adapter_carries_the_template_it_was_trained_with_and_not_that_of_th
     # No other template lies anywhere in what the training left.
     for path in run.path.rglob("chat_template.jinja"):
         assert path.read_text() == template
+
+
+def test_other_wordings_are_trained_on_and_nothing_else_is_asked_in_them(config, tuned_model, tokenizer, prepared, run):
+    """Held-out rows are measured and scored as they are, and epochs count the wordings."""
+    rows = [Conversation((Turn("What is the capital of Mars?", "Olympus."),), "a", number) for number in range(4)]
+    mine = replace(prepared, train=rows, held_out=rows[:2])
+    variant = changed(config, rewordings=3, epochs=2, batch_size=4)
+    trainer = training.make_trainer(variant, tuned_model, tokenizer, mine, run)
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (16, 1)
+    form = format_of(tokenizer, variant)
+    assert list(trainer.eval_dataset) == list(form.examples(rows[:1], training=False))
+    assert {tuple(e.input_ids) for e in trainer.train_dataset} > {tuple(e.input_ids) for e in trainer.eval_dataset}
+    assert training.total_steps(variant, mine, tokenizer) == 8
+    assert answers.read_rows(mine, tokenizer, variant) == rows
+    few = changed(variant, epochs=None, steps=1)
+    assert len(answers.read_rows(mine, tokenizer, few)) < 4

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from qlora_utils.config import RunConfig
+from qlora_utils.rows.conversations import Conversation
 
 # Words that open an English question.
 _ASKING = (
@@ -104,6 +108,26 @@ _FILLERS = frozenset(
         "exactly",
     }
 )  # fmt: skip
+
+
+def training_rows(rows: Iterable[Conversation], config: RunConfig) -> Iterator[Conversation]:
+    """Yield the rows to train on: those given, and after them each again in up to `config.rewordings` other wordings.
+
+    Answers and system prompts stay as they are. In a conversation of several turns, each question is
+    worded otherwise; one that no rule fits stays in all of them as it is. Rows that are measured or
+    scored are never worded otherwise.
+    """
+    yield from rows
+    # most runs have no rewordings, and their rows are read once
+    if not config.rewordings:
+        return
+    for row in rows:
+        ways = [reword_question(turn.question, config.rewordings, config.seed) for turn in row.turns]
+        for number in range(max(map(len, ways), default=0)):
+            turns = []
+            for turn, others in zip(row.turns, ways, strict=True):
+                turns.append(replace(turn, question=others[number]) if number < len(others) else turn)
+            yield replace(row, turns=tuple(turns))
 
 
 def reword_question(text: str, count: int, seed: int = 0) -> list[str]:

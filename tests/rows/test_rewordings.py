@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_utils.config import RunConfig
 from qlora_utils.locate import project_folder
-from qlora_utils.rows.rewordings import LONGEST_WORDS, reword_question
+from qlora_utils.rows.conversations import Conversation, Turn
+from qlora_utils.rows.rewordings import LONGEST_WORDS, reword_question, training_rows
 
 with (project_folder("data") / "examples" / "questions.csv").open(encoding="utf-8", newline="") as file:
     EXAMPLE = [row["question"] for row in csv.DictReader(file)]
@@ -112,3 +114,31 @@ def test_any_text_is_taken(text):
     for opening in ("", "What is the ", "How do I "):
         ways = reword_question(opening + text, 6)
         assert len(set(ways)) == len(ways)
+
+
+def rows_of(*conversations):
+    return [
+        Conversation(tuple(Turn(*turn) for turn in turns), "my.csv", number, tags={"entity": "x"})
+        for number, turns in enumerate(conversations)
+    ]
+
+
+def test_training_rows_are_the_rows_and_then_their_other_wordings():
+    rows = rows_of([("Is there a lift?", "Yes.", "Be brief.")], [("Gibt es Tee?", "Nein.")])
+    config = RunConfig.from_preset("pocket", rewordings=3)
+    assert list(training_rows(rows, RunConfig.from_preset("pocket"))) == rows
+    plain, german, *worded = training_rows(rows, config)
+    assert [plain, german] == rows
+    assert [row.turns[0].question for row in worded] == reword_question("Is there a lift?", 3)
+    for row in worded:
+        (turn,) = row.turns
+        assert (turn.answer, turn.system) == ("Yes.", "Be brief.")
+        assert (row.where, row.number, row.tags) == (plain.where, plain.number, plain.tags)
+
+
+def test_each_turn_of_a_conversation_is_worded_otherwise():
+    rows = rows_of([("Is there a lift?", "Yes."), ("Und Tee?", "Nein."), ("Where is the lift?", "Left.")])
+    _, *worded = training_rows(rows, RunConfig.from_preset("pocket", rewordings=2, seed=5))
+    questions = [[turn.question for turn in row.turns] for row in worded]
+    first, third = reword_question("Is there a lift?", 2, 5), reword_question("Where is the lift?", 2, 5)
+    assert questions == [[first[0], "Und Tee?", third[0]], [first[1], "Und Tee?", third[1]]]
