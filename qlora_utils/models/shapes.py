@@ -5,6 +5,7 @@ Weights are counted from the model itself, built by transformers on the meta dev
 
 from __future__ import annotations
 
+import copy
 import functools
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -301,9 +302,10 @@ def _adapter_activations(linears: Linears, config: RunConfig, wide: int) -> int:
 
 def known(source: str) -> dict[str, Any] | None:
     """Return the stored config of a preset's model or of a copy of it under another owner; None for other models."""
+    # A copy, since transformers changes a config that it is given in place.
     if source in PACKAGED_MODELS:
-        return STORED[source.removeprefix(PACKAGED)]
-    return None if is_path(source) else STORED.get(source.lower().rpartition("/")[2])
+        return copy.deepcopy(STORED[source.removeprefix(PACKAGED)])
+    return None if is_path(source) else copy.deepcopy(STORED.get(source.lower().rpartition("/")[2]))
 
 
 def read(source: str) -> Shape:
