@@ -642,7 +642,8 @@ def check_source(name: str, source: str, suffixes: tuple[str, ...] = ()) -> None
     if name == "model" and source in PACKAGED_MODELS:
         return
     if source.startswith(PACKAGED):
-        raise ConfigError(f"{name}: {_short(source)} is not known; expected {', '.join(PACKAGED_MODELS)} as model.")
+        known = ", ".join(PACKAGED_MODELS)
+        raise ConfigError(f"{name}: {_short(source, plain=True)} is not known; expected {known} as model.")
     if path_exists(locate(source)):
         return
     if is_path(source, suffixes):

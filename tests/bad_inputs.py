@@ -764,6 +764,7 @@ AGAIN = r".*Copy or download the model again"
 MODELS = [
     value("model", "./no/model",
           r"model: \./no/model does not exist\. Expected a local path, or a hub id like owner/name"),
+    value("model", "packaged:smollm", r"model: packaged:smollm is not known; expected packaged:smollm2-135m-instruct"),
     value("model", "lama", r"model: lama does not exist\. Expected a local path, or a hub id"),
     value("model", "owner/na me", r"model: 'owner/na me' is neither a local path nor a hub id\. Expected owner/name"),
     Case("model: hub id without network", lambda p: run_pocket(p, "-p", "model=owner/absent"), 1,

@@ -34,6 +34,24 @@ def test_precision_and_kernel_follow_from_the_card_with_a_reason(card, dtype, ke
     assert all(len(why(POCKET, chosen)[1]) > 20 for why in (hardware.precision, hardware.attention_kernel))
 
 
+@pytest.mark.parametrize(
+    ("changes", "units", "dtype"),
+    [
+        ({}, True, "bfloat16"),
+        ({}, False, "float32"),
+        ({"compute_dtype": "float32"}, True, "float32"),
+        ({"model": "embedded:pocket/model"}, True, "float32"),
+    ],
+    ids=["wide", "no units", "given", "narrow"],
+)
+def test_a_cpu_computes_wide_models_in_bf16_if_it_has_units_for_it(monkeypatch, changes, units, dtype):
+    monkeypatch.setattr(hardware, "cpu_has_bf16_units", lambda: units)
+    config = RunConfig.from_preset("smollm2", **changes)
+    assert hardware.precision(config, None)[0] == dtype
+    assert hardware.precision(config, None, "encoder-decoder")[0] == "float32"
+    assert isinstance(hardware.cpu_has_bf16_units(), bool)
+
+
 def test_what_is_given_is_kept():
     given = RunConfig.from_preset("pocket", compute_dtype="float32", attention_kernel="dense", liger=False)
     assert hardware.precision(given, CARDS["H100"]) == ("float32", "as given")

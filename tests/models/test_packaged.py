@@ -290,3 +290,49 @@ def test_a_run_fetches_its_model_where_it_is_first_read(downloaded, tmp_path, mo
     tokenizer = load_tokenizer(config)
     assert tokenizer.name_or_path == str(tmp_path / "tiny")
     assert downloaded[1]
+
+
+# --------------------------------------------------------------------------------------- the real one
+
+QUICK = {
+    "dataset": ROOT / "data" / "examples" / "questions.csv", "held_out_rows": 6, "steps": 2, "batch_size": 2,
+    "eval_rows": 2, "trace_rows": 0, "score_rows": 2, "max_new_tokens": 12,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_real_one_has_the_shape_that_plans_know(smollm2):
+    assert shapes.read(str(smollm2)) == shapes.read(SMOLLM2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert tokenizer.model_max_length == 8192
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+@pytest.mark.slow
+def test_the_seven_notebooks_and_every_command_take_the_real_one(smollm2, tmp_path, capfd):
+    place = ["--output-dir", str(tmp_path)]
+    parameters = [part for name, value in QUICK.items() for part in ("-p", f"{name}={value}")]
+    assert cli.main(["run", "--preset", "smollm2", "--run-name", "real", *place, *parameters]) == 0
+    run = tmp_path / "real"
+    origin = "SmolLM2-135M-Instruct in Q4_1, a 4-bit format: NF4 on top of it is a second quantization"
+    assert origin in (run / "notebooks" / "02_quantization.ipynb").read_text()
+    assert origin in (run / "report.html").read_text()
+    # The run knows the model by its name, wherever the checkout lies; peft by the folder.
+    assert json.loads((run / "config.json").read_text())["config"]["model"] == SMOLLM2
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == smollm2
+
+    assert cli.main(["check", str(QUICK["dataset"]), "--preset", "smollm2", *place]) == 0
+    assert cli.main(["plan", "--run", "real", "--gpu", "T4", *place]) == 0
+    capfd.readouterr()
+    assert cli.main(["ask", "What is the capital of France?", "--run", "real", *place]) == 0
+    assert "Paris" in capfd.readouterr().out
+    assert cli.main(["merge", "--run", "real", "--questions", "2", *place]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged")
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    tokenizer = AutoTokenizer.from_pretrained(run / "merged")
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(smollm2).chat_template
+    assert tokenizer.tokenize("1984") == [*"1984"]

