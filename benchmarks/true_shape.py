@@ -2,6 +2,7 @@
 
     python benchmarks/true_shape.py --like llama2-7b --tokenizer FOLDER --out outputs/llama2-7b
     python benchmarks/true_shape.py --like flan-t5-large --rows ROWS --out outputs/flan-t5-large
+    python benchmarks/true_shape.py --like qwen3-4b --tokenizer FOLDER --out outputs/qwen3-4b
 
 Then `presets.py`, `compare.py`, `memory.py` and `answering.py` take the folder as the model. The
 answers of such a model mean nothing. Without `--tokenizer` a tokenizer like T5's is trained on the
@@ -21,22 +22,26 @@ import qlora_utils  # noqa: F401
 
 # isort: split
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5ForConditionalGeneration
 
-from qlora_utils.models.shapes import FLAN_T5_LARGE, LLAMA_2_7B
+from qlora_utils.config import RunConfig
+from qlora_utils.models import shapes
 from qlora_utils.rows.conversations import parse_rows
 from qlora_utils.rows.files import read_source
 
 
-def llama2_7b() -> Any:
-    """Build Llama-2-7b, 6,738,415,616 parameters."""
-    config: Any = AutoConfig.for_model(**LLAMA_2_7B)
-    return LlamaForCausalLM(config)
+def decoder(preset: str, layers: int | None) -> Any:
+    """Build the causal model of a preset."""
+    described = shapes.known(RunConfig.from_preset(preset).model)
+    assert described is not None
+    if layers:
+        described["num_hidden_layers"] = layers
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**described))
 
 
 def flan_t5_large() -> Any:
     """Build Flan-T5-Large, 783,150,080 parameters, its head not tied to the embeddings."""
-    config: Any = AutoConfig.for_model(**FLAN_T5_LARGE)
+    config: Any = AutoConfig.for_model(**shapes.FLAN_T5_LARGE)
     model = T5ForConditionalGeneration(config)
     # transformers 5 ties the head of every new T5, whatever the config says.
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * model.config.d_model**-0.5)
@@ -44,7 +49,7 @@ def flan_t5_large() -> Any:
     return model
 
 
-MODELS = {"llama2-7b": llama2_7b, "flan-t5-large": flan_t5_large}
+DECODERS = ("llama2-7b", "qwen3-1.7b", "qwen3-4b", "llama3.1-8b")
 
 
 def tokenizer_of(rows: str) -> Any:
@@ -73,29 +78,44 @@ def tokenizer_of(rows: str) -> Any:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Build a model and print its size."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--like", required=True, choices=MODELS)
-    options.add_argument("--tokenizer", help="folder of the real tokenizer")
-    options.add_argument("--rows", help="or rows to train one on")
-    options.add_argument("--out", required=True, type=Path, help="folder to write")
-    given = options.parse_args(arguments)
-    if not (given.tokenizer or given.rows):
-        options.error("give --tokenizer or --rows")
-    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer) if given.tokenizer else tokenizer_of(given.rows)
+def build(preset: str, folder: Path, tokenizer: Path | str | Any, *, layers: int | None = None) -> int:
+    """Write a model of true shape and its tokenizer, and return the number of its parameters.
+
+    Args:
+        preset: whose model it is like.
+        folder: to write.
+        tokenizer: or the folder of one.
+        layers: fewer than the model has, for a decoder (None: all).
+    """
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     torch.manual_seed(0)
     # Created in bf16 on the device itself: in fp32 the 7 billion weights would take 27 GB.
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = MODELS[given.like]()
+            model = decoder(preset, layers) if preset in DECODERS else flan_t5_large()
     finally:
         torch.set_default_dtype(before)
-    model.save_pretrained(given.out, max_shard_size="5GB")
-    tokenizer.save_pretrained(given.out)
-    print(f"{given.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
+    model.save_pretrained(folder, max_shard_size="5GB")
+    tokenizer.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build a model and print its size."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--like", required=True, choices=[*DECODERS, "flan-t5-large"])
+    options.add_argument("--tokenizer", help="folder of the real tokenizer")
+    options.add_argument("--rows", help="or rows to train one on")
+    options.add_argument("--out", required=True, type=Path, help="folder to write")
+    given = options.parse_args(arguments)
+    if not (given.tokenizer or given.rows):
+        options.error("give --tokenizer or --rows")
+    tokenizer = given.tokenizer or tokenizer_of(given.rows)
+    count = build(given.like, given.out, tokenizer)
+    print(f"{given.out}: {count:,} parameters with random values")
     return 0
 
 
