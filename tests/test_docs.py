@@ -378,7 +378,9 @@ def test_environment_variables_are_read_by_something(page):
 @pytest.mark.parametrize("name", ["README.md", "docs/troubleshooting.md"])
 def test_messages_of_the_program_are_quoted_as_they_are(name):
     """The symptoms of the first columns are searched for; what differs from case to case stands as …"""
-    foreign = ("ensurepip is not available", "qlora: command not found", "nvidia-…")  # Python's, the shell's, pip's
+    # Python's, the shell's, pip's, PyTorch's
+    foreign = ("ensurepip is not available", "qlora: command not found", "nvidia-…",
+               "no kernel image is available for execution on the device")  # fmt: skip
     sources = "".join(path.read_text() for path in (ROOT / "qlora_utils").rglob("*.py")) + MAKEFILE
     sources = " ".join(re.sub(r"\"\s*\n\s*[rf]*\"", "", sources).split())  # strings that go on in the next line
     tables = re.findall(r"^\| what you see \|.*?\n\n", (ROOT / name).read_text() + "\n", re.M | re.S)

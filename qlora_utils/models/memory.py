@@ -204,7 +204,8 @@ def _list_remedies(config: RunConfig) -> str:
     remedies = [f"shorter examples (max_seq_len={config.max_seq_len // 2})"]
     if config.train_head:
         remedies.append("a frozen head (train_head=false)")
-    if not config.gradient_checkpointing:
+    # left open, it was tried already
+    if config.gradient_checkpointing is False:
         remedies.append("gradient_checkpointing=true")
     if config.lora_r > 8:
         remedies.append(f"a lower rank (lora_r={config.lora_r // 2})")

@@ -180,6 +180,8 @@ class DecoderShape(Shape):
 
     decoder_layers: int
     kv_heads: int
+    # queries and keys have norms of their own, as in Qwen 3 and Gemma 3
+    has_qk_norms: bool
 
     @property
     def architecture(self) -> Architecture:
@@ -205,9 +207,12 @@ class DecoderShape(Shape):
         queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
         layer = wide * (
             4 * self.hidden  # the residual stream before each norm, and the norms' output
-            + 2 * queries + 2 * keys  # q, k, v and the output of attention
+            + 4 * queries  # q, k, v and the output of attention: k and v are repeated for every head of q
             + 3 * self.intermediate  # gate, up and their product
         ) + 4 * (self.heads + 2)  # fmt: skip  # the softmax's sums, the norms' scales
+        if self.has_qk_norms:
+            # their inputs in fp32, and a scale for each head
+            layer += 4 * (queries + keys + self.heads + self.kv_heads)
         # layers can differ from each other, so adapters count as their mean over all layers
         adapters = sum(linears.count * _adapter_activations(linears, config, wide) for linears in self.adapted(config))
         layer += adapters // self.layers
@@ -418,6 +423,7 @@ def count_shape(model_config: PreTrainedConfig, source: str = "") -> Shape:
                 heads=heads,
                 kv_heads=getattr(model_config, "num_key_value_heads", None) or heads,
                 head_size=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
+                has_qk_norms=any(path.endswith(".q_norm") for path, _ in model.named_modules()),
                 **counted,
             )
     except AttributeError as error:

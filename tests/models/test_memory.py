@@ -4,16 +4,20 @@ import gc
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_utils import lora, quantization, training
 from qlora_utils.config import RunConfig
 from qlora_utils.data import load_tokenizer
+from qlora_utils.kernels import attention
+from qlora_utils.kernels.loss import last_hidden_state
 from qlora_utils.models import shapes
 from qlora_utils.models.hardware import CARDS, GIB
 from qlora_utils.models.memory import predict, trainable_text
 from qlora_utils.models.resolution import OPEN, plan_for, resolve_auto
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.tokens.formats import IGNORED, Encoded
+from qlora_utils.tokens.packing import Collator
 
 LARGE = RunConfig.from_preset("llama2-7b", liger=True)
 LLAMA_2_7B = shapes.read(LARGE.model)
@@ -52,6 +56,48 @@ def test_weights_and_constants_are_those_that_lie_in_memory(config):
     assert predicted["weights"] + predicted["quantization constants"] + 4 * 2048 * 192 == pytest.approx(
         loaded, rel=0.05
     )
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 8, "head_dim": 16,
+         "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+
+
+def saved_bytes(model_config, config, tokens):
+    """The bytes that autograd saves in the layers of a model with adapters, for a pack of two conversations."""
+    attention.register()
+    base_model = AutoModelForCausalLM.from_config(model_config, attn_implementation=attention.SPLIT)
+    tuned_model = lora.attach(base_model.requires_grad_(False), config).train()
+    halves = [Encoded([5] * (tokens // 2), [IGNORED] + [5] * (tokens // 2 - 1))] * 2
+    batch = Collator(0, packing=True)(halves)
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "answer_positions")}
+    parameters = {p.untyped_storage().data_ptr() for p in tuned_model.parameters()}
+    saved = {}
+
+    def save(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        last_hidden_state(tuned_model.get_base_model(), inputs)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_heads"), [("llama", 8), ("llama", 2), ("qwen2", 2), ("qwen3", 8), ("qwen3", 2), ("olmo2", 2)]
+)
+def test_what_a_layer_saves_is_what_the_plan_counts(config, family, kv_heads):
+    """Also where queries share keys and values, and where both have norms of their own."""
+    plain = changed(
+        config, liger=False, train_head=False, gradient_checkpointing=False, keep_expanded=False, quantize=False,
+        attention_kernel="split", optimizer="adamw_torch", micro_batch_tokens=256, lora_r=4,
+    )  # fmt: skip
+    sizes = {**SIZES, "num_key_value_heads": kv_heads}
+    one, two = (AutoConfig.for_model(family, **sizes, num_hidden_layers=layers) for layers in (1, 2))
+    tokens = 256
+    measured = (saved_bytes(two, plain, tokens) - saved_bytes(one, plain, tokens)) / tokens
+    assert shapes.count_shape(one).activations(plain, 4)[0] == pytest.approx(measured, rel=0.05)
 
 
 # Peaks in GiB that PyTorch reported on an H100, forward and backward of one pack with nothing else there: no optimizer,
