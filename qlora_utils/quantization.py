@@ -125,6 +125,8 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
             layer.compute_dtype = layer.weight.quant_state.dtype = dtype  # type: ignore[attr-defined]
     if resolved.config.keep_expanded:
         keep_expanded(model)
+    if head is not None:
+        head.register_forward_pre_hook(_without_gaps)
     model.requires_grad_(False)
     # With a key-value cache transformers builds no block-diagonal mask, and packed conversations would see each other.
     # Generation switches its cache on by itself.
@@ -323,6 +325,15 @@ class Checkpoint:
                 f"{tuple(unquantized_shape(parameter))}, not quantized. To merge without them, take --base quantized."
             )
         return weight
+
+
+def _without_gaps(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy the hidden states that a head is given, if they are a view with gaps.
+
+    Generation gives it the last position of each prompt, such a view. In bf16 on a CPU PyTorch multiplies that by one
+    copy of the head for each row: of SmolLM2's, for 64 questions, 3.6 GB of copies, which took 15 of 18 seconds.
+    """
+    return tuple(value.contiguous() for value in inputs)
 
 
 def original_weight(config: RunConfig, name: str, tensor: torch.Tensor) -> torch.Tensor | None:

@@ -97,6 +97,19 @@ def test_evaluation_leaves_training_intact(base_model):  # trap 18
 
 
 @pytest.mark.slow
+def test_generation_gives_the_head_no_view_with_gaps(config, base_model):
+    """Which PyTorch would multiply, in bf16 on a CPU, by one copy of the head for each prompt."""
+    given = []
+    base_model.lm_head.register_forward_hook(lambda module, inputs, logits: given.append(inputs[0]))
+    prompts = torch.arange(1, 13, device=base_model.device).view(3, 4)
+    base_model.generate(prompts, max_new_tokens=2, do_sample=False)
+    assert [hidden.shape[:2] for hidden in given] == [(3, 1), (3, 1)]
+    assert all(hidden.is_contiguous() for hidden in given)
+    # The first is copied from a view of all positions.
+    hidden = torch.randn(3, 4, base_model.config.hidden_size).to(base_model.device, base_model.dtype)
+    torch.testing.assert_close(base_model.lm_head(hidden[:, -1:]), base_model.lm_head(hidden)[:, -1:])
+
+
 def test_no_import_noise():  # trap 19
     code = "import qlora_utils.training, qlora_utils.answers, bitsandbytes.backends.cpu.ops"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
