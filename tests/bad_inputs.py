@@ -121,6 +121,7 @@ VALUES = [
     value("held_out_rows", "0", r"held_out_rows: '0' is not allowed.*greater than or equal to 1"),
     value("train_rows", "-3", r"train_rows: '-3' is not allowed.*greater than or equal to 1"),
     value("score_rows", "all", r"score_rows: 'all' is not allowed.*integer"),
+    value("probe_rows", "-1", r"probe_rows: '-1' is not allowed.*greater than or equal to 0.*forgetting"),
     value("packing", "perhaps", r"packing: 'perhaps' is not allowed.*boolean"),
     value("optimizer", "sgd", r"optimizer: 'sgd' is not allowed.*adamw_torch"),
     value("optimizer", "adamw8bit", r"optimizer: 'adamw8bit' is not allowed.*Did you mean adamw_8bit\?"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from qlora_utils.answers import group
 from qlora_utils.config import RunConfig
 from qlora_utils.evaluation.scores import exact_match, rouge_l, token_f1
+from qlora_utils.evaluation.verdict import compare_held_out
 from qlora_utils.loop.history import HistoryWriter
 from qlora_utils.rows.conversations import batches
 from qlora_utils.rows.judge import arrow_features
@@ -68,7 +69,7 @@ def finished(folder, tokenizer, text):
 
 def comparison(run, text):
     """What `compare` would say of a run of that name, and another of nearly the same name."""
-    first = {"name": text, "preset": text, "asked": 1, "answers": str(run.path / "gone")}
+    first = {"name": text, "preset": text, "asked": 1, "forgotten": text, "answers": str(run.path / "gone")}
     runs = [first, {**first, "name": f"{text} 2"}]
     names = [one["name"] for one in runs]
     scores = {name: {key: value for key, value in SCORES.items() if key != "perplexity"} for name in names}
@@ -124,6 +125,8 @@ def told(folder, *, wrong=6, count=60, **changes):
                "tokens_per_s": 5000.0, "wall_s": 130.0, "peak_memory_bytes": 8 * 10**8, "skipped_steps": 0},
         held_out={"rows": 70, "questions": count, "answer_tokens": 900, "chosen_on": False},
         **{name: whole[name] for name in ("base", "tuned", "paired")},
+        differences=compare_held_out(lines, range(count), ([28.3] * 70, [1.8] * 70), [10] * 70, range(70)),
+        probe=PROBE,
         groups={by: group(lines, by) for by in ("split", "kind")},
     )  # fmt: skip
     history = [measured(run, 0, 3.1, "it is of")]
@@ -140,6 +143,14 @@ def told(folder, *, wrong=6, count=60, **changes):
     write_jsonl(run.data / "rejected.jsonl", [{"where": "a.csv", "number": n, "reason": "no answer"} for n in range(3)])
     return run
 
+
+# What a training made a model forget, of topics by which it is drawn.
+PROBE = {
+    "questions": 40, "answer_tokens": 800, "unspellable": 0, "trained": 0,
+    "loss": {"base": 2.2, "tuned": 2.32, "guess": 6.2},
+    "difference": 0.12, "interval": [0.1, 0.14], "detectable": 0.028,
+    "topics": {f"topic {n}": {f"topic-{n}-{m}": 0.1 + 0.01 * m + 0.005 * n for m in range(4)} for n in range(10)},
+}  # fmt: skip
 
 DATA = {
     "conversations": 1003, "turns": 1500, "turns_per_conversation": {"1": 506, "2": 497}, "shapes": {"messages": 1003},

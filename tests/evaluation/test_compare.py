@@ -7,6 +7,7 @@ import pytest
 from conftest import MARKUP
 from hypothesis import given
 from hypothesis import strategies as st
+from made_runs import PROBE
 
 from qlora_utils.commands import run as runner
 from qlora_utils.config import ConfigError, RunConfig
@@ -209,6 +210,19 @@ def test_what_the_runs_are_and_in_what_they_differ(pair):
         "held-out loss": ["0.5000", "0.5000"],
     }  # fmt: skip
     assert "exact match, split 1 (30)" in compare.score_rows(found)
+
+
+def test_what_each_run_forgot_is_a_row_and_runs_of_earlier_versions_have_a_dash(pair, tmp_path):
+    older = made(tmp_path, "older", answered(1, 0.9))
+    pair[0].add_metrics(probe=PROBE)
+    pair[1].add_metrics(probe={"questions": 0, "unjudged": "The probe means nothing."})
+    comparison = compare.compare([*pair, older])
+    assert compare.facts(comparison)["forgotten: probe perplexity"] == ["+12.7 % [+10.5, +15]", "not judged", "-"]
+    assert "+12.7 % [+10.5, +15]" in compare.summary(comparison)
+    assert "forgotten: probe perplexity" not in compare.summary(compare.compare([older, older]))
+    pair[0].add_metrics(probe={"interval": "wide"})
+    with pytest.raises(ValueError, match=r"metrics.json: damaged, probe: expected a difference with its interval"):
+        compare.compare(pair)
 
 
 def test_runs_called_alike_are_told_apart(tmp_path):

@@ -18,7 +18,7 @@ from qlora_utils.report.sentences import summary
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_json, write_jsonl
 
-KEYS = ("results", "scores", "beside", "answers", "training", "memory", "data", "configuration", "again")
+KEYS = ("results", "verdict", "scores", "beside", "answers", "training", "memory", "data", "configuration", "again")
 ATTRIBUTES = {"aria-label", "aria-labelledby", "charset", "class", "content", "dir", "href", "http-equiv", "id", "lang",
               "name", "open", "role", "scope", "tabindex"} | {
     # of pictures
@@ -189,8 +189,8 @@ def headings(run):
 
 def test_a_run_that_is_whole_is_told_whole(copy):
     assert headings(copy) == [
-        "To keep in mind", "Contents", "Scores on held-out questions", "Answers side by side", "Training", "Memory",
-        "Data", "Configuration", "How to repeat it",
+        "To keep in mind", "Contents", "Learned, forgotten, cannot tell", "Scores on held-out questions",
+        "Answers side by side", "Training", "Memory", "Data", "Configuration", "How to repeat it",
     ]  # fmt: skip
     page = copy.report.read_text()
     assert "cannot be told" not in page
@@ -240,7 +240,7 @@ def test_any_value_may_be_of_another_kind_or_gone(undrawn, copy, name, field, un
         else:  # nothing looks at these before the sections do
             altered = replace(facts, **{field: changed})
         parts = render.render_page(altered).split("<section")
-        assert len(parts) == 8, (place, value)
+        assert len(parts) == 9, (place, value)
         failed = {re.search('aria-labelledby="(.*?)"', part)[1] for part in parts[1:] if "cannot be told" in part}
         assert not failed & untouched, (place, value)
 

@@ -57,6 +57,30 @@ def test_scores_stand_beside_each_other_with_their_intervals_and_by_group(run):
     assert ">Shares from 0 to 1. exact match: base 0.000, tuned 0.900;" in said
 
 
+def test_what_was_learned_and_forgotten_stands_first_with_what_cannot_be_told(run):
+    said = html.unescape(markup(sections.verdict, run))
+    assert re.findall("<h3>(.*?)</h3>", said) == ["Learned", "Forgotten", "Cannot tell"]
+    assert "Exact match 0.000 → 0.900: +0.900 [" in said
+    assert "perplexity went from 9.025 to 10.18: +12.7 % [+10.5, +15]" in said
+    assert "The tuned model has forgotten" in said
+    assert ">Change of the loss on 40 general questions of 10 topics;" in said
+    assert "perplexity on the probe 2.84 %" in said
+
+
+def test_what_cannot_be_judged_or_was_not_measured_is_said_without_a_picture(run):
+    metrics = read_json(run.metrics)
+    write_json(run.metrics, {**metrics, "probe": {"questions": 0, "unjudged": "The probe means nothing."}})
+    said = markup(sections.verdict, run)
+    assert "The probe means nothing." in said
+    assert "<svg" not in said
+    write_json(
+        run.metrics, {name: section for name, section in metrics.items() if name not in ("differences", "probe")}
+    )
+    said = markup(sections.verdict, run)
+    assert said.count("was not measured: an earlier version") == 3
+    assert "<svg" not in said
+
+
 def test_the_key_figures_are_those_of_the_adapter_that_was_kept(run):
     said = markup(sections.key_figures, run)
     found = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", said))
