@@ -126,7 +126,7 @@ def told(folder, *, wrong=6, count=60, **changes):
         held_out={"rows": 70, "questions": count, "answer_tokens": 900, "chosen_on": False},
         **{name: whole[name] for name in ("base", "tuned", "paired")},
         differences=compare_held_out(lines, range(count), ([28.3] * 70, [1.8] * 70), [10] * 70, range(70)),
-        probe=PROBE,
+        probe={**PROBE, "difference": 0.004, "interval": [-0.02, 0.03]},
         groups={by: group(lines, by) for by in ("split", "kind")},
     )  # fmt: skip
     history = [measured(run, 0, 3.1, "it is of")]

@@ -229,9 +229,9 @@ def judge_probe(probe: Probe, base: Sequence[float], tuned: Sequence[float], cou
         return {
             **section,
             "unjudged": f"The probe means nothing to this base model: its perplexity there is "
-            f"{_perplexity(losses['base'])}, and who only knew how often each token occurs in the answers would have "
-            f"{_perplexity(guess)}. It has not read the world that the questions are about, so there is nothing that "
-            "they could show to be forgotten.",
+            f"{_perplexity(losses['base'])}, and somebody who only knew how often each token occurs in the answers "
+            f"would have {_perplexity(guess)}. It has not read the world that the questions are about, so there is "
+            "nothing that they could show to be forgotten.",
         }
 
     differences: dict[str, dict[str, float]] = {}
@@ -241,9 +241,9 @@ def judge_probe(probe: Probe, base: Sequence[float], tuned: Sequence[float], cou
     return {**section, **compare_pairs(base, tuned, topics, counts), "topics": differences}
 
 
-def is_worse(difference: Mapping[str, Any]) -> bool:
-    """Return True if a loss rose by more than its interval allows for."""
-    return bool(difference["interval"]) and difference["interval"][0] > 0
+def has_forgotten(probe: Mapping[str, Any]) -> bool:
+    """Return True if the loss on the probe rose by more than chance, and by enough to act on."""
+    return "unjudged" not in probe and probe["interval"][0] > 0 and probe["difference"] >= SMALL
 
 
 # ---------------------------------------------------------------------------------------------------- in words
@@ -256,13 +256,19 @@ def _perplexity(loss: float) -> str:
 
 
 def change_text(loss: float) -> str:
-    """Format a difference of losses as the change of the perplexity: `+12.5 %`."""
-    return f"{100 * math.expm1(loss):+.3g} %"
+    """Format a difference of losses as the change of the perplexity: `+12.5%`."""
+    return f"{_percentage(loss)}%"
+
+
+def _percentage(loss: float) -> str:
+    """Format the change of a perplexity in percent, with its sign and three digits or, up to a million, all of them."""
+    value = 100 * math.expm1(loss)
+    return f"{value:+,.0f}" if 100 <= value < 1e6 else f"{value:+.3g}"
 
 
 def change_with_interval(section: Mapping[str, Any]) -> str:
     """Format the change of a perplexity, from `compare_pairs`, with both ends of its interval."""
-    low, high = (f"{100 * math.expm1(bound):+.3g}" for bound in section["interval"])
+    low, high = map(_percentage, section["interval"])
     return f"{change_text(section['difference'])} [{low}, {high}]"
 
 
@@ -310,7 +316,9 @@ def _judge_difference(name: str, section: Mapping[str, Any], paired: Mapping[str
     if name == "perplexity":
         change, is_better = change_with_interval(section), section["difference"] < 0
     else:
-        change, is_better = f"{section['difference']:+.3f} [{low:+.3f}, {high:+.3f}]", section["difference"] > 0
+        # Adding 0 makes -0.0 of a rounded difference 0.0.
+        difference = round(section["difference"], 3) + 0.0
+        change, is_better = f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]", difference > 0
     # The test takes questions one by one, the interval by cluster: exact match must convince both.
     is_chance = low <= 0 <= high or (name == "exact_match" and paired["p_value"] >= 0.05)
     if is_chance:
@@ -338,11 +346,11 @@ def _forgotten(metrics: Mapping[str, Any]) -> list[str]:
         f"{change_with_interval(probe)}."
     ]
     difference, (low, high) = probe["difference"], probe["interval"]
-    if is_worse(probe) and difference >= SMALL:
+    if has_forgotten(probe):
         sentences.append(
             f"The tuned model has forgotten: right answers surprise it more than the base model. {WHAT_TO_DO}"
         )
-    elif is_worse(probe):
+    elif low > 0:
         sentences.append("That is more than chance, and too little to act on.")
     elif high < 0:
         sentences.append("Nothing was forgotten that the probe could show: right answers surprise it less than before.")
@@ -381,8 +389,8 @@ def _undetectable(metrics: Mapping[str, Any]) -> list[str]:
     sentences = []
     if bounds:
         sentences.append(
-            f"With {counted(held_out['questions'], 'held-out question')} of "
-            f"{counted(held_out['rows'], 'conversation')}, true differences smaller than these are missed more than "
+            f"With {counted(held_out['questions'], 'held-out question')} (perplexity: "
+            f"{counted(held_out['rows'], 'conversation')}), true differences smaller than these are missed more than "
             f"one time in five: {', '.join(bounds)}. To see half as large a one takes four times as many questions "
             "(score_rows, held_out_rows)."
         )

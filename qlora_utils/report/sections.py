@@ -108,8 +108,11 @@ def verdict(facts: Facts) -> Values:
     if not facts.scored:
         raise AbsentError(facts.missing.get("metrics", "Not measured yet: notebook 06 does it."))
     probe = facts.metrics.get("probe", {})
-    parts = [{"title": title, "sentences": said} for title, said in verdicts.verdict(facts.metrics).items()]
-    return {"parts": parts, "picture": figures.draw_probe(probe) if probe.get("topics") else None}
+    drawn = {"Forgotten": figures.draw_probe(probe)} if probe.get("topics") else {}
+    parts = []
+    for title, said in verdicts.verdict(facts.metrics).items():
+        parts.append({"title": title, "sentences": said, "picture": drawn.get(title)})
+    return {"parts": parts}
 
 
 # ---------------------------------------------------------------------------------------------------- scores

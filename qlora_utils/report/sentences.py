@@ -12,6 +12,7 @@ from qlora_utils.evaluation.scores import (
     score_text,
     with_interval,
 )
+from qlora_utils.evaluation.verdict import change_with_interval, has_forgotten
 from qlora_utils.locate import PACKAGED
 from qlora_utils.models.packaged import describe_origin
 from qlora_utils.report.facts import AnswerLine, Facts, measured, trained_on_date
@@ -77,6 +78,10 @@ def _score_lines(metrics: Mapping[str, Any]) -> list[str]:
     for name, title in measured(metrics).items():
         base, tuned = (score_text(name, metrics[model][name]) for model in ("base", "tuned"))
         lines.append(f"  {title:<14} {base} → {tuned}")
+    probe = metrics.get("probe", {"unjudged": ""})
+    if "unjudged" not in probe:
+        asked = counted(probe["questions"], "general question")
+        lines.append(f"forgotten: perplexity {change_with_interval(probe)} on {asked}")
     if held.get("chosen_on"):
         lines.append(
             "  (the adapter was chosen by these same rows, or by others that belong to them: take the scores as"
@@ -372,6 +377,11 @@ def _score_caveats(facts: Facts) -> list[str]:
         sentences.append(
             f"{percent(1 - tuned['stopped'])} of the tuned model's answers did not end by themselves within "
             f"max_new_tokens={facts.config.get('max_new_tokens')} tokens, and are scored as they were cut."
+        )
+    if (probe := metrics.get("probe")) and has_forgotten(probe):
+        sentences.append(
+            f"The tuned model has forgotten: on {probe['questions']:,} general questions its perplexity is "
+            f"{change_with_interval(probe)} beside the base model's."
         )
     if metrics["tuned"]["exact_match"] < metrics["base"]["exact_match"]:
         sentences.append("The tuned model is exactly right less often than the base model.")

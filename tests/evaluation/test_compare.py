@@ -217,8 +217,8 @@ def test_what_each_run_forgot_is_a_row_and_runs_of_earlier_versions_have_a_dash(
     pair[0].add_metrics(probe=PROBE)
     pair[1].add_metrics(probe={"questions": 0, "unjudged": "The probe means nothing."})
     comparison = compare.compare([*pair, older])
-    assert compare.facts(comparison)["forgotten: probe perplexity"] == ["+12.7 % [+10.5, +15]", "not judged", "-"]
-    assert "+12.7 % [+10.5, +15]" in compare.summary(comparison)
+    assert compare.facts(comparison)["forgotten: probe perplexity"] == ["+12.7% [+10.5, +15]", "not judged", "-"]
+    assert "+12.7% [+10.5, +15]" in compare.summary(comparison)
     assert "forgotten: probe perplexity" not in compare.summary(compare.compare([older, older]))
     pair[0].add_metrics(probe={"interval": "wide"})
     with pytest.raises(ValueError, match=r"metrics.json: damaged, probe: expected a difference with its interval"):

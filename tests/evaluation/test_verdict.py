@@ -64,7 +64,7 @@ def test_what_is_no_difference_is_told_with_the_one_that_would_have_been_seen():
     low, high = section["interval"]
     assert low < 0 < high < section["detectable"] + abs(section["difference"])
     rise = 100 * math.expm1(section["detectable"])
-    assert f"No difference could be seen; a rise of {rise:.3g} % or more would have been." in said(section)
+    assert f"No difference could be seen; a rise of {rise:.3g}% or more would have been." in said(section)
     assert "forgotten" not in said(section)
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 from conftest import MARKUP
-from made_runs import comparison, finished, told
+from made_runs import PROBE, comparison, finished, told
 
 from qlora_utils.evaluation import compare
 from qlora_utils.report import figures, render
@@ -122,6 +122,10 @@ def test_summary_tells_loss_and_scores(tmp_path, tokenizer):
     assert "x (1)  0.500 → 0.500" in text
     assert "that of step 1, held-out loss 1.250, not the last" in text
     assert "chosen by these same rows" not in text
+    assert "forgotten" not in text
+    run = told(tmp_path / "judged")
+    run.add_metrics(probe=PROBE)
+    assert "forgotten: perplexity +12.7% [+10.5, +15] on 40 general questions" in summary(run)
 
 
 @pytest.mark.parametrize("names", [["first_loss"], ["final_loss"], ["first_loss", "final_loss", "kept_loss"]])

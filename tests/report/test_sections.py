@@ -6,7 +6,7 @@ import shlex
 import shutil
 
 import pytest
-from made_runs import comparison, measured, told
+from made_runs import PROBE, comparison, measured, told
 
 from qlora_utils import cli
 from qlora_utils.commands import run as runner
@@ -58,13 +58,14 @@ def test_scores_stand_beside_each_other_with_their_intervals_and_by_group(run):
 
 
 def test_what_was_learned_and_forgotten_stands_first_with_what_cannot_be_told(run):
+    run.add_metrics(probe=PROBE)
     said = html.unescape(markup(sections.verdict, run))
     assert re.findall("<h3>(.*?)</h3>", said) == ["Learned", "Forgotten", "Cannot tell"]
     assert "Exact match 0.000 → 0.900: +0.900 [" in said
-    assert "perplexity went from 9.025 to 10.18: +12.7 % [+10.5, +15]" in said
+    assert "perplexity went from 9.025 to 10.18: +12.7% [+10.5, +15]" in said
     assert "The tuned model has forgotten" in said
     assert ">Change of the loss on 40 general questions of 10 topics;" in said
-    assert "perplexity on the probe 2.84 %" in said
+    assert "perplexity on the probe 2.84%" in said
 
 
 def test_what_cannot_be_judged_or_was_not_measured_is_said_without_a_picture(run):
