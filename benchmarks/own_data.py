@@ -1,7 +1,7 @@
 """Train many recipes on the example's 30 questions, and ask each tuned model what they ask in other words.
 
     python benchmarks/own_data.py --model FOLDER --round first --worker 0/12 --out outputs/own_data/first
-    python benchmarks/own_data.py --table outputs/own_data/first
+    python benchmarks/own_data.py --table outputs/own_data/first --store benchmarks/results/own_data_first.json
 
 Workers of one round share a GPU and a folder, and each takes the next training that nobody has
 begun. Choices are made by `own_data/development.jsonl`; `own_data/rewordings.jsonl` is asked with
@@ -29,6 +29,7 @@ import qlora_utils  # noqa: F401
 
 # isort: split
 import torch
+from stored import store
 
 from qlora_utils import data, lora, quantization, training
 from qlora_utils.config import RunConfig
@@ -475,24 +476,41 @@ def read_round(folder: Path) -> Iterator[dict[str, Any]]:
         yield from read_jsonl(path)
 
 
-def show_table(folder: Path) -> None:
-    """Print each recipe's shares of right answers, with the interval over seeds, the best first."""
+def summarize(folder: Path) -> dict[str, dict[str, float]]:
+    """Return for each recipe the shares of right answers, their intervals over seeds, and what was forgotten.
+
+    Shares are in percent, `half` is half the width of a 95 % interval, `forgot` the loss on general
+    texts in nats per token above that of the untrained model.
+    """
     recipes: dict[str, list[dict[str, Any]]] = {}
     for line in read_round(folder):
         recipes.setdefault(line["recipe"], []).append(line)
-    rows = []
+    found: dict[str, dict[str, float]] = {}
     for name, lines in recipes.items():
-        shares = [100 * sum(line["development"]) / len(line["development"]) for line in lines]
-        trained = [100 * sum(line["trained"]) / len(line["trained"]) for line in lines]
-        forgot = [line["probe"][1] - line["probe"][0] for line in lines]
-        final = [100 * sum(line["final"]) / len(line["final"]) for line in lines if "final" in line]
-        rows.append(
-            (interval(shares), name, len(lines), interval(trained)[0], interval(forgot)[0], final, lines[0]["all_s"])
+        values: dict[str, float] = {"seeds": len(lines)}
+        for asked in ("development", "final", "trained"):
+            shares = [100 * sum(line[asked]) / len(line[asked]) for line in lines if asked in line]
+            if shares:
+                values[asked], values[f"{asked}_half"] = interval(shares)
+        values["forgot"], values["forgot_half"] = interval([line["probe"][1] - line["probe"][0] for line in lines])
+        values["training_s"] = interval([line["train_s"] for line in lines])[0]
+        # one seed has no interval
+        found[name] = {key: value for key, value in values.items() if value == value}
+    return found
+
+
+def show_table(values: Mapping[str, Mapping[str, float]]) -> None:
+    """Print what each recipe reached, the best first."""
+    print(f"{'recipe':<44} seeds  development      final         trained  forgot  seconds")
+    for name, row in sorted(values.items(), key=lambda pair: -pair[1]["development"]):
+        cells = []
+        for asked in ("development", "final"):
+            half = row.get(f"{asked}_half", float("nan"))
+            cells.append(f"{row[asked]:5.1f} ± {half:4.1f}" if asked in row else " " * 12)
+        print(
+            f"{name:<44} {row['seeds']:>5}  {'  '.join(cells)}   {row['trained']:6.1f}  {row['forgot']:+6.3f}  "
+            f"{row['training_s']:6.1f}"
         )
-    print(f"{'recipe':<40} seeds  development      trained  probe   seconds")
-    for (mean, half), name, seeds, known, forgot_mean, final, seconds in sorted(rows, reverse=True):
-        text = f"{name:<40} {seeds:>5}  {mean:5.1f} ± {half:4.1f}    {known:5.1f}  {forgot_mean:+6.3f}  {seconds:6.1f}"
-        print(text + (f"  rewordings {interval(final)[0]:.1f} ± {interval(final)[1]:.1f}" if final else ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -506,9 +524,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--only", nargs="*", help="names of recipes")
     options.add_argument("--final", action="store_true", help="ask the held-out rewordings as well")
     options.add_argument("--table", type=Path, help="folder of a round that was trained")
+    options.add_argument("--store", type=Path, help="result file for that table")
     given = options.parse_args(arguments)
     if given.table:
-        show_table(given.table)
+        values = summarize(given.table)
+        show_table(values)
+        if given.store:
+            runs = [{key: value for key, value in line.items() if key != "answers"} for line in read_round(given.table)]
+            store(given.store, values, runs)
         return 0
     work(given)
     return 0
