@@ -92,8 +92,6 @@ def arm_values(lines: Sequence[Line]) -> dict[str, Any]:
 
     found: dict[str, Any] = {"seeds": len(lines), "base": {}, "tuned": {}}
     for column, (name, unit) in COLUMNS.items():
-        if column not in lines[0]:
-            continue
         units = shared_units([unpack(line[column]) for line in lines])
         found[unit] = len(units)
         for model in ("base", "tuned"):
@@ -174,11 +172,13 @@ def with_interval(name: str, digits: int) -> tuple[str, str]:
 
 
 def scores_table(values: Mapping[str, float]) -> list[str]:
-    """Return the table of what was learned on the Guanaco rows, and of what was forgotten, if the probe was asked."""
+    """Return the table of what was learned on the Guanaco rows and of what was forgotten."""
     arms = {**ARMS, "share.gpu": "a share of it, on the GPU", "share.cpu": "the same share, on two CPU cores"}
-    columns = {"perplexity": ("held-out perplexity", 2), "f1": ("token F1", 3)}
-    if f"{next(iter(ARMS))}.base.probe_perplexity" in values:
-        columns["probe_perplexity"] = ("general questions, perplexity", 2)
+    columns = {
+        "perplexity": ("held-out perplexity", 2),
+        "f1": ("token F1", 3),
+        "probe_perplexity": ("general questions, perplexity", 2),
+    }
     head = "".join(f"| {title}: base | tuned " for title, _ in columns.values())
     rows = []
     for arm, label in arms.items():

@@ -97,8 +97,6 @@ class Training:
         if self.part == "format":
             fields["chat_template"] = self.chat_template
         fields |= {"quantize": self.quantize, "train_head": self.train_head, "seed": self.seed, "model": options.model}
-        if "probe_rows" not in RunConfig.model_fields:
-            fields.pop("probe_rows", None)
         place = {"output_dir": str(options.work), "run_name": self.name}
         if options.steps:
             fields |= dict.fromkeys(("steps", "eval_steps", "save_steps"), options.steps)
@@ -155,6 +153,7 @@ def measure_guanaco(config: RunConfig, run: RunDirectory) -> dict[str, str]:
     Rows to train on are not asked again.
     """
     from qlora_utils import answers, data, lora, quantization, training
+    from qlora_utils.evaluation.verdict import choose_probe
     from qlora_utils.rows.held_out import clusters_of_rows, scored_rows
     from qlora_utils.tokens.formats import format_of
 
@@ -174,13 +173,10 @@ def measure_guanaco(config: RunConfig, run: RunDirectory) -> dict[str, str]:
     clusters = [names[first] for first in clusters_of_rows(rows, fixed.group_by)]
     examples = form.examples(rows, training=False)
     found = {"losses": measure_losses(names, clusters, examples, tuned_model, tokenizer, fixed)}
-    if rows_of_probe := getattr(config, "probe_rows", 0):
-        from qlora_utils.evaluation.verdict import choose_probe
-
-        probe = choose_probe(form, prepared.train, rows_of_probe)
-        tags = [row.tags_of(0) for row in probe.rows]
-        names, clusters = [tag["id"] for tag in tags], [tag["topic"] for tag in tags]
-        found["probe"] = measure_losses(names, clusters, probe.examples, tuned_model, tokenizer, fixed)
+    probe = choose_probe(form, prepared.train, config.probe_rows)
+    tags = [row.tags_of(0) for row in probe.rows]
+    names, clusters = [tag["id"] for tag in tags], [tag["topic"] for tag in tags]
+    found["probe"] = measure_losses(names, clusters, probe.examples, tuned_model, tokenizer, fixed)
     return found
 
 
