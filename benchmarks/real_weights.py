@@ -1,7 +1,7 @@
 """Measure what tuning does to a model that has read the world: SmolLM2-135M-Instruct, with several seeds.
 
-    python benchmarks/real_weights.py --model FOLDER --dataset ROWS --out outputs/real
-    python benchmarks/real_weights.py --model FOLDER --dataset ROWS --out outputs/real --cpu
+    python benchmarks/real_weights.py --model packaged:smollm2-135m-instruct --dataset ROWS --out outputs/real
+    CUDA_VISIBLE_DEVICES= python benchmarks/real_weights.py --model … --dataset ROWS --out outputs/real --cpu
     python benchmarks/real_weights.py --collect outputs/real/*.jsonl --out benchmarks/results/real_weights.json
     python benchmarks/real_weights.py --fill
 
