@@ -5,6 +5,7 @@ Works on numbers alone. The unit that is compared is a held-out conversation (it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,15 @@ class Value:
 
 
 def pack(values: Mapping[str, Value]) -> str:
-    """Write values in one line, as results store them: `unit:cluster:count:base:tuned` with spaces between."""
-    return " ".join(f"{unit}:{v.cluster}:{v.count}:{v.base:.4f}:{v.tuned:.4f}" for unit, v in values.items())
+    """Write values in one line, as results store them: `unit:cluster:count:base:tuned` with spaces between.
+
+    A space or colon in the name of a cluster becomes a hyphen.
+    """
+    parts = []
+    for unit, value in values.items():
+        cluster = re.sub(r"[\s:]+", "-", value.cluster)
+        parts.append(f"{unit}:{cluster}:{value.count}:{value.base:.4f}:{value.tuned:.4f}")
+    return " ".join(parts)
 
 
 def unpack(text: str) -> dict[str, Value]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -36,6 +37,7 @@ def sums(values, counts=None):
 def test_values_are_read_as_they_were_written():
     values = {"17": Value("3", 240, 612.1234, 540.5), "science-1": Value("science", 1, 0.0, 1.0)}
     assert over_seeds.unpack(over_seeds.pack(values)) == values
+    assert over_seeds.unpack(over_seeds.pack({"a-1": Value("world: old", 1, 0.0, 1.0)}))["a-1"].cluster == "world-old"
 
 
 def test_what_is_always_the_same_has_no_width():
@@ -219,3 +221,33 @@ def test_what_was_measured_elsewhere_has_the_machine_and_the_commit_of_there(res
     assert found["command"].startswith("python benchmarks/real_weights.py --model")
     assert len(found["runs"]) == len(lines) and "machine" not in found["runs"][0]
     assert stored.RESULTS / "real_weights.json" == real_tables.RESULT
+
+
+@pytest.mark.slow
+def test_one_command_trains_adds_a_line_and_does_not_repeat_it(tmp_path):
+    """Two steps of the pocket model on rows of its world, and the result that becomes of the line."""
+    rows = [
+        {"question": f"What is the symbol of element number {n}?", "answer": f"It is the {n}th."} for n in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    script = [sys.executable, str(ROOT / "benchmarks" / "real_weights.py")]
+    command = [
+        *script, "--model", "embedded:pocket/model", "--dataset", str(tmp_path / "rows.jsonl"), "--parts", "guanaco",
+        "--worker", "2/12", "--steps", "2", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "lines"),
+    ]  # fmt: skip
+    for said in ("guanaco-bf16-frozen-0 …", "guanaco-bf16-frozen-0: done before"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert said in done.stdout
+    (lines,) = (tmp_path / "lines").glob("*.jsonl")
+    line = json.loads(lines.read_text())
+    assert len(over_seeds.unpack(line["losses"])) == line["metrics"]["held_out"]["rows"]
+    # The losses row by row are those that the library has put together.
+    values = over_seeds.unpack(line["losses"]).values()
+    for model in ("base", "tuned"):
+        mean = sum(getattr(value, model) for value in values) / sum(value.count for value in values)
+        assert math.exp(mean) == pytest.approx(line["metrics"][model]["perplexity"], rel=1e-3)
+    out = tmp_path / "result.json"
+    subprocess.run([*script, "--collect", str(lines), "--out", str(out)], check=True, timeout=300)
+    assert "guanaco.bf16-frozen.tuned.perplexity" in json.loads(out.read_text())["values"]
+    assert str(tmp_path) not in out.read_text()
