@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -132,17 +133,22 @@ def compare(before: Sequence[Line], after: Sequence[Line], column: str, models: 
 
 def embedded_values(lines: Sequence[Line]) -> dict[str, Any]:
     """Return the scores on the embedded questions: means over seeds, each of which has other questions."""
-    found: dict[str, Any] = {"seeds": len(lines)}
+    found: dict[str, Any] = {"seeds": len(lines), "base": {}, "tuned": {}}
+    for line in lines:
+        probe = line["metrics"]["probe"]
+        of_seed = found[f"seed{line['seed']}"] = {"forgotten": probe["difference"]}
+        of_seed["forgotten_low"], of_seed["forgotten_high"] = probe["interval"]
+        for model in ("base", "tuned"):
+            section = line["metrics"][model]
+            of_seed[model] = {"probe_perplexity": math.exp(probe["loss"][model])}
+            for name in ("exact_match", "names_fact", "f1", "perplexity"):
+                low, high = section["intervals"][name]
+                of_seed[model] |= {name: section[name], f"{name}_low": low, f"{name}_high": high}
     for model in ("base", "tuned"):
-        found[model] = {}
-        for name in ("exact_match", "names_fact", "f1", "perplexity"):
-            by_seed = [line["metrics"][model][name] for line in lines]
+        for name in ("exact_match", "names_fact", "f1", "perplexity", "probe_perplexity"):
+            by_seed = [found[f"seed{line['seed']}"][model][name] for line in lines]
             ends = {f"{name}_smallest": min(by_seed), f"{name}_largest": max(by_seed)}
             found[model] |= {name: statistics.mean(by_seed), **ends}
-            for line in lines:
-                low, high = line["metrics"][model]["intervals"][name]
-                of_seed = {name: line["metrics"][model][name], f"{name}_low": low, f"{name}_high": high}
-                found.setdefault(f"seed{line['seed']}", {}).setdefault(model, {}).update(of_seed)
     for group in lines[0]["groups"]:
         found[group] = over_seeds({line["seed"]: line["groups"][group] for line in lines if group in line["groups"]})
     return found
@@ -174,6 +180,32 @@ def with_interval(name: str, digits: int) -> tuple[str, str]:
     return f"{number} [{number}, {number}]", f"{name} {name}_low {name}_high"
 
 
+def short_table(values: Mapping[str, float]) -> list[str]:
+    """Return the table of the README: what was learned and forgotten, with the usual settings."""
+    perplexity, perplexity_names = with_interval("perplexity", 2)
+    general, general_names = with_interval("probe_perplexity", 2)
+    range_names = "{0} {0}_smallest {0}_largest"
+    cells = {
+        "Guanaco rows, NF4: held-out perplexity": (perplexity, "guanaco.nf4-frozen", perplexity_names),
+        "the same in bf16": (perplexity, "guanaco.bf16-frozen", perplexity_names),
+        "general questions, NF4, after the Guanaco rows: perplexity": (general, "guanaco.nf4-frozen", general_names),
+        "embedded questions, NF4: exact match": (
+            "{:.3f} ({:.3f} to {:.3f})",
+            "embedded",
+            range_names.format("exact_match"),
+        ),
+        "general questions, NF4, after the embedded ones: perplexity": (
+            "{:.2f} ({:.2f} to {:.2f})",
+            "embedded",
+            range_names.format("probe_perplexity"),
+        ),
+    }
+    rows = []
+    for label, (pattern, arm, names) in cells.items():
+        rows.append(row(values, label, *((pattern, f"{arm}.{model}", names) for model in ("base", "tuned"))))
+    return ["| SmolLM2-135M, three seeds on one H200 | base | tuned |", "| --- | --- | --- |", *rows]
+
+
 def scores_table(values: Mapping[str, float]) -> list[str]:
     """Return the table of what was learned on the Guanaco rows and of what was forgotten."""
     arms = {**ARMS, "share.gpu": "a share of it, on the GPU", "share.cpu": "the same share, on two CPU cores"}
@@ -199,10 +231,16 @@ def embedded_table(values: Mapping[str, float]) -> list[str]:
     """Return the table of the embedded questions: mean over seeds, smallest and largest."""
     head = "| embedded questions, three seeds (smallest to largest) | base | tuned |"
     rows = []
-    for name, label in (("exact_match", "exact match"), ("f1", "token F1"), ("names_fact", "names the fact")):
+    labels = {
+        "exact_match": "exact match",
+        "f1": "token F1",
+        "names_fact": "names the fact",
+        "probe_perplexity": "general questions, perplexity",
+    }
+    for name, label in labels.items():
         ends = f"{name} {name}_smallest {name}_largest"
-        cells = [("{:.3f} ({:.3f} to {:.3f})", f"embedded.{model}", ends) for model in ("base", "tuned")]
-        rows.append(row(values, label, *cells))
+        pattern = "{:.2f} ({:.2f} to {:.2f})" if name == "probe_perplexity" else "{:.3f} ({:.3f} to {:.3f})"
+        rows.append(row(values, label, *((pattern, f"embedded.{model}", ends) for model in ("base", "tuned"))))
     return [head, "| --- | --- | --- |", *rows]
 
 
@@ -248,7 +286,13 @@ def format_table(values: Mapping[str, float]) -> list[str]:
     return [head, "| --- | --- | --- | --- |", *rows]
 
 
-TABLES = {"scores": scores_table, "embedded": embedded_table, "pairs": pairs_table, "format": format_table}
+TABLES = {
+    "short": short_table,
+    "scores": scores_table,
+    "embedded": embedded_table,
+    "pairs": pairs_table,
+    "format": format_table,
+}
 
 
 def fill(root: Path = ROOT, result: Path = RESULT) -> None:
@@ -266,7 +310,7 @@ def fill(root: Path = ROOT, result: Path = RESULT) -> None:
             begin, end = f"<!-- real weights: {table} -->\n", "<!-- end -->"
             before, mark, rest = text.partition(begin)
             if mark:
-                text = "\n".join([before + begin, *make(values), "", end + rest.partition(end)[2]])
+                text = "\n".join([before + begin.rstrip(), *make(values), end + rest.partition(end)[2]])
                 found.add(table)
         page.write_text(text, encoding="utf-8")
     if missing := TABLES.keys() - found:

@@ -50,7 +50,7 @@ SHARE: dict[str, Any] = {
 PARTS: dict[str, dict[str, Any]] = {
     "guanaco": GUANACO,
     "format": GUANACO,
-    "embedded": {"preset": "smollm2", "score_rows": 200, "trace_rows": 0},
+    "embedded": {"preset": "pocket", "save_total_limit": 1, "trace_rows": 0},
     "share": SHARE,
 }
 

@@ -118,7 +118,9 @@ def made_line(training, shift=0.0):
         scores = dict.fromkeys(("exact_match", "names_fact", "f1", "perplexity"), 0.25 + training.seed / 8)
         section = {**scores, "intervals": {name: [0.1, 0.9] for name in scores}}
         group = {"questions": 4, "guess": 0.2, "base": section, "tuned": section}
-        return {**common, "metrics": {"base": section, "tuned": section}, "groups": {"held-out entities": group}}
+        probe = {"loss": {"base": 2.0, "tuned": 2.5 + training.seed / 8}, "difference": 0.5, "interval": [0.4, 0.6]}
+        metrics = {"base": section, "tuned": section, "probe": probe}
+        return {**common, "metrics": metrics, "groups": {"held-out entities": group}}
     losses, f1, probe = {}, {}, {}
     for number in range(40):
         base = generator.normal(250, 20)
@@ -176,6 +178,8 @@ def test_values_are_those_of_the_trainings(result):
     assert values["head.nf4.mean"] == values["quantization.frozen.base.mean"] == 0
     assert values["embedded.tuned.exact_match"] == pytest.approx(0.375)
     assert values["embedded.held-out-entities.seed2"] == 0.5
+    assert values["embedded.tuned.probe_perplexity_largest"] == pytest.approx(math.exp(2.75))
+    assert values["embedded.seed1.forgotten_low"] == 0.4
 
 
 def test_a_training_given_twice_or_with_other_seeds_is_refused(lines, tmp_path):
@@ -197,7 +201,7 @@ def test_each_number_of_the_tables_is_that_of_the_result_and_a_changed_one_is_fo
     assert find_faults(text, results) == []
     assert text.startswith("Before.\n") and "After.\n" in text
     rows = list(rows_of(text))
-    assert len(rows) == 6 + 3 + 5 + 3
+    assert len(rows) == 5 + 6 + 4 + 5 + 3
     for row in rows:
         assert row.numbers()
         for number in {printed for printed, _ in row.numbers()}:
@@ -211,7 +215,7 @@ def test_a_table_without_a_place_is_missed(result, tmp_path):
     (tmp_path / "docs").mkdir()
     for page in real_tables.PAGES:
         (tmp_path / page).write_text("Nothing.\n")
-    with pytest.raises(ValueError, match="embedded, format, pairs, scores: no page of"):
+    with pytest.raises(ValueError, match="embedded, format, pairs, scores, short: no page of"):
         real_tables.fill(tmp_path, result)
 
 
