@@ -43,6 +43,22 @@ def test_split_is_block_diagonal_attention():
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_split_of_short_conversations_in_16_bits_rounds_only_its_result(dtype):
+    """On a CPU they are attended to in fp32, which is faster there."""
+    states = random_states(dtype=dtype)
+    out, gradients = outputs_and_gradients(
+        lambda *s: attention.split(*s, scale=0.3, lengths=LENGTHS, starts=None), states
+    )
+    wide = [state.detach().float().requires_grad_() for state in states]
+    expected, wide_gradients = outputs_and_gradients(lambda *s: dense(*s, 0.3), wide)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
+    for one, right in zip(gradients, wide_gradients, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.float(), right, rtol=2e-2, atol=2e-2)
+
+
 def test_a_model_that_scales_scores_by_another_factor_gets_that_factor(config):
     """Gemma and Granite do; without one the factor is the root of the head size."""
     layer = quantization.load(config).model.layers[0].self_attn
