@@ -103,7 +103,7 @@ def read_raw(source: Mapping[str, Rows], temporary: Path) -> RawRows:
         # `from_generator` refuses a source without rows, and says less about it than
         # `_explain_too_few`: hence a first list that is empty.
         yield {"rows": pickle.dumps([])}
-        with _progress_bar("reading rows", total) as bar:
+        with progress_bar("reading rows", total, "row") as bar:
             for part, rows in source.items():
                 remaining = iter(rows)
                 while some := list(islice(remaining, LIST)):
@@ -163,7 +163,7 @@ def judge_all(raw: RawRows, form: Format, temporary: Path, processes: int | None
     # The processes report progress by the size of a file: a byte for each row that is judged.
     progress = temporary / "done"
     progress.touch()
-    with _progress_bar("preparing rows", raw.count) as bar:
+    with progress_bar("preparing rows", raw.count, "row") as bar:
         if processes == 1:
             with _follow_size(progress, bar):
                 return _judge_shard(raw.dataset, form, followed, temporary / "judged.arrow", progress)
@@ -464,12 +464,13 @@ def hide_datasets_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _progress_bar(task: str, total: int | None) -> Any:
+def progress_bar(task: str, total: int | None, unit: str) -> Any:
     """Return a progress bar, which is displayed only for a task that takes more than a few seconds.
 
     Args:
         task: its name, for the bar.
-        total: number of rows (None: unknown, and so is the time left).
+        total: number of its parts (None: unknown, and so is the time left).
+        unit: name of one part.
     """
     from tqdm.auto import tqdm as notebook_tqdm
     from tqdm.std import tqdm as text_tqdm
@@ -481,7 +482,7 @@ def _progress_bar(task: str, total: int | None) -> Any:
         columns = os.environ.get(TERMINAL, "")
         options = {"mininterval": 2.0 if columns else 30.0, "ncols": int(columns or 100)}
         bar = text_tqdm
-    return bar(total=total, desc=task, unit="row", delay=PATIENCE, file=sys.stderr, leave=False, **options)
+    return bar(total=total, desc=task, unit=unit, delay=PATIENCE, file=sys.stderr, leave=False, **options)
 
 
 @contextmanager
