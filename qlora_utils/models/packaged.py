@@ -215,9 +215,10 @@ def _follow_growth(folder: Path, package: Package) -> Iterator[None]:
         # None: a log gets no bar.
         with tqdm(total=package.bytes, unit="B", unit_scale=True, desc="downloaded", leave=False, disable=None) as bar:
             while not ended.wait(0.5):
-                # Files come and go while they are counted.
-                found = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                bar.update(max(0, min(found, package.bytes) - bar.n))
+                # pip moves and removes files while they are counted.
+                with suppress(OSError):
+                    found = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                    bar.update(max(0, min(found, package.bytes) - bar.n))
 
     follower = threading.Thread(target=follow, daemon=True)
     follower.start()
