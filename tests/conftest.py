@@ -119,7 +119,7 @@ def config(preset, tmp_path):
 
     return RunConfig.from_preset(
         preset, output_dir=str(tmp_path), run_name="test", steps=8, batch_size=8, logging_steps=1, eval_steps=4,
-        save_steps=4, train_rows=64, trace_rows=0, compute_dtype="float32",
+        save_steps=4, train_rows=64, trace_rows=0, probe_rows=0, compute_dtype="float32",
     )  # fmt: skip
 
 

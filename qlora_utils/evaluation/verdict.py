@@ -403,7 +403,7 @@ def verdict_text(metrics: Mapping[str, Any]) -> str:
     """Format the verdict for a notebook or a terminal, a paragraph for each part."""
     paragraphs = []
     for title, sentences in verdict(metrics).items():
-        filled = [fill(sentence, 100, initial_indent="  ", subsequent_indent="  ") for sentence in sentences]
+        filled = [fill(sentence, 96, initial_indent="  ", subsequent_indent="  ") for sentence in sentences]
         paragraphs.append("\n".join([f"{title}.", *filled]))
     return "\n\n".join(paragraphs)
 

@@ -380,8 +380,8 @@ def _score_caveats(facts: Facts) -> list[str]:
         )
     if (probe := metrics.get("probe")) and has_forgotten(probe):
         sentences.append(
-            f"The tuned model has forgotten: on {probe['questions']:,} general questions its perplexity is "
-            f"{change_with_interval(probe)} beside the base model's."
+            f"The tuned model has forgotten: its perplexity on {probe['questions']:,} general questions changed by "
+            f"{change_with_interval(probe)}."
         )
     if metrics["tuned"]["exact_match"] < metrics["base"]["exact_match"]:
         sentences.append("The tuned model is exactly right less often than the base model.")

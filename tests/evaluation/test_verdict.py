@@ -212,7 +212,7 @@ def test_a_model_that_was_made_worse_is_found_out(config, tuned_model, tokenizer
         tags = {"id": str(number), "topic": f"topic {number % 10}"}
         world.append(Conversation((replace(row.turns[0], question=f"{number}: {row.turns[0].question}"),), tags=tags))
     monkeypatch.setattr(verdict, "read_probe", lambda: world)
-    few = config.model_copy(update={"score_rows": 2, "max_new_tokens": 2})
+    few = config.model_copy(update={"probe_rows": 40, "score_rows": 2, "max_new_tokens": 2})
 
     answers.evaluate(few, tuned_model, tokenizer, prepared, run)
     same = read_json(run.metrics)["probe"]

@@ -86,7 +86,7 @@ def test_a_run_with_nothing_to_warn_of_gets_no_warning(tmp_path):
         ("train", {"steps": 99}, "a new one has begun here"),
         ("tuned", {"stopped": 0.5}, "50.0% of the tuned model's answers did not end"),
         ("tuned", {"exact_match": -0.1}, "less often than the base model"),
-        ("probe", PROBE, "on 40 general questions its perplexity is +12.7% [+10.5, +15] beside the base model's"),
+        ("probe", PROBE, "its perplexity on 40 general questions changed by +12.7% [+10.5, +15]."),
         ("data", {"leakage": 3}, "3 held-out questions were also trained on"),
         ("data", {"truncated_share": 0.25}, "25.0% of the conversations are longer than max_seq_len=512"),
         ("data", {"unknown_share": 0.05}, "5.0% of the answer tokens are <unk>"),
