@@ -170,7 +170,9 @@ def test_the_token_that_ends_an_answer_does_not_count(config, tokenizer):
     probe = verdict.choose_probe(form, [], 25)
     assert [row.tags["topic"] for row in probe.rows] == list(dict.fromkeys(row.tags["topic"] for row in probe.rows))
     collator = make_collator(tokenizer, config)
-    for whole, example in zip(form.examples(probe.rows, training=False), probe.examples, strict=True):
+    for row, whole, example in zip(probe.rows, form.examples(probe.rows, training=False), probe.examples, strict=True):
+        answer = tokenizer.decode([label for label in example.labels if label != IGNORED])
+        assert answer.split() == row.turns[0].answer.split()
         assert collator.answer_tokens(example) == collator.answer_tokens(whole) - 1
         assert tokenizer.eos_token_id not in example.labels
         assert list(example.input_ids) == list(whole.input_ids)
