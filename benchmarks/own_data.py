@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from qlora_utils.kernels.loss import row_losses
 from qlora_utils.locate import project_folder
 from qlora_utils.loop.history import HistoryWriter
 from qlora_utils.loop.live import Progress
+from qlora_utils.rows import rewordings
 from qlora_utils.rows.conversations import Conversation, Turn, parse_rows
 from qlora_utils.rows.files import read_source
 from qlora_utils.rows.rewordings import reword_question
@@ -61,6 +63,8 @@ class Recipe:
         values: of `RunConfig`.
         rewordings: of each question, by the library's rules.
         dropped: copies of each question without some of its words, chosen so that it still differs from all others.
+        neighbours: copies of each question with one or two words replaced by others of similar embeddings.
+        synonyms: whether the library's rules know other words, or other orders and frames alone.
         own_words: rewordings of each question that the base model writes itself.
         reverse: adds a row per fact that asks for the question of an answer.
         replay: general questions, answered by the base model, for each row of the example.
@@ -73,6 +77,8 @@ class Recipe:
     values: Mapping[str, Any]
     rewordings: int = 0
     dropped: int = 0
+    neighbours: int = 0
+    synonyms: bool = True
     own_words: int = 0
     reverse: bool = False
     replay: float = 0.0
@@ -161,7 +167,44 @@ def first_round() -> list[Recipe]:
     ]
 
 
-ROUNDS = {"first": (first_round, 3)}  # the recipes of a round, and seeds of each
+def second_round() -> list[Recipe]:
+    """Combine what helped: more wordings, a higher rank, more steps; and try what makes wordings more different."""
+    center = Recipe(
+        "R24", {"lora_r": 64, "lora_alpha": 64, "steps": 240, "learning_rate": 2e-3, "batch_size": 16}, rewordings=24
+    )
+    everything = vary(center, "dropped 8 neighbours 8", dropped=8, neighbours=8)
+    return [
+        center,
+        everything,
+        vary(everything, "r 128 steps 480 lr 1e-3", lora_r=128, lora_alpha=128, steps=480, learning_rate=1e-3),
+        vary(center, "no synonyms", synonyms=False),
+        vary(center, "dropped 8", dropped=8),
+        vary(center, "neighbours 8", neighbours=8),
+        vary(center, "lr 1e-3", learning_rate=1e-3),
+        vary(center, "steps 480", steps=480),
+        vary(center, "steps 480 lr 1e-3", steps=480, learning_rate=1e-3),
+        vary(center, "r 128", lora_r=128, lora_alpha=128),
+        vary(center, "r 16", lora_r=16, lora_alpha=16),
+        vary(center, "R48", rewordings=48),
+        vary(everything, "replay 1 steps 480 lr 1e-3", replay=1.0, steps=480, learning_rate=1e-3),
+        vary(
+            everything,
+            "R48 neighbours 24 steps 480 lr 1e-3",
+            rewordings=48,
+            neighbours=24,
+            steps=480,
+            learning_rate=1e-3,
+        ),
+        vary(center, "constant", lr_scheduler="constant"),
+        vary(center, "steps 120", steps=120),
+        vary(center, "reverse pairs 8", reverse=True, pairs=8),
+        replace(center, name="plain, as R24", rewordings=0),
+        Recipe("plain", {}),
+    ]
+
+
+# The recipes of a round, and seeds of each.
+ROUNDS = {"first": (first_round, 3), "second": (second_round, 3)}
 
 # ---------------------------------------------------------------------------------------------------- rows
 
@@ -190,6 +233,56 @@ def drop_words(texts: Sequence[str], count: int, seed: int) -> list[list[str]]:
             left = {word.strip("?,.").casefold() for word in words}
             way = " ".join(words)
             if len(words) > 1 and way not in (text, *ways) and not any(left <= bag for bag in others):
+                ways.append(way)
+        found.append(ways[:count])
+    return found
+
+
+@contextmanager
+def without_synonyms() -> Iterator[None]:
+    """Take the other words away from the library's rules, to see what they give."""
+    known, rewordings.SYNONYMS = rewordings.SYNONYMS, ()
+    try:
+        yield
+    finally:
+        rewordings.SYNONYMS = known
+
+
+def find_neighbours(base: Any, tokenizer: Any, turns: Sequence[Turn], count: int = 5) -> dict[str, list[str]]:
+    """Find for each word of meaning in the questions those of most similar embeddings that the example does not have.
+
+    A word of the example is never one: `close` is near `open`, and `Saturday` near `Sunday`.
+    """
+    weights = base.get_input_embeddings().weight.detach().float()
+    weights = weights / weights.norm(dim=1, keepdim=True)
+    text = " ".join(f"{turn.question} {turn.answer}" for turn in turns)
+    known = set(re.findall(r"[a-z]+", text.lower()))
+    found: dict[str, list[str]] = {}
+    for word in sorted(set(re.findall(r"\b[a-z]{3,}\b", " ".join(turn.question for turn in turns)))):
+        ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or word in rewordings._FILLERS or rewordings._OPENS.fullmatch(word):
+            continue
+        near = (weights @ weights[ids[0]]).topk(3 * count).indices.tolist()
+        words = [tokenizer.decode([token]) for token in near]
+        found[word] = [way[1:] for way in words if re.fullmatch(r" [a-z]{3,}", way) and way[1:] not in known][:count]
+    return found
+
+
+def replace_by_neighbours(
+    turns: Sequence[Turn], near: Mapping[str, Sequence[str]], count: int, seed: int
+) -> list[list[str]]:
+    """Replace one or two words of each question, worded otherwise or not, by such of similar embeddings."""
+    draw = random.Random(f"neighbours {seed}")
+    found = []
+    for turn in turns:
+        texts = [turn.question, *reword_question(turn.question, count, seed + 1)]
+        ways: list[str] = []
+        for _ in range(10 * count):
+            way = draw.choice(texts)
+            places = [word for word in re.findall(r"[a-z]+", way) if near.get(word)]
+            for word in draw.sample(places, min(len(places), draw.choice((1, 1, 2)))):
+                way = re.sub(rf"\b{word}\b", draw.choice(near[word]), way, count=1)
+            if way not in (*texts, *ways):
                 ways.append(way)
         found.append(ways[:count])
     return found
@@ -227,10 +320,14 @@ def make_rows(recipe: Recipe, seed: int, turns: Sequence[Turn], more: Mapping[st
     texts = [turn.question for turn in turns]
     ways = [[text] for text in texts]
     for place, text in enumerate(texts):
-        ways[place] += reword_question(text, recipe.rewordings, seed)
+        with without_synonyms() if not recipe.synonyms else nullcontext():
+            ways[place] += reword_question(text, recipe.rewordings, seed)
         ways[place] += random.Random(seed).sample(
             more["own words"][place], min(recipe.own_words, len(more["own words"][place]))
         )
+    if recipe.neighbours:
+        for place, near in enumerate(replace_by_neighbours(turns, more["neighbours"], recipe.neighbours, seed)):
+            ways[place] += near
     if recipe.dropped:
         for place, dropped in enumerate(drop_words(texts, recipe.dropped, seed)):
             ways[place] += dropped
@@ -320,6 +417,7 @@ class Bench:
             self.asked["final"] = read_asked(HERE / "rewordings.jsonl", self.turns)
         texts = [turn.question for turn in self.turns]
         self.more: dict[str, Any] = {"own words": [[] for _ in texts], "replay": []}
+        self.more["neighbours"] = find_neighbours(self.base, self.tokenizer, self.turns)
         # what the base model writes for some recipes
         if any(recipe.own_words for recipe in recipes):
             self.more["own words"] = ask_in_own_words(self.base, self.tokenizer, self.basis, texts)
@@ -345,7 +443,18 @@ class Bench:
         config = RunConfig.build({**config.model_dump(), "seed": seed})
         began = time.perf_counter()
         line: dict[str, Any] = {"recipe": recipe.name, "seed": seed, "values": dict(recipe.values)}
-        for name in ("rewordings", "dropped", "own_words", "reverse", "replay", "neftune", "pairs", "system"):
+        for name in (
+            "rewordings",
+            "synonyms",
+            "neighbours",
+            "dropped",
+            "own_words",
+            "reverse",
+            "replay",
+            "neftune",
+            "pairs",
+            "system",
+        ):
             line[name] = getattr(recipe, name)
         tuned = None
         if recipe.values.get("steps") != 0:
@@ -444,7 +553,7 @@ def work(options: argparse.Namespace) -> None:
     bench = Bench(options.model, [recipe for recipe, _ in tasks], final=options.final)
     print(f"worker {worker}: ready after {time.perf_counter() - began:.0f} s", flush=True)
     if worker == 0:
-        (options.out / "own_words.json").write_text(json.dumps(bench.more["own words"], indent=1), encoding="utf-8")
+        (options.out / "neighbours.json").write_text(json.dumps(bench.more["neighbours"], indent=1), encoding="utf-8")
     for number, (recipe, seed) in enumerate(tasks):
         if time.perf_counter() - began > 60 * options.minutes:
             break

@@ -73,6 +73,37 @@ _PRICE = re.compile(r"(?:what|how much) (?:does|do) (?P<thing>(?!it\b).+?) cost(
 _PRICES = ("how much is {thing}{rest}", "what is the price of {thing}{rest}", "how much do I pay for {thing}{rest}",
            "how expensive is {thing}{rest}", "what do you charge for {thing}{rest}")  # fmt: skip
 
+# Words of everyday life that mean the same in a question, whatever it is about.
+SYNONYMS: tuple[tuple[str, ...], ...] = (
+    ("close", "shut"), ("closes", "shuts"), ("closed", "shut"), ("begin", "start"), ("begins", "starts"),
+    ("lose", "misplace", "mislay", "no longer have"), ("lost", "misplaced", "missing"), ("keep", "hold on to"),
+    ("borrow", "take out", "take home", "check out"), ("borrowed", "taken out", "on loan"),
+    ("renew", "extend", "prolong"), ("renewed", "extended", "prolonged"), ("reserve", "put on hold"),
+    ("return", "bring back", "give back", "hand in", "take back"), ("bring", "take along"), ("loan", "borrowed item"),
+    ("the fine", "the penalty", "the charge", "the fee"), ("fines", "penalties", "charges", "fees"),
+    ("fee", "charge", "price"), ("film", "movie", "DVD"), ("films", "movies", "DVDs"),
+    ("magazine", "journal", "periodical"), ("a book", "a volume"), ("books", "volumes"), ("newspaper", "paper"),
+    ("children", "kids", "young people", "little ones"), ("child", "kid"), ("parents", "mum and dad"),
+    ("wireless internet", "wifi", "WLAN", "internet access"), ("internet", "web"), ("computer", "PC"),
+    ("computers", "PCs"), ("eat", "have a snack", "have some food"), ("drink", "have a drink"),
+    ("food", "something to eat"), ("quiet", "silent", "calm"), ("get into", "enter", "get inside", "access"),
+    ("reach", "contact", "get in touch with", "get hold of"), ("become a member", "join", "sign up", "register"),
+    ("print", "make printouts", "use a printer"), ("at a time", "at once", "at the same time", "in one go"),
+    ("things", "items"), ("weekdays", "working days"), ("give", "pass on", "hand over"), ("buy", "purchase", "get"),
+    ("help", "assist", "support"), ("telephone", "phone"), ("allowed", "permitted"), ("repair", "fix", "mend"),
+    ("send", "post"), ("big", "large"), ("small", "little"), ("fast", "quick"), ("doctor", "physician"),
+    ("car", "vehicle"), ("bill", "invoice"), ("parcel", "package"), ("holiday", "vacation"), ("holidays", "vacation"),
+    ("cancel", "call off"), ("choose", "pick", "select"), ("find", "locate"), ("receive", "get", "obtain"),
+    ("remove", "delete", "take off"), ("delete", "erase", "remove"), ("sign up", "register", "enrol"),
+    ("register", "sign up", "enrol"), ("mistake", "error"), ("photo", "picture"), ("teacher", "instructor"),
+    ("test", "exam"), ("customer", "client"), ("customers", "clients"), ("shop", "store"), ("delivery", "shipment"),
+    ("discount", "reduction"), ("toilet", "bathroom", "restroom"), ("lift", "elevator"),
+    ("rubbish", "trash", "garbage"), ("flat", "apartment"), ("password", "passcode"), ("install", "set up"),
+    ("documents", "papers"), ("visitors", "guests"), ("trip", "journey"), ("medicine", "medication"),
+    ("illness", "disease"), ("get to", "reach", "travel to"), ("broken", "damaged", "defective"),
+    ("salary", "pay", "wages"), ("boss", "manager"),
+)  # fmt: skip
+
 # A last part that can open the question as well: `on Sundays`, `if I lose mine`.
 _CLAUSE = re.compile(r"(?P<head>.+?\S) (?P<clause>(?:if|when|while|before|after) \w+ .+)", re.IGNORECASE)
 _PLACE = re.compile(
@@ -150,7 +181,14 @@ def reword_question(text: str, count: int, seed: int = 0) -> list[str]:
     if not fits or "\n" in text.strip() or re.search(r"[?!`\"{}]|\.\s", question):
         return []
     draw = random.Random(f"rewordings {seed} {question}")
-    groups = [[*rule(question)] for rule in (_openings, _orders, _indirect, _topics, _keywords, _framed)]
+    # of every two ways, one has other words as well, if there are any
+    variants = _replace_words(question)
+    draw.shuffle(variants)
+    groups = []
+    for rule in (_openings, _orders, _indirect, _topics, _keywords, _framed):
+        groups.append([*rule(question)])
+        groups.append([way for variant in variants for way in rule(variant)])
+    groups.append([f"{variant}?" for variant in variants])
     for group in groups:
         draw.shuffle(group)
 
@@ -171,6 +209,27 @@ def reword_question(text: str, count: int, seed: int = 0) -> list[str]:
 def _comparable(text: str) -> str:
     """Return a text in a form in which two that tokenize alike but for outer spaces are the same."""
     return " ".join(text.split())
+
+
+def _replace_words(question: str) -> list[str]:
+    """Put words that mean the same in the place of one or of two words; names are never replaced."""
+    places: list[tuple[str, tuple[str, ...]]] = [(rf"\b{group[0]}\b", group[1:]) for group in SYNONYMS]
+    if SYNONYMS:
+        places.append((r"(?<=\ba )late\b|(?<=\bthe )late\b|(?<=\bmy )late\b", ("overdue",)))
+    once = [(pattern, way) for pattern, others in places for way in others if re.search(pattern, question)]
+    found = [_replace_word(question, pattern, way) for pattern, way in once]
+    for number, (pattern, way) in enumerate(once):
+        for other, another in once[number + 1 :]:
+            if other != pattern and re.search(other, changed := _replace_word(question, pattern, way)):
+                found.append(_replace_word(changed, other, another))
+    return list(dict.fromkeys(found))
+
+
+def _replace_word(question: str, pattern: str, way: str) -> str:
+    """Replace the first match of a pattern, and write `a` or `an` before it as its first letter asks."""
+    changed = re.sub(rf"(\b[Aa]n? )?(?:{pattern})", lambda found: f"{found[1] or ''}\0{way}", question, count=1)
+    article = "an" if way[0] in "aeio" else "a"
+    return re.sub(r"\b([Aa])n? \0", lambda found: f"{found[1]}{article[1:]} ", changed).replace("\0", "")
 
 
 def _framed(question: str) -> Iterator[str]:
