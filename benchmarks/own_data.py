@@ -177,6 +177,7 @@ def second_round() -> list[Recipe]:
         center,
         everything,
         vary(everything, "r 128 steps 480 lr 1e-3", lora_r=128, lora_alpha=128, steps=480, learning_rate=1e-3),
+        vary(everything, "bf16", quantize=False),
         vary(center, "no synonyms", synonyms=False),
         vary(center, "dropped 8", dropped=8),
         vary(center, "neighbours 8", neighbours=8),
@@ -405,9 +406,9 @@ class Bench:
     def __init__(self, model: str, recipes: Sequence[Recipe], *, final: bool) -> None:
         self.basis = RunConfig.build({"model": model, "dataset": str(EXAMPLE), **BASIS})
         self.tokenizer = data.load_tokenizer(self.basis)
-        self.base = quantization.load(self.basis)
         self.turns = read_example()
         self.probe = read_probe()
+        self.load(self.basis)
         facts = {fact["row"]: fact for fact in read_jsonl(HERE / "facts.jsonl")}
         trained = []
         for place, turn in enumerate(self.turns, start=1):
@@ -423,6 +424,10 @@ class Bench:
             self.more["own words"] = ask_in_own_words(self.base, self.tokenizer, self.basis, texts)
         if any(recipe.replay for recipe in recipes):
             self.more["replay"] = self.answer_general()
+
+    def load(self, config: RunConfig) -> None:
+        """Load the base model, and measure it on the general texts."""
+        self.base = quantization.load(config)
         self.base_probe = self.measure_probe(self.base)
 
     def answer_general(self) -> list[Turn]:
@@ -437,24 +442,12 @@ class Bench:
     def run(self, recipe: Recipe, seed: int) -> dict[str, Any]:
         """Train a recipe with a seed, ask all questions, and put the base model back as it was."""
         values = {name: value for name, value in recipe.values.items() if (name, value) != ("steps", 0)}
-        config = (
-            self.basis.model_copy(update={}) if not values else RunConfig.build({**self.basis.model_dump(), **values})
-        )
-        config = RunConfig.build({**config.model_dump(), "seed": seed})
+        config = RunConfig.build({**self.basis.model_dump(), **values, "seed": seed})
+        if not config.quantize:
+            self.load(config)
         began = time.perf_counter()
         line: dict[str, Any] = {"recipe": recipe.name, "seed": seed, "values": dict(recipe.values)}
-        for name in (
-            "rewordings",
-            "synonyms",
-            "neighbours",
-            "dropped",
-            "own_words",
-            "reverse",
-            "replay",
-            "neftune",
-            "pairs",
-            "system",
-        ):
+        for name in Recipe.__dataclass_fields__.keys() - {"name", "values"}:
             line[name] = getattr(recipe, name)
         tuned = None
         if recipe.values.get("steps") != 0:
@@ -467,8 +460,8 @@ class Bench:
         if tuned is not None:
             restore(tuned)
         # peft leaves a trained head on the model that it was trained with
-        if config.train_head:
-            self.base = quantization.load(self.basis)
+        if config.train_head or not config.quantize:
+            self.load(self.basis)
         line["all_s"] = round(time.perf_counter() - began, 2)
         return line
 

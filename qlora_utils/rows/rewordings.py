@@ -76,7 +76,7 @@ _PRICES = ("how much is {thing}{rest}", "what is the price of {thing}{rest}", "h
 # Words of everyday life that mean the same in a question, whatever it is about.
 SYNONYMS: tuple[tuple[str, ...], ...] = (
     ("close", "shut"), ("closes", "shuts"), ("closed", "shut"), ("begin", "start"), ("begins", "starts"),
-    ("lose", "misplace", "mislay", "no longer have"), ("lost", "misplaced", "missing"), ("keep", "hold on to"),
+    ("lose", "misplace", "mislay"), ("lost", "misplaced", "missing"), ("keep", "hold on to"),
     ("borrow", "take out", "take home", "check out"), ("borrowed", "taken out", "on loan"),
     ("renew", "extend", "prolong"), ("renewed", "extended", "prolonged"), ("reserve", "put on hold"),
     ("return", "bring back", "give back", "hand in", "take back"), ("bring", "take along"), ("loan", "borrowed item"),

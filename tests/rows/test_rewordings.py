@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from qlora_utils.config import RunConfig
 from qlora_utils.locate import project_folder
+from qlora_utils.rows import rewordings
 from qlora_utils.rows.conversations import Conversation, Turn
-from qlora_utils.rows.rewordings import LONGEST_WORDS, reword_question, training_rows
+from qlora_utils.rows.rewordings import LONGEST_WORDS, SYNONYMS, reword_question, training_rows
 
 with (project_folder("data") / "examples" / "questions.csv").open(encoding="utf-8", newline="") as file:
     EXAMPLE = [row["question"] for row in csv.DictReader(file)]
@@ -19,7 +20,7 @@ with (project_folder("data") / "examples" / "questions.csv").open(encoding="utf-
 ASKING = {
     "a", "an", "the", "is", "are", "do", "does", "can", "may", "i", "my", "mine", "me", "you", "it", "there", "to",
     "of", "that", "has", "at", "what", "when", "where", "who", "which", "how", "for", "long", "often", "many", "cost",
-    "if", "need",
+    "if", "need", "have",
 }  # fmt: skip
 
 
@@ -35,14 +36,62 @@ def is_kept(word, way):
     )
 
 
+def is_replaced(word, way, chained=True):
+    """Tell whether other words of the same meaning, or of those again, stand for the phrase that a word is of."""
+    groups = [*SYNONYMS, ("late", "overdue")]
+    return any(
+        all(is_kept(p, way) or (chained and is_replaced(p, way, False)) for p in words_of(other) if p not in ASKING)
+        for group in groups
+        if word in words_of(group[0])
+        for other in group[1:]
+    )
+
+
 @pytest.mark.parametrize("question", EXAMPLE)
 def test_a_rewording_loses_no_word_of_meaning_and_adds_no_number(question):
     ways = reword_question(question, 1000)
     assert len(ways) >= 20
     meaning = [word for word in words_of(question) if word not in ASKING]
     for way in ways:
-        assert all(is_kept(word, way) for word in meaning), way
+        assert all(is_kept(word, way) or is_replaced(word, way) for word in meaning), way
         assert set(re.findall(r"\d+", way)) == set(re.findall(r"\d+", question))
+
+
+def test_without_other_words_every_word_of_meaning_stays(monkeypatch):
+    monkeypatch.setattr(rewordings, "SYNONYMS", ())
+    for question in EXAMPLE:
+        meaning = [word for word in words_of(question) if word not in ASKING]
+        for way in reword_question(question, 1000):
+            assert all(is_kept(word, way) for word in meaning), way
+
+
+def test_no_word_of_a_group_has_another_meaning_among_the_first():
+    firsts = [group[0] for group in SYNONYMS]
+    assert len(set(firsts)) == len(firsts)
+    assert all(len(set(group)) == len(group) >= 2 for group in SYNONYMS)
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("How do I renew a loan?", "How do I extend a loan?"),
+        ("Where can I eat an apple on weekdays?", "Where can I eat an apple on working days?"),
+        ("What is the fine for a late book?", "What is the penalty for an overdue book?"),
+        ("Where is the lift?", "Where is the elevator?"),
+        ("How do I pay a bill?", "How do I pay an invoice?"),
+    ],
+)
+def test_other_words_of_the_same_meaning(question, expected):
+    ways = [way.lower().rstrip("?.") for way in reword_question(question, 10_000)]
+    assert expected.lower().rstrip("?.") in ways
+
+
+@pytest.mark.parametrize(
+    "question", ["How late are you open?", "Is it fine to bring the dog?", "Who is Close Lift Book?"]
+)
+def test_a_word_of_another_meaning_and_a_name_stay(question):
+    for way in reword_question(question, 1000):
+        assert not {"overdue", "penalty", "shut", "elevator", "volume"} & set(words_of(way)), way
 
 
 def test_two_questions_never_become_one():
