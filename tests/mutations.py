@@ -133,6 +133,20 @@ MUTATIONS = [
         "labels += [*answer[:-1], IGNORED]",
         "tests/tokens/test_formats.py",
     ),
+    Mutation(
+        "numbers are not split into digits in a packaged model",
+        "models/packaged.py",
+        "    split_digits(tokenizer)\n",
+        "",
+        "tests/models/test_packaged.py",
+    ),
+    Mutation(
+        "a package's weights are read whatever their SHA-256",
+        "models/packaged.py",
+        "if digest.hexdigest() != package.sha256:",
+        "if not digest.hexdigest():",
+        "tests/models/test_packaged.py",
+    ),
 ]
 
 
