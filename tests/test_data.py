@@ -94,7 +94,8 @@ def test_a_tokenizer_without_begin_or_end_is_refused(tmp_path, missing):
     folder = tmp_path / "model"
     shutil.copytree(locate("embedded:pocket/model"), folder)
     stored = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**stored, missing: None}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**stored, missing: None, "chat_template": None}))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(ModelError, match="needs both"):
         data.load_tokenizer(RunConfig.from_preset("pocket", model=str(folder)))
 

@@ -179,7 +179,7 @@ def test_200_real_answers_with_code_and_lists_are_streamed_as_the_batch_has_them
 def test_marks_that_arrive_in_pieces_are_restored_as_in_the_batch(pieces):
     """Each piece is a token: also those that end within a mark."""
     spelled = SimpleNamespace(
-        eos_token_id=-1, convert_ids_to_tokens=pieces.__getitem__,
+        eos_token_id=-1, chat_template=None, convert_ids_to_tokens=pieces.__getitem__,
         decode=lambda ids, **_: "".join(pieces[number] for number in ids),
     )  # fmt: skip
     assert_equal_to_batch(list(range(len(pieces))), spelled)

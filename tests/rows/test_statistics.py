@@ -43,7 +43,7 @@ def test_a_share_of_what_is_padded_is_none_only_if_nothing_is(length, longer):
 def test_one_that_is_cut_among_many_thousands_is_counted_and_its_share_is_not_none(preset, tokenizer, cut):
     form = format_of(tokenizer, RunConfig.from_preset(preset))
     row = {"turns": 1, "shape": "s", "script": "Latin", "text": b"", "plain_text": b"", "blank": False,
-           "unanswered": False, "lengths": [9], "within": [9], "answer_tokens": 1}  # fmt: skip
+           "unanswered": False, "lengths": [9], "within": [9], "answer_tokens": 1, "trimmed": 0}  # fmt: skip
     rows = [{**row, "cut": number < cut, "unknown": number < cut} for number in range(30_000)]
     report = measures.report_of(measured_table({name: [one[name] for one in rows] for name in rows[0]}), form)
     assert report["truncated"] == cut
