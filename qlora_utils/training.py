@@ -36,6 +36,7 @@ from qlora_utils.models.export import write_tokenizer
 from qlora_utils.models.hardware import OutOfMemoryError, is_out_of_memory
 from qlora_utils.models.memory import answer_room, too_large_at_last, within_learned
 from qlora_utils.models.resolution import resolution_of
+from qlora_utils.models.shapes import architecture_of
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.files import DataError
 from qlora_utils.rows.held_out import measured_rows
@@ -263,9 +264,11 @@ def _train_or_reuse(
     last = None if fresh else _find_start(run, reads_through=not is_enough)
     if last is not None:
         record = read_json(last / checkpoints.RECORD)
+        _check_format(config, record["config"], tokenizer, run)
         _check_config(config, record["config"], FINISHED_FIELDS if done else RESUME_FIELDS, run)
         _check_rows(prepared, record["rows"], run)
     if done:
+        _check_format(config, stored, tokenizer, run)
         _check_config(config, stored, FINISHED_FIELDS, run)
         # To select another of the saved adapters, no steps are needed but the checkpoints are.
         if is_enough or (done.steps == total and last is None):
@@ -402,6 +405,29 @@ def _check_config(
         )
 
 
+def _check_format(
+    config: RunConfig, stored: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, run: RunDirectory
+) -> None:
+    """Refuse to resume a training in another chat template than it was started in.
+
+    Other words for the same template do no harm, such as `auto` for `llama2` of a Llama-2.
+
+    Raises:
+        ConfigError: the templates differ.
+    """
+    # Earlier versions knew one format.
+    started_in = stored.get("chat_template", "llama2")
+    if started_in == config.chat_template or architecture_of(config.model) == "encoder-decoder":
+        return
+    before = format_of(tokenizer, config.model_copy(update={"chat_template": started_in, "fresh": False}))
+    now = format_of(tokenizer, config)
+    if before.chat_template != now.chat_template:
+        raise ConfigError(
+            f"{run.path} holds a training in {before.name} (chat_template: it has {started_in!r}, asked for is "
+            f"{config.chat_template!r}). Give another run_name, or fresh=true to start over in its place."
+        )
+
+
 def _check_rows(prepared: Prepared, stored_digest: str, run: RunDirectory) -> None:
     """Refuse to resume a training with other rows than those it was started with.
 
@@ -475,16 +501,18 @@ def _train_from(
 @contextmanager
 def _record_format(form: Format, run: RunDirectory) -> Iterator[None]:
     """Save what the format depends on in the run; on an error restore what was there before."""
-    before = {}
+    before: dict[Path, str | None] = {}
     for path in (run.instructions, run.chat_template):
-        if path.is_file():
-            before[path] = path.read_text(encoding="utf-8")
+        before[path] = path.read_text(encoding="utf-8") if path.is_file() else None
     form.record(run)
     try:
         yield
     except BaseException:
         for path, text in before.items():
-            write_text(path, text)
+            if text is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_text(path, text)
         raise
 
 

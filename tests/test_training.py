@@ -899,7 +899,7 @@ def test_the_adapter_carries_the_template_it_was_trained_with_and_not_that_of_th
     asked = saved.apply_chat_template([{"role": "user", "content": "Why?"}], return_dict=False)
     assert asked == format_of(tokenizer, config).prompt([], "Why?")
     # No other template lies anywhere in what the training left.
-    for path in run.path.rglob("chat_template.jinja"):
+    for path in {*run.path.rglob("chat_template.jinja")} - {run.chat_template}:
         assert path.read_text() == template
 
 

@@ -23,6 +23,7 @@ from qlora_utils.locate import first_line, locate
 from qlora_utils.rows.conversations import JOINER, Conversation, Turn, defused
 from qlora_utils.rows.readers import DataError, UnusableRowError
 from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,9 @@ _NONCHARACTERS = re.compile(f"[{_OPEN}-{_END_PLACE}]")
 # What templates do to the white space around an answer, from nothing to all of it.
 _TRIMMED = (str, str.rstrip, str.lstrip, lambda text: text.strip("\n"), lambda text: text.lstrip("\n"), str.strip)
 # A call in a template that prints the time.
-_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_NOW = re.compile(r"""strftime_now\(\s*(['"])([^'"]*)\1\s*\)""")
+# What a run records in place of a template that was trained in the Llama-2 format.
+LLAMA2 = "{# Llama-2 chat format #}\n"
 
 
 # --------------------------------------------------------------------------------------- which template
@@ -54,7 +57,7 @@ _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 def read_template(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> str | None:
     """Return the chat template of a run with its date filled in; None where it is Llama-2's format.
 
-    A run that was trained has its own copy: the model's may change on the hub.
+    A training that has begun recorded its own: the model's may change on the hub.
 
     Raises:
         ConfigError: the file that `chat_template` names cannot be read.
@@ -64,19 +67,31 @@ def read_template(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> str 
         return None
     if name == "chatml":
         return CHATML
-    if run.chat_template.is_file() and not config.fresh:
-        return run.chat_template.read_text(encoding="utf-8")
+    recorded = _read_recorded(config, run)
+    if recorded is not None:
+        return None if recorded == LLAMA2 else recorded
     if name == "auto":
         source = own_template(tokenizer)
         return None if source is None else fix_date(source, run)
     path = Path(locate(name))
     try:
-        return fix_date(path.read_text(encoding="utf-8"), run)
+        return fix_date(path.read_text(encoding="utf-8-sig"), run)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"chat_template: {name} cannot be read ({first_line(error)}). Expected auto, llama2, chatml, or the path "
             "of a file in Jinja, FILE.jinja."
         ) from None
+
+
+def _read_recorded(config: RunConfig, run: RunDirectory) -> str | None:
+    """Return the template that a run recorded when its training began, if the same is asked for now."""
+    if config.fresh or not (run.chat_template.is_file() and run.config.is_file()):
+        return None
+    stored = read_json(run.config).get("config")
+    asked = {"model": config.model, "chat_template": config.chat_template}
+    if not isinstance(stored, dict) or any(stored.get(name) != value for name, value in asked.items()):
+        return None
+    return run.chat_template.read_text(encoding="utf-8")
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -108,14 +123,19 @@ class ChatTemplate:
         special: ids of the special tokens by their texts. `all_special_tokens` would be 2 of Llama
             3's 256.
         encoder: the copy of the tokenizer.
+        lead: white space that the template writes before each answer and the tokenizer joins with
+            its first word, as in `ASSISTANT: Yes`. It is part of the answer then.
         end: id of the token that ends an answer.
+        server_prompt: what a server writes after a question, if not what training does; else empty.
     """
 
     tokenizer: Any
     source: str
     special: dict[str, int]
     encoder: Any
+    lead: str = ""
     end: int = -1
+    server_prompt: str = ""
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -124,7 +144,7 @@ class ChatTemplate:
 
 
 # A copy of a large vocabulary takes a second, and each prompt needs one.
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)
 def prepare_template(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatTemplate:
     """Prepare a chat template, and try it on a conversation.
 
@@ -135,12 +155,35 @@ def prepare_template(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatTem
     added = tokenizer.added_tokens_decoder
     special = {token.content: number for number, token in added.items() if token.special}
     template = ChatTemplate(tokenizer, source, special, _rename_special_tokens(tokenizer, special))
+    turns = (Turn("One?", "two"), Turn("Three?", "four"))
 
-    # A template that writes nothing after an answer, or a space before it, is found here.
+    # A template that writes nothing after an answer, or opens it with a space, is found here.
     try:
-        (tried,) = encode([Conversation((Turn("One?", "two"), Turn("Three?", "four")))], template)
+        layout = lay_out(turns, template)
+        (encoding,) = _encode_texts([_join(layout, template)[0]], template)
+        if _find_joined(layout, encoding, template):
+            before = layout.before[0]
+            template = replace(template, lead=before[len(before.rstrip(" \t\n")) :])
+            layout = lay_out(turns, template)
+            (encoding,) = _encode_texts([_join(layout, template)[0]], template)
+        if _find_joined(layout, encoding, template):
+            raise UnusableRowError(
+                "the tokenizer joins the end of a prompt and the start of an answer in one token, but labels need a "
+                "boundary there"
+            )
+        (tried,) = encode([Conversation(turns)], template)
     except UnusableRowError as error:
         raise DataError(f"chat_template: {error}. {_ADVICE}") from None
+
+    # A server opens an answer with `add_generation_prompt`.
+    question = [{"role": "user", "content": turns[0].question}]
+    try:
+        opened = _render(question, template, add_generation_prompt=True)
+    except UnusableRowError as error:
+        opened = f"an error: {error}"
+    trained = lay_out_prompt((), turns[0].question, "", template).after
+    if opened.removesuffix(template.lead) != trained:
+        template = replace(template, server_prompt=opened.rpartition(turns[0].question)[2] or opened)
     return replace(template, end=tried.ends[-1])
 
 
@@ -164,6 +207,10 @@ def _rename_special_tokens(tokenizer: PreTrainedTokenizerBase, special: Mapping[
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
         model["vocab"] = {names.get(name, name): number for name, number in vocabulary.items()}
+        # No letters may merge into a special token either.
+        if merges := model.get("merges"):
+            spelled = [merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in merges]
+            model["merges"] = [merge for merge, text in zip(merges, spelled, strict=True) if text not in names]
     elif vocabulary:
         model["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
     if model.get("unk_token") in names:
@@ -171,7 +218,13 @@ def _rename_special_tokens(tokenizer: PreTrainedTokenizerBase, special: Mapping[
 
     # A post-processor would add `<s>`, and move the beginning of a token past its space.
     described.update(post_processor=None, truncation=None, padding=None)
-    encoder = Tokenizer.from_str(json.dumps(described))
+    try:
+        encoder = Tokenizer.from_str(json.dumps(described))
+    # `tokenizers` raises plain exceptions.
+    except Exception as error:
+        raise DataError(
+            f"chat_template: no copy of the tokenizer can be made ({first_line(error)}). {_ADVICE}"
+        ) from None
     for name, number in special.items():
         if encoder.token_to_id(names[name]) != number:
             raise DataError(f"chat_template: {name} has another id in a copy of the tokenizer. {_ADVICE}")
@@ -238,7 +291,41 @@ def lay_out(turns: Sequence[Turn], template: ChatTemplate) -> Layout:
         position += len(written[-1])
     if not text.startswith(pieces[0]) or position + len(pieces[-1]) != len(text):
         raise UnusableRowError("the chat template changes what it writes with the answers")
+    _refuse_forgery(turns, pieces, template)
+
+    # White space that the tokenizer joins with the first word of an answer is part of it.
+    if template.lead:
+        pieces[:-1] = [piece.removesuffix(template.lead) for piece in pieces[:-1]]
+        written = [template.lead + answer for answer in written]
     return Layout(pieces[:-1], written, pieces[-1])
+
+
+def _refuse_forgery(turns: Sequence[Turn], pieces: Sequence[str], template: ChatTemplate) -> None:
+    """Refuse a conversation of whose letters a template makes special tokens.
+
+    Defused marks are no marks, but a template that cuts something out of a text, or writes two texts
+    side by side, can make one of their parts.
+
+    Raises:
+        UnusableRowError: there are other special tokens than in a conversation of plain words.
+    """
+    # Most texts have no letter with which a special token begins or ends.
+    letters = _outer_letters(template.marks)
+    contents = [text for turn in turns for text in (turn.question, turn.system)]
+    if not any(letter in text for text in contents for letter in letters):
+        return
+    plain = [Turn("a", "b", "c" if turn.system else "") for turn in turns]
+    # Where the system prompt changes, it changes in plain words too.
+    for index, turn in enumerate(turns):
+        if turn.system:
+            plain[index] = replace(plain[index], system=f"c{[one.system for one in turns].index(turn.system)}")
+    expected = _render(_messages(plain, ["b"] * len(turns), template), template)
+    pattern = _match_marks(template.marks)
+    found: list[str] = []
+    for piece in pieces:
+        found += pattern.findall(piece)
+    if found != pattern.findall(expected):
+        raise UnusableRowError("the chat template would make special tokens of its text")
 
 
 def lay_out_prompt(history: Sequence[Turn], question: str, system: str, template: ChatTemplate) -> Layout:
@@ -247,7 +334,15 @@ def lay_out_prompt(history: Sequence[Turn], question: str, system: str, template
     It is what training renders before that answer, and not the template's `add_generation_prompt`:
     some templates open their last turn in another way than they write it.
     """
-    layout = lay_out([*history, Turn(question, _PLACE, system)], template)
+    last = Turn(question, _PLACE, system)
+    try:
+        layout = lay_out([*history, last], template)
+    # A model that thought aloud: the template would cut its thoughts, and so they are cut here.
+    except UnusableRowError:
+        turns = [replace(turn, answer=turn.answer.rpartition("</think>")[2]) for turn in history]
+        if turns == [*history]:
+            raise
+        layout = lay_out([*turns, last], template)
     return Layout(layout.before[:-1], layout.answers[:-1], layout.before[-1])
 
 
@@ -261,30 +356,38 @@ def _describe_change(answer: str) -> str:
 def _messages(turns: Sequence[Turn], answers: Sequence[str], template: ChatTemplate) -> list[dict[str, str]]:
     """Return a conversation as messages, with special tokens that an author spelled defused."""
     messages = []
+    system = ""
     for turn, answer in zip(turns, answers, strict=True):
-        if turn.system:
-            messages.append({"role": "system", "content": _defuse(turn.system, template)})
+        # Each turn of a chat may name the system prompt that holds; it is written where it is another.
+        if turn.system and turn.system != system:
+            system = turn.system
+            messages.append({"role": "system", "content": _defuse(system, template)})
         messages.append({"role": "user", "content": _defuse(turn.question, template)})
         messages.append({"role": "assistant", "content": answer})
     return messages
 
 
-def _render(messages: list[dict[str, str]], template: ChatTemplate) -> str:
+def _render(messages: list[dict[str, str]], template: ChatTemplate, *, add_generation_prompt: bool = False) -> str:
     """Render messages; a model that may think is told not to.
 
     Raises:
         UnusableRowError: the template raises an error.
     """
-    from jinja2 import TemplateError
-
     try:
-        return str(
-            template.tokenizer.apply_chat_template(
-                messages, chat_template=template.source, tokenize=False, enable_thinking=False
-            )
+        text = template.tokenizer.apply_chat_template(
+            messages,
+            chat_template=template.source,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,
         )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise UnusableRowError(f"the chat template refuses it: {first_line(error)}") from None
+    # A template is a program, and may fail in any way.
+    except Exception as error:
+        said = f"the chat template refuses it: {first_line(error)}"
+        if any(message["role"] == "system" for message in messages):
+            said += " (it may take no system prompt)"
+        raise UnusableRowError(said) from None
+    return str(text)
 
 
 def _defuse(text: str, template: ChatTemplate) -> str:
@@ -299,6 +402,12 @@ def _defuse(text: str, template: ChatTemplate) -> str:
 def _first_letters(marks: tuple[str, ...]) -> frozenset[str]:
     """Return the letters with which marks begin."""
     return frozenset(mark[0] for mark in marks)
+
+
+@functools.lru_cache(maxsize=8)
+def _outer_letters(marks: tuple[str, ...]) -> frozenset[str]:
+    """Return the letters with which marks begin or end."""
+    return frozenset(mark[0] for mark in marks) | frozenset(mark[-1] for mark in marks)
 
 
 # --------------------------------------------------------------------------------------- from text to tokens
@@ -337,9 +446,7 @@ def encode(
         response_only: False gives a label to every token but the first.
 
     Raises:
-        UnusableRowError: as in `lay_out`.
-        DataError: the tokenizer joins prompt and answer in one token, or no special token follows an
-            answer.
+        UnusableRowError: as in `lay_out`, or no special token follows an answer.
     """
     layouts = [lay_out(conversation.turns, template) for conversation in conversations]
     texts = [_join(layout, template)[0] for layout in layouts]
@@ -349,16 +456,10 @@ def encode(
         if not joined:
             encoded.append(_label(conversation, layout, encoding, template, response_only))
             continue
-        # White space that the tokenizer joins with the prompt's is left out.
+        # White space that the tokenizer joins with the prompt's is left out. If it joins the first
+        # letter itself, that token is taken for the prompt's and carries no loss.
         trimmed = _trim_answers(layout, joined)
         (again,) = _encode_texts([_join(trimmed, template)[0]], template)
-        if _find_joined(trimmed, again, template):
-            place = f" of {conversation.where} row {conversation.number}" if conversation.where else ""
-            raise DataError(
-                f"chat_template: the tokenizer joins the end of a prompt and the start of an answer{place} in one "
-                "token, but labels need a boundary there. A template must not write a space before an answer, unless a "
-                f"special token is before that. {_ADVICE}"
-            )
         tokens = _label(conversation, trimmed, again, template, response_only)
         encoded.append(replace(tokens, trimmed=len(joined)))
     return encoded
@@ -430,20 +531,30 @@ def _find_joined(layout: Layout, encoding: Any, template: ChatTemplate) -> set[i
 def _label(
     conversation: Conversation, layout: Layout, encoding: Any, template: ChatTemplate, response_only: bool
 ) -> Tokens:
-    """Label the tokens of a conversation."""
+    """Label the tokens of a conversation.
+
+    Raises:
+        UnusableRowError: no special token ends an answer, or something else than white space lies
+            between: a model would learn to ask questions, and never to stop.
+    """
     ids: list[int] = encoding.ids
     labels = [IGNORED] * len(ids) if response_only else list(ids)
     # No token predicts the first; in a pack, another conversation lies before it.
     labels[:1] = [IGNORED]
-    special = frozenset(template.special.values())
-    ends = []
-    for index, (start, _) in enumerate(_join(layout, template)[1]):
+    # An unknown word ends no answer.
+    special = frozenset(template.special.values()) - {template.tokenizer.unk_token_id}
+    text, spans = _join(layout, template)
+    offsets, ends = encoding.offsets, []
+    for index, (start, end) in enumerate(spans):
         first = _first_token(encoding, start)
-        last = next((place for place in range(first, len(ids)) if ids[place] in special), None)
-        if last is None:
-            raise DataError(
-                "chat_template: no special token of the tokenizer follows an answer, so that a model would never "
-                f"learn to stop. {_ADVICE}"
+        # A token that reaches into the prompt, see `encode`, carries no loss.
+        if first < len(ids) and offsets[first][0] < start:
+            first += 1
+        after = (place for place in range(first, len(ids)) if offsets[place][0] >= end)
+        last = next((place for place in after if ids[place] in special), None)
+        if last is None or text[end : offsets[last][0]].strip():
+            raise UnusableRowError(
+                "no special token of the tokenizer follows an answer, so that a model would never learn to stop"
             )
         ends.append(ids[last])
         learned = slice(first, last + 1)

@@ -359,7 +359,7 @@ class TemplateFormat(ChatFormat):
     def name(self) -> str:  # type: ignore[override]
         """Return whose template it is."""
         given = self.config.chat_template
-        return "the tokenizer's own chat template" if given in ("auto", "llama2") else f"the chat template {given}"
+        return "the tokenizer's own chat template" if given == "auto" else f"the chat template {given}"
 
     @functools.cached_property
     def template(self) -> chat.ChatTemplate:
@@ -422,7 +422,8 @@ class Llama2Format(ChatFormat):
         return encode_prompt(history, question, self.tokenizer, system=system)
 
     def record(self, run: RunDirectory) -> None:
-        """Write nothing: the format depends on the config alone."""
+        """Write that it is this format: the model may get a template later."""
+        write_text(run.chat_template, chat.LLAMA2)
 
     @property
     def chat_template(self) -> str:

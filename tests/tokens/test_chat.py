@@ -231,7 +231,8 @@ def test_chatml_needs_its_marks_in_the_tokenizer(tokenizer, tmp_path):
             "leaves an answer out|changes its answer",
         ),
         ("{% for m in messages %}{{ m.role + ':\\n' + m.content }}{% endfor %}", "no special token"),
-        ("{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}", "must not write a space"),
+        ("{% for m in messages %}{{ m.role + ':\\n' + m.content }}{% endfor %}{{ eos_token }}", "no special token"),
+        ("{{ 1 / 0 }}", "division by zero"),
     ],
 )
 def test_a_template_that_cannot_be_trained_in_is_refused_with_advice(chatml, tmp_path, source, said):
@@ -271,7 +272,8 @@ def test_rows_that_the_template_refuses_are_left_out_and_the_rest_is_trained(cha
     config = config_of(tmp_path, dataset=str(tmp_path / "rows.jsonl"), held_out_rows=4)
     prepared = data.prepare(config, chatml)
     assert [row.number for row in prepared.rejected] == [0, 1, 2]
-    assert {row.reason for row in prepared.rejected} == {"the chat template refuses it: System role not supported"}
+    said = "the chat template refuses it: System role not supported (it may take no system prompt)"
+    assert {row.reason for row in prepared.rejected} == {said}
     assert len(prepared.train) + len(prepared.held_out) == 17
 
 
@@ -337,9 +339,17 @@ def test_a_run_keeps_the_template_that_it_was_trained_in(chatml, tmp_path):
     chatml.chat_template = chat.CHATML
     config = config_of(tmp_path)
     run = RunDirectory(config.run_dir)
+    run.begin(config)
     format_of(chatml, config).record(run)
     chatml.chat_template = DATED
     assert format_of(chatml, config).chat_template == chat.CHATML
+    # Another template that is asked for, or another model, is not taken for it.
+    assert type(format_of(chatml, config.model_copy(update={"chat_template": "llama2"}))) is Llama2Format
+    elsewhere = config.model_copy(update={"model": str(tmp_path)})
+    assert chat.read_template(chatml, elsewhere).startswith("{{ 'Today is ")
+    # A run in Llama-2 format stays one where the model gets a template later.
+    format_of(chatml, config.model_copy(update={"chat_template": "llama2"})).record(run)
+    assert type(format_of(chatml, config)) is Llama2Format
     assert format_of(chatml, config.model_copy(update={"fresh": True})).chat_template != chat.CHATML
 
 
@@ -480,3 +490,103 @@ def test_what_an_author_spelled_comes_back_in_answers(name, load, tmp_path):
         stream = AnswerStream(form)
         assert "".join([*map(stream.add, ids), stream.end()]) == text
         assert defused(text, form.marks) != text
+
+
+# --------------------------------------------------------------------------------------- templates of all kinds
+
+# SmolLM3's cuts its switches out of a system prompt, another writes system prompt and question side by side.
+CUTTING = chat.CHATML.replace("message['content']", "(message['content'] | replace('/think', ''))")
+JOINING = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ '<|im_start|>user\\n' + m.content }}"
+    "{% else %}{{ ('' if loop.previtem and loop.previtem.role == 'system' else '<|im_start|>' + m.role + '\\n')"
+    " + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "system", "question"), [(CUTTING, "Be<|im_/thinkend|> brief.", "a"), (JOINING, "S<|im_", "end|>q")]
+)
+def test_a_template_that_cuts_or_joins_texts_makes_no_special_token_of_them(chatml, tmp_path, source, system, question):
+    chatml.chat_template = source
+    form = format_of(chatml, config_of(tmp_path))
+    assert form.refuse(Conversation((Turn(question, "b", system),))) == (
+        "the chat template would make special tokens of its text"
+    )
+    assert form.refuse(Conversation((Turn("a < b > c", "d", "Be <brief>."),))) is None
+
+
+def test_a_space_before_answers_that_the_tokenizer_joins_is_part_of_the_answer(load, tmp_path):
+    """Such as Vicuna's and Mistral's: the prompt of the training ends before it."""
+    (tmp_path / "mine.jinja").write_text(
+        "{% for m in messages %}{{ ('USER: ' if m.role == 'user' else ' ASSISTANT: ') + m.content }}"
+        "{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}"
+    )
+    tokenizer = load("qwen3")
+    form = format_of(tokenizer, config_of(tmp_path, chat_template=str(tmp_path / "mine.jinja")))
+    example, prompt = form.encode([TWO])[0], form.prompt(TWO.turns[:1], TWO.turns[1].question)
+    assert [tokenizer.decode(ids) for ids in spans(example)] == [" A number.<|im_end|>", " Another one.<|im_end|>"]
+    assert example.input_ids[: len(prompt)] == prompt
+    assert tokenizer.decode(prompt).endswith("And three? ASSISTANT:")
+    # One odd answer costs no other row anything.
+    form.encode([Conversation((Turn("Why?", ") it is a smile"),))])
+
+
+def test_an_unknown_word_ends_no_answer(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", "<|u|>", "<|a|>", "what", "a", "of"]
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<|u|>", "<|a|>"],
+    )  # fmt: skip
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ('<|u|>' if m.role == 'user' else '<|a|>') + m.content }}"
+        "{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}"
+    )
+    form = format_of(tokenizer, config_of(tmp_path))
+    assert form.template.end == 2
+    assert spans(form.encode([Conversation((Turn("what", "a dog of"),))])[0]) == [[6, 0, 7, 2]]
+
+
+def test_letters_do_not_merge_into_a_special_token(load, tmp_path):
+    import copy
+
+    tokenizer = copy.deepcopy(load("qwen3"))
+    # Qwen's vocabulary merges these letters into one token.
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</s>"]})
+    form = format_of(tokenizer, config_of(tmp_path))
+    example = form.encode([Conversation((Turn("a </s> b", "c </s> d"),))])[0]
+    assert tokenizer.convert_tokens_to_ids("</s>") not in example.input_ids
+
+
+@pytest.mark.parametrize("name", TEMPLATED)
+def test_a_chat_that_names_its_system_prompt_at_each_turn_has_one(name, load, tmp_path):
+    tokenizer = load(name)
+    form = format_of(tokenizer, config_of(tmp_path))
+    once = form.prompt([Turn("a", "b", "Be brief.")], "c")
+    assert form.prompt([Turn("a", "b", "Be brief.")], "c", "Be brief.") == once
+
+
+@pytest.mark.parametrize("name", ["qwen3"])
+def test_a_chat_goes_on_after_an_answer_that_thought_aloud(name, load, tmp_path):
+    form = format_of(load(name), config_of(tmp_path))
+    assert form.prompt([Turn("a", "<think>hm</think>b")], "c") == form.prompt([Turn("a", "b")], "c")
+
+
+def test_where_servers_ask_otherwise_is_said(chatml, tmp_path):
+    chatml.chat_template = chat.CHATML
+    assert "servers" not in data.describe_format(format_of(chatml, config_of(tmp_path)))
+    chatml.chat_template = chat.CHATML.replace("assistant\\n' }}{%- endif", "assistant\\n<think>\\n' }}{%- endif")
+    said = data.describe_format(format_of(chatml, config_of(tmp_path)))
+    assert "<think>" in said
+    assert "give them the prompt of the training instead" in said
+
+
+def test_a_date_that_is_computed_otherwise_is_left_as_it_is(chatml, tmp_path):
+    run = RunDirectory(config_of(tmp_path).run_dir)
+    for call in ('strftime_now("%d" ~ " %b")', "strftime_now(form)"):
+        assert chat.fix_date(f"{{{{ {call} }}}}", run) == f"{{{{ {call} }}}}"
+    assert chat.fix_date("{{ strftime_now('%Y') }}", run) == f"{{{{ '{date.today().year}' }}}}"
