@@ -20,7 +20,7 @@ with (project_folder("data") / "examples" / "questions.csv").open(encoding="utf-
 ASKING = {
     "a", "an", "the", "is", "are", "do", "does", "can", "may", "i", "my", "mine", "me", "you", "it", "there", "to",
     "of", "that", "has", "at", "what", "when", "where", "who", "which", "how", "for", "long", "often", "many", "cost",
-    "if", "need", "have",
+    "if", "need", "have", "some",
 }  # fmt: skip
 
 
