@@ -81,7 +81,11 @@ def test_the_example_can_be_trained_on_and_its_command_is_a_run_of_it(tmp_path, 
     assert "This can be trained on: 24 conversations to train on, 6 held out. One pass over them is 2 steps" in flat
     assert "3 conversations are scored: one more that is right changes exact match by 33%" in flat
     commands = [shlex.split(line) for line in out.splitlines() if line.startswith("  qlora run ")]
-    assert [command[command.index("--preset") + 1] for command in commands] == ["pocket", "llama2-7b"]
+    assert [command[command.index("--preset") + 1] for command in commands] == ["pocket", "smollm2", "llama2-7b"]
+    given = dict(word.split("=", 1) for word in commands[1] if "=" in word)
+    del given["dataset"]
+    assert given == {name: str(value) for name, value in check.FEW_FACTS.items()}
+    assert "What is set aside is not learned." in flat
     options = cli._parser().parse_args(commands[0][1:])
     config, _ = runner.resolve(
         preset=options.preset, run_name=options.run_name, output_dir=options.output_dir,
