@@ -19,7 +19,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -559,17 +559,22 @@ def work(options: argparse.Namespace) -> None:
         print(f"{recipe.name} seed {seed}: {right}, probe {line['probe']}, {line['all_s']} s", flush=True)
 
 
-# two-sided 95 % quantiles of Student's t, by degrees of freedom
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+def half_widths(groups: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return half the width of the 95 % interval of each recipe's mean over its seeds.
 
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and half the width of its 95 % interval over seeds, by Student's t."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, float("nan")
-    spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return mean, _T[min(len(values) - 2, len(_T) - 1)] * spread / len(values) ** 0.5
+    Two or three seeds tell little of how much they scatter. The recipes of a round scatter alike, so
+    the variance is pooled over all of them, as in an analysis of variance. The quantile of Student's t
+    is that of Cornish and Fisher: z + (z³ + z) / 4n for n degrees of freedom.
+    """
+    squares, freedom = 0.0, 0
+    for values in groups.values():
+        mean = sum(values) / len(values)
+        squares += sum((value - mean) ** 2 for value in values)
+        freedom += len(values) - 1
+    if not freedom:
+        return {}
+    quantile = 1.96 + (1.96**3 + 1.96) / (4 * freedom)
+    return {name: quantile * (squares / freedom / len(values)) ** 0.5 for name, values in groups.items()}
 
 
 def read_round(folder: Path) -> Iterator[dict[str, Any]]:
@@ -578,27 +583,41 @@ def read_round(folder: Path) -> Iterator[dict[str, Any]]:
         yield from read_jsonl(path)
 
 
-def summarize(folder: Path) -> dict[str, dict[str, float]]:
+def summarize(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Return for each recipe the shares of right answers, their intervals over seeds, and what was forgotten.
 
     Shares are in percent, `half` is half the width of a 95 % interval, `forgot` the loss on general
     texts in nats per token above that of the untrained model.
     """
-    recipes: dict[str, list[dict[str, Any]]] = {}
-    for line in read_round(folder):
-        recipes.setdefault(line["recipe"], []).append(line)
-    found: dict[str, dict[str, float]] = {}
-    for name, lines in recipes.items():
-        values: dict[str, float] = {"seeds": len(lines)}
+    columns: dict[str, dict[str, list[float]]] = {}
+    for line in lines:
+        measured = {"forgot": line["probe"][1] - line["probe"][0], "training_s": line["train_s"]}
         for asked in ("development", "final", "trained"):
-            shares = [100 * sum(line[asked]) / len(line[asked]) for line in lines if asked in line]
-            if shares:
-                values[asked], values[f"{asked}_half"] = interval(shares)
-        values["forgot"], values["forgot_half"] = interval([line["probe"][1] - line["probe"][0] for line in lines])
-        values["training_s"] = interval([line["train_s"] for line in lines])[0]
-        # one seed has no interval
-        found[name] = {key: value for key, value in values.items() if value == value}
+            if asked in line:
+                right = [int(one) for one in line[asked]]
+                measured[asked] = 100 * sum(right) / len(right)
+        for name, value in measured.items():
+            columns.setdefault(name, {}).setdefault(line["recipe"], []).append(value)
+    found: dict[str, dict[str, float]] = {}
+    for name, groups in columns.items():
+        halves = half_widths(groups)
+        for recipe, values in groups.items():
+            row = found.setdefault(recipe, {})
+            row["seeds"] = len(values)
+            row[name] = sum(values) / len(values)
+            # a seed alone has no interval, and the untrained model does not scatter
+            if len(values) > 1 and name != "training_s":
+                row[f"{name}_half"] = halves[recipe]
     return found
+
+
+def shorten(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a training as it is stored: without its answers, and which are right as a text of 0 and 1."""
+    short = {name: value for name, value in line.items() if name != "answers"}
+    for asked in ("development", "final", "trained"):
+        if asked in short:
+            short[asked] = "".join(map(str, short[asked]))
+    return short
 
 
 def show_table(values: Mapping[str, Mapping[str, float]]) -> None:
@@ -629,11 +648,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--store", type=Path, help="result file for that table")
     given = options.parse_args(arguments)
     if given.table:
-        values = summarize(given.table)
+        lines = [*read_round(given.table)]
+        values = summarize(lines)
         show_table(values)
         if given.store:
-            runs = [{key: value for key, value in line.items() if key != "answers"} for line in read_round(given.table)]
-            store(given.store, values, runs)
+            store(given.store, values, [shorten(line) for line in lines])
         return 0
     work(given)
     return 0

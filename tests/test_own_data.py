@@ -6,11 +6,13 @@ import sys
 
 import pytest
 from conftest import ROOT
+from result_tables import find_faults, read_results, rows_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # as `python benchmarks/own_data.py` has it
 
 import own_data
 
+from qlora_utils.rows import check
 from qlora_utils.rows.rewordings import reword_question
 
 
@@ -78,3 +80,36 @@ def test_dropped_words_still_tell_a_question_from_all_others(turns):
             words = {word.strip("?,.").casefold() for word in way.split()}
             assert words <= bags[place]
             assert not any(words <= bag for other, bag in enumerate(bags) if other != place)
+
+
+@pytest.mark.parametrize(
+    ("page", "section"),
+    [
+        ("data.md", "## What makes a small model answer rewordings"),
+        ("experiments.md", "## 30 facts asked in other words"),
+    ],
+)
+def test_the_tables_are_the_stored_results(page, section):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").split(section)[1].split("\n## ")[0]
+    assert len([*rows_of(text)]) > 5
+    assert find_faults(text, read_results(ROOT / "benchmarks" / "results")) == []
+
+
+def test_the_advice_is_the_best_on_the_development_set_of_what_the_library_can_do():
+    (advised,) = [recipe for recipe in own_data.second_round() if recipe.name == "R24 steps 480"]
+    assert {**advised.values, "rewordings": advised.rewordings, "keep": own_data.BASIS["keep"]} == check.FEW_FACTS
+    values = read_results(ROOT / "benchmarks" / "results")["own_data_second.json"]
+    shares = {}
+    for recipe in own_data.second_round():
+        others = (recipe.dropped, recipe.neighbours, recipe.replay, recipe.pairs, recipe.reverse, not recipe.synonyms)
+        if not any(others):
+            shares[recipe.name] = values[f"{recipe.name.replace(', ', '-').replace(' ', '-')}.development"]
+    assert max(shares, key=shares.__getitem__) == advised.name
+
+
+def test_an_interval_pools_the_scatter_of_all_recipes():
+    halves = own_data.half_widths({"a": [1.0, 3.0], "b": [5.0, 5.0, 5.0], "alone": [9.0]})
+    quantile = 1.96 + (1.96**3 + 1.96) / 12
+    assert halves["a"] == pytest.approx(quantile * (2 / 3 / 2) ** 0.5)
+    assert halves["b"] == pytest.approx(quantile * (2 / 3 / 3) ** 0.5)
+    assert own_data.half_widths({"alone": [9.0]}) == {}

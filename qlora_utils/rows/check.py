@@ -39,7 +39,7 @@ FEW_PASSES = 5
 # What made a model of 135 million parameters answer questions about 30 facts that were worded otherwise
 # (docs/data.md). It is advised for few rows on the model that a package brings.
 FEW_FACTS: dict[str, Any] = {
-    "rewordings": 24, "lora_r": 64, "lora_alpha": 64, "learning_rate": 2e-3, "steps": 240, "batch_size": 16,
+    "rewordings": 24, "lora_r": 64, "lora_alpha": 64, "learning_rate": 2e-3, "steps": 480, "batch_size": 16,
     "keep": "last",
 }  # fmt: skip
 # The largest `max_new_tokens` that is advised: every question of notebook 06 may take as long.
