@@ -344,7 +344,7 @@ COMMAND_LINE = [
          r"runs: mine is named twice.*others"),
     said("compare", "--runs", "a", "b", "--show", "-1")(r"show: -1 is not allowed; expected 0 or more"),
     said("compare", "--runs", "a", "b", "--show", "x")(r"--show: invalid int value: 'x'.*--help"),
-    said("plan", "--gpu", "RTX9999")(r"--gpu RTX9999: not known\. Expected one of T4"),
+    said("plan", "--gpu", "RTX9999")(r"--gpu RTX9999: not known\. Expected one of 3060, T4"),
     said("plan", "--preset", "lama2")(r"preset: 'lama2' is not known; expected one of.*Did you mean llama2-7b"),
     said("plan", "-p", "lora_rank=8")(r"lora_rank: no such parameter\. Did you mean lora_r\?"),
     said("plan", "--run", "none", status=1)(r"none/config\.json: no such run.*qlora run --run-name none"),

@@ -271,10 +271,14 @@ def save_plain(gguf: Path, folder: Path) -> None:
 
     from qlora_utils.models.export import write_config, write_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     # Without `dequantize` a machine that has kernels for it leaves the weights packed.
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
     model.generation_config._from_model_config = False
     model.save_pretrained(folder)

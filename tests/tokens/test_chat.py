@@ -403,7 +403,7 @@ def test_a_tokenizer_without_a_beginning_needs_a_template(tmp_path, load, monkey
 
     tokenizer = load("qwen3")
     folder = tmp_path / "model"
-    shutil.copytree(data.locate("embedded:pocket/model"), folder)
+    shutil.copytree(locate("embedded:pocket/model"), folder)
     for path in folder.glob("*token*"):
         path.unlink()
     tokenizer.save_pretrained(folder)
