@@ -1,9 +1,8 @@
 """Measure speed and memory of the chat presets at their true shape with random weights, and hold the plan against it.
 
-    tar xf ../shared/data/tokenizers/tokenizers.tar.xz -C outputs
-    python benchmarks/chat_models.py --tokenizers outputs --dataset ROWS --work /dev/shm/chat
+    python benchmarks/chat_models.py --tokenizers FOLDER --dataset ROWS --work /dev/shm/chat
 
-Random weights say nothing about answers, and none are asked. Of each model three things are measured: some steps on
+FOLDER holds the tokenizers of the models in folders of their own, `qwen3` and `llama3`. Random weights say nothing about answers, and none are asked. Of each model three things are measured: some steps on
 the rows, as planned for this card; the peak of full passes of made-up tokens, as planned for this card; and the same as
 planned for a small card, which takes as much memory on a large one. A model of 8 billion parameters takes 16 GB in WORK
 while it is measured.
