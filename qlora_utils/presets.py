@@ -79,7 +79,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         # The head is tied to the embeddings, and would be a fifth of the model to train.
         "train_head": False,
         "learning_rate": 1e-3,
-        "steps": 250,
+        "steps": 200,
         "batch_size": 8,
         "gradient_checkpointing": False,
         "keep_expanded": True,

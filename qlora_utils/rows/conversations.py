@@ -250,7 +250,7 @@ _LISTS = ("messages", "conversations")
 _SHAPED = frozenset({*_LISTS, "text", *(name for pair in (*_PAIRS, *_MORE_PAIRS) for name in pair)})
 # Columns by which scores are grouped, or against which answers are scored.
 TAGS = tuple(TAG_ROLES)
-_EXTRA = frozenset({"input", *TAGS, *SPELLED})  # fields that a row of any shape can have as well
+_EXTRA = frozenset({"input", "instruction", *TAGS, *SPELLED})  # fields that a row of any shape can have as well
 # The system prompt in Llama-2 format: a block at the start of the first question.
 _SYSTEM = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>(?:\n\n|\s*)", re.DOTALL)
 
