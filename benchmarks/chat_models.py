@@ -2,10 +2,10 @@
 
     python benchmarks/chat_models.py --tokenizers FOLDER --dataset ROWS --work /dev/shm/chat
 
-FOLDER holds the tokenizers of the models in folders of their own, `qwen3` and `llama3`. Random weights say nothing about answers, and none are asked. Of each model three things are measured: some steps on
-the rows, as planned for this card; the peak of full passes of made-up tokens, as planned for this card; and the same as
-planned for a small card, which takes as much memory on a large one. A model of 8 billion parameters takes 16 GB in WORK
-while it is measured.
+FOLDER holds the tokenizers of the models in folders of their own, `qwen3` and `llama3`. Random weights say nothing
+about answers, and none are asked. Of each model three things are measured: some steps on the rows, as planned for this
+card; the peak of full passes of made-up tokens, as planned for this card; and the same as planned for a small card,
+which takes as much memory on a large one. A model of 8 billion parameters takes 16 GB in WORK while it is measured.
 """
 
 from __future__ import annotations

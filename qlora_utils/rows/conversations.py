@@ -250,7 +250,7 @@ _LISTS = ("messages", "conversations")
 _SHAPED = frozenset({*_LISTS, "text", *(name for pair in (*_PAIRS, *_MORE_PAIRS) for name in pair)})
 # Columns by which scores are grouped, or against which answers are scored.
 TAGS = tuple(TAG_ROLES)
-_EXTRA = frozenset({"input", "instruction", *TAGS, *SPELLED})  # fields that a row of any shape can have as well
+_EXTRA = frozenset({"input", *TAGS, *SPELLED})  # fields that a row of any shape can have as well
 # The system prompt in Llama-2 format: a block at the start of the first question.
 _SYSTEM = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>(?:\n\n|\s*)", re.DOTALL)
 
@@ -289,6 +289,9 @@ def parse(row: Row, roles: dict[str, str] | None = None) -> Conversation:
     found_roles: dict[str, str] = {}
     refuse_other_data(columns, found_roles)
     found = _shape_and_parts(columns, found_roles)
+    # An `input` alone is a question, but beside an `Instruction` it belongs to that one.
+    if found is not None and found[0].startswith("input/") and "instruction" in map(normalise_name, columns):
+        found = None
     if found is None:
         columns = _rename_fields(columns, _SHAPED)
         found = _shape_and_parts(columns, found_roles)
