@@ -40,10 +40,10 @@ from qlora_utils.models.memory import answer_room
 from qlora_utils.models.resolution import resolution_of
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.held_out import clusters_of_answers, clusters_of_rows, is_one_group, scored_rows
-from qlora_utils.rows.judge import progress_bar as progress_bar  # notebook 06 shows it
 from qlora_utils.rows.rewordings import training_rows
 from qlora_utils.runs.directory import RunDirectory, require_adapter
 from qlora_utils.runs.files import write_jsonl
+from qlora_utils.runs.progress import progress_bar as progress_bar  # notebook 06 shows it
 from qlora_utils.style import BASE, ORANGE, TUNED, cut, in_figure, unframed
 from qlora_utils.tokens.formats import format_of
 from qlora_utils.tokens.packing import find_read, make_collator, make_sampler

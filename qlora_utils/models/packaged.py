@@ -11,11 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +22,7 @@ from qlora_utils.config import ModelError
 from qlora_utils.locate import PACKAGED, locate
 from qlora_utils.runs.files import follow_umask, write_text
 from qlora_utils.runs.locks import LockedError, hold_lock, is_at_work
+from qlora_utils.runs.progress import follow_count, progress_bar
 from qlora_utils.style import duration, size
 
 if TYPE_CHECKING:
@@ -187,7 +186,11 @@ def _download(package: Package, folder: Path) -> Path:
     # pip's temporary files lie here too: their growth is the progress.
     environment = {**os.environ, "TMPDIR": str(folder), "PIP_PROGRESS_BAR": "off"}
     log = folder / "pip.log"
-    with log.open("wb") as said, _follow_growth(folder, package):
+    with (
+        log.open("wb") as said,
+        progress_bar("fetching", package.bytes, "B") as bar,
+        follow_count(bar, lambda: min(_count_bytes(folder), package.bytes)),
+    ):
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, env=environment, check=False
         )
@@ -204,29 +207,13 @@ def _download(package: Package, folder: Path) -> Path:
     return wheels[0]
 
 
-@contextmanager
-def _follow_growth(folder: Path, package: Package) -> Iterator[None]:
-    """Show a progress bar that follows the bytes in a folder, while this context lasts."""
-    from tqdm.auto import tqdm
-
-    ended = threading.Event()
-
-    def follow() -> None:
-        # None: a log gets no bar.
-        with tqdm(total=package.bytes, unit="B", unit_scale=True, desc="downloaded", leave=False, disable=None) as bar:
-            while not ended.wait(0.5):
-                # pip moves and removes files while they are counted.
-                with suppress(OSError):
-                    found = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                    bar.update(max(0, min(found, package.bytes) - bar.n))
-
-    follower = threading.Thread(target=follow, daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        follower.join()
+def _count_bytes(folder: Path) -> int:
+    """Return the bytes in a folder whose files come and go: pip moves and removes some while they are counted."""
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            found += path.stat().st_size if path.is_file() else 0
+    return found
 
 
 def _extract(package: Package, wheel: Path, folder: Path) -> Path:

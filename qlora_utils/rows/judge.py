@@ -13,8 +13,6 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -33,7 +31,7 @@ from qlora_utils.rows.messages import NOT_READ
 from qlora_utils.rows.probe import refuse_probe
 from qlora_utils.rows.readers import Row, UnusableRowError
 from qlora_utils.rows.statistics import REPORTED, measure, question_keys
-from qlora_utils.runs.directory import HEADLESS, TERMINAL
+from qlora_utils.runs.progress import follow_count, progress_bar
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -48,8 +46,6 @@ FEW = 2000
 LIST = 100
 # Rows that a process judges at a time.
 BATCH = 1000
-# Seconds before a progress bar is displayed.
-PATIENCE = 3
 # Rows are read in one process before they are judged, so that more processes than this save little.
 MOST_PROCESSES = 8
 # An option of Linux's `prctl`: the signal that this process gets when its parent ends.
@@ -165,7 +161,7 @@ def judge_all(raw: RawRows, form: Format, temporary: Path, processes: int | None
     progress.touch()
     with progress_bar("preparing rows", raw.count, "row") as bar:
         if processes == 1:
-            with _follow_size(progress, bar):
+            with follow_count(bar, lambda: progress.stat().st_size):
                 return _judge_shard(raw.dataset, form, followed, temporary / "judged.arrow", progress)
         shards = [raw.dataset.shard(processes, number, contiguous=True) for number in range(processes)]
         return concatenate_datasets(_judge_in_processes(shards, form, followed, temporary, progress, bar))
@@ -208,7 +204,7 @@ def _judge_in_processes(
             worker.start()
         running = {worker.sentinel: (worker, path) for worker, path in zip(workers, paths, strict=True)}
         # Threads are started after the forks: a fork would inherit the locks that they hold.
-        with _follow_size(progress, bar):
+        with follow_count(bar, lambda: progress.stat().st_size):
             while running:
                 for sentinel in multiprocessing.connection.wait([*running]):
                     _raise_worker_error(*running.pop(sentinel))  # type: ignore[arg-type]
@@ -462,45 +458,3 @@ def hide_datasets_bars() -> Iterator[None]:
     finally:
         if are_enabled:
             datasets.enable_progress_bars()
-
-
-def progress_bar(task: str, total: int | None, unit: str) -> Any:
-    """Return a progress bar, which is displayed only for a task that takes more than a few seconds.
-
-    Args:
-        task: its name, for the bar.
-        total: number of its parts (None: unknown, and so is the time left).
-        unit: name of one part.
-    """
-    from tqdm.auto import tqdm as notebook_tqdm
-    from tqdm.std import tqdm as text_tqdm
-
-    options: dict[str, Any] = {}
-    bar: Any = notebook_tqdm
-    if HEADLESS in os.environ:
-        # A terminal draws a bar over the last one, but a log lists them all: update it less often.
-        columns = os.environ.get(TERMINAL, "")
-        options = {"mininterval": 2.0 if columns else 30.0, "ncols": int(columns or 100)}
-        bar = text_tqdm
-    return bar(total=total, desc=task, unit=unit, delay=PATIENCE, file=sys.stderr, leave=False, **options)
-
-
-@contextmanager
-def _follow_size(progress: Path, bar: Any) -> Iterator[None]:
-    """Update a bar with the size of a file, in bytes, while this context lasts."""
-    ended = threading.Event()
-
-    def follow() -> None:
-        # After the end, update once more: the last rows may have been judged since.
-        is_last = False
-        while not is_last:
-            is_last = ended.wait(0.2)
-            bar.update(progress.stat().st_size - bar.n)
-
-    follower = threading.Thread(target=follow, daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        follower.join()

@@ -17,6 +17,7 @@ from qlora_utils.config import RunConfig
 from qlora_utils.rows import judge, prepare
 from qlora_utils.rows.files import DataError, Piece, Row, Rows, read_source
 from qlora_utils.rows.judge import WorkerError
+from qlora_utils.runs import progress
 from qlora_utils.runs.directory import HEADLESS
 from qlora_utils.runs.files import read_json
 from qlora_utils.tokens.formats import format_of
@@ -134,7 +135,7 @@ def test_progress_shows_when_it_takes_longer_and_only_then(tmp_path, form, monke
     source = read_source(str(tmp_path / "rows.jsonl"))
     prepare.prepare_into(tmp_path, source, "here", form, 1)
     assert not capsys.readouterr().err.strip()
-    monkeypatch.setattr(judge, "PATIENCE", 0)
+    monkeypatch.setattr(progress, "PATIENCE", 0)
     prepare.prepare_into(tmp_path, source, "here", form, 1)
     assert "preparing rows" in capsys.readouterr().err
 
