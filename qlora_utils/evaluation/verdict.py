@@ -108,7 +108,8 @@ def compare_held_out(
     """
     result = {}
     for name in ("exact_match", "f1"):
-        base, tuned = ([line[model][name] for line in lines] for model in ("base", "tuned"))
+        base = [line["base"][name] for line in lines]
+        tuned = [line["tuned"][name] for line in lines]
         result[name] = compare_pairs(base, tuned, clusters)
     # Fewer disagreements than that are no difference to McNemar's test, whatever their spread.
     least = LEAST_DISCORDANT / len(lines)

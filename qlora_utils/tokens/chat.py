@@ -160,13 +160,12 @@ def prepare_template(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatTem
     # A template that writes nothing after an answer, or opens it with a space, is found here.
     try:
         layout = lay_out(turns, template)
-        (encoding,) = _encode_texts([_join(layout, template)[0]], template)
-        if _find_joined(layout, encoding, template):
+        (written,) = _write([layout], template)
+        if written.joined:
             before = layout.before[0]
             template = replace(template, lead=before[len(before.rstrip(" \t\n")) :])
-            layout = lay_out(turns, template)
-            (encoding,) = _encode_texts([_join(layout, template)[0]], template)
-        if _find_joined(layout, encoding, template):
+            (written,) = _write([lay_out(turns, template)], template)
+        if written.joined:
             raise UnusableRowError(
                 "the tokenizer joins the end of a prompt and the start of an answer in one token, but labels need a "
                 "boundary there"
@@ -407,7 +406,7 @@ def _first_letters(marks: tuple[str, ...]) -> frozenset[str]:
 @functools.lru_cache(maxsize=8)
 def _outer_letters(marks: tuple[str, ...]) -> frozenset[str]:
     """Return the letters with which marks begin or end."""
-    return frozenset(mark[0] for mark in marks) | frozenset(mark[-1] for mark in marks)
+    return _first_letters(marks) | frozenset(mark[-1] for mark in marks)
 
 
 # --------------------------------------------------------------------------------------- from text to tokens
@@ -449,18 +448,16 @@ def encode(
         UnusableRowError: as in `lay_out`, or no special token follows an answer.
     """
     layouts = [lay_out(conversation.turns, template) for conversation in conversations]
-    texts = [_join(layout, template)[0] for layout in layouts]
     encoded = []
-    for conversation, layout, encoding in zip(conversations, layouts, _encode_texts(texts, template), strict=True):
-        joined = _find_joined(layout, encoding, template)
+    for conversation, layout, written in zip(conversations, layouts, _write(layouts, template), strict=True):
+        joined = written.joined
         if not joined:
-            encoded.append(_label(conversation, layout, encoding, template, response_only))
+            encoded.append(_label(conversation, written, template, response_only))
             continue
         # White space that the tokenizer joins with the prompt's is left out. If it joins the first
         # letter itself, that token is taken for the prompt's and carries no loss.
-        trimmed = _trim_answers(layout, joined)
-        (again,) = _encode_texts([_join(trimmed, template)[0]], template)
-        tokens = _label(conversation, trimmed, again, template, response_only)
+        (again,) = _write([_trim_answers(layout, joined)], template)
+        tokens = _label(conversation, again, template, response_only)
         encoded.append(replace(tokens, trimmed=len(joined)))
     return encoded
 
@@ -468,11 +465,10 @@ def encode(
 def encode_prompt(history: Sequence[Turn], question: str, system: str, template: ChatTemplate) -> list[int]:
     """Return the token ids that the model reads before it answers; they are exactly those of training."""
     layout = lay_out_prompt(history, question, system, template)
-    (encoding,) = _encode_texts([_join(layout, template)[0]], template)
-    if joined := _find_joined(layout, encoding, template):
-        (encoding,) = _encode_texts([_join(_trim_answers(layout, joined), template)[0]], template)
-    ids: list[int] = encoding.ids
-    return ids
+    (written,) = _write([layout], template)
+    if written.joined:
+        (written,) = _write([_trim_answers(layout, written.joined)], template)
+    return written.ids
 
 
 def _trim_answers(layout: Layout, joined: set[int]) -> Layout:
@@ -481,14 +477,49 @@ def _trim_answers(layout: Layout, joined: set[int]) -> Layout:
     return replace(layout, answers=answers)
 
 
-def _encode_texts(texts: list[str], template: ChatTemplate) -> list[Any]:
-    """Encode texts in which special tokens have their new names; offsets count characters."""
-    encodings: list[Any] = template.encoder.encode_batch(texts, add_special_tokens=False)
-    return encodings
+@dataclass(frozen=True)
+class Written:
+    """Hold the text of a conversation, in which special tokens have their new names, and its tokens.
+
+    Attributes:
+        text: of the whole conversation.
+        spans: first character and end of each answer in it.
+        ids: of the tokens.
+        offsets: first character and end of each token.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    def token_at(self, start: int) -> int:
+        """Return the index of the token that covers a character."""
+        return bisect_right(self.offsets, start, key=itemgetter(1))
+
+    def reaches_back(self, start: int) -> bool:
+        """Return True if the token that covers a character begins before it."""
+        index = self.token_at(start)
+        return index < len(self.ids) and self.offsets[index][0] < start
+
+    @functools.cached_property
+    def joined(self) -> set[int]:
+        """Return the numbers of answers whose first token reaches into the text before."""
+        return {index for index, (start, _) in enumerate(self.spans) if self.reaches_back(start)}
+
+
+def _write(layouts: Sequence[Layout], template: ChatTemplate) -> list[Written]:
+    """Write layouts as texts, and tokenize each at once."""
+    joined = [_join(layout, template) for layout in layouts]
+    encodings = template.encoder.encode_batch([text for text, _ in joined], add_special_tokens=False)
+    written = []
+    for (text, spans), encoding in zip(joined, encodings, strict=True):
+        written.append(Written(text, spans, encoding.ids, encoding.offsets))
+    return written
 
 
 def _join(layout: Layout, template: ChatTemplate) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text with the new names of special tokens, and first character and end of each answer.
+    """Return the text of a layout with the new names of special tokens, and first character and end of each answer.
 
     Names are replaced in each piece by itself: no mark arises where an answer begins or ends.
     """
@@ -512,47 +543,26 @@ def _match_marks(marks: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _first_token(encoding: Any, start: int) -> int:
-    """Return the index of the token that covers a character."""
-    return bisect_right(encoding.offsets, start, key=itemgetter(1))
-
-
-def _find_joined(layout: Layout, encoding: Any, template: ChatTemplate) -> set[int]:
-    """Return the numbers of answers whose first token reaches into the text before."""
-    joined = set()
-    offsets = encoding.offsets
-    for index, (start, _) in enumerate(_join(layout, template)[1]):
-        first = _first_token(encoding, start)
-        if first < len(offsets) and offsets[first][0] < start:
-            joined.add(index)
-    return joined
-
-
-def _label(
-    conversation: Conversation, layout: Layout, encoding: Any, template: ChatTemplate, response_only: bool
-) -> Tokens:
+def _label(conversation: Conversation, written: Written, template: ChatTemplate, response_only: bool) -> Tokens:
     """Label the tokens of a conversation.
 
     Raises:
         UnusableRowError: no special token ends an answer, or something else than white space lies
             between: a model would learn to ask questions, and never to stop.
     """
-    ids: list[int] = encoding.ids
+    ids, offsets = written.ids, written.offsets
     labels = [IGNORED] * len(ids) if response_only else list(ids)
     # No token predicts the first; in a pack, another conversation lies before it.
     labels[:1] = [IGNORED]
     # An unknown word ends no answer.
     special = frozenset(template.special.values()) - {template.tokenizer.unk_token_id}
-    text, spans = _join(layout, template)
-    offsets, ends = encoding.offsets, []
-    for index, (start, end) in enumerate(spans):
-        first = _first_token(encoding, start)
+    ends = []
+    for index, (start, end) in enumerate(written.spans):
         # A token that reaches into the prompt, see `encode`, carries no loss.
-        if first < len(ids) and offsets[first][0] < start:
-            first += 1
+        first = written.token_at(start) + written.reaches_back(start)
         after = (place for place in range(first, len(ids)) if offsets[place][0] >= end)
         last = next((place for place in after if ids[place] in special), None)
-        if last is None or text[end : offsets[last][0]].strip():
+        if last is None or written.text[end : offsets[last][0]].strip():
             raise UnusableRowError(
                 "no special token of the tokenizer follows an answer, so that a model would never learn to stop"
             )

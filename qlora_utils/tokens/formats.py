@@ -60,7 +60,8 @@ class Encoded:
             the encoder reads.
         labels: of a causal model one for each id, the id itself where it carries loss and -100
             elsewhere; of an encoder-decoder the tokens that the decoder learns to write.
-        trimmed: answers whose leading white space was left out.
+        trimmed: answers whose leading white space was left out; counted while rows are judged, and not
+            stored with examples.
     """
 
     input_ids: list[int]
