@@ -49,7 +49,7 @@ class RunDirectory:
 
     @property
     def chat_template(self) -> Path:
-        """Return the path of the chat template that a causal model was trained with, if not Llama-2's."""
+        """Return the path of the chat template that a causal model is trained in; of Llama-2's format, its name."""
         return self.data / "chat_template.jinja"
 
     @property
