@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -64,6 +65,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
 
 
+def pytest_collection_finish():
+    """Keep what all test files have imported out of every garbage collection, of which each training makes several."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module")
 def chromium():
     """A headless browser, for the tests of one file: while it is there no other event loop may run."""
@@ -112,15 +119,20 @@ def preset(request):
     return getattr(request, "param", None) or "pocket"
 
 
-@pytest.fixture
-def config(preset, tmp_path):
-    """A short run on a pocket model, in a folder of its own; in fp32, so that equal means equal on a GPU too."""
+def short_run(preset, folder):
+    """The config of a short run on a pocket model; in fp32, so that equal means equal on a GPU too."""
     from qlora_utils.config import RunConfig
 
     return RunConfig.from_preset(
-        preset, output_dir=str(tmp_path), run_name="test", steps=8, batch_size=8, logging_steps=1, eval_steps=4,
+        preset, output_dir=str(folder), run_name="test", steps=8, batch_size=8, logging_steps=1, eval_steps=4,
         save_steps=4, train_rows=64, trace_rows=0, probe_rows=0, compute_dtype="float32",
     )  # fmt: skip
+
+
+@pytest.fixture
+def config(preset, tmp_path):
+    """A short run in a folder of its own."""
+    return short_run(preset, tmp_path)
 
 
 @pytest.fixture(scope="session")

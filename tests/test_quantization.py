@@ -110,6 +110,7 @@ def test_generation_gives_the_head_no_view_with_gaps(config, base_model):
     torch.testing.assert_close(base_model.lm_head(hidden[:, -1:]), base_model.lm_head(hidden)[:, -1:])
 
 
+@pytest.mark.slow
 def test_no_import_noise():  # trap 19
     code = "import qlora_utils.training, qlora_utils.answers, bitsandbytes.backends.cpu.ops"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

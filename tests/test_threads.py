@@ -79,5 +79,5 @@ def test_a_kernel_of_the_series_has_it(witnessed, tmp_path):
 @pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7")])
 def test_what_the_user_has_set_stays(witnessed, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    subprocess.run([sys.executable, *STARTS["command line"]], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, *STARTS["set-up cell"]], cwd=ROOT, check=True, capture_output=True)
     assert witnessed() == [f"{value} None" if name == "GOMP_SPINCOUNT" else f"None {value}"]

@@ -43,6 +43,7 @@ def test_the_page_is_self_contained_and_escapes_what_it_is_given(tmp_path, token
     assert "<code>05_loss.png</code>" in page
 
 
+@pytest.mark.slow
 def test_whatever_is_planted_a_page_has_its_own_elements_and_attributes_only(tmp_path, tokenizer):
     """In questions, answers, the turns before, tags, names of runs and groups, parameters and the names of figures."""
     pages, texts = [], []
