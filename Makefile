@@ -27,7 +27,7 @@ demo: $(READY) ## run the seven notebooks on the pocket model; leaves outputs/de
 
 NAME ?= $(if $(DATASET),demo-rows,demo-real)
 
-demo-real: $(READY) ## run them on SmolLM2-135M, a quarter of an hour: DATASET= for rows of your own, NAME= of the run
+demo-real: $(READY) ## run them on SmolLM2-135M, in a quarter of an hour: DATASET= for rows of your own, NAME= of the run
 	$(BIN)/qlora run --preset smollm2 --run-name "$(NAME)" $(if $(DATASET),-p dataset="$(DATASET)")
 	@printf '\nopen outputs/%s/report.html, or go on with one of\n' "$(NAME)"
 	@printf '  %s\n' '$(BIN)/qlora ask "What is the capital of Chile?" --run $(NAME)' 'make playground RUN=$(NAME)'
