@@ -1,8 +1,9 @@
 """Word questions otherwise by rule, so that a model trained on few of them answers other wordings too (notebook 01).
 
-The rules are for English. They change how something is asked and never what: words that carry
-meaning, numbers and names stay as they are. A question in another language, or one that no rule
-fits, is left alone.
+The rules are for English. They are to change how something is asked and never what: numbers and names
+stay as they are, and a word that carries meaning does or gives way to one that means the same. Rules
+understand nothing: read what they make of your own questions. A question in another language, or one
+that no rule fits, is left alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _ENGLISH = frozenset(
 )
 # A long question, or one of several lines, is a text of its own, which frames and orders would not fit.
 LONGEST_WORDS = 30
+LONGEST_TOPIC = 6
 
 # What surrounds a question, which itself stays whole.
 _FRAMES = (
@@ -61,6 +63,8 @@ _OPENINGS = (
     (r"what do i need to\b", ("what do I have to", "what must I", "what should I")),
     (r"(may|can|could) i\b", ("am I allowed to", "is it possible to", "could I", "can I", "may I", "is it okay to")),
     (r"(may|can) we\b", ("are we allowed to", "is it possible to", "could we")),
+    (r"is there a way to\b", ("is it possible to", "how can I")),
+    (r"is there any\b", ("do you have any", "have you got any")),
     (r"is there\b", ("do you have", "have you got", "is there any chance of")),
     (r"are there\b", ("do you have", "have you got")),
     (r"who (may|can)\b", ("who is allowed to", "which people can", "who has the right to")),
@@ -85,29 +89,56 @@ SYNONYMS: tuple[tuple[str, ...], ...] = (
     ("magazine", "journal", "periodical"), ("a book", "a volume"), ("books", "volumes"), ("newspaper", "paper"),
     ("children", "kids", "young people", "little ones"), ("child", "kid"), ("parents", "mum and dad"),
     ("wireless internet", "wifi", "WLAN", "internet access"), ("internet", "web"), ("computer", "PC"),
-    ("computers", "PCs"), ("eat", "have a snack", "have some food"), ("drink", "have a drink"),
-    ("food", "something to eat"), ("quiet", "silent", "calm"), ("get into", "enter", "get inside", "access"),
+    ("computers", "PCs"), ("eat", "have a snack", "have some food"), ("quiet", "silent", "calm"),
+    ("get into", "enter", "get inside", "access"),
     ("reach", "contact", "get in touch with", "get hold of"), ("become a member", "join", "sign up", "register"),
     ("print", "make printouts", "use a printer"), ("at a time", "at once", "at the same time", "in one go"),
     ("things", "items"), ("weekdays", "working days"), ("give", "pass on", "hand over"), ("buy", "purchase", "get"),
-    ("help", "assist", "support"), ("telephone", "phone"), ("allowed", "permitted"), ("repair", "fix", "mend"),
-    ("send", "post"), ("big", "large"), ("small", "little"), ("fast", "quick"), ("doctor", "physician"),
-    ("car", "vehicle"), ("bill", "invoice"), ("parcel", "package"), ("holiday", "vacation"), ("holidays", "vacation"),
-    ("cancel", "call off"), ("choose", "pick", "select"), ("find", "locate"), ("receive", "get", "obtain"),
-    ("remove", "delete", "take off"), ("delete", "erase", "remove"), ("sign up", "register", "enrol"),
-    ("register", "sign up", "enrol"), ("mistake", "error"), ("photo", "picture"), ("teacher", "instructor"),
-    ("test", "exam"), ("customer", "client"), ("customers", "clients"), ("shop", "store"), ("delivery", "shipment"),
-    ("discount", "reduction"), ("toilet", "bathroom", "restroom"), ("lift", "elevator"),
-    ("rubbish", "trash", "garbage"), ("flat", "apartment"), ("password", "passcode"), ("install", "set up"),
-    ("documents", "papers"), ("visitors", "guests"), ("trip", "journey"), ("medicine", "medication"),
-    ("illness", "disease"), ("get to", "reach", "travel to"), ("broken", "damaged", "defective"),
+    ("telephone", "phone"), ("allowed", "permitted"), ("repair", "fix", "mend"), ("big", "large"),
+    ("doctor", "physician"), ("car", "vehicle"), ("bill", "invoice"), ("parcel", "package"), ("holiday", "vacation"),
+    ("holidays", "vacation"), ("cancel", "call off"), ("choose", "pick", "select"), ("receive", "get", "obtain"),
+    ("delete", "erase", "remove"), ("sign up", "register", "enrol"), ("register", "sign up", "enrol"),
+    ("mistake", "error"), ("photo", "picture"), ("teacher", "instructor"), ("customer", "client"),
+    ("customers", "clients"), ("shop", "store"), ("delivery", "shipment"), ("discount", "reduction"),
+    ("toilet", "bathroom", "restroom"), ("lift", "elevator"), ("rubbish", "trash", "garbage"),
+    ("password", "passcode"), ("install", "set up"), ("documents", "papers"), ("visitors", "guests"),
+    ("trip", "journey"), ("medicine", "medication"), ("illness", "disease"), ("broken", "damaged", "defective"),
     ("salary", "pay", "wages"), ("boss", "manager"),
 )  # fmt: skip
+# What a question must look like, so that a word of several meanings has in it the one that is meant above.
+_MEANT = {
+    "close": r"^(?!.*\b(?:how|so|too|very) close\b)(?!.*\bclose (?:to|by)\b)",
+    "lose": r"\blose (?:a|an|the|my|your|our|it|them|mine|one)\b",
+    "keep": r"\bhow long\b.*\bkeep\b",
+    "borrow": r"^(?!.*\b(?:how much|money|loan|mortgage)\b)",
+    "loan": r"\b(?:renew|extend|return) (?:a|the|my) loan\b",
+    "return": r"\breturn (?:a|an|the|my|our|it|them|this|these|books?|items?|things)\b",
+    "the fine": r"\bthe fine\b(?! (?:arts?|details?|print)\b)",
+    "internet": r"^(?!.*\bthe internet\b)",
+    "eat": r"^(?!what|which).*\b(?:i|we|you|people|to) eat(?:$| (?:at|during|here|in|inside|on|there|while)\b)",
+    "get into": r"\bget into (?:a|my|the|your)\b",
+    "reach": r"\bhow (?:can|do|may) i reach\b",
+    "become a member": r"\bmember\b(?! of\b)",
+    "print": r"\bprint(?:$| (?:at the|from|here|in the)\b)",
+    "things": r"\bhow many things\b",
+    "give": r"\bgive (?:my|our|the|these|those)\b",
+    "bill": r"\bpa(?:id|y)\b|\bmy bill\b",
+    "holiday": r"^(?!.*\b(?:bank|national|public|school) holiday)",
+    "holidays": r"^(?!.*\b(?:bank|national|public|school) holiday)",
+    "register": r"\b(?:and|i|or|to|we|you) register\b",
+    "lift": r"\b(?:a|any|no|the) lift\b",
+}
 
 # A last part that can open the question as well: `on Sundays`, `if I lose mine`.
 _CLAUSE = re.compile(r"(?P<head>.+?\S) (?P<clause>(?:if|when|while|before|after) \w+ .+)", re.IGNORECASE)
 _PLACE = re.compile(
     r"(?P<head>.+ \S+) (?P<clause>(?:on|in|at|during|for) (?:(?:the|a|an|my|your) )?[\w'-]+)", re.IGNORECASE
+)
+# `log in online`, `turn on the light`, `good at chess`: there the first word belongs to the one before it.
+_BINDS = re.compile(
+    r".*\b(?:based|check|come|depends?|fill|get|go|good|hand|hang|hold|interested|known|log|look|looking|plug|put|sign|"
+    r"switch|try|turn|used|working)",
+    re.IGNORECASE,
 )
 # `do I need` in an indirect question is `I need`, and `can I` is `I can`.
 _INVERTED = re.compile(
@@ -126,10 +157,22 @@ _DOES = re.compile(
 )
 _THIRD_PERSON = re.compile(r"(?:s|sh|ch|x|z|o)$")
 # `what is the fine for a late book` asks for `the fine for a late book`, `where is the desk` for
-# `where the desk is`.
+# `where the desk is`. Of `what is the desk called` the end belongs to what asks.
 _TOPIC = re.compile(
     r"(?P<ask>what|who|where|when) (?P<verb>is|are) (?P<topic>(?:the|a|an|my|your|our|[A-Z]\S*) [^,]*|[A-Z]\S*)"
 )
+_OPEN_END = re.compile(
+    r"\b(?:about|at|by|called|for|from|in|like|made|named|of|on|spoken|to|used|with|written)"
+    r"(?:$| (?:for|from|in|like|of)\b)",
+    re.IGNORECASE,
+)
+# Two questions in one, whose second part has an order of its own.
+_TWO = re.compile(
+    r"(?:,|\b(?:and|but|or)) (?:are|can|could|did|do|does|how|is|what|when|where|which|who|why|will|would)\b",
+    re.IGNORECASE,
+)
+# `can you draw a map` is a request, which asks for no information.
+_REQUEST = re.compile(r"(?:can|could|will|would) you\b", re.IGNORECASE)
 # Words that say nothing about what is asked: keywords leave them out.
 _FILLERS = frozenset(
     {
@@ -172,7 +215,7 @@ def reword_question(text: str, count: int, seed: int = 0) -> list[str]:
         count: ways to make, at most.
         seed: of the choice among all ways that the rules make.
     """
-    question = " ".join(text.split()).rstrip("?").rstrip()
+    question = " ".join(text.split()).rstrip("?. ")
     words = question.split()
     fits = bool(_OPENS.match(question)) and 2 <= len(words) <= LONGEST_WORDS and question.isprintable()
     if fits and words[0].casefold() in _SHARED:
@@ -185,7 +228,8 @@ def reword_question(text: str, count: int, seed: int = 0) -> list[str]:
     variants = _replace_words(question)
     draw.shuffle(variants)
     groups = []
-    for rule in (_openings, _orders, _indirect, _topics, _keywords, _framed):
+    rules = (_openings, _orders, _indirect, _topics, _keywords, _framed)
+    for rule in (_keywords, _framed) if _TWO.search(question) or _REQUEST.match(question) else rules:
         groups.append([*rule(question)])
         groups.append([way for variant in variants for way in rule(variant)])
     groups.append([f"{variant}?" for variant in variants])
@@ -213,7 +257,10 @@ def _comparable(text: str) -> str:
 
 def _replace_words(question: str) -> list[str]:
     """Put words that mean the same in the place of one or of two words; names are never replaced."""
-    places: list[tuple[str, tuple[str, ...]]] = [(rf"\b{group[0]}\b", group[1:]) for group in SYNONYMS]
+    places: list[tuple[str, tuple[str, ...]]] = []
+    for word, *others in SYNONYMS:
+        if re.search(_MEANT.get(word, ""), question, re.IGNORECASE):
+            places.append((rf"\b{word}\b", tuple(others)))
     if SYNONYMS:
         places.append((r"(?<=\ba )late\b|(?<=\bthe )late\b|(?<=\bmy )late\b", ("overdue",)))
     once = [(pattern, way) for pattern, others in places for way in others if re.search(pattern, question)]
@@ -257,7 +304,9 @@ def _orders(question: str) -> Iterator[str]:
     """Put a last part such as `on Sundays` first."""
     for pattern in (_CLAUSE, _PLACE):
         if (found := pattern.fullmatch(question)) and len(found["head"].split()) > 2:
-            head, clause = _small(found["head"]), found["clause"]
+            head, clause = _small(found["head"].rstrip(",")), found["clause"]
+            if pattern is _PLACE and _BINDS.fullmatch(head):
+                return
             yield f"{_capital(clause)}, {head}?"
             yield f"{_capital(clause)}: {head}?"
             return
@@ -278,7 +327,7 @@ def _indirect(question: str) -> Iterator[str]:
     for frame in _INDIRECT_FRAMES:
         yield _fill(frame, f"{ask} {statement}")
     # `how I renew a loan` is `how to renew a loan` as well, and renewing is what somebody wants
-    if ask == "how" and statement.startswith(("I ", "you ")):
+    if ask == "how" and re.match(r"(?:I|you) ", statement) and found["verb"].lower() in ("do", "can", "may"):
         action = re.sub(r"^(?:I|you) (?:can |may )?", "", statement)
         for frame in ("How to {}?", "how to {}", "I'd like to {}. How does that work?", "I want to {}.", "Help me {}."):
             yield frame.format(action)
@@ -287,17 +336,29 @@ def _indirect(question: str) -> Iterator[str]:
 def _topics(question: str) -> Iterator[str]:
     """Name what is asked for: `Tell me the fine for a late book.`."""
     found = _TOPIC.fullmatch(_small(question))
-    if found and found["ask"] == "what":
+    if not found or _OPEN_END.search(found["topic"]):
+        return
+    if found["ask"] == "what" and found["topic"].startswith(("the ", "my ", "your ", "our ")):
         for frame in _TOPIC_FRAMES:
             yield _fill(frame, found["topic"])
-    elif found:
+    # who asks what a winglet is cannot be told a winglet; a long one keeps its verb too far from `what`
+    elif len(found["topic"].split()) <= LONGEST_TOPIC:
         for frame in _INDIRECT_FRAMES:
             yield _fill(frame, f"{found['ask']} {found['topic']} {found['verb']}")
 
 
 def _keywords(question: str) -> Iterator[str]:
     """Leave out the words that say nothing about what is asked."""
-    words = [word for word in question.split() if word.strip(",;:").casefold() not in _FILLERS]
+    first, *others = question.split()
+    words = [first] if first.casefold() not in _FILLERS else []
+    for word in others:
+        # `US` and the month of May are names
+        is_name = word[0].isupper() and word.strip(",;:") != "I"
+        if is_name or word.strip(",;:").casefold() not in _FILLERS:
+            words.append(word)
+    # in `what does a heart do` it is what is asked
+    if others[-1:] == ["do"]:
+        words.append("do")
     if not 2 <= len(words) < len(question.split()):
         return
     text = " ".join(words)
@@ -306,7 +367,7 @@ def _keywords(question: str) -> Iterator[str]:
     # without the word that asks, the rest of it first
     if words[0].casefold() in {"what", "which"} and len(words) > 2:
         yield " ".join(words[1:])
-    elif _OPENS.match(words[0]) and len(words) > 2:
+    elif _OPENS.fullmatch(words[0]) and len(words) > 2:
         yield f"{' '.join(words[1:])}: {words[0].casefold()}?"
 
 
@@ -342,6 +403,7 @@ def _capital(text: str) -> str:
 def _small(text: str) -> str:
     """Return a text whose first word is in small letters, if it is one that asks or fills."""
     first, space, rest = text.partition(" ")
-    known = first.casefold() in _FILLERS or _OPENS.fullmatch(first) or first.casefold() in {"for", "at", "on", "in"}
+    asks = _OPENS.fullmatch(re.sub(r"['’]s$", "", first))
+    known = first.casefold() in _FILLERS or asks or first.casefold() in {"for", "at", "on", "in"}
     # `I` is never small, nor is a name
     return first.lower() + space + rest if known and first != "I" else text

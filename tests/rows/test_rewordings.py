@@ -94,6 +94,40 @@ def test_a_word_of_another_meaning_and_a_name_stay(question):
         assert not {"overdue", "penalty", "shut", "elevator", "volume"} & set(words_of(way)), way
 
 
+@pytest.mark.parametrize(
+    ("question", "never"),
+    [
+        # a word of several meanings has another one, or is no verb
+        ("How close is the station?", "shut"), ("How do I lose weight?", "misplace|mislay"),
+        ("How do I keep food cold?", "hold on|something to eat"), ("How much can I borrow?", "take|check"),
+        ("How do I get a student loan?", "item"), ("What is the return of the fund?", "back|hand in"),
+        ("What is the most healthy drink?", "healthy have"), ("What can I eat in Rome?", "snack|have some"),
+        ("How do I print a list in Python?", "printer|printouts"), ("Can I give advice?", "hand over|pass on"),
+        ("Are you open on public holidays?", "vacation"), ("How do I find out my balance?", "locate"),
+        ("Where can I help you build it?", "assist|support"), ("How do I lift weights?", "elevator"),
+        ("How do I become a member of the club?", "sign up of|join of"),
+        ("How does a bill become law?", "invoice"), ("How do I remove the battery?", "delete"),
+        # a word that belongs to the one before it
+        ("How do I turn on the heating?", "^on the"), ("How do I log in online?", "^in online"),
+        # the end of a question is no part of the thing
+        ("What is the calf of the whale called?", "(tell me|asking about) the calf"),
+        ("What is the weather like in Prague?", "(asking|question) about the weather"),
+        ("What is a winglet?", "(know|me|about) a winglet"), ("What is Rust?", "(know|me|about) rust"),
+        # verbs, requests, two questions, and names
+        ("How are you?", "want to are|how to are"), ("How should I begin?", "to should"),
+        ("Can you draw me a map?", "(if|know|wonder) you"), ("Is it open, if I call?", ",[?:]|[?],"),
+        ("What is a root, and how do I find it?", "how I find"), ("Where do I buy it in the US?", "in$|in: where"),
+        ("Is it open on 1 May?", "1$"), ("What does a heart do?", "heart$"), ("What's the time?", "what's$"),
+        ("Is there any life on Mars?", "any chance of any"), ("Is there a way to pay?", "you (have|got) a way"),
+    ],
+)  # fmt: skip
+def test_what_would_be_no_english_or_ask_something_else_is_not_made(question, never):
+    ways = reword_question(question, 10_000)
+    assert len(ways) >= 20
+    for way in ways:
+        assert not re.search(never, way.rstrip(" .?") if never.endswith("$") else way, re.IGNORECASE), way
+
+
 def test_two_questions_never_become_one():
     seen = {}
     for question in EXAMPLE:
