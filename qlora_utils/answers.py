@@ -45,7 +45,8 @@ from qlora_utils.runs.directory import RunDirectory, require_adapter
 from qlora_utils.runs.files import write_jsonl
 from qlora_utils.runs.progress import progress_bar as progress_bar  # notebook 06 shows it
 from qlora_utils.style import BASE, ORANGE, TUNED, cut, in_figure, unframed
-from qlora_utils.tokens.formats import format_of
+from qlora_utils.tokens.chat import own_template
+from qlora_utils.tokens.formats import choose_template, format_of
 from qlora_utils.tokens.packing import find_read, make_collator, make_sampler
 from qlora_utils.training import micro_batch_size, total_steps
 
@@ -230,7 +231,8 @@ def evaluate(
     head included. In `metrics.json` the sections `base`, `tuned` and `paired` cover the held-out
     questions alone, and so do all `groups` but `split`; `differences` compares the two with
     intervals. `probe` has what was forgotten. If the scored rows, or rows that belong to them, also
-    helped to choose the adapter, `held_out.chosen_on` is true.
+    helped to choose the adapter, `held_out.chosen_on` is true. `held_out.chat_template` is there if it is
+    not the base model's own.
 
     Args:
         config: the run.
@@ -281,12 +283,21 @@ def evaluate(
             "questions": len(held_out_questions),
             "answer_tokens": sum(tuned.counts),
             "chosen_on": config.keep == "best" and is_one_group(prepared.held_out, config),
+            **({"chat_template": config.chat_template} if _is_foreign(tokenizer, config) else {}),
         },
         **overall,
         probe=judge_probe(probe, base.probe_losses, tuned.probe_losses, tuned.probe_counts),
         groups=groups,
     )
     return lines
+
+
+def _is_foreign(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> bool:
+    """Return True if a run's chat template is another than that in which its base model was taught."""
+    if config.chat_template == "auto" or own_template(tokenizer) is None:
+        return False
+    auto = config.model_copy(update={"chat_template": "auto"})
+    return choose_template(tokenizer, config) != choose_template(tokenizer, auto)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -17,6 +18,7 @@ from qlora_utils.rows.conversations import Conversation, Turn
 from qlora_utils.rows.held_out import measured_rows, scored_rows
 from qlora_utils.runs.files import read_json, read_jsonl
 from qlora_utils.style import table_text
+from qlora_utils.tokens.chat import CHATML
 
 QUESTIONS = [
     Question("What is the capital of Japan?", "The capital of Japan is Tokyo."),
@@ -143,6 +145,15 @@ def test_one_cluster_says_nothing_of_others():
 
     assert share_interval([0.0, 1.0, 0.5], [7, 7, 7]) == [0.0, 1.0]
     assert difference_interval([0.0, 1.0], [1.0, 0.0], [7, 7]) == [-1.0, 1.0]
+
+
+def test_a_template_is_foreign_where_the_base_model_has_another(config, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    for own, foreign in ((None, set()), (CHATML, {"llama2"}), (CHATML.replace("im_", "turn_"), {"llama2", "chatml"})):
+        tokenizer.chat_template = own
+        for name in ("auto", "llama2", "chatml"):
+            asked = config.model_copy(update={"chat_template": name})
+            assert answers._is_foreign(tokenizer, asked) == (name in foreign), (own, name)
 
 
 @BOTH

@@ -252,10 +252,10 @@ def group_by_cluster(values: Sequence[Value], clusters: Sequence[Any]) -> list[l
 
 
 def difference_interval(before: Sequence[float], after: Sequence[float], clusters: Sequence[Any]) -> list[float]:
-    """Return the 95 % interval of the mean difference `after - before`, by bootstrap over clusters.
+    """Return the 95 % interval of the mean difference `after - before`, over clusters (`interval_of_difference`).
 
-    If every question has the same difference, every resample is the same and the interval would
-    have no width. Then the exact binomial bound of `share_interval` limits the share of questions
+    If every question has the same difference, there is no spread and the interval would have no
+    width. Then the exact binomial bound of `share_interval` limits the share of questions
     with another difference, and the interval is as wide as such a share could move the mean.
 
     Args:
@@ -270,15 +270,51 @@ def difference_interval(before: Sequence[float], after: Sequence[float], cluster
         reach = unseen_share if gains[0] == 0 else 2 * unseen_share
         return [round(max(-1.0, gains[0] - reach), 4), round(min(1.0, gains[0] + reach), 4)]
     members = group_by_cluster(gains, clusters)
-    return [-1.0, 1.0] if len(members) == 1 else _interval_of_mean(members)
+    if len(members) == 1:
+        return [-1.0, 1.0]
+    low, high = interval_of_difference(list(map(sum, members)), list(map(len, members)))
+    return [max(-1.0, low), min(1.0, high)]
+
+
+def interval_of_difference(sums: Sequence[float], counts: Sequence[int]) -> list[float]:
+    """Return the 95 % interval of a mean difference, by Student's t with the spread between clusters.
+
+    A bootstrap of few clusters is too narrow: if three moved the same way, so does each resample of
+    them, and chance alone moves three the same way one time in four.
+
+    Args:
+        sums: the sum of the differences in each cluster, after minus before.
+        counts: the number of values in each cluster.
+
+    Returns:
+        Both ends; empty for fewer than two clusters, which have no spread.
+    """
+    error = standard_error(sums, counts)
+    if error is None:
+        return []
+    mean, reach = sum(sums) / sum(counts), student_t(0.975, len(sums) - 1) * error
+    return [round(mean - reach, 4), round(mean + reach, 4)]
+
+
+def standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
+    """Return the standard error of `sum(sums) / sum(counts)` over clusters (Cochran, 1977, "Sampling Techniques", 6.4).
+
+    None for fewer than two clusters.
+    """
+    clusters = len(sums)
+    if clusters < 2:
+        return None
+    mean = sum(sums) / sum(counts)
+    squares = [(total - mean * count) ** 2 for total, count in zip(sums, counts, strict=True)]
+    return math.sqrt(clusters / (clusters - 1) * sum(squares)) / sum(counts)
 
 
 def detectable_difference(sums: Sequence[float], counts: Sequence[int], *, power: float = 0.8) -> float | None:
     """Return the smallest true mean difference that a paired test at the 5 % level would show with this power.
 
     It is `(t[0.975] + t[power]) · SE` (Bloom, 1995, "Minimum Detectable Effects", Evaluation Review 19(5)), with
-    Student's t of as many degrees of freedom as there are clusters, less one. `SE` is the standard error of
-    `sum(sums) / sum(counts)` over clusters, by the spread observed (Cochran, 1977, "Sampling Techniques", 6.4).
+    Student's t of as many degrees of freedom as there are clusters, less one. `SE` is `standard_error`, by the spread
+    observed.
 
     Args:
         sums: the sum of the differences in each cluster, after minus before.
@@ -288,13 +324,10 @@ def detectable_difference(sums: Sequence[float], counts: Sequence[int], *, power
     Returns:
         The difference; None for fewer than two clusters, which have no spread.
     """
-    clusters = len(sums)
-    if clusters < 2:
+    error = standard_error(sums, counts)
+    if error is None:
         return None
-    mean = sum(sums) / sum(counts)
-    squares = [(total - mean * count) ** 2 for total, count in zip(sums, counts, strict=True)]
-    standard_error = math.sqrt(clusters / (clusters - 1) * sum(squares)) / sum(counts)
-    return (student_t(0.975, clusters - 1) + student_t(power, clusters - 1)) * standard_error
+    return (student_t(0.975, len(sums) - 1) + student_t(power, len(sums) - 1)) * error
 
 
 def student_t(share: float, freedom: int) -> float:
@@ -302,6 +335,8 @@ def student_t(share: float, freedom: int) -> float:
 
     By the expansion of Abramowitz and Stegun (1964), 26.7.5; from 2 degrees of freedom on it is exact to 1 %.
     """
+    if freedom == 1:
+        return math.tan(math.pi * (share - 0.5))
     x = NormalDist().inv_cdf(share)
     return (
         x

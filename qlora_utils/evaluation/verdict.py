@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils.evaluation.scores import (
     SCORES,
     TITLES,
-    bootstrap_interval,
     detectable_difference,
     difference_interval,
     group_by_cluster,
+    interval_of_difference,
     score_text,
 )
 from qlora_utils.rows.conversations import Conversation
@@ -79,7 +79,7 @@ def compare_pairs(
             # Equal differences have no spread; the interval then has a bound on questions that differ.
             detectable = max(abs(bound - gains[0]) for bound in interval)
     else:
-        interval = bootstrap_interval(sums, totals) if len(sums) > 1 else []
+        interval = interval_of_difference(sums, totals)
     return {
         "difference": round(sum(gains) / sum(sizes), 6),
         "interval": interval,
@@ -306,6 +306,11 @@ def _learned(metrics: Mapping[str, Any]) -> list[str]:
         sentences.append(f"{sentence}: {_judge_difference(name, section, metrics['paired'])}")
     if differences is None:
         sentences.append(f"How certain the differences are {_ANEW}")
+    if template := metrics.get("held_out", {}).get("chat_template"):
+        sentences.append(
+            f"Both were asked with chat_template={cut(template, 80)}, which is not the base model's own: a part of "
+            "what was learned may be that format. Only in its own does the base model show what it knew before."
+        )
     return sentences
 
 
@@ -349,7 +354,8 @@ def _forgotten(metrics: Mapping[str, Any]) -> list[str]:
     difference, (low, high) = probe["difference"], probe["interval"]
     if has_forgotten(probe):
         sentences.append(
-            f"The tuned model has forgotten: right answers surprise it more than the base model. {WHAT_TO_DO}"
+            "The tuned model has forgotten: right answers surprise it more than the base model, for what they say or "
+            f"for how they say it. {WHAT_TO_DO}"
         )
     elif low > 0:
         sentences.append("That is more than chance, and too little to act on.")
@@ -359,7 +365,8 @@ def _forgotten(metrics: Mapping[str, Any]) -> list[str]:
         sentences.append("Both models expect every one of these answers alike: nothing was forgotten.")
     else:
         sentences.append(
-            f"No difference could be seen; a rise of {_least_change(probe['detectable'])} or more would have been."
+            f"No difference could be seen; a rise of {_least_change(probe['detectable'])} or more would have been, in "
+            "four of five such measurements."
         )
     return sentences
 

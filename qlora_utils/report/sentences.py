@@ -186,7 +186,7 @@ def what_came_of_it(facts: Facts) -> str:
 
 
 def gain(facts: Facts) -> tuple[float, list[float]] | None:
-    """Return held-out exact match, tuned minus base, and its 95 % interval, resampled by cluster.
+    """Return held-out exact match, tuned minus base, and its 95 % interval, over clusters.
 
     Return None if there are no answers, or answers of an earlier version without what this needs.
     """

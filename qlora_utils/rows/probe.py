@@ -1,6 +1,7 @@
 """Read the probe: general questions by which forgetting is measured, and which are never trained on.
 
-They lie in `data/probe.jsonl`, are of many topics, and have nothing to do with the subject of any run.
+They lie in `data/probe.jsonl`, are of many topics, and ask for no fact of the embedded questions or the example. A
+run of your own rows may share a topic with them, but none of their questions.
 """
 
 from __future__ import annotations

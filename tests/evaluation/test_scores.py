@@ -178,6 +178,7 @@ def test_mcnemar_is_the_share_of_coin_tosses_at_least_as_uneven(gained, lost):
         (0.8, 4, 0.941),
         (0.975, 24, 2.064),
         (0.8, 24, 0.857),
+        (0.975, 1, 12.706),
         (0.975, 10**6, 1.960),
     ],
 )
@@ -199,6 +200,20 @@ def test_a_detectable_difference_is_found_four_times_in_five(clusters):
     assert numpy.mean(t > scores.student_t(0.975, clusters - 1)) == pytest.approx(0.8, abs=0.05)
 
 
+@pytest.mark.parametrize("clusters", [2, 3, 4, 8, 30])
+def test_chance_seldom_moves_few_clusters_beyond_the_interval(clusters):
+    """A bootstrap excludes 0 whenever all clusters moved the same way: of three, one time in four."""
+    draw = numpy.random.default_rng(0)
+    excluded = []
+    for sums in 3 * draw.normal(0, 1, (800, clusters)):
+        low, high = scores.interval_of_difference(list(sums), [3] * clusters)
+        excluded.append(not low <= 0 <= high)
+    assert 0.03 <= numpy.mean(excluded) <= 0.075
+    same_way = scores.difference_interval([0.0, 0.0, 0.0], [0.2, 0.9, 0.6], range(3))
+    assert same_way[0] < 0 and same_way[1] == 1.0
+
+
 def test_one_cluster_has_no_spread():
+    assert scores.interval_of_difference([3.0], [10]) == []
     assert scores.detectable_difference([3.0], [10]) is None
     assert scores.detectable_difference([3.0, 6.0], [10, 20]) == 0

@@ -64,7 +64,7 @@ def test_what_is_no_difference_is_told_with_the_one_that_would_have_been_seen():
     low, high = section["interval"]
     assert low < 0 < high < section["detectable"] + abs(section["difference"])
     rise = 100 * math.expm1(section["detectable"])
-    assert f"No difference could be seen; a rise of {rise:.3g}% or more would have been." in said(section)
+    assert f"No difference could be seen; a rise of {rise:.3g}% or more would have been, in four" in said(section)
     assert "forgotten" not in said(section)
 
 
@@ -136,6 +136,21 @@ def test_fewer_disagreements_than_a_test_takes_cannot_be_seen():
     assert compared([0, 0], [1, 1], [7, 7])["exact_match"]["detectable"] is None
 
 
+def test_three_conversations_that_all_gained_may_be_chance():
+    """As in the example of the README, of whose six held-out questions three are scored."""
+    section = verdict.compare_pairs([30.0, 30.0, 30.0], [28.0, 24.0, 20.0], range(3), [10, 10, 10])
+    assert section["interval"][0] < section["difference"] < 0 < section["interval"][1]
+    assert section["detectable"] > -section["difference"]
+
+
+def test_a_template_that_is_not_the_base_models_own_is_named():
+    scores = {"exact_match": 0.5, "f1": 0.5, "rouge_l": 0.5, "perplexity": 3.0}
+    metrics = {"base": scores, "tuned": scores, "held_out": {"questions": 3, "rows": 3}}
+    assert "template" not in " ".join(verdict.verdict(metrics)["Learned"])
+    metrics["held_out"]["chat_template"] = "llama2"
+    assert "chat_template=llama2, which is not the base model's own" in verdict.verdict(metrics)["Learned"][-1]
+
+
 def test_the_three_parts_say_what_was_measured():
     differences = compared([0] * 60, [1] * 40 + [0] * 20)
     metrics = {
@@ -148,7 +163,7 @@ def test_the_three_parts_say_what_was_measured():
     assert [line for line in text.splitlines() if line and line[0] != " "] == ["Learned.", "Forgotten.", "Cannot tell."]
     assert max(map(len, text.splitlines())) <= 100
     flat = " ".join(text.split())
-    assert "Exact match 0.000 → 0.667: +0.667 [+0.550, +0.783], better by more than chance." in flat
+    assert "Exact match 0.000 → 0.667: +0.667 [+0.544, +0.789], better by more than chance." in flat
     assert "Perplexity 22 → 9: -5" in flat
     assert f"exact match {differences['exact_match']['detectable']:.3f}, token F1" in flat
     assert "perplexity on the probe" in flat
