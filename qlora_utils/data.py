@@ -37,6 +37,7 @@ from qlora_utils.rows.held_out import scored_rows
 from qlora_utils.rows.lines import lines_of, read_lines, show_conversations, show_rejected
 from qlora_utils.rows.prepare import find_entry, new_entry, prepare_into, unfinished_entry
 from qlora_utils.rows.probe import read_probe_bytes
+from qlora_utils.rows.rewordings import training_rows
 from qlora_utils.rows.scripts import by_script as by_script
 from qlora_utils.rows.scripts import plot_scripts as plot_scripts
 from qlora_utils.rows.statistics import report_table as report_table
@@ -375,6 +376,7 @@ def check(dataset: str, config: RunConfig, *, rows: int | None = None) -> Check:
     row, first = first_readable(source if rows is None else first_rows(source, rows))
     form = format_of(tokenizer, config)
     examples, answers = measure_answers(prepared.train, prepared.held_out, form)
+    trained = sum(map(form.count_examples, training_rows(prepared.train, config))) if config.rewordings else examples
     return Check(
         config=config,
         architecture=form.architecture,
@@ -384,6 +386,7 @@ def check(dataset: str, config: RunConfig, *, rows: int | None = None) -> Check:
         report=prepared.report,
         rejected=prepared.rejected,
         examples=examples,
+        reworded=trained - examples,
         scored=len(scored_rows(prepared.held_out, config)),
         answers=answers,
     )

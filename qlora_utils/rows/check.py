@@ -83,6 +83,7 @@ class Check:
         report: from `data.prepare`.
         rejected: rows that cannot be used.
         examples: to train on: conversations or, for an encoder-decoder, answers.
+        reworded: examples that other wordings of the rows add (`rewordings`).
         scored: held-out conversations that training does not measure.
         answers: what is known of the answers.
     """
@@ -95,24 +96,25 @@ class Check:
     report: Mapping[str, Any]
     rejected: Sequence[Rejected]
     examples: int
+    reworded: int
     scored: int
     answers: Answers
 
     @property
     def steps_per_epoch(self) -> int:
-        """Return the number of steps in one pass over the rows to train on."""
-        return -(-self.examples // self.config.batch_size)
+        """Return the number of steps in one pass over the rows to train on and their other wordings."""
+        return -(-(self.examples + self.reworded) // self.config.batch_size)
 
     @property
     def passes(self) -> float:
-        """Return the number of passes that the run would make over the rows to train on."""
-        return _count_passes(self.config, self.examples)
+        """Return the number of passes that the run would make over the rows to train on and their other wordings."""
+        return _count_passes(self.config, self.examples + self.reworded)
 
     @property
     def advised(self) -> dict[str, Any]:
         """Return parameters that suit these rows, where those of the preset would do harm."""
         # Of the first rows alone it is not known how many there are.
-        advised = {} if self.rows else _advise_training(self.config, self.examples)
+        advised = {} if self.rows else _advise_training(self.config, self.examples, self.reworded)
 
         # Leave room for the longest answer and its end token, in steps of sixteen tokens.
         needed = -(-(self.answers.longest + 1) // 16) * 16
@@ -140,7 +142,7 @@ class Check:
         else:
             config = RunConfig.from_preset(preset, dataset=config.dataset, output_dir=config.output_dir)
             if not self.rows:
-                values |= _advise_training(config, self.examples)
+                values |= _advise_training(config, self.examples, 0)
         run_dir = Path(config.output_dir).resolve() / free_name(config, preset)
         return resume_command(run_dir, preset=config.preset, parameters=values)
 
@@ -161,8 +163,9 @@ class Check:
             )
         steps = f"{counted(config.steps, 'step')} {_is_or_are(config.steps)}"
         length = f"{config.epochs:g} epochs are" if config.epochs else steps
+        worded = f" and {counted(self.reworded, 'other wording')}" if self.reworded else ""
         return (
-            f"This can be trained on: {train} to train on, {held_out} held out. One pass over them is "
+            f"This can be trained on: {train} to train on, {held_out} held out. One pass over them{worded} is "
             f"{counted(self.steps_per_epoch, 'step')} of {config.batch_size}; {length} {passes(self.passes)}."
         )
 
@@ -322,6 +325,11 @@ def _warn_about_counts(found: Check) -> list[str]:
             f"The column {column['name']} is not followed: it has {column['marks']}. To choose the held-out rows by "
             "it, write train or test there."
         )
+    if config.rewordings and not found.reworded:
+        warnings.append(
+            f"rewordings={config.rewordings} makes nothing of these rows: its rules are for English questions of one "
+            "sentence. Write other wordings yourself, each a row of its own."
+        )
     # The rest follows from the number of rows, which is known only once all are read.
     if found.rows:
         return warnings
@@ -333,17 +341,20 @@ def _warn_about_counts(found: Check) -> list[str]:
         )
 
     # The passes over the rows: too many, or not even one.
-    if "keep" in found.advised:
+    # Steps are advised for few facts on a small model alone, and `keep` among other values then.
+    if "steps" in found.advised:
+        wordings = found.advised.get("rewordings", config.rewordings)
+        warnings.append(
+            "A small model that reads a question in one wording knows it in that wording alone. The command below also "
+            f"trains on {wordings} other wordings of each question, made by rules for English, and long enough to "
+            "learn them: on two cores half an hour for short answers. It forgets much else by that; docs/data.md shows "
+            "what it gives, and what to do about it."
+        )
+    elif "keep" in found.advised:
         warnings.append(
             f"{config.steps:,} steps go over them {found.passes:,.0f} times. A pocket model must learn their very "
             "words first, and can but learn them by heart: keep=last, in the command below, keeps the adapter that "
             "has, not the one with the lowest held-out loss."
-        )
-    elif "rewordings" in found.advised:
-        warnings.append(
-            "A small model that reads a question in one wording knows it in that wording alone. The command below also "
-            f"trains on {found.advised['rewordings']} other wordings of each question, made by rules for English, and "
-            "long enough to learn them; docs/data.md shows what that gives."
         )
     elif "epochs" in found.advised:
         warnings.append(
@@ -455,7 +466,7 @@ def _count_passes(config: RunConfig, examples: int) -> float:
     return config.epochs or config.steps / -(-examples // config.batch_size)
 
 
-def _advise_training(config: RunConfig, examples: int) -> dict[str, Any]:
+def _advise_training(config: RunConfig, examples: int, reworded: int) -> dict[str, Any]:
     """Return what to change in a preset that would make too many passes over so few examples."""
     # A length of training that somebody chose is not corrected.
     preset = RunConfig.from_preset(config.preset)
@@ -468,7 +479,7 @@ def _advise_training(config: RunConfig, examples: int) -> dict[str, Any]:
     if config.model in PACKAGED_MODELS and examples < FEW_ROWS:
         chosen = config.differences()
         return {name: value for name, value in FEW_FACTS.items() if name not in chosen}
-    return {"epochs": FEW_PASSES}
+    return {"epochs": FEW_PASSES} if _count_passes(config, examples + reworded) > MANY_PASSES else {}
 
 
 def _wrap(text: str, mark: str = "") -> str:

@@ -281,6 +281,25 @@ def test_answers_that_would_be_cut_get_room_in_the_command(tmp_path, config):
     assert longer.answers.longest > longer.advised["max_new_tokens"] == check.MOST_ANSWER_TOKENS
 
 
+def test_other_wordings_count_in_a_pass_and_their_price_is_told(config):
+    found = data.check(str(EXAMPLE), RunConfig.build({**config.model_dump(), "rewordings": 8}))
+    assert (found.examples, found.reworded) == (24, 192)
+    assert "One pass over them and 192 other wordings is 14 steps of 16" in " ".join(found.verdict.split())
+    assert found.passes == 250 / 14
+    foreign = dataclasses.replace(found, reworded=0)
+    assert "rewordings=8 makes nothing of these rows" in " ".join(foreign.warnings)
+    small = RunConfig.from_preset("smollm2", dataset=str(EXAMPLE))
+    advised = dataclasses.replace(found, config=small, reworded=0)
+    assert advised.advised.items() >= check.FEW_FACTS.items()
+    said = " ".join(advised.warnings)
+    assert "also trains on 24 other wordings" in said
+    assert "pocket model" not in said
+    assert "on two cores half an hour" in said
+    assert "forgets much else" in said
+    chosen = dataclasses.replace(advised, config=small.model_copy(update={"rewordings": 8}))
+    assert "also trains on 8 other wordings" in " ".join(chosen.warnings)
+
+
 def test_few_rows_get_few_passes_with_a_model_that_knows_something(config):
     found = data.check(str(EXAMPLE), config)
     assert found.passes == 125
