@@ -42,6 +42,7 @@ from qlora_utils.loop.live import Progress
 from qlora_utils.rows import rewordings
 from qlora_utils.rows.conversations import Conversation, Turn, parse_rows
 from qlora_utils.rows.files import read_source
+from qlora_utils.rows.probe import drop_trained, read_probe
 from qlora_utils.rows.rewordings import reword_question
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.tokens.formats import format_of
@@ -49,7 +50,6 @@ from qlora_utils.tokens.packing import make_collator
 
 HERE = Path(__file__).resolve().parent / "own_data"
 EXAMPLE = project_folder("data") / "examples" / "questions.csv"
-PROBE = project_folder("data") / "probe.jsonl"
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -347,11 +347,9 @@ def make_rows(recipe: Recipe, seed: int, turns: Sequence[Turn], more: Mapping[st
     return [Conversation(row, "own data", number) for number, row in enumerate(rows)]
 
 
-def read_probe() -> list[Conversation]:
-    """Read the general questions and answers on which forgetting is measured."""
-    path = PROBE if PROBE.is_file() else HERE / "general.jsonl"
-    rows, _ = parse_rows(row for part in read_source(str(path)).values() for row in part)
-    return rows
+def read_replayed() -> list[str]:
+    """Read the general questions that the base model answers beforehand, for recipes that train on these."""
+    return (HERE / "replayed.txt").read_text(encoding="utf-8").splitlines()
 
 
 # ---------------------------------------------------------------------------------------------------- scores
@@ -407,7 +405,9 @@ class Bench:
         self.basis = RunConfig.build({"model": model, "dataset": str(EXAMPLE), **BASIS})
         self.tokenizer = data.load_tokenizer(self.basis)
         self.turns = read_example()
-        self.probe = read_probe()
+        # What a recipe trains on does not show what it forgot.
+        replayed = [Conversation((Turn(text, ""),)) for text in read_replayed()]
+        self.probe = drop_trained(read_probe(), replayed)
         self.load(self.basis)
         facts = {fact["row"]: fact for fact in read_jsonl(HERE / "facts.jsonl")}
         trained = []
@@ -432,7 +432,7 @@ class Bench:
 
     def answer_general(self) -> list[Turn]:
         """Let the base model answer general questions, which some recipes train on against forgetting."""
-        texts = (HERE / "replayed.txt").read_text(encoding="utf-8").splitlines()
+        texts = read_replayed()
         asked = [Question(text, "") for text in texts]
         sampling = Sampling(max_new_tokens=64)
         answers = answer_all(self.base, self.tokenizer, asked, self.basis, sampling=sampling, batch_size=32)
