@@ -44,7 +44,7 @@ from qlora_utils.rows.statistics import report_table as report_table
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl, write_bytes, write_json
 from qlora_utils.style import BLUE, ORANGE, cut, in_page, on_terminal, unframed
-from qlora_utils.tokens.chat import read_template
+from qlora_utils.tokens.chat import describe_servers, read_template
 from qlora_utils.tokens.formats import Format, TemplateFormat, format_of, has_plain_backend
 from qlora_utils.tokens.instructions import instructions_of
 from qlora_utils.tokens.packing import make_collator as make_collator
@@ -145,8 +145,8 @@ def describe_format(form: Format) -> str:
         "an answer ends with": " or ".join(ends),
         "a system prompt": refused or "is written",
     }
-    if isinstance(form, TemplateFormat) and form.template.server_prompt:
-        lines["after it, servers"] = f"{form.template.server_prompt!r}: give them the prompt of the training instead"
+    if isinstance(form, TemplateFormat) and (servers := describe_servers(form.template)):
+        lines["servers"] = servers
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
 

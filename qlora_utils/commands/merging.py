@@ -13,6 +13,7 @@ import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,8 @@ from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import follow_umask, write_json
 from qlora_utils.runs.provenance import provenance
 from qlora_utils.style import cut
-from qlora_utils.tokens.formats import format_of, published_ends
+from qlora_utils.tokens.chat import describe_servers
+from qlora_utils.tokens.formats import Format, TemplateFormat, format_of, published_ends
 from qlora_utils.tokens.packing import make_collator
 
 if TYPE_CHECKING:
@@ -131,6 +133,7 @@ def merge(
             "parameters": parameters,
             "bytes": sum(path.stat().st_size for path in temporary.glob("*.safetensors")),
             "agreement": compared,
+            "servers": advise_servers(format_of(tokenizer, config), Prepared.load(run).train),
             **provenance(),
         }
         write_json(temporary / RECORD, record)
@@ -329,6 +332,27 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, config: Run
     ).save_pretrained(folder)
 
 
+def advise_servers(form: Format, rows: Sequence[Conversation]) -> list[str]:
+    """List what servers, which ask by the chat template, must be given so that they ask as training did.
+
+    Args:
+        form: of the run.
+        rows: that were trained on, of which the first 1,000 are looked at.
+    """
+    advice = []
+    if isinstance(form, TemplateFormat) and (differently := describe_servers(form.template)):
+        advice.append(f"servers {differently}")
+    systems = {row.turns[0].system for row in islice(rows, 1000)}
+    if systems and "" not in systems:
+        given = f"the system prompt {cut(systems.pop(), 200)!r}" if len(systems) == 1 else "a system prompt"
+        without, _, _ = str(form.tokenizer.decode(form.prompt((), "Question?"))).partition("Question?")
+        advice.append(
+            f"every row was trained with {given}: servers must send it too, else {without!r} alone stands before a "
+            "question"
+        )
+    return advice
+
+
 def load(folder: Path) -> PreTrainedModel:
     """Load a merged model as anyone would: in its saved precision, on the GPU if there is one.
 
@@ -453,6 +477,7 @@ def summary(record: dict[str, Any], folder: Path, *, width: int = 160) -> str:
         f"{record['run']}: adapter{step} merged into {record['merged_into']} ({record['model']})",
         f"{folder}: {record['parameters']:,} parameters in {record['dtype']}, {record['bytes'] / 1e6:,.1f} MB",
     ]
+    lines += record["servers"]
     compared = record["agreement"]
     if compared is None:
         return "\n".join([*lines, "answers not compared with those of the unmerged model"])

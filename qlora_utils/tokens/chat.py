@@ -47,6 +47,8 @@ _NONCHARACTERS = re.compile(f"[{_OPEN}-{_END_PLACE}]")
 _TRIMMED = (str, str.rstrip, str.lstrip, lambda text: text.strip("\n"), lambda text: text.lstrip("\n"), str.strip)
 # A call in a template that prints the time.
 _NOW = re.compile(r"""strftime_now\(\s*(['"])([^'"]*)\1\s*\)""")
+# Tells templates of models that may think that this one answers at once.
+_NO_THOUGHTS = {"enable_thinking": False}
 # What a run records in place of a template that was trained in the Llama-2 format.
 LLAMA2 = "{# Llama-2 chat format #}\n"
 
@@ -95,11 +97,20 @@ def _read_recorded(config: RunConfig, run: RunDirectory) -> str | None:
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return a tokenizer's own chat template; of several, that without tools. None if it has none."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template
+    """Return a tokenizer's own chat template; of several, that without tools. None if it has none.
+
+    Raises:
+        ConfigError: it has several, and none of them is named `default`.
+    """
+    template: Any = tokenizer.chat_template
+    if isinstance(template, dict) and template:
+        if "default" not in template:
+            raise ConfigError(
+                f"chat_template: the tokenizer has templates named {', '.join(template)}, and none named default. "
+                f"Write one of them to a file. {_ADVICE}"
+            )
+        template = template["default"]
+    return template or None
 
 
 def fix_date(source: str, run: RunDirectory) -> str:
@@ -125,8 +136,8 @@ class ChatTemplate:
         encoder: the copy of the tokenizer.
         lead: white space that the template writes before each answer and the tokenizer joins with
             its first word, as in `ASSISTANT: Yes`. It is part of the answer then.
-        end: id of the token that ends an answer.
-        server_prompt: what a server writes after a question, if not what training does; else empty.
+        ends: ids of the tokens that end answers, that of the last answer first.
+        in_parts: the template reads the content of a message as a list of parts alone, not as a text.
     """
 
     tokenizer: Any
@@ -134,8 +145,8 @@ class ChatTemplate:
     special: dict[str, int]
     encoder: Any
     lead: str = ""
-    end: int = -1
-    server_prompt: str = ""
+    ends: tuple[int, ...] = ()
+    in_parts: bool = False
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -155,35 +166,37 @@ def prepare_template(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatTem
     added = tokenizer.added_tokens_decoder
     special = {token.content: number for number, token in added.items() if token.special}
     template = ChatTemplate(tokenizer, source, special, _rename_special_tokens(tokenizer, special))
+    refused = ""
+    for in_parts in (False, True):
+        try:
+            return _try_template(replace(template, in_parts=in_parts))
+        except UnusableRowError as error:
+            refused = refused or str(error)
+    raise DataError(f"chat_template: {refused}. {_ADVICE}")
+
+
+def _try_template(template: ChatTemplate) -> ChatTemplate:
+    """Try a template on a conversation, and return it with what is found out.
+
+    Raises:
+        UnusableRowError: it cannot be trained in.
+    """
     turns = (Turn("One?", "two"), Turn("Three?", "four"))
-
-    # A template that writes nothing after an answer, or opens it with a space, is found here.
-    try:
-        layout = lay_out(turns, template)
-        (written,) = _write([layout], template)
-        if written.joined:
-            before = layout.before[0]
-            template = replace(template, lead=before[len(before.rstrip(" \t\n")) :])
-            (written,) = _write([lay_out(turns, template)], template)
-        if written.joined:
-            raise UnusableRowError(
-                "the tokenizer joins the end of a prompt and the start of an answer in one token, but labels need a "
-                "boundary there"
-            )
-        (tried,) = encode([Conversation(turns)], template)
-    except UnusableRowError as error:
-        raise DataError(f"chat_template: {error}. {_ADVICE}") from None
-
-    # A server opens an answer with `add_generation_prompt`.
-    question = [{"role": "user", "content": turns[0].question}]
-    try:
-        opened = _render(question, template, add_generation_prompt=True)
-    except UnusableRowError as error:
-        opened = f"an error: {error}"
-    trained = lay_out_prompt((), turns[0].question, "", template).after
-    if opened.removesuffix(template.lead) != trained:
-        template = replace(template, server_prompt=opened.rpartition(turns[0].question)[2] or opened)
-    return replace(template, end=tried.ends[-1])
+    layout = lay_out(turns, template)
+    (written,) = _write([layout], template)
+    # A template that opens an answer with a space.
+    if written.joined:
+        before = layout.before[0]
+        template = replace(template, lead=before[len(before.rstrip(" \t\n")) :])
+        (written,) = _write([lay_out(turns, template)], template)
+    if written.joined:
+        raise UnusableRowError(
+            "the tokenizer joins the end of a prompt and the start of an answer in one token, but labels need a "
+            "boundary there"
+        )
+    # The last answer may end in another token than those before it.
+    (tried,) = encode([Conversation(turns)], template)
+    return replace(template, ends=tuple(dict.fromkeys(reversed(tried.ends))))
 
 
 def _rename_special_tokens(tokenizer: PreTrainedTokenizerBase, special: Mapping[str, int]) -> Any:
@@ -290,6 +303,7 @@ def lay_out(turns: Sequence[Turn], template: ChatTemplate) -> Layout:
         position += len(written[-1])
     if not text.startswith(pieces[0]) or position + len(pieces[-1]) != len(text):
         raise UnusableRowError("the chat template changes what it writes with the answers")
+    _refuse_left_out(turns, places, fixed, template)
     _refuse_forgery(turns, pieces, template)
 
     # White space that the tokenizer joins with the first word of an answer is part of it.
@@ -297,6 +311,20 @@ def lay_out(turns: Sequence[Turn], template: ChatTemplate) -> Layout:
         pieces[:-1] = [piece.removesuffix(template.lead) for piece in pieces[:-1]]
         written = [template.lead + answer for answer in written]
     return Layout(pieces[:-1], written, pieces[-1])
+
+
+def _refuse_left_out(turns: Sequence[Turn], places: Sequence[str], fixed: str, template: ChatTemplate) -> None:
+    """Refuse a conversation of which a template writes no word of a system prompt.
+
+    Raises:
+        UnusableRowError: the same text would be written without it.
+    """
+    for system in dict.fromkeys(turn.system for turn in turns if turn.system):
+        # A template may change its words, or read a switch in them.
+        if _defuse(system, template).strip() not in fixed:
+            without = [replace(turn, system="") if turn.system == system else turn for turn in turns]
+            if _render(_messages(without, places, template), template) == fixed:
+                raise UnusableRowError("the chat template leaves its system prompt out")
 
 
 def _refuse_forgery(turns: Sequence[Turn], pieces: Sequence[str], template: ChatTemplate) -> None:
@@ -336,13 +364,35 @@ def lay_out_prompt(history: Sequence[Turn], question: str, system: str, template
     last = Turn(question, _PLACE, system)
     try:
         layout = lay_out([*history, last], template)
-    # A model that thought aloud: the template would cut its thoughts, and so they are cut here.
+    # A model that thought aloud: the template would cut its thoughts, and so they are cut here. And
+    # where a chat has one system prompt at most, the latest holds for all of it, as in chat programs.
     except UnusableRowError:
-        turns = [replace(turn, answer=turn.answer.rpartition("</think>")[2]) for turn in history]
+        latest = next((turn.system for turn in (last, *reversed(history)) if turn.system), "")
+        turns = [replace(turn, answer=turn.answer.rpartition("</think>")[2], system=latest) for turn in history]
         if turns == [*history]:
             raise
         layout = lay_out([*turns, last], template)
     return Layout(layout.before[:-1], layout.answers[:-1], layout.before[-1])
+
+
+def describe_servers(template: ChatTemplate) -> str:
+    """Describe how servers, which open an answer with `add_generation_prompt`, ask otherwise than training does.
+
+    Returns:
+        An empty text if they ask the same.
+    """
+    question = Turn("Question?", "")
+    trained = lay_out_prompt((), question.question, "", template).after
+    messages, opened = _messages([question], [""], template)[:1], ""
+    for options, said in (({}, ""), (_NO_THOUGHTS, "let the model think, unless they are told enable_thinking=false")):
+        try:
+            opened = _render(messages, template, add_generation_prompt=True, **options)
+        except UnusableRowError as error:
+            opened = str(error)
+        if opened == trained:
+            return said
+    after = opened.rpartition(question.question)[2] or opened
+    return f"write {after!r} after a question: give them the prompt of the training instead"
 
 
 def _describe_change(answer: str) -> str:
@@ -352,9 +402,9 @@ def _describe_change(answer: str) -> str:
     return f"the chat template changes its answer: {answer.strip()[:40]!r}"
 
 
-def _messages(turns: Sequence[Turn], answers: Sequence[str], template: ChatTemplate) -> list[dict[str, str]]:
+def _messages(turns: Sequence[Turn], answers: Sequence[str], template: ChatTemplate) -> list[dict[str, Any]]:
     """Return a conversation as messages, with special tokens that an author spelled defused."""
-    messages = []
+    messages: list[dict[str, Any]] = []
     system = ""
     for turn, answer in zip(turns, answers, strict=True):
         # Each turn of a chat may name the system prompt that holds; it is written where it is another.
@@ -363,11 +413,14 @@ def _messages(turns: Sequence[Turn], answers: Sequence[str], template: ChatTempl
             messages.append({"role": "system", "content": _defuse(system, template)})
         messages.append({"role": "user", "content": _defuse(turn.question, template)})
         messages.append({"role": "assistant", "content": answer})
+    if template.in_parts:
+        for message in messages:
+            message["content"] = [{"type": "text", "text": message["content"]}]
     return messages
 
 
-def _render(messages: list[dict[str, str]], template: ChatTemplate, *, add_generation_prompt: bool = False) -> str:
-    """Render messages; a model that may think is told not to.
+def _render(messages: list[dict[str, Any]], template: ChatTemplate, **options: bool) -> str:
+    """Render messages, by default those of a model that is told not to think.
 
     Raises:
         UnusableRowError: the template raises an error.
@@ -377,8 +430,7 @@ def _render(messages: list[dict[str, str]], template: ChatTemplate, *, add_gener
             messages,
             chat_template=template.source,
             tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=False,
+            **(options or _NO_THOUGHTS),
         )
     # A template is a program, and may fail in any way.
     except Exception as error:
@@ -452,12 +504,12 @@ def encode(
     for conversation, layout, written in zip(conversations, layouts, _write(layouts, template), strict=True):
         joined = written.joined
         if not joined:
-            encoded.append(_label(conversation, written, template, response_only))
+            encoded.append(_label(conversation, written, response_only))
             continue
         # White space that the tokenizer joins with the prompt's is left out. If it joins the first
         # letter itself, that token is taken for the prompt's and carries no loss.
         (again,) = _write([_trim_answers(layout, joined)], template)
-        tokens = _label(conversation, again, template, response_only)
+        tokens = _label(conversation, again, response_only)
         encoded.append(replace(tokens, trimmed=len(joined)))
     return encoded
 
@@ -502,6 +554,11 @@ class Written:
         index = self.token_at(start)
         return index < len(self.ids) and self.offsets[index][0] < start
 
+    def is_special(self, index: int) -> bool:
+        """Return True if a token is a special one that the template wrote, and no unknown word."""
+        first, end = self.offsets[index]
+        return new_name(self.ids[index]) in self.text[first:end]
+
     @functools.cached_property
     def joined(self) -> set[int]:
         """Return the numbers of answers whose first token reaches into the text before."""
@@ -543,7 +600,7 @@ def _match_marks(marks: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _label(conversation: Conversation, written: Written, template: ChatTemplate, response_only: bool) -> Tokens:
+def _label(conversation: Conversation, written: Written, response_only: bool) -> Tokens:
     """Label the tokens of a conversation.
 
     Raises:
@@ -554,14 +611,13 @@ def _label(conversation: Conversation, written: Written, template: ChatTemplate,
     labels = [IGNORED] * len(ids) if response_only else list(ids)
     # No token predicts the first; in a pack, another conversation lies before it.
     labels[:1] = [IGNORED]
-    # An unknown word ends no answer.
-    special = frozenset(template.special.values()) - {template.tokenizer.unk_token_id}
     ends = []
     for index, (start, end) in enumerate(written.spans):
         # A token that reaches into the prompt, see `encode`, carries no loss.
         first = written.token_at(start) + written.reaches_back(start)
-        after = (place for place in range(first, len(ids)) if offsets[place][0] >= end)
-        last = next((place for place in after if ids[place] in special), None)
+        # A special token may take in the white space before it.
+        after = range(written.token_at(end), len(ids))
+        last = next((place for place in after if written.is_special(place)), None)
         if last is None or written.text[end : offsets[last][0]].strip():
             raise UnusableRowError(
                 "no special token of the tokenizer follows an answer, so that a model would never learn to stop"

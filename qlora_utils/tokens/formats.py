@@ -158,8 +158,6 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> st
 @functools.lru_cache(maxsize=8)
 def _makes_llama2_tokens(tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
     """Return True if a chat template makes the tokens of the Llama-2 format."""
-    from jinja2 import TemplateError
-
     if tokenizer.bos_token is None or tokenizer.eos_token is None:
         return False
     turns = (Turn("What is two?", "A number.", "Be brief."), Turn("And three?", "Another one."))
@@ -170,8 +168,8 @@ def _makes_llama2_tokens(tokenizer: PreTrainedTokenizerBase, source: str) -> boo
     try:
         ids: Any = tokenizer.apply_chat_template(messages, chat_template=source, tokenize=True, return_dict=False)
         return bool(ids == encode([Conversation(turns)], tokenizer)[0].input_ids)
-    # A template that refuses these messages, or a tokenizer without the boundaries of Llama-2's.
-    except (TemplateError, TypeError, KeyError, ValueError):
+    # A template is a program, and may fail in any way; or a tokenizer lacks the boundaries of Llama-2's.
+    except Exception:
         return False
 
 
@@ -334,7 +332,9 @@ class ChatFormat(Format):
             # The token that ends each answer carries loss too, but is no token of the answer.
             labelled = len(example.labels) - example.labels.count(IGNORED)
             answer_tokens.append(labelled - len(conversation.learned))
-            unknown.append(example.labels.count(self.tokenizer.unk_token_id))
+            # Many tokenizers without unknown words give the token that ends a text for that of one.
+            unk = self.tokenizer.unk_token_id
+            unknown.append(0 if unk in self.ends else example.labels.count(unk))
             trimmed.append(example.trimmed)
         return TokenCounts(lengths, answered, answer_tokens, unknown, trimmed)
 
@@ -393,8 +393,8 @@ class TemplateFormat(ChatFormat):
 
     @functools.cached_property
     def ends(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Return the token that ends an answer in the template, and all that end one of the base model."""
-        ends = [self.template.end, self.tokenizer.eos_token_id, *published_ends(self.config)]
+        """Return the tokens that end answers in the template, and all that end one of the base model."""
+        ends = [*self.template.ends, self.tokenizer.eos_token_id, *published_ends(self.config)]
         return tuple(dict.fromkeys(ends))
 
     def record(self, run: RunDirectory) -> None:

@@ -41,6 +41,15 @@ NO_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     + chat.CHATML
 )
+WITH_DEFAULT = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nBe helpful.<|im_end|>\\n' }}{% endif %}"
+    + chat.CHATML
+)
+# As Gemma 3 and Mistral have it: a system prompt at the start alone.
+FIRST_SYSTEM = (
+    "{% for m in messages[1:] %}{% if m.role == 'system' %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "{% endfor %}" + chat.CHATML
+)
 DATED = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.' }}" + chat.CHATML
 
 
@@ -186,7 +195,12 @@ def test_without_a_template_it_is_llama2_format(chatml, tmp_path):
     # Of several templates, the one without tools.
     chatml.chat_template = {"default": chat.CHATML, "tool_use": "{{ 'tools' }}"}
     assert format_of(chatml, config_of(tmp_path)).chat_template == chat.CHATML
-    chatml.chat_template = {"tool_use": "{{ 'tools' }}"}
+    # Which of the others is meant, nobody knows; transformers refuses to guess too.
+    chatml.chat_template = {"tool_use": "{{ 'tools' }}", "rag": chat.CHATML}
+    with pytest.raises(ConfigError, match=r"chat_template: .*named tool_use, rag.*none named default.*FILE\.jinja"):
+        format_of(chatml, config_of(tmp_path))
+    assert type(format_of(chatml, config_of(tmp_path, chat_template="llama2"))) is Llama2Format
+    chatml.chat_template = ""
     assert type(format_of(chatml, config_of(tmp_path))) is Llama2Format
 
 
@@ -543,6 +557,81 @@ def test_a_space_before_answers_that_the_tokenizer_joins_is_part_of_the_answer(l
     form.encode([Conversation((Turn("Why?", ") it is a smile"),))])
 
 
+def test_the_token_for_unknown_words_may_end_answers(chatml, tmp_path):
+    """As with OLMo 2, Granite and others that have byte-level vocabularies: nothing is unknown to them."""
+    chatml.unk_token = chatml.eos_token = "<|im_end|>"
+    chatml.chat_template = chat.CHATML
+    form = format_of(chatml, config_of(tmp_path))
+    assert form.ends[0] == chatml.unk_token_id
+    assert [ids[-1] for ids in spans(form.encode([TWO])[0])] == [chatml.unk_token_id] * 2
+    assert form.count_tokens([TWO]).unknown == [0]
+
+
+def test_a_special_token_may_take_in_white_space_around_it(chatml, tmp_path):
+    """As Phi 4's do on both sides, and Phi 3's on the right."""
+    from tokenizers import AddedToken
+
+    both = {"lstrip": True, "rstrip": True, "special": True, "normalized": False}
+    chatml.add_tokens([AddedToken("<|end|>", **both), AddedToken("<|start|>", **both)], special_tokens=True)
+    chatml.chat_template = chat.CHATML.replace("im_end", "end").replace("im_start", "start")
+    form = format_of(chatml, config_of(tmp_path))
+    end = chatml.convert_tokens_to_ids("<|end|>")
+    conversation = Conversation((Turn("a ", " tail \n"), Turn("b", "\n\nlead"), Turn("c", "last  ")))
+    example = form.encode([conversation])[0]
+    assert example.input_ids == rendered(chatml, messages(conversation)) or example.trimmed
+    found = spans(example)
+    assert [ids[-1] for ids in found] == [end] * 3
+    assert [chatml.decode(ids[:-1]).strip() for ids in found] == ["tail", "lead", "last"]
+
+
+def test_each_token_that_ends_an_answer_in_the_template_ends_one(chatml, tmp_path):
+    chatml.add_special_tokens({"additional_special_tokens": ["<|return|>"]})
+    chatml.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{{ '<|return|>' if loop.last else '<|im_end|>' }}{% endfor %}"
+    )
+    ends = chatml.convert_tokens_to_ids(["<|return|>", "<|im_end|>"])
+    assert format_of(chatml, config_of(tmp_path)).ends == (*ends, chatml.eos_token_id)
+
+
+def test_a_template_that_reads_parts_alone_is_given_parts(chatml, tmp_path):
+    chatml.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% for part in m.content %}"
+        "{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    )
+    form = format_of(chatml, config_of(tmp_path))
+    answers = [chatml.decode(ids) for ids in spans(form.encode([TWO])[0])]
+    assert answers == ["A number.<|im_end|>", "Another one.<|im_end|>"]
+    assert "user\nWhat is two?<|im_end|>" in chatml.decode(form.prompt([], "What is two?"))
+
+
+def test_a_system_prompt_that_the_template_leaves_out_is_refused(chatml, tmp_path):
+    chatml.chat_template = "{% set messages = messages | rejectattr('role', 'equalto', 'system') %}" + chat.CHATML
+    form = format_of(chatml, config_of(tmp_path))
+    said = "the chat template leaves its system prompt out"
+    assert form.refuse(Conversation((Turn("a", "b", "Be brief."),))) == said
+    assert form.refuse(TWO) is None
+    assert said in data.describe_format(form)
+    # One that reads a switch in it leaves nothing out.
+    chatml.chat_template = CUTTING.replace("}}", "~ ('!' if '/think' in messages[0].content else '') }}", 1)
+    assert format_of(chatml, config_of(tmp_path)).refuse(Conversation((Turn("a", "b", "/think"),))) is None
+
+
+@pytest.mark.parametrize("source", [FIRST_SYSTEM, GEMMA])
+def test_where_a_chat_has_one_system_prompt_the_latest_holds(source, chatml, load, tmp_path):
+    if source == "gemma3":
+        chatml = load(source)
+    else:
+        chatml.chat_template = source
+    form = format_of(chatml, config_of(tmp_path))
+    latest = form.prompt([Turn("a", "b", "Be long.")], "c", "Be long.")
+    for before in ("", "Be brief."):
+        assert form.prompt([Turn("a", "b", before)], "c", "Be long.") == latest
+    assert form.prompt([Turn("x", "y"), Turn("a", "b", "S")], "c") == form.prompt(
+        [Turn("x", "y", "S"), Turn("a", "b")], "c"
+    )
+
+
 def test_an_unknown_word_ends_no_answer(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -559,7 +648,7 @@ def test_an_unknown_word_ends_no_answer(tmp_path):
         "{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}"
     )
     form = format_of(tokenizer, config_of(tmp_path))
-    assert form.template.end == 2
+    assert form.template.ends == (2,)
     assert spans(form.encode([Conversation((Turn("what", "a dog of"),))])[0]) == [[6, 0, 7, 2]]
 
 
@@ -591,10 +680,31 @@ def test_a_chat_goes_on_after_an_answer_that_thought_aloud(name, load, tmp_path)
 def test_where_servers_ask_otherwise_is_said(chatml, tmp_path):
     chatml.chat_template = chat.CHATML
     assert "servers" not in data.describe_format(format_of(chatml, config_of(tmp_path)))
-    chatml.chat_template = chat.CHATML.replace("assistant\\n' }}{%- endif", "assistant\\n<think>\\n' }}{%- endif")
+    opening = "assistant\\n' }}{%- endif"
+    chatml.chat_template = chat.CHATML.replace(opening, "assistant\\n<think>\\n' }}{%- endif")
     said = data.describe_format(format_of(chatml, config_of(tmp_path)))
     assert "<think>" in said
     assert "give them the prompt of the training instead" in said
+    # As Qwen 3's, which thinks unless it is told not to.
+    thinks = "assistant\\n' + ('<think>\\n' if enable_thinking is not defined else '') }}{%- endif"
+    chatml.chat_template = chat.CHATML.replace(opening, thinks)
+    assert "enable_thinking=false" in data.describe_format(format_of(chatml, config_of(tmp_path)))
+
+
+def test_a_merge_says_what_servers_must_be_given(chatml, tmp_path):
+    chatml.chat_template = WITH_DEFAULT
+    form = format_of(chatml, config_of(tmp_path))
+    brief, plain = Conversation((Turn("a", "b", "Be brief."),)), Conversation((Turn("a", "b"),))
+    # Without a system prompt, training and servers have the same default one.
+    assert merging.advise_servers(form, [plain, brief]) == []
+    (said,) = merging.advise_servers(form, [brief, brief])
+    assert "'Be brief.'" in said
+    assert "Be helpful." in said
+    (said,) = merging.advise_servers(form, [brief, Conversation((Turn("a", "b", "Be long."),))])
+    assert "Be brief" not in said
+    record = {"run": "r", "adapter_step": 8, "merged_into": "it", "model": "m", "parameters": 1, "dtype": "bfloat16",
+              "bytes": 1, "agreement": None, "servers": [said]}  # fmt: skip
+    assert said in merging.summary(record, tmp_path).splitlines()
 
 
 def test_a_date_that_is_computed_otherwise_is_left_as_it_is(chatml, tmp_path):
