@@ -18,7 +18,7 @@ from qlora_utils.commands import merging
 from qlora_utils.config import RunConfig
 from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.evaluation.generation import Sampling
-from qlora_utils.rows.conversations import parse
+from qlora_utils.rows.conversations import Turn, parse
 from qlora_utils.rows.readers import Row
 from qlora_utils.runs.directory import RunDirectory
 
@@ -83,12 +83,14 @@ def rows_of(facts):
         yield Row("facts.csv", number, {"question": question, "answer": expected})
 
 
-def answer(model, tokenizer, question, **options):
-    """What a model says to a question through transformers alone, and if it stopped by itself."""
+def answer(model, tokenizer, *texts, **options):
+    """What a model says after questions and answers in turn through transformers alone, and if it stopped by itself."""
+    messages = []
+    for number, text in enumerate(texts):
+        messages.append({"role": "assistant" if number % 2 else "user", "content": text})
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False, return_tensors="pt",
-        **options,
-    )  # fmt: skip
+        messages, add_generation_prompt=True, return_dict=False, return_tensors="pt", **options
+    )
     ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)
     written = ids[0, prompt.shape[1] :].tolist()
     text = tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -114,18 +116,25 @@ def test_merged_model_and_adapter_answer_through_transformers_alone_as_they_are_
         run.merged: AutoModelForCausalLM.from_pretrained(run.merged),
         run.adapter: AutoPeftModelForCausalLM.from_pretrained(run.adapter),
     }
+    # In a chat too, which the model was not taught: whatever it says, it says on either way.
+    asker = playground.load(run)
+    *_, (first, said), (question, _) = FACTS.items()
+    history, sampling = [Turn(first, said)], Sampling(max_new_tokens=24)
+    pieces = asker.ask(question, models=["tuned"], history=history, sampling=sampling)
+    chat, said_here = (first, said, question), "".join(piece.text for piece in pieces)
+
     # Qwen 3 thinks first unless it is told not to, and answers here do not.
     options = {"enable_thinking": False} if name == "qwen3" else {}
     for folder, model in models.items():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         for question, expected in FACTS.items():
             assert answer(model, tokenizer, question, **options) == (expected, True)
+        assert answer(model, tokenizer, *chat, **options)[0] == said_here
 
     question, expected = next(iter(FACTS.items()))
     capsys.readouterr()
     assert cli.main(["ask", question, "--run", "taught", "--output-dir", str(tmp_path / "runs")]) == 0
     assert capsys.readouterr().out.strip() == expected
-    asker = playground.load(run)
     for question, expected in FACTS.items():
         pieces = asker.ask(question, models=["tuned"], sampling=Sampling(max_new_tokens=24))
         assert "".join(piece.text for piece in pieces) == expected
