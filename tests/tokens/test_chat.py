@@ -609,10 +609,13 @@ def test_a_system_prompt_that_the_template_leaves_out_is_refused(chatml, tmp_pat
     chatml.chat_template = "{% set messages = messages | rejectattr('role', 'equalto', 'system') %}" + chat.CHATML
     form = format_of(chatml, config_of(tmp_path))
     said = "the chat template leaves its system prompt out"
-    assert form.refuse(Conversation((Turn("a", "b", "Be brief."),))) == said
+    for question in ("a", "Be brief."):
+        assert form.refuse(Conversation((Turn(question, "b", "Be brief."),))) == said
     assert form.refuse(TWO) is None
     assert said in data.describe_format(form)
-    # One that reads a switch in it leaves nothing out.
+    # One that is the template's own default is written, and one that is read as a switch is not left out.
+    chatml.chat_template = WITH_DEFAULT
+    assert format_of(chatml, config_of(tmp_path)).refuse(Conversation((Turn("a", "b", "Be helpful."),))) is None
     chatml.chat_template = CUTTING.replace("}}", "~ ('!' if '/think' in messages[0].content else '') }}", 1)
     assert format_of(chatml, config_of(tmp_path)).refuse(Conversation((Turn("a", "b", "/think"),))) is None
 
