@@ -258,8 +258,10 @@ def test_chatml_needs_its_marks_in_the_tokenizer(tokenizer, tmp_path):
 def test_a_template_that_cannot_be_trained_in_is_refused_with_advice(chatml, tmp_path, source, said):
     (tmp_path / "mine.jinja").write_text(source)
     config = config_of(tmp_path, chat_template=str(tmp_path / "mine.jinja"))
-    with pytest.raises(DataError, match=f"(?s)chat_template: .*({said}).*Give another"):
-        format_of(chatml, config).encode([TWO])
+    chatml.chat_template = source  # no other error if it is the tokenizer's own
+    for asked in (config, config_of(tmp_path)):
+        with pytest.raises(DataError, match=f"(?s)chat_template: .*({said}).*Give another"):
+            format_of(chatml, asked).encode([TWO])
 
 
 def test_an_encoder_decoder_has_no_chat_template(tmp_path):
