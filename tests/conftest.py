@@ -25,6 +25,11 @@ SHARED = ROOT.parent / "shared" / "data"
 
 # For what must hold of either architecture. None is what tests without this mark get, so that these share fixtures.
 BOTH = pytest.mark.parametrize("preset", [pytest.param(None, id="pocket"), "pocket-t5"], indirect=True, scope="session")
+# The same where several trainings take seconds: the second architecture then goes among the slow tests.
+BOTH_T5_SLOW = pytest.mark.parametrize(
+    "preset", [pytest.param(None, id="pocket"), pytest.param("pocket-t5", marks=pytest.mark.slow)], indirect=True,
+    scope="session",
+)  # fmt: skip
 
 # What people write who want to be taken for the format, or for markup, or who do as if.
 PIECES = [

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import BOTH, SHARED
+from conftest import BOTH, BOTH_T5_SLOW, SHARED
 from made_runs import report_on
 from rows.test_held_out import leakage, split_held_out
 
@@ -203,7 +203,7 @@ def many(config, tmp_path):
                             "max_seq_len": 128})  # fmt: skip
 
 
-@BOTH
+@BOTH_T5_SLOW
 def test_rows_come_out_of_several_processes_as_of_one(tmp_path, many, tokenizer):
     made = []
     for processes in (1, 2, None):
@@ -221,7 +221,7 @@ def test_rows_come_out_of_several_processes_as_of_one(tmp_path, many, tokenizer)
     ]
 
 
-@BOTH
+@BOTH_T5_SLOW
 def test_rows_that_stream_are_those_that_are_read_one_by_one(many, tokenizer):
     prepared = data.prepare(many, tokenizer)
     read, _ = parse_rows(read_source(many.dataset)["train"])

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import trajectory
-from conftest import BOTH, MARKUP, on_its_device, short_run, tensors
+from conftest import BOTH, BOTH_T5_SLOW, MARKUP, on_its_device, short_run, tensors
 from transformers import AutoTokenizer, TrainerCallback
 
 from qlora_utils import answers, lora, quantization, training
@@ -196,7 +196,7 @@ def four_steps(preset, tokenizer, prepared, tmp_path_factory):
      {"fused_layers": False, "attention_kernel": "dense"}],
     ids=str,
 )  # fmt: skip
-@BOTH
+@BOTH_T5_SLOW
 def test_what_makes_training_faster_or_smaller_does_not_change_it(config, tokenizer, prepared, four_steps, change):
     variant = changed(config, steps=4, max_grad_norm=100.0, micro_batch_size=2)
     history = train(changed(variant, run_name="changed", **change), tokenizer, prepared)[2]
@@ -265,7 +265,7 @@ def test_evaluating_keeps_sums_only(config, tuned_model, tokenizer, prepared, mo
     assert max(alive) <= 1
 
 
-@BOTH
+@BOTH_T5_SLOW
 def test_evaluating_often_changes_nothing(config, tokenizer, prepared):  # trap 18
     seldom = train(changed(config, eval_steps=8, run_name="seldom"), tokenizer, prepared)
     often = train(changed(config, eval_steps=1, run_name="often"), tokenizer, prepared)
@@ -826,7 +826,7 @@ def test_the_loss_is_measured_on_a_sample_chosen_by_seed(config, prepared):
 # ------------------------------------------------------------------------------------------------ reproducibility
 
 
-@BOTH
+@BOTH_T5_SLOW
 def test_the_same_run_twice_is_the_same_to_the_last_bit(config, tokenizer, prepared):
     asked = [Question(row.turns[0].question, "") for row in prepared.held_out[:6]]
     found = []

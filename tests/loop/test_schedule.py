@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BOTH
+from conftest import BOTH, BOTH_T5_SLOW
 from test_training import CrashAt, changed, train
 from transformers import get_scheduler
 
@@ -166,7 +166,7 @@ def rates_of(history):
     return [line["lr"] for line in history if "lr" in line]
 
 
-@BOTH
+@BOTH_T5_SLOW
 def test_ten_steps_continued_to_twenty(config, tokenizer, prepared, scheduled, capsys):
     short = quick(config, steps=10, learning_rate=PEAKS[0], head_learning_rate=PEAKS[1])
     _, _, first = train(short, tokenizer, prepared)

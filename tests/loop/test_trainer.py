@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import BOTH
+from conftest import BOTH, BOTH_T5_SLOW
 from test_training import Spoil, changed, losses, train, trained_weights
 
 from qlora_utils import lora, quantization
@@ -20,7 +20,7 @@ from qlora_utils.tokens.packing import make_collator
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@BOTH
+@BOTH_T5_SLOW
 def test_a_step_whose_numbers_are_none_is_skipped_and_counted(config, tokenizer, prepared, monkeypatch, what):
     """The weights stay as they are in that step, and the next steps go on as if its rows had not been there."""
     seen = {}

@@ -96,7 +96,10 @@ def test_odd_values_stay_what_they_are(tmp_path, form, processes):
         row.clear()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+SLOW_STOPS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGKILL)]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, *SLOW_STOPS])
 def test_no_process_outlives_one_that_is_stopped(tmp_path, signal_number):
     """Workers are forked, and would otherwise go on."""
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows_of("a", 20_000)))
