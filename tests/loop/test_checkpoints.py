@@ -429,8 +429,8 @@ def run_killed(folder, prepared, runs, seed=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runs", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path, prepared, runs):
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path, prepared):
+    runs = 20
     whole, *killed = run_killed(tmp_path, prepared, runs)
     assert whole["status"] == 0
     assert len(killed) == runs
