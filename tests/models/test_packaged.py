@@ -329,7 +329,7 @@ def test_a_run_fetches_its_model_where_it_is_first_read(downloaded, tmp_path, mo
 
 QUICK = {
     "dataset": ROOT / "data" / "examples" / "questions.csv", "held_out_rows": 6, "steps": 2, "batch_size": 2,
-    "eval_rows": 2, "trace_rows": 0, "score_rows": 2, "max_new_tokens": 12,
+    "eval_rows": 2, "trace_rows": 0, "score_rows": 2, "probe_rows": 10, "max_new_tokens": 12,
 }  # fmt: skip
 
 
