@@ -48,9 +48,10 @@ HOSTILE = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_
 
 # Files that take minutes go first, so that at the end no process waits for the other.
 LONG = (
-    "commands/test_run", "test_training", "test_solutions", "test_data", "loop/test_checkpoints", "test_pocket",
-    "test_pocket_t5", "loop/test_trainer", "test_hostile", "commands/test_merging", "test_lora",
-    "evaluation/test_compare", "test_benchmarks", "test_playground", "test_bad_inputs",
+    "commands/test_run", "test_training", "test_solutions", "test_data", "loop/test_checkpoints",
+    "models/test_packaged", "test_pocket", "test_pocket_t5", "tokens/test_chat", "test_elsewhere_templates",
+    "loop/test_trainer", "test_hostile", "commands/test_merging", "test_lora", "evaluation/test_compare",
+    "test_benchmarks", "test_playground", "test_bad_inputs",
 )  # fmt: skip
 
 
