@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils import quantization
-from qlora_utils.config import RunConfig
+from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.data import Prepared, load_tokenizer
 from qlora_utils.evaluation.asker import MODELS
 from qlora_utils.evaluation.generation import Answer, Question, Sampling, answer_all, questions_of
@@ -39,13 +39,13 @@ from qlora_utils.models.files import check_adapter
 from qlora_utils.models.memory import answer_room
 from qlora_utils.models.resolution import resolution_of
 from qlora_utils.rows.conversations import Conversation
+from qlora_utils.rows.files import DataError
 from qlora_utils.rows.held_out import clusters_of_answers, clusters_of_rows, is_one_group, scored_rows
 from qlora_utils.rows.rewordings import training_rows
 from qlora_utils.runs.directory import RunDirectory, require_adapter
 from qlora_utils.runs.files import write_jsonl
 from qlora_utils.runs.progress import progress_bar as progress_bar  # notebook 06 shows it
 from qlora_utils.style import BASE, ORANGE, TUNED, cut, in_figure, unframed
-from qlora_utils.tokens.chat import own_template
 from qlora_utils.tokens.formats import choose_template, format_of
 from qlora_utils.tokens.packing import find_read, make_collator, make_sampler
 from qlora_utils.training import micro_batch_size, total_steps
@@ -294,10 +294,15 @@ def evaluate(
 
 def _is_foreign(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> bool:
     """Return True if a run's chat template is another than that in which its base model was taught."""
-    if config.chat_template == "auto" or own_template(tokenizer) is None:
+    if config.chat_template == "auto" or not tokenizer.chat_template:
         return False
-    auto = config.model_copy(update={"chat_template": "auto"})
-    return choose_template(tokenizer, config) != choose_template(tokenizer, auto)
+    asked = choose_template(tokenizer, config)
+    try:
+        return asked != choose_template(tokenizer, config.model_copy(update={"chat_template": "auto"}))
+    # Its own cannot be taken unasked, and so another was given: perhaps one of several that it has.
+    except (ConfigError, DataError):
+        own = tokenizer.chat_template
+        return asked not in (own.values() if isinstance(own, dict) else [own])
 
 
 @dataclass(frozen=True)

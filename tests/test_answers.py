@@ -156,6 +156,17 @@ def test_a_template_is_foreign_where_the_base_model_has_another(config, tokenize
             assert answers._is_foreign(tokenizer, asked) == (name in foreign), (own, name)
 
 
+def test_where_the_template_must_be_given_it_is_told_whether_it_is_one_of_the_models(config, tokenizer, monkeypatch):
+    """Both trainings were advised: with one of several templates as a file, and in Llama-2's format."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = {"plain": CHATML, "with tools": CHATML.replace("im_", "turn_")}
+    for name, is_foreign in (("chatml", False), ("llama2", True)):
+        assert answers._is_foreign(tokenizer, config.model_copy(update={"chat_template": name})) == is_foreign
+    tokenizer.chat_template = CHATML
+    monkeypatch.setattr("qlora_utils.tokens.formats.has_plain_backend", lambda _: False)
+    assert answers._is_foreign(tokenizer, config.model_copy(update={"chat_template": "llama2"}))
+
+
 @BOTH
 @pytest.mark.parametrize("row_order", ["random", "length"])
 def test_training_rows_are_asked_of_steps_alone(config, tokenizer, prepared, row_order):
