@@ -109,6 +109,9 @@ def merge(
     # The unmerged model answers before the merged one is loaded: both may not fit into memory.
     tokenizer = load_tokenizer(config)
     chosen = choose_questions(config, run, tokenizer, questions) if questions else []
+    # Of a run that was sent without its rows, the template alone tells.
+    rows = Prepared.load(run).train if run.data.is_dir() else []
+    servers = advise_servers(format_of(tokenizer, config), rows)
     tuned_model = lora.reload(quantization.load(config), run.adapter, fused=config.fused_layers)
     check_mergeable(tuned_model, config)
     unmerged = ask(tuned_model, tokenizer, chosen, config) if chosen else None
@@ -133,7 +136,7 @@ def merge(
             "parameters": parameters,
             "bytes": sum(path.stat().st_size for path in temporary.glob("*.safetensors")),
             "agreement": compared,
-            "servers": advise_servers(format_of(tokenizer, config), Prepared.load(run).train),
+            "servers": servers,
             **provenance(),
         }
         write_json(temporary / RECORD, record)

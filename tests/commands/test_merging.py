@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,15 @@ def test_into_weights_that_are_not_quantized_it_is_what_peft_merges(tuned, varia
     assert made.keys() == expected.keys()
     for name, weight in made.items():
         torch.testing.assert_close(weight, expected[name].cpu(), msg=name)
+
+
+def test_a_run_without_its_rows_is_merged_if_no_question_is_asked(tuned):
+    """Config and adapter are enough, as somebody keeps or sends them."""
+    config, _ = tuned()
+    run = RunDirectory(config.run_dir)
+    shutil.rmtree(run.data)
+    assert merging.merge(config, questions=0)["servers"] == []
+    assert read_json(run.merged / merging.RECORD)["agreement"] is None
 
 
 def test_weights_are_summed_in_fp32_and_rounded_once(tuned):
