@@ -30,7 +30,7 @@ DATA_FIELDS = (
     "model", "dataset", "train_rows", "held_out_rows", "group_by", "max_seq_len", "chat_template", "seed"
 )  # fmt: skip
 # These only change speed and memory.
-SPEED_FIELDS = ("keep_expanded", "attention_kernel", "fused_layers", "liger")
+SPEED_FIELDS = ("keep_expanded", "attention_kernel", "fused_layers", "liger", "cuda_graphs")
 # These only matter to the answers after the training.
 ANSWER_FIELDS = ("score_rows", "probe_rows", "max_new_tokens", "answer_batch_size")
 # These name a run and its place, or hold for one training only. Two runs that differ in them alone
@@ -143,6 +143,9 @@ class RunConfig(BaseModel):
         True, description="compute each layer and its adapter as one operation, and the loss without all logits"
     )
     liger: bool | None = Field(None, description="Liger kernels for norms, rotation, SwiGLU (None: where they run)")
+    cuda_graphs: bool | None = Field(
+        None, description="capture passes on a GPU and replay them without Python (None: where that is possible)"
+    )
 
     # LoRA
     lora_r: int = Field(16, ge=1, le=1024, description="rank of the update matrices")

@@ -80,10 +80,18 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     _cast_trainable_to_fp32(tuned_model)
     enable_fused_layers(tuned_model, config)
     if resolved.config.gradient_checkpointing:
-        # The reentrant kind finds no gradient to follow from frozen embeddings, and trains nothing.
+        # The reentrant kind finds no gradient to follow from frozen embeddings, and trains nothing. Random states are
+        # only stored where something draws from them: a CUDA graph cannot.
+        options = {"use_reentrant": False, "preserve_rng_state": draws_at_random(tuned_model)}
         with _ignore_harmless_warnings(base_model):
-            base_model.gradient_checkpointing_enable({"use_reentrant": False})
+            base_model.gradient_checkpointing_enable(options)
     return tuned_model  # type: ignore[return-value]
+
+
+def draws_at_random(model: Any) -> bool:
+    """Return whether a forward pass in training mode drops anything at random."""
+    dropouts = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    return any(dropouts) or bool(getattr(model.config, "attention_dropout", 0.0))
 
 
 def _refuse_unmergeable(base_model: PreTrainedModel, *, train_head: bool) -> None:

@@ -44,8 +44,9 @@ def varlen(
     value: torch.Tensor,
     *,
     scale: float,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | None,
     starts: Any,
+    longest: int | None = None,
 ) -> torch.Tensor:
     """Run one FlashAttention kernel over the whole pack.
 
@@ -58,14 +59,17 @@ def varlen(
         scale: factor on the scores before the softmax.
         lengths: tokens of each conversation.
         starts: int32 tensor (conversations + 1) with the index of each conversation's first token
-            and, last, the number of all tokens; None: computed from `lengths`.
+            and, last, the number of all tokens; None: computed from `lengths`. More entries of that number are
+            conversations without tokens.
+        longest: tokens that no conversation exceeds; None: computed from `lengths`.
 
     Returns:
         The attended values, (1, tokens, heads, head size).
     """
     if starts is None:
-        starts = torch.tensor([0, *lengths]).cumsum(0).to(query.device, torch.int32)
-    longest = max(lengths)
+        starts = torch.tensor([0, *(lengths or ())]).cumsum(0).to(query.device, torch.int32)
+    if longest is None:
+        longest = max(lengths or ())
     # The kernel wants (tokens, heads, size). This is a view, because transformers made
     # (1, heads, tokens, size) from that very layout.
     flat = [tensor.transpose(1, 2)[0] for tensor in (query, key, value)]
@@ -149,10 +153,14 @@ def _attend(
     dropout: float = 0.0,
     lengths: Sequence[int] | None = None,
     starts: torch.Tensor | None = None,
+    longest: int | None = None,
     position_ids: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention for transformers: by `kernel` for a pack, by `sdpa` for everything else.
+
+    A pack has `lengths`, or `starts` and `longest` alone: then nothing but tensors tells one pack from another of the
+    same number of tokens, and a CUDA graph that is captured with one is right for all. Only `varlen` can do that.
 
     Raises:
         ValueError: `lengths` do not add up to the tokens of the pack, or the model asks for more than the kernels
@@ -167,15 +175,15 @@ def _attend(
     # A pack is one sequence without a mask and without a cache of earlier tokens. Packs that our
     # collator did not make have no `lengths`; their positions begin again at each conversation.
     is_pack = attention_mask is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]
-    if is_pack and lengths is None and position_ids is not None:
+    if is_pack and lengths is None and longest is None and position_ids is not None:
         lengths = lengths_of(position_ids)
-    if not is_pack or lengths is None:
+    if not is_pack or (lengths is None and longest is None):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )  # type: ignore[return-value]
 
     # With wrong lengths, conversations would attend to each other in silence: there is no mask.
-    if sum(lengths) != query.shape[2]:
+    if lengths is not None and sum(lengths) != query.shape[2]:
         total, tokens = sum(lengths), query.shape[2]
         raise ValueError(f"lengths: they add up to {total}, and the pack holds {tokens} tokens")
 
@@ -188,6 +196,10 @@ def _attend(
     # FlashAttention over packs has no dropout and takes 16-bit numbers only.
     if dropout or (kernel is varlen and query.dtype not in (torch.bfloat16, torch.float16)):
         kernel = functools.partial(split, dropout=dropout)
+    if lengths is None:
+        if kernel is not varlen:
+            raise ValueError("longest: only FlashAttention over packs, in 16 bits and without dropout, takes it")
+        kernel = functools.partial(varlen, longest=longest)
     return kernel(query, key, value, scale=scale, lengths=lengths, starts=starts), None
 
 

@@ -8,7 +8,9 @@ their input are summed while they are computed. Measured in docs/experiments.md.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +56,16 @@ def fuse(tuned_model: PeftModel) -> int:
         first = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
         first.register_forward_pre_hook(_Refresh(groups), with_kwargs=True)
     return sum(len(group.layers) for group in groups)
+
+
+def find_groups(tuned_model: nn.Module) -> list[LayerGroup]:
+    """List the groups that `fuse` has made, in the order of the layers."""
+    groups: dict[int, LayerGroup] = {}
+    for module in tuned_model.modules():
+        group = getattr(module, "layer_group", None)
+        if group is not None:
+            groups[id(group)] = group
+    return list(groups.values())
 
 
 def _group_siblings(path: str, layers: dict[str, Any]) -> list[list[Any]]:
@@ -130,6 +142,12 @@ class LayerGroup:
         # Their copies: all A as one tensor (layers · rank, in), times the scale, and each B.
         self.cast_a: torch.Tensor | None = None
         self.cast_b: list[torch.Tensor] = []
+        # Tensors that gradients are added to, in the same form: all A (layers · rank, in), and each B. None: autograd
+        # adds them to the `grad` of each weight itself.
+        self.a_grad: torch.Tensor | None = None
+        self.b_grads: list[torch.Tensor] = []
+        # What the adapters made of the last input, (tokens, layers · rank).
+        self.inner: torch.Tensor | None = None
         # Outputs by the layer's index, and the input and gradient mode that they were computed for.
         self.pending: dict[int, torch.Tensor] = {}
         self.pending_for: tuple[torch.Tensor, bool] | None = None
@@ -176,11 +194,20 @@ class LayerGroup:
             refresh([self], dtype)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         lora_x = flat if dropped is None else dropped.reshape(flat.shape).to(dtype)
-        # Without gradients nothing has to be saved for a backward pass.
+        # Without gradients nothing has to be saved for a backward pass. With them the operation only saves what its
+        # backward pass needs, and the outputs are computed after it: a checkpointed layer that is computed again stops
+        # as soon as all is saved again, and so leaves out its last products, which nothing would read.
         if torch.is_grad_enabled():
-            outputs = _AdaptedLinears.apply(flat, lora_x, dropped is None, self, *self.a, *self.b)
+            outputs: Sequence[torch.Tensor] = _AdaptedLinears.apply(
+                flat, lora_x, dropped is None, self, *self.a, *self.b
+            )
+            inner, self.inner = self.inner, None
         else:
-            outputs = _products(flat, lora_x, self)[0]
+            with torch.autocast(x.device.type, enabled=False):
+                outputs, inner = _empty_outputs(flat, self), lora_x @ self.cast_a.T  # type: ignore[union-attr]
+        assert inner is not None
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            _write_products(outputs, flat, inner, self)
         return [y.view(*x.shape[:-1], -1).to(x.dtype) for y in outputs]
 
 
@@ -270,9 +297,21 @@ def product_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         return layer.weight.to(dtype)
+    packed = layer.weight.data
+    if packed.is_cuda and _has_triton():
+        from qlora_utils.kernels.dequantization import can_expand, expand
+
+        if can_expand(state, packed):
+            return expand(packed, state).to(dtype)
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(layer.weight.data, state).to(dtype)
+    return dequantize_4bit(packed, state).to(dtype)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Return whether Triton is installed, as it is with PyTorch's builds for CUDA on Linux."""
+    return find_spec("triton") is not None
 
 
 def keep_expanded(model: nn.Module) -> int:
@@ -294,38 +333,36 @@ def keep_expanded(model: nn.Module) -> int:
     return total
 
 
-def _products(
+def _empty_outputs(x: torch.Tensor, group: LayerGroup) -> list[torch.Tensor]:
+    """Return tensors for the outputs (tokens, out) of a group, for the input (tokens, in)."""
+    return [x.new_empty(len(x), base.out_features) for base in group.bases]
+
+
+def _write_products(
+    outputs: Sequence[torch.Tensor],
     x: torch.Tensor,
-    lora_x: torch.Tensor,
+    inner: torch.Tensor,
     group: LayerGroup,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> None:
     """Compute the layers of a group.
 
     Args:
+        outputs: to write, (tokens, out) of each layer.
         x: input of the base layers, (tokens, in).
-        lora_x: input of the adapters, (tokens, in).
+        inner: input of the adapters times all A, (tokens, layers · rank).
         group: the layers.
-
-    Returns:
-        The output (tokens, out) of each layer, and `lora_x` times all A, (tokens, layers · rank).
     """
-    assert group.cast_a is not None
-    inner = lora_x @ group.cast_a.T
     parts = inner.split(len(group.a[0]), dim=1)
-    outputs = []
-    for part, b, base in zip(parts, group.cast_b, group.bases, strict=True):
+    for y, part, b, base in zip(outputs, parts, group.cast_b, group.bases, strict=True):
         if len(x) == 1 and x.is_cuda and not hasattr(base, "dequantized_weight"):
             # One token: bitsandbytes multiplies by the 4-bit weight without dequantizing it first.
-            y = base(x)
-            y = torch.addmm(y, part, b.T)
+            torch.addmm(base(x), part, b.T, out=y)
         else:
             # The small product comes first and the large one adds to it, without a pass over both.
-            y = part @ b.T
+            torch.mm(part, b.T, out=y)
             y.addmm_(x, product_weight(base, x.dtype).T)
             if base.bias is not None:
                 y += base.bias
-        outputs.append(y)
-    return outputs, inner
 
 
 class _AdaptedLinears(torch.autograd.Function):
@@ -347,12 +384,13 @@ class _AdaptedLinears(torch.autograd.Function):
         group: LayerGroup,
         *weights: Any,
     ) -> Any:
-        """Return the output (tokens, out) of each layer."""
+        """Return the outputs (tokens, out) of each layer, not computed yet; `group.inner` is what they need."""
+        assert group.cast_a is not None
         with torch.autocast(x.device.type, enabled=False):
-            outputs, inner = _products(x, lora_x, group)
-        ctx.save_for_backward(lora_x, inner)
+            group.inner = lora_x @ group.cast_a.T
+        ctx.save_for_backward(lora_x, group.inner)
         ctx.group, ctx.same = group, same
-        return tuple(outputs)
+        return tuple(_empty_outputs(x, group))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
@@ -370,11 +408,7 @@ class _AdaptedLinears(torch.autograd.Function):
             for place, gradient, b in zip(places, gradients, group.cast_b, strict=True):
                 torch.mm(gradient, b, out=place)
 
-            # The gradients of A, in one product for all layers, and of each B.
-            a_grads = _product(inner_grad.T, lora_x, group.a[0].dtype, group.scale).split(rank)
-            parts = inner.split(rank, dim=1)
-            triples = zip(gradients, parts, group.b, strict=True)
-            b_grads = [_product(gradient.T, part, b.dtype) for gradient, part, b in triples]
+            a_grads, b_grads = _weight_grads(group, gradients, inner_grad, lora_x, inner)
 
             # The gradient of the input: through the adapters, then each base layer adds its own.
             if wants_x or wants_lora_x:
@@ -385,6 +419,48 @@ class _AdaptedLinears(torch.autograd.Function):
                     for gradient, base in zip(gradients, group.bases, strict=True):
                         x_grad.addmm_(gradient, product_weight(base, lora_x.dtype))
         return x_grad, lora_x_grad, None, None, *a_grads, *b_grads
+
+
+def _weight_grads(
+    group: LayerGroup,
+    gradients: Sequence[torch.Tensor],
+    inner_grad: torch.Tensor,
+    lora_x: torch.Tensor,
+    inner: torch.Tensor,
+) -> tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor | None]]:
+    """Return the gradients of each A and B, or add them to the group's own tensors and return None for each.
+
+    Args:
+        group: the layers.
+        gradients: of the outputs, (tokens, out) of each layer.
+        inner_grad: gradient of `inner`.
+        lora_x: input of the adapters, (tokens, in).
+        inner: that times all A, (tokens, layers · rank).
+    """
+    rank = len(group.a[0])
+    parts = inner.split(rank, dim=1)
+    # The gradients of A are one product for all layers.
+    if group.a_grad is not None:
+        add_product(group.a_grad, inner_grad.T, lora_x, group.scale)
+        for total, gradient, part in zip(group.b_grads, gradients, parts, strict=True):
+            add_product(total, gradient.T, part)
+        return [None] * len(parts), [None] * len(parts)
+    a_grads = _product(inner_grad.T, lora_x, group.a[0].dtype, group.scale).split(rank)
+    triples = zip(gradients, parts, group.b, strict=True)
+    return a_grads, [_product(gradient.T, part, b.dtype) for gradient, part, b in triples]
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
+    """Add `scale · left @ right` to `total` in place.
+
+    `total` is in fp32, the factors in any precision. A GPU rounds nothing in between.
+    """
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=scale)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, alpha=scale, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(left @ right, alpha=scale)
 
 
 def _product(

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora_utils.kernels.lora_layers import add_product
 from qlora_utils.models.hardware import free_memory, is_out_of_memory
 from qlora_utils.tokens.formats import IGNORED, Encoded
 
@@ -39,18 +40,21 @@ def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
+    divisor: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """Return the summed cross-entropy of `softmax(hidden @ weight.T)` against `targets`.
+    """Return the summed cross-entropy of `softmax(hidden @ weight.T)` against `targets`, divided by `divisor`.
 
     Args:
         hidden: (tokens, hidden), in the precision of the products.
-        weight: (vocabulary, hidden), in any precision; a frozen head gets no gradient.
-        targets: (tokens,) token ids.
+        weight: (vocabulary, hidden), in any precision; a frozen head gets no gradient. If it has the attribute
+            `main_grad`, a tensor in fp32, its gradient is added there at once, and must not be scaled afterwards.
+        targets: (tokens,) token ids; negative ones do not count.
+        divisor: number, or tensor of one.
 
     Returns:
-        The sum over all tokens in nats, a scalar in fp32.
+        The loss in nats, a scalar in fp32.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-any-return]
+    return _LinearCrossEntropy.apply(hidden, weight, targets, divisor)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -96,60 +100,62 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
+        divisor: torch.Tensor | float,
     ) -> torch.Tensor:
         """Return the loss, and save its gradients for the backward pass."""
         head = weight.to(hidden.dtype)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        main_grad = getattr(weight, "main_grad", None) if wants_weight else None
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        weight_grad = main_grad
+        if wants_weight and main_grad is None:
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+
+        # Each token's share of the loss. fp16 cannot hold gradients that are divided by thousands of tokens: there the
+        # backward pass divides.
+        late_divisor = divisor if hidden.dtype is torch.float16 else None
+        shares = (targets >= 0).float()
+        if late_divisor is None:
+            shares = shares / divisor
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         done = 0
         with torch.autocast(hidden.device.type, enabled=False):
             for part, target in _chunks(hidden, targets, len(weight)):
+                rows = slice(done, done + len(part))
+                done += len(part)
                 # (chunk, vocabulary)
                 log_p = torch.log_softmax((part @ head.T).float(), dim=-1)
-                index = target.unsqueeze(-1)
-                loss -= log_p.gather(-1, index).sum()
+                index = target.clamp(min=0).unsqueeze(-1)
+                loss -= log_p.gather(-1, index).squeeze(-1) @ shares[rows]
                 if not (wants_hidden or wants_weight):
                     continue
-                # d loss / d logits = softmax - one_hot: between -1 and 1, so that fp16 can hold it
-                # too. It is computed in place, since a copy would double the peak.
+                # d loss / d logits = softmax - one_hot, times the share of the loss. It is computed in place, since a
+                # copy would double the peak; in 16 bits it is multiplied and rounded in one go.
                 minus_one = torch.full_like(index, -1, dtype=log_p.dtype)
                 gradient = log_p.exp_().scatter_add_(-1, index, minus_one)
-                gradient = gradient.to(hidden.dtype)
+                rounded = gradient if hidden.dtype is gradient.dtype else torch.empty_like(gradient, dtype=hidden.dtype)
+                gradient = torch.mul(gradient, shares[rows].unsqueeze(-1), out=rounded)
                 if hidden_grad is not None:
-                    torch.mm(gradient, head, out=hidden_grad[done : done + len(part)])
+                    torch.mm(gradient, head, out=hidden_grad[rows])
                 if weight_grad is not None:
                     add_product(weight_grad, gradient.T, part)
-                done += len(part)
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.weight_dtype = weight.dtype
-        return loss
+        ctx.save_for_backward(hidden_grad, None if main_grad is not None else weight_grad)
+        ctx.weight_dtype, ctx.late_divisor = weight.dtype, late_divisor
+        return loss if late_divisor is None else loss / late_divisor
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the saved gradients, times the gradient of the loss."""
         hidden_grad, weight_grad = ctx.saved_tensors
         (scale,) = grad_outputs
+        if ctx.late_divisor is not None:
+            scale = scale / ctx.late_divisor
         if hidden_grad is not None:
             hidden_grad = hidden_grad * scale
         # The gradient of the head is large and belongs to nobody else: it is scaled in place.
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(scale).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None
-
-
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add `left @ right` to `total` in place.
-
-    `total` is in fp32, the factors in any precision. A GPU rounds nothing in between.
-    """
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(left @ right)
+        return hidden_grad, weight_grad, None, None
 
 
 # ---------------------------------------------------------------------------------------------------- in the model
@@ -162,14 +168,15 @@ def answer_states(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[torch.
         model: with its head, without peft's wrapping.
         batch: tensors from `packing`: `labels`, (batch, seq) or for an encoder-decoder (batch,
             answer), and the model's inputs. Without `answer_positions` the labelled tokens are searched for,
-            which makes the CPU wait for a GPU.
+            which makes the CPU wait for a GPU. `targets`, (answers,), are the labelled tokens at these positions;
+            without them they are looked up in the labels.
 
     Returns:
         Hidden states (answers, hidden) and token ids (answers,).
     """
     inputs = dict(batch)
-    labels = inputs.pop("labels")
-    positions = inputs.pop("answer_positions", None)
+    labels = inputs.pop("labels", None)
+    positions, targets = inputs.pop("answer_positions", None), inputs.pop("targets", None)
 
     # The output of a causal model at one position predicts the token at the next, so the first
     # token is predicted by nothing. A decoder's input is already shifted (`decoder_inputs`).
@@ -183,7 +190,8 @@ def answer_states(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[torch.
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_inputs(model, labels)
     hidden = last_hidden_state(model, inputs).flatten(0, 1)
-    targets = labels.flatten().index_select(0, positions + shift)
+    if targets is None:
+        targets = labels.flatten().index_select(0, positions + shift)
     return hidden.index_select(0, positions), targets
 
 
@@ -307,7 +315,7 @@ def use_chunked_loss(model: PreTrainedModel) -> None:
     def forward(*args: Any, labels: Any = None, answer_tokens: Any = None, **options: Any) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
-        if labels is None:
+        if labels is None and options.get("targets") is None:
             options.pop("answer_positions", None)
             return original(*args, **options)
 
@@ -316,16 +324,16 @@ def use_chunked_loss(model: PreTrainedModel) -> None:
         inputs = {name: value for name, value in options.items() if value is not None}
         inputs |= dict(zip(("input_ids", "attention_mask"), args, strict=False))
         hidden, targets = answer_states(model, {**inputs, "labels": labels})
+        divisor = len(targets) if answer_tokens is None else answer_tokens
 
         if is_product:
             # T5 adds up its layers in fp32, also under autocast; the head's product is in 16 bits.
             if torch.is_autocast_enabled(hidden.device.type):
                 hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-            loss = linear_cross_entropy(hidden, head_weight(model), targets)
+            loss = linear_cross_entropy(hidden, head_weight(model), targets, divisor)
         else:
-            loss = own_cross_entropy(model, hidden, targets)
-        divisor = len(targets) if answer_tokens is None else answer_tokens
-        return CausalLMOutputWithPast(loss=loss / divisor)
+            loss = own_cross_entropy(model, hidden, targets) / divisor
+        return CausalLMOutputWithPast(loss=loss)
 
     model.forward = forward  # type: ignore[method-assign]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from transformers.trainer_callback import ExportableState
 
 from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.kernels.cuda_graphs import PassGraphs
+from qlora_utils.kernels.gradients import FlatGradients
 from qlora_utils.kernels.loss import response_loss
 from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions, schedule
@@ -33,7 +35,7 @@ from qlora_utils.models.resolution import Resolved
 from qlora_utils.models.shapes import HEAD
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.history import describe_continuation
-from qlora_utils.tokens.packing import make_sampler
+from qlora_utils.tokens.packing import LONGEST_PADDING, make_sampler
 
 # What the Trainer writes beside a model: a pickle, and an empty model card.
 UNWANTED = ("training_args.bin", "README.md")
@@ -51,6 +53,16 @@ class TraceResult:
     sample: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class _Verdict:
+    """Hold whether a step's loss and gradient are finite, as tensors that the GPU may still have to compute."""
+
+    is_good: torch.Tensor
+    step: int
+    loss: torch.Tensor
+    norm: Any
+
+
 class StepTrainer(Trainer):
     """Train with passes bounded in tokens, two learning rates and an exact held-out loss.
 
@@ -66,6 +78,9 @@ class StepTrainer(Trainer):
         step_loss: loss of the last step.
         logged_at: step of the last training loss in history.jsonl.
         rows_digest: digest of the rows, which checkpoints store to recognize their data.
+        gradients: those of all trained weights, in one tensor; None before the first step, and where several processes
+            exchange them.
+        graphs: captured passes; None where passes are not captured.
         continued: for each time that the training was resumed with other values, the `step` from
             which these hold and, in `before`, the values until then.
     """
@@ -86,6 +101,15 @@ class StepTrainer(Trainer):
         self.logged_at = 0
         self.rows_digest = ""
         self.continued: list[dict[str, Any]] = []
+        self.gradients: FlatGradients | None = None
+        self.graphs: PassGraphs | None = None
+        # The first step is not captured: it loads the kernels. And the model is in training mode from then on, except
+        # for measurements, so that nobody has to walk through its modules at every step.
+        self._has_begun = False
+        # The last step's verdict, while the GPU may still be computing it.
+        self._pending: _Verdict | None = None
+        if config.cuda_graphs and self.args.device.type == "cuda":
+            self._step_collator.pads_for = self.args.train_batch_size
 
     # ---------------------------------------------------------------------------------- a step
 
@@ -111,9 +135,10 @@ class StepTrainer(Trainer):
         Raises:
             OutOfMemoryError: one example alone is too large.
         """
-        # Don't look at `model.training` first: peft's wrapper reports training mode while the layers
-        # of a loaded model inside it are in evaluation mode.
-        model.train()
+        # Don't look at `model.training`: peft's wrapper reports training mode while the layers of a
+        # loaded model inside it are in evaluation mode.
+        if not self._has_begun:
+            self._begin(model)
 
         # The data loader cut this step ahead of time, perhaps before memory ran out.
         if inputs["bounds"] != self._bounds():
@@ -147,6 +172,13 @@ class StepTrainer(Trainer):
             counts = self.accelerator.gather(torch.tensor(answers, device=self.args.device))
             answers = counts.sum() / self.args.world_size
 
+        if self.gradients is not None:
+            self.gradients.clear()
+        if self.graphs is not None and self._has_begun and inputs.get("padded"):
+            loss = self._replay(inputs["padded"], answers)
+            if loss is not None:
+                return loss
+
         # By default processes exchange gradients in every backward pass; once per step is enough.
         loss = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(passes):
@@ -156,7 +188,66 @@ class StepTrainer(Trainer):
                 part = self._pass_loss(model, self._prepare_inputs(batch), answers)
                 self.accelerator.backward(part)
             loss += part.detach()
+        self._has_begun = True
         return loss
+
+    def _begin(self, model: nn.Module) -> None:
+        """Prepare the model for its first step: training mode, gradients in one tensor, graphs to capture."""
+        model.train()
+        if self.args.world_size > 1:
+            return
+        if self.gradients is None:
+            # In fp16 a scaler divides the gradients at the end of a step, and the loss must leave that to it.
+            in_place = self.config.fused_layers and self.config.compute_dtype != "float16"
+            self.gradients = FlatGradients(model, head_in_place=in_place)
+        if self._step_collator.pads_for is not None and self.graphs is None:
+            longest = max(self.config.max_seq_len, LONGEST_PADDING)
+
+            def compute(batch: dict[str, Any], answers: torch.Tensor) -> torch.Tensor:
+                loss: torch.Tensor = model(**batch, longest=longest, answer_tokens=answers).loss
+                self.accelerator.backward(loss)
+                return loss
+
+            self.graphs = PassGraphs(compute, self.args.device)
+
+    def _replay(self, passes: Sequence[dict[str, Any]], answers: Any) -> torch.Tensor | None:
+        """Run captured passes of a step, and return its loss; None if this model cannot be captured.
+
+        Args:
+            passes: padded, from `packing.pad_pass`.
+            answers: number of answer tokens in the step.
+        """
+        assert self.graphs is not None
+        try:
+            self.graphs.begin_step(answers)
+            for batch in passes:
+                self.graphs.run(batch)
+            return self.graphs.loss.clone()
+        except Exception as error:  # a capture fails in as many ways as there are operations that it does not allow
+            if is_out_of_memory(error):
+                raise
+            print(f"cuda_graphs: this model is not captured ({first_line(error)[:150]}); training goes on without")
+        # Outside of `except`, because the error holds tensors of the failed pass.
+        self.release_graphs()
+        self._step_collator.pads_for = None
+        if self.gradients is not None:
+            self.gradients.clear()
+        return None
+
+    def release_graphs(self) -> None:
+        """Give captured passes and their memory back."""
+        if self.graphs is not None:
+            self.graphs.free()
+            self.graphs = None
+            free_memory()
+
+    def release(self) -> None:
+        """Give back all that only training needs; the model can be asked, or trained again."""
+        self.release_graphs()
+        if self.gradients is not None:
+            self.gradients.release()
+            self.gradients = None
+        self._has_begun = False
 
     @property
     def _step_collator(self) -> Any:
@@ -194,6 +285,8 @@ class StepTrainer(Trainer):
 
         # The passes before the failed one left gradients, to which the new attempt would add.
         model.zero_grad(set_to_none=True)
+        if self.graphs is not None:
+            self.graphs.free()
         free_memory()
 
         # The size is stored, so that the next training begins with passes that fit.
@@ -205,9 +298,7 @@ class StepTrainer(Trainer):
         return smaller
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip the gradient, or remove it if it or the loss is NaN or infinite.
-
-        AdamW skips a step without gradients.
+        """Clip the gradient, and see to it that a step whose gradient or loss is NaN or infinite changes nothing.
 
         Returns:
             The norm of the gradient before clipping.
@@ -215,7 +306,12 @@ class StepTrainer(Trainer):
         Raises:
             DivergedError: too many steps in a row were skipped.
         """
-        norm = super()._clip_grad_norm(model)
+        if self.gradients is None:
+            norm = super()._clip_grad_norm(model)
+        else:
+            self.accelerator.unscale_gradients()
+            norm = self.gradients.clip(float(self.args.max_grad_norm))
+        self._judge_last_step()
 
         # In fp16 the scaler itself skips steps while it searches for a scale at which the gradient
         # is finite. As long as it can still lower the scale, only the loss is judged here.
@@ -223,30 +319,47 @@ class StepTrainer(Trainer):
         searching = scaler is not None and scaler.get_scale() >= 1
         finite = torch.isfinite(torch.as_tensor(norm))
         loss_finite = torch.isfinite(self.step_loss).to(finite.device)
-
-        # `bool` waits for the GPU: fp16 aside, nothing else in a step does.
         is_good = loss_finite if searching else finite & loss_finite
-        if bool(is_good):
-            self.watch.count_good()
-            return norm
 
-        # A scaler skips the step by itself.
-        if scaler is None:
+        # The Trainer has already added the loss of this step to its sum.
+        self._tr_loss -= torch.where(is_good | ~loss_finite, 0.0, self.step_loss.nan_to_num())
+        verdict = _Verdict(is_good, self.state.global_step + 1, self.step_loss, norm)
+
+        # A fused optimizer skips the step by itself, on the GPU: the host need not wait for the verdict, and goes on to
+        # prepare the next step. `bool` of a tensor waits.
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        if scaler is None and is_good.is_cuda and self.args.optim == "adamw_torch_fused":
+            optimizer.found_inf = (~is_good).float()
+            self._pending = verdict
+            return norm
+        # AdamW skips a step without gradients. A scaler skips it by itself.
+        if scaler is None and not bool(is_good):
             model.zero_grad(set_to_none=True)
-        # The Trainer has already added the loss of the skipped step to its sum.
-        if bool(loss_finite):
-            self._tr_loss -= self.step_loss
-        if self.watch.count_skipped():
-            self._give_up(float(norm))
+        self._pending = verdict
+        self._judge_last_step()
         return norm
 
-    def _give_up(self, norm: float) -> None:
+    def _judge_last_step(self) -> None:
+        """Count the last step as good or skipped, once its verdict is there.
+
+        Raises:
+            DivergedError: too many steps in a row were skipped.
+        """
+        verdict, self._pending = self._pending, None
+        if verdict is None:
+            return
+        if bool(verdict.is_good):
+            self.watch.count_good()
+        elif self.watch.count_skipped():
+            self._give_up(verdict)
+
+    def _give_up(self, verdict: _Verdict) -> None:
         """Log the last step, with NaN for its loss, and end the training.
 
         Raises:
             DivergedError: always.
         """
-        step = self.state.global_step + 1
+        step, norm = verdict.step, float(verdict.norm)
         self.state.global_step = step
         rate = self._get_learning_rate()
         self.log({"loss": math.nan, "grad_norm": norm, "learning_rate": rate})
@@ -257,7 +370,7 @@ class StepTrainer(Trainer):
             advice = "There is no checkpoint yet. The adapter of an earlier training, if there was one, is untouched."
         raise interruptions.diverged_error(
             step,
-            float(self.step_loss),
+            float(verdict.loss),
             norm,
             learning_rate=self.config.learning_rate,
             dtype=self.config.compute_dtype,
@@ -266,6 +379,7 @@ class StepTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does, but with the mean loss of the steps that were not skipped."""
+        self._judge_last_step()
         if "loss" in logs:
             # The Trainer divided by all steps, although skipped ones added nothing to the sum.
             steps, skipped = self.state.global_step - self.logged_at, self.watch.since_log
@@ -332,6 +446,13 @@ class StepTrainer(Trainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Train, and give back what only training needs."""
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            self.release()
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Return the schedule of the learning rate, without a warm-up that is shorter than one step."""
@@ -478,6 +599,7 @@ class StepTrainer(Trainer):
             `eval_loss` in nats and, of the traced questions, `eval_exact_match` and `eval_sample`.
         """
         assert self.model is not None
+        self._judge_last_step()
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         size = self.args.per_device_eval_batch_size
         loss, _tokens = response_loss(self.model, rows, self._collator(), batch_size=size)

@@ -203,6 +203,24 @@ def liger_kernels(config: RunConfig, card: Card | None, architecture: Architectu
     return True, "norms, rotation and SwiGLU as one kernel each"
 
 
+def cuda_graphs(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[bool, str]:
+    """Choose whether passes are captured as CUDA graphs, with a reason."""
+    if config.cuda_graphs is not None:
+        return config.cuda_graphs, "as given"
+    if card is None:
+        return False, "there is no GPU"
+    # a graph is bound to shapes: those of packs are padded to a few lengths, and all else must not depend on the rows
+    if architecture == "encoder-decoder" or not config.packing:
+        return False, "passes that are not packed have too many shapes"
+    if attention_kernel(config, card, architecture)[0] != "varlen":
+        return False, "attention one conversation at a time has other shapes in each pass"
+    if precision(config, card, architecture)[0] == "float32":
+        return False, "FlashAttention over packs, which needs no shapes of conversations, takes 16-bit numbers only"
+    if config.lora_dropout > 0 or not config.fused_layers:
+        return False, "dropout and peft's own layers are not captured"
+    return True, "passes are captured once and replayed, so that the GPU does not wait for Python"
+
+
 # ---------------------------------------------------------------------------------------------------- out of memory
 
 

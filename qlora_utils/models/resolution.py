@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.models import shapes
 from qlora_utils.models.files import Architecture
-from qlora_utils.models.hardware import CARDS, GIB, Card, attention_kernel, liger_kernels, precision, this_card
+from qlora_utils.models.hardware import (
+    CARDS,
+    GIB,
+    Card,
+    attention_kernel,
+    cuda_graphs,
+    liger_kernels,
+    precision,
+    this_card,
+)
 from qlora_utils.models.memory import (
     MemoryPlan,
     explain_too_large,
@@ -32,9 +41,10 @@ if TYPE_CHECKING:
 MEAN_TOKENS = 460
 PASS_TOKENS = (32768, 24576, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024, 512)
 # Fields that a config can leave open.
-OPEN = ("compute_dtype", "attention_kernel", "liger", "keep_expanded", "gradient_checkpointing", "micro_batch_tokens",
-        "optimizer")  # fmt: skip
-_BY_HARDWARE = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels}
+OPEN = ("compute_dtype", "attention_kernel", "liger", "cuda_graphs", "keep_expanded", "gradient_checkpointing",
+        "micro_batch_tokens", "optimizer")  # fmt: skip
+_BY_HARDWARE = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels,
+                "cuda_graphs": cuda_graphs}  # fmt: skip
 
 
 @dataclass(frozen=True)

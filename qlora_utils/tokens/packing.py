@@ -116,6 +116,51 @@ class Collator:
         }
 
 
+# Tokens of padding that a pass gets at most where passes are padded to a few lengths.
+LONGEST_PADDING = 256
+
+
+def padded_length(tokens: int) -> int:
+    """Return the tokens that a pass is padded to, where passes of one length are computed alike.
+
+    It is the next multiple of a sixteenth of the next power of two, of at least 32 and at most `LONGEST_PADDING`:
+    lengths are few, and little is padding.
+    """
+    power = 1 << max(0, tokens - 1).bit_length()
+    multiple = min(LONGEST_PADDING, max(32, power // 16))
+    return -(-tokens // multiple) * multiple
+
+
+def pad_pass(batch: dict[str, Any], conversations: int) -> dict[str, Any]:
+    """Pad a packed pass to `padded_length`, as one more conversation without labels.
+
+    The shapes of all its tensors then follow from its length alone. Every number of the real conversations stays what
+    it is, since each attends to itself only.
+
+    Args:
+        batch: tensors of the pass, from `Collator`, packed.
+        conversations: that a pass may hold at most.
+
+    Returns:
+        `input_ids` and `position_ids` (1, tokens); `starts` (conversations + 2), whose last entries are all the number
+        of tokens; `answer_positions` and `targets` (tokens,), beyond the labelled ones 0 and -100.
+    """
+    import torch
+    from torch.nn.functional import pad
+
+    ids, labels, positions = batch["input_ids"], batch["labels"], batch["answer_positions"]
+    length = padded_length(ids.shape[1])
+    missing = length - ids.shape[1]
+    starts, unlabelled = batch["starts"], length - len(positions)
+    return {
+        "input_ids": pad(ids, (0, missing)),
+        "position_ids": torch.cat([batch["position_ids"], torch.arange(missing).unsqueeze(0)], dim=1),
+        "starts": pad(starts, (0, conversations + 2 - len(starts)), value=length),
+        "answer_positions": pad(positions, (0, unlabelled)),
+        "targets": pad(labels.flatten()[positions + 1], (0, unlabelled), value=IGNORED),
+    }
+
+
 @dataclass(frozen=True)
 class PairCollator:
     """Make the tensors of one forward pass of an encoder-decoder.
@@ -267,18 +312,22 @@ class StepCollator:
 
     `tokens` and `conversations` bound one pass, as in `pack_first_fit` or, if it is padded, in
     `group_by_size`. Both shrink when memory runs out (`halve`); the steps remain the same.
+
+    With `pads_for`, the number of conversations in a step, packed passes also come padded to one of a few lengths
+    (`pad_pass`).
     """
 
     collator: Collator | PairCollator
     tokens: int
     conversations: int | None = None
+    pads_for: int | None = None
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
         """Cut a step into passes.
 
         Returns:
-            `passes`: tensors of each pass; `tokens` and `answer_tokens`: numbers of the whole step,
-            without padding; `examples` and `bounds`: the examples and the bounds by which they were
+            `passes`: tensors of each pass; `padded`: the same padded, or None; `tokens` and
+            `answer_tokens`: numbers of the whole step, without padding; `examples` and `bounds`: the examples and the bounds by which they were
             cut, in case they must be cut again.
         """
         # A pack is bounded by the sum of its lengths, a padded pass by its longest example.
@@ -292,8 +341,12 @@ class StepCollator:
         for indices in members:
             group = [examples[index] for index in indices]
             passes.append(self.collator(group))
+        padded = None
+        if self.pads_for is not None and self.collator.packing:
+            padded = [pad_pass(batch, self.pads_for) for batch in passes]
         return {
             "passes": passes,
+            "padded": padded,
             "tokens": sum(lengths),
             "answer_tokens": sum(self.collator.answer_tokens(example) for example in examples),
             "examples": list(examples),

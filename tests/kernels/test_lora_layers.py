@@ -105,13 +105,13 @@ def test_with_dropout_each_layer_draws_as_in_peft(config, batch):
 def test_layers_that_read_the_same_input_are_computed_together(config, batch, monkeypatch):
     _, model = pair(config)
     calls = []
-    original = fused._products
+    original = fused._write_products
 
-    def watched(x, low, group):
+    def watched(outputs, x, inner, group):
         calls.append(len(group.layers))
-        return original(x, low, group)
+        return original(outputs, x, inner, group)
 
-    monkeypatch.setattr(fused, "_products", watched)
+    monkeypatch.setattr(fused, "_write_products", watched)
     loss_and_gradients(model, batch)
     attention, forward = [3, 1], [2, 1]
     if model.config.is_encoder_decoder:  # across, q reads what is written, k and v what was read

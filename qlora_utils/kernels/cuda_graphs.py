@@ -1,0 +1,76 @@
+"""Capture forward and backward of a training pass once, and replay them without Python (notebook 04).
+
+A pass of Llama-2-7b launches thousands of kernels. On a fast GPU many are done before the host has launched the next,
+and the GPU waits half of the time. A CUDA graph holds all launches of a pass, recomputation included, and starts them
+in one call. It is bound to the shapes and addresses of its tensors: passes are padded to a few lengths
+(`packing.pad_pass`), each of which has its graph, and read from the same buffers.
+
+CUDA graphs in PyTorch: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+# Computes loss and gradients of a pass; gradients are added to tensors that stay where they are.
+ComputePass = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
+
+
+class PassGraphs:
+    """Replay captured passes, one graph for each padded length.
+
+    All graphs share one pool of memory, which is as large as the largest of them needs: nothing in it outlives a pass.
+
+    Args:
+        compute: from the tensors of a pass and the number of answer tokens in the step; it returns the loss and adds
+            the gradients.
+        device: of the model.
+    """
+
+    def __init__(self, compute: ComputePass, device: torch.device) -> None:
+        self.compute = compute
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.buffers: dict[int, dict[str, torch.Tensor]] = {}
+        self.pool: Any = None
+        self.loss = torch.zeros((), device=device)
+        self.answers = torch.ones((), device=device)
+
+    def begin_step(self, answers: Any) -> None:
+        """Set the sum of losses to zero, and the number of answer tokens by which all losses are divided."""
+        self.loss.zero_()
+        self.answers.fill_(answers)
+
+    def run(self, batch: Mapping[str, torch.Tensor]) -> None:
+        """Compute a pass; its loss is added to `self.loss`.
+
+        Args:
+            batch: tensors of a pass from `packing.pad_pass`, on any device.
+        """
+        length = batch["input_ids"].shape[1]
+        if length not in self.graphs:
+            device = self.loss.device
+            self.buffers[length] = {name: value.to(device) for name, value in batch.items()}
+            self.graphs[length] = self._capture(self.buffers[length])
+        else:
+            for name, buffer in self.buffers[length].items():
+                buffer.copy_(batch[name], non_blocking=True)
+        self.graphs[length].replay()
+
+    def _capture(self, inputs: Mapping[str, torch.Tensor]) -> torch.cuda.CUDAGraph:
+        """Capture a pass that reads these inputs."""
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate pinned memory meanwhile, which a capture of the whole process would forbid.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            self.loss += self.compute(dict(inputs), self.answers).detach()
+        return graph
+
+    def free(self) -> None:
+        """Give the graphs and their memory back."""
+        self.graphs.clear()
+        self.buffers.clear()
+        self.pool = None
