@@ -362,7 +362,7 @@ def _write_products(
             torch.mm(part, b.T, out=y)
             y.addmm_(x, product_weight(base, x.dtype).T)
             if base.bias is not None:
-                y += base.bias
+                y.add_(base.bias)
 
 
 class _AdaptedLinears(torch.autograd.Function):

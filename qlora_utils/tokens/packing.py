@@ -327,7 +327,8 @@ class StepCollator:
 
         Returns:
             `passes`: tensors of each pass; `padded`: the same padded, or None; `tokens` and
-            `answer_tokens`: numbers of the whole step, without padding; `examples` and `bounds`: the examples and the bounds by which they were
+            `answer_tokens`: numbers of the whole step, without padding; `examples` and `bounds`: the
+            examples and the bounds by which they were
             cut, in case they must be cut again.
         """
         # A pack is bounded by the sum of its lengths, a padded pass by its longest example.
