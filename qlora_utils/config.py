@@ -37,7 +37,8 @@ ANSWER_FIELDS = ("score_rows", "probe_rows", "max_new_tokens", "answer_batch_siz
 # are the same.
 PLACE_FIELDS = ("preset", "run_name", "output_dir", "fresh")
 # These change memory, or what a training displays and saves, but not what it learns.
-NEUTRAL_FIELDS = (*SPEED_FIELDS, *ANSWER_FIELDS, "gradient_checkpointing", "micro_batch_size", "micro_batch_tokens",
+NEUTRAL_FIELDS = (*SPEED_FIELDS, *ANSWER_FIELDS, "gradient_checkpointing", "kept_layers", "offload_activations",
+                "memory_gib", "micro_batch_size", "micro_batch_tokens",
                 "logging_steps", "eval_steps", "save_steps", "save_total_limit", "trace_rows")  # fmt: skip
 # A finished training may get new values of these: it trains further, or selects another adapter.
 FINISHED_FIELDS = (*NEUTRAL_FIELDS, "steps", "epochs", "keep")
@@ -162,6 +163,15 @@ class RunConfig(BaseModel):
     gradient_checkpointing: bool | None = Field(
         None, description="recompute activations in the backward pass (None: where memory is short)"
     )
+    kept_layers: int | None = Field(
+        None,
+        ge=0,
+        le=LARGEST,
+        description="of the layers, how many keep their activations although others recompute (None: as many as fit)",
+    )
+    offload_activations: bool | None = Field(
+        None, description="keep the inputs of recomputed layers in main memory (None: where GPU memory is short)"
+    )
 
     # Training
     steps: int = Field(250, ge=1, le=LARGEST, description="optimizer steps, unless epochs is set")
@@ -179,6 +189,9 @@ class RunConfig(BaseModel):
     )
     micro_batch_tokens: int | None = Field(
         None, ge=1, le=LARGEST, description="tokens per forward pass, at most (None: what memory holds)"
+    )
+    memory_gib: float | None = Field(
+        None, gt=0, le=1e6, description="GPU memory that the plan may use, in GiB (None: all that the card has)"
     )
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="peak learning rate of the LoRA matrices")
     head_learning_rate: float | None = Field(None, gt=0, lt=1, description="peak of the head (None: learning_rate)")

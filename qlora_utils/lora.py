@@ -21,6 +21,7 @@ from torch import nn
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.kernels.lora_layers import fuse
 from qlora_utils.kernels.loss import use_chunked_loss
+from qlora_utils.kernels.recomputation import draws_at_random, keep_layers
 from qlora_utils.locate import first_line
 from qlora_utils.models import shapes
 from qlora_utils.models.files import check_adapter, find_missing_weights
@@ -85,13 +86,8 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
         options = {"use_reentrant": False, "preserve_rng_state": draws_at_random(tuned_model)}
         with _ignore_harmless_warnings(base_model):
             base_model.gradient_checkpointing_enable(options)
+        keep_layers(base_model, resolved.config.kept_layers or 0)
     return tuned_model  # type: ignore[return-value]
-
-
-def draws_at_random(model: Any) -> bool:
-    """Return whether a forward pass in training mode drops anything at random."""
-    dropouts = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    return any(dropouts) or bool(getattr(model.config, "attention_dropout", 0.0))
 
 
 def _refuse_unmergeable(base_model: PreTrainedModel, *, train_head: bool) -> None:

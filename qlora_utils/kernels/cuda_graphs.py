@@ -3,7 +3,8 @@
 A pass of Llama-2-7b launches thousands of kernels. On a fast GPU many are done before the host has launched the next,
 and the GPU waits half of the time. A CUDA graph holds all launches of a pass, recomputation included, and starts them
 in one call. It is bound to the shapes and addresses of its tensors: passes are padded to a few lengths
-(`packing.pad_pass`), each of which has its graph, and read from the same buffers.
+(`packing.pad_pass`), each of which has its graph and its buffers. A length for which there is no graph yet is padded
+further, to one for which there is, if that costs little.
 
 CUDA graphs in PyTorch: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -15,6 +16,10 @@ from typing import Any
 
 import torch
 
+from qlora_utils.tokens.packing import pad_pass, padded_length
+
+# How much longer than a pass a captured length may be that is taken in place of its own.
+LONGER = 1.1
 # Computes loss and gradients of a pass; gradients are added to tensors that stay where they are.
 ComputePass = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
 
@@ -28,10 +33,11 @@ class PassGraphs:
         compute: from the tensors of a pass and the number of answer tokens in the step; it returns the loss and adds
             the gradients.
         device: of the model.
+        conversations: that a pass may hold at most.
     """
 
-    def __init__(self, compute: ComputePass, device: torch.device) -> None:
-        self.compute = compute
+    def __init__(self, compute: ComputePass, device: torch.device, conversations: int) -> None:
+        self.compute, self.conversations = compute, conversations
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.buffers: dict[int, dict[str, torch.Tensor]] = {}
         self.pool: Any = None
@@ -47,17 +53,26 @@ class PassGraphs:
         """Compute a pass; its loss is added to `self.loss`.
 
         Args:
-            batch: tensors of a pass from `packing.pad_pass`, on any device.
+            batch: tensors of a packed pass from `packing.Collator`, on the CPU.
         """
-        length = batch["input_ids"].shape[1]
+        tokens = batch["input_ids"].shape[1]
+        length = self._choose_length(tokens)
+        batch = pad_pass(batch, length, self.conversations)
         if length not in self.graphs:
             device = self.loss.device
             self.buffers[length] = {name: value.to(device) for name, value in batch.items()}
             self.graphs[length] = self._capture(self.buffers[length])
         else:
             for name, buffer in self.buffers[length].items():
-                buffer.copy_(batch[name], non_blocking=True)
+                # From memory that is not pinned the host would wait for all that the GPU has to do before.
+                buffer.copy_(batch[name].pin_memory(), non_blocking=True)
         self.graphs[length].replay()
+
+    def _choose_length(self, tokens: int) -> int:
+        """Return the length that a pass of so many tokens is padded to."""
+        exact = padded_length(tokens)
+        captured = [length for length in self.graphs if exact <= length <= LONGER * tokens]
+        return min(captured, default=exact)
 
     def _capture(self, inputs: Mapping[str, torch.Tensor]) -> torch.cuda.CUDAGraph:
         """Capture a pass that reads these inputs."""

@@ -24,6 +24,7 @@ from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.kernels.cuda_graphs import PassGraphs
 from qlora_utils.kernels.gradients import FlatGradients
 from qlora_utils.kernels.loss import response_loss
+from qlora_utils.kernels.recomputation import ActivationStore, draws_at_random, find_layers
 from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions, schedule
 from qlora_utils.loop.environment import check_launcher, check_precision
@@ -81,6 +82,7 @@ class StepTrainer(Trainer):
         gradients: those of all trained weights, in one tensor; None before the first step, and where several processes
             exchange them.
         graphs: captured passes; None where passes are not captured.
+        store: inputs of recomputed layers in main memory; None where they stay on the GPU.
         continued: for each time that the training was resumed with other values, the `step` from
             which these hold and, in `before`, the values until then.
     """
@@ -103,13 +105,12 @@ class StepTrainer(Trainer):
         self.continued: list[dict[str, Any]] = []
         self.gradients: FlatGradients | None = None
         self.graphs: PassGraphs | None = None
+        self.store: ActivationStore | None = None
         # The first step is not captured: it loads the kernels. And the model is in training mode from then on, except
         # for measurements, so that nobody has to walk through its modules at every step.
         self._has_begun = False
         # The last step's verdict, while the GPU may still be computing it.
         self._pending: _Verdict | None = None
-        if config.cuda_graphs and self.args.device.type == "cuda":
-            self._step_collator.pads_for = self.args.train_batch_size
 
     # ---------------------------------------------------------------------------------- a step
 
@@ -174,8 +175,8 @@ class StepTrainer(Trainer):
 
         if self.gradients is not None:
             self.gradients.clear()
-        if self.graphs is not None and self._has_begun and inputs.get("padded"):
-            loss = self._replay(inputs["padded"], answers)
+        if self.graphs is not None and self._has_begun:
+            loss = self._replay(passes, answers)
             if loss is not None:
                 return loss
 
@@ -200,7 +201,8 @@ class StepTrainer(Trainer):
             # In fp16 a scaler divides the gradients at the end of a step, and the loss must leave that to it.
             in_place = self.config.fused_layers and self.config.compute_dtype != "float16"
             self.gradients = FlatGradients(model, head_in_place=in_place)
-        if self._step_collator.pads_for is not None and self.graphs is None:
+        self._store_activations(model)
+        if self.config.cuda_graphs and self.args.device.type == "cuda" and self.graphs is None:
             longest = max(self.config.max_seq_len, LONGEST_PADDING)
 
             def compute(batch: dict[str, Any], answers: torch.Tensor) -> torch.Tensor:
@@ -208,13 +210,27 @@ class StepTrainer(Trainer):
                 self.accelerator.backward(loss)
                 return loss
 
-            self.graphs = PassGraphs(compute, self.args.device)
+            self.graphs = PassGraphs(compute, self.args.device, self.args.train_batch_size)
+
+    def _store_activations(self, model: nn.Module) -> None:
+        """Keep the inputs of recomputed layers in main memory, if the config says so and there is enough of it."""
+        if not self.config.offload_activations or self.args.device.type != "cuda" or self.store is not None:
+            return
+        layers = [layer for layer in find_layers(model) if layer.gradient_checkpointing]
+        base: Any = model
+        width, dtype = base.config.hidden_size, getattr(torch, self.config.compute_dtype)
+        tokens = max(self._step_collator.tokens, self.config.max_seq_len) + LONGEST_PADDING
+        options = {"use_reentrant": False, "preserve_rng_state": draws_at_random(model)}
+        try:
+            self.store = ActivationStore(layers, tokens, width, dtype, self.args.device, options)
+        except RuntimeError as error:
+            print(f"offload_activations: they stay on the GPU ({first_line(error)[:150]})")
 
     def _replay(self, passes: Sequence[dict[str, Any]], answers: Any) -> torch.Tensor | None:
         """Run captured passes of a step, and return its loss; None if this model cannot be captured.
 
         Args:
-            passes: padded, from `packing.pad_pass`.
+            passes: of the step.
             answers: number of answer tokens in the step.
         """
         assert self.graphs is not None
@@ -227,9 +243,9 @@ class StepTrainer(Trainer):
             if is_out_of_memory(error):
                 raise
             print(f"cuda_graphs: this model is not captured ({first_line(error)[:150]}); training goes on without")
+            self.config = self.config.model_copy(update={"cuda_graphs": False})
         # Outside of `except`, because the error holds tensors of the failed pass.
         self.release_graphs()
-        self._step_collator.pads_for = None
         if self.gradients is not None:
             self.gradients.clear()
         return None
@@ -247,6 +263,9 @@ class StepTrainer(Trainer):
         if self.gradients is not None:
             self.gradients.release()
             self.gradients = None
+        if self.store is not None:
+            self.store.release()
+            self.store = None
         self._has_begun = False
 
     @property

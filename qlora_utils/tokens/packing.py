@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice
 from typing import TYPE_CHECKING, Any
@@ -131,14 +131,15 @@ def padded_length(tokens: int) -> int:
     return -(-tokens // multiple) * multiple
 
 
-def pad_pass(batch: dict[str, Any], conversations: int) -> dict[str, Any]:
-    """Pad a packed pass to `padded_length`, as one more conversation without labels.
+def pad_pass(batch: Mapping[str, Any], length: int, conversations: int) -> dict[str, Any]:
+    """Pad a packed pass, by one more conversation without labels.
 
     The shapes of all its tensors then follow from its length alone. Every number of the real conversations stays what
     it is, since each attends to itself only.
 
     Args:
         batch: tensors of the pass, from `Collator`, packed.
+        length: tokens to pad it to.
         conversations: that a pass may hold at most.
 
     Returns:
@@ -149,7 +150,6 @@ def pad_pass(batch: dict[str, Any], conversations: int) -> dict[str, Any]:
     from torch.nn.functional import pad
 
     ids, labels, positions = batch["input_ids"], batch["labels"], batch["answer_positions"]
-    length = padded_length(ids.shape[1])
     missing = length - ids.shape[1]
     starts, unlabelled = batch["starts"], length - len(positions)
     return {
@@ -313,21 +313,17 @@ class StepCollator:
     `tokens` and `conversations` bound one pass, as in `pack_first_fit` or, if it is padded, in
     `group_by_size`. Both shrink when memory runs out (`halve`); the steps remain the same.
 
-    With `pads_for`, the number of conversations in a step, packed passes also come padded to one of a few lengths
-    (`pad_pass`).
     """
 
     collator: Collator | PairCollator
     tokens: int
     conversations: int | None = None
-    pads_for: int | None = None
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
         """Cut a step into passes.
 
         Returns:
-            `passes`: tensors of each pass; `padded`: the same padded, or None; `tokens` and
-            `answer_tokens`: numbers of the whole step, without padding; `examples` and `bounds`: the
+            `passes`: tensors of each pass; `tokens` and `answer_tokens`: numbers of the whole step, without padding; `examples` and `bounds`: the
             examples and the bounds by which they were
             cut, in case they must be cut again.
         """
@@ -342,12 +338,8 @@ class StepCollator:
         for indices in members:
             group = [examples[index] for index in indices]
             passes.append(self.collator(group))
-        padded = None
-        if self.pads_for is not None and self.collator.packing:
-            padded = [pad_pass(batch, self.pads_for) for batch in passes]
         return {
             "passes": passes,
-            "padded": padded,
             "tokens": sum(lengths),
             "answer_tokens": sum(self.collator.answer_tokens(example) for example in examples),
             "examples": list(examples),
