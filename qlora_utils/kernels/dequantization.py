@@ -55,7 +55,7 @@ def expand(packed: torch.Tensor, state: Any) -> torch.Tensor:
 
 # Triton reads annotations as its own.
 @triton.jit  # type: ignore[untyped-decorator]
-def _expand(packed, levels, scales, scale_levels, scales_of_scales, offset, weight, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803, E501
+def _expand(packed, levels, scales, scale_levels, scales_of_scales, offset, weight, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803
     """Expand `BYTES` bytes: each weight is its level times the scale of its block of 64.
 
     A scale is itself a level of 8 bits, times the scale of its block of 256, plus the mean of all scales.

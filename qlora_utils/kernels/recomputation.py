@@ -71,7 +71,7 @@ class ActivationStore:
         self.tokens, self.hidden = tokens, hidden
         self.stream: Any = torch.cuda.Stream(device)
         # One place in main memory for each layer, and two on the GPU: one is read while the next is filled.
-        self.places = torch.empty((len(layers), tokens, hidden), dtype=dtype, pin_memory=True)
+        self.places = torch.empty((len(layers) - 1, tokens, hidden), dtype=dtype, pin_memory=True)
         self.incoming = torch.empty((2, tokens, hidden), dtype=dtype, device=device)
         # The input that is leaving, with the event of its arrival; inputs that are coming back, by layer.
         self.leaving: tuple[torch.Tensor, Any] | None = None
@@ -95,6 +95,9 @@ class ActivationStore:
     def _put(self, index: int, value: torch.Tensor) -> torch.Tensor | Handle:
         """Begin to copy a layer's input (batch, seq, hidden) to main memory, and return where it will lie."""
         rows = value.numel() // self.hidden
+        # That of the last layer would come back at once.
+        if index == len(self.layers) - 1:
+            return value
         if (
             not value.is_cuda
             or value.dtype != self.places.dtype

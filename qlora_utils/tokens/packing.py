@@ -323,8 +323,8 @@ class StepCollator:
         """Cut a step into passes.
 
         Returns:
-            `passes`: tensors of each pass; `tokens` and `answer_tokens`: numbers of the whole step, without padding; `examples` and `bounds`: the
-            examples and the bounds by which they were
+            `passes`: tensors of each pass; `tokens` and `answer_tokens`: numbers of the whole step,
+            without padding; `examples` and `bounds`: the examples and the bounds by which they were
             cut, in case they must be cut again.
         """
         # A pack is bounded by the sum of its lengths, a padded pass by its longest example.
