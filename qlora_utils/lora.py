@@ -21,7 +21,7 @@ from torch import nn
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.kernels.lora_layers import fuse
 from qlora_utils.kernels.loss import use_chunked_loss
-from qlora_utils.kernels.recomputation import draws_at_random, keep_layers
+from qlora_utils.kernels.recomputation import Recomputation
 from qlora_utils.locate import first_line
 from qlora_utils.models import shapes
 from qlora_utils.models.files import check_adapter, find_missing_weights
@@ -81,12 +81,10 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
     _cast_trainable_to_fp32(tuned_model)
     enable_fused_layers(tuned_model, config)
     if resolved.config.gradient_checkpointing:
-        # The reentrant kind finds no gradient to follow from frozen embeddings, and trains nothing. Random states are
-        # only stored where something draws from them: a CUDA graph cannot.
-        options = {"use_reentrant": False, "preserve_rng_state": draws_at_random(tuned_model)}
+        # The reentrant kind finds no gradient to follow from frozen embeddings, and trains nothing.
         with _ignore_harmless_warnings(base_model):
-            base_model.gradient_checkpointing_enable(options)
-        keep_layers(base_model, resolved.config.kept_layers or 0)
+            base_model.gradient_checkpointing_enable({"use_reentrant": False})
+        base_model.recomputation = Recomputation(base_model, resolved.config.kept_layers or 0)  # type: ignore[assignment]
     return tuned_model  # type: ignore[return-value]
 
 

@@ -53,7 +53,7 @@ class PassGraphs:
         """Compute a pass; its loss is added to `self.loss`.
 
         Args:
-            batch: tensors of a packed pass from `packing.Collator`, on the CPU.
+            batch: tensors of a packed pass from `packing.Collator`.
         """
         tokens = batch["input_ids"].shape[1]
         length = self._choose_length(tokens)
@@ -64,8 +64,7 @@ class PassGraphs:
             self.graphs[length] = self._capture(self.buffers[length])
         else:
             for name, buffer in self.buffers[length].items():
-                # From memory that is not pinned the host would wait for all that the GPU has to do before.
-                buffer.copy_(batch[name].pin_memory(), non_blocking=True)
+                buffer.copy_(batch[name], non_blocking=True)
         self.graphs[length].replay()
 
     def _choose_length(self, tokens: int) -> int:

@@ -10,6 +10,7 @@ Gradient checkpointing: Chen et al., 2016, https://arxiv.org/abs/1604.06174.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -17,15 +18,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-# Where a layer's input lies in main memory: the index of the layer, and the input's shape.
+# Where an input lies in main memory: the index of the part that it is the input of, and its shape.
 Handle = tuple[int, torch.Size]
-
-
-def find_layers(model: nn.Module) -> list[Any]:
-    """List the layers of a model that transformers can recompute, in their order."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def draws_at_random(model: Any) -> bool:
@@ -34,86 +28,113 @@ def draws_at_random(model: Any) -> bool:
     return any(dropouts) or bool(getattr(model.config, "attention_dropout", 0.0))
 
 
-def keep_layers(model: nn.Module, kept: int) -> None:
-    """Let the last layers of a model keep their activations, while the others are recomputed.
+class Recomputation:
+    """Recompute the layers of a model, and keep the inputs of what is recomputed on the GPU or in `store`.
 
-    The last, because their activations are the first to be freed in the backward pass.
+    A layer with the code of Llama's is recomputed in two parts, attention and feed-forward: one part's activations
+    exist at a time, and of each part all is recomputed but the product at its end, which nothing reads
+    (`lora_layers.LayerGroup`). Other layers are one part each.
+
+    The last layers may keep their activations: theirs are the first to be freed in the backward pass.
 
     Args:
         model: with gradient checkpointing switched on.
-        kept: number of layers.
+        kept: number of layers that are not recomputed.
+
+    Attributes:
+        parts: number of recomputed parts.
+        store: main memory for their inputs; None: they stay on the GPU.
     """
-    layers = find_layers(model)
-    for index, layer in enumerate(layers):
-        layer.gradient_checkpointing = index < len(layers) - kept
+
+    def __init__(self, model: Any, kept: int) -> None:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        # Random states are only stored where something draws from them: a CUDA graph cannot.
+        self.options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws_at_random(model)}
+        self.parts = 0
+        self.store: ActivationStore | None = None
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for index, layer in enumerate(layers):
+            layer.gradient_checkpointing = index < len(layers) - kept
+            if not layer.gradient_checkpointing:
+                continue
+            layer._gradient_checkpointing_func = functools.partial(self._run, self.parts)
+            if _computes_as_llama(layer):
+                layer.forward = functools.partial(self._forward_in_parts, layer, self.parts, layer.forward)
+                self.parts += 1
+            self.parts += 1
+
+    def _forward_in_parts(
+        self, layer: Any, part: int, whole: Any, hidden_states: torch.Tensor, *arguments: Any, **options: Any
+    ) -> torch.Tensor:
+        """Compute a layer like Llama's, attention and feed-forward each by `_run`; whole where nothing is trained."""
+        if arguments or not (layer.training and layer.gradient_checkpointing and torch.is_grad_enabled()):
+            return whole(hidden_states, *arguments, **options)  # type: ignore[no-any-return]
+
+        def attention(hidden: torch.Tensor) -> torch.Tensor:
+            return hidden + layer.self_attn(hidden_states=layer.input_layernorm(hidden), **options)[0]  # type: ignore[no-any-return]
+
+        def feed_forward(hidden: torch.Tensor) -> torch.Tensor:
+            return hidden + layer.mlp(layer.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+
+        hidden_states = self._run(part, attention, hidden_states)
+        return self._run(part + 1, feed_forward, hidden_states)  # type: ignore[no-any-return]
+
+    def _run(self, part: int, function: Any, *inputs: Any) -> Any:
+        """Compute a part, and again in the backward pass."""
+        # That of the last part would come back at once.
+        if self.store is None or part == self.parts - 1:
+            return checkpoint(function, *inputs, **self.options)
+        with saved_tensors_hooks(functools.partial(self.store.put, part), self.store.take):
+            return checkpoint(function, *inputs, **self.options)
+
+
+def _computes_as_llama(layer: Any) -> bool:
+    """Return whether a layer's forward pass has the very code of Llama's, as in Mistral, Qwen 2 and Qwen 3."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    own, llama = (inspect.unwrap(kind.forward).__code__ for kind in (type(layer), LlamaDecoderLayer))
+    return (own.co_code, own.co_names, own.co_varnames) == (llama.co_code, llama.co_names, llama.co_varnames)
 
 
 class ActivationStore:
-    """Hold the inputs of recomputed layers in pinned main memory.
+    """Hold the inputs of recomputed parts in pinned main memory.
 
     Args:
-        layers: to recompute, in their order; from now on their inputs go through this store.
+        parts: number of recomputed parts.
         tokens: that a pass may hold; the inputs of larger passes stay where they are.
         hidden: size of a hidden state.
         dtype: of hidden states.
         device: the GPU.
-        options: of `torch.utils.checkpoint.checkpoint`.
 
     Raises:
         RuntimeError: main memory is too small.
     """
 
-    def __init__(
-        self, layers: list[Any], tokens: int, hidden: int, dtype: torch.dtype, device: torch.device, options: Any
-    ) -> None:
-        self.layers = layers
-        self.functions = [layer._gradient_checkpointing_func for layer in layers]
+    def __init__(self, parts: int, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         self.tokens, self.hidden = tokens, hidden
         self.stream: Any = torch.cuda.Stream(device)
-        # One place in main memory for each layer, and two on the GPU: one is read while the next is filled.
-        self.places = torch.empty((len(layers) - 1, tokens, hidden), dtype=dtype, pin_memory=True)
+        # One place in main memory for each part, and two on the GPU: one is read while the next is filled.
+        self.places = torch.empty((parts - 1, tokens, hidden), dtype=dtype, pin_memory=True)
         self.incoming = torch.empty((2, tokens, hidden), dtype=dtype, device=device)
-        # The input that is leaving, with the event of its arrival; inputs that are coming back, by layer.
+        # The input that is leaving, with the event of its arrival; inputs that are coming back, by part.
         self.leaving: tuple[torch.Tensor, Any] | None = None
         self.coming: dict[int, tuple[torch.Tensor, Any]] = {}
-        for index, layer in enumerate(layers):
-            layer._gradient_checkpointing_func = functools.partial(self._checkpoint, index, options)
 
-    def release(self) -> None:
-        """Give the memory back, and let the layers keep their inputs where they are."""
-        for layer, function in zip(self.layers, self.functions, strict=True):
-            layer._gradient_checkpointing_func = function
-        self.leaving = None
-        self.coming.clear()
-        del self.places, self.incoming
-
-    def _checkpoint(self, index: int, options: dict[str, Any], function: Any, *inputs: Any) -> Any:
-        """Compute a layer; its input is stored here until the backward pass computes it again."""
-        with saved_tensors_hooks(functools.partial(self._put, index), self._take):
-            return checkpoint(function, *inputs, **options)
-
-    def _put(self, index: int, value: torch.Tensor) -> torch.Tensor | Handle:
-        """Begin to copy a layer's input (batch, seq, hidden) to main memory, and return where it will lie."""
+    def put(self, part: int, value: torch.Tensor) -> torch.Tensor | Handle:
+        """Begin to copy a part's input (batch, seq, hidden) to main memory, and return where it will lie."""
         rows = value.numel() // self.hidden
-        # That of the last layer would come back at once.
-        if index == len(self.layers) - 1:
+        fits = value.shape[-1] == self.hidden and rows <= self.tokens
+        if not value.is_cuda or value.dtype != self.places.dtype or not fits:
             return value
-        if (
-            not value.is_cuda
-            or value.dtype != self.places.dtype
-            or value.shape[-1] != self.hidden
-            or rows > self.tokens
-        ):
-            return value
-        now = torch.cuda.current_stream()
-        self.stream.wait_stream(now)
+        self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            self.places[index, :rows].copy_(value.reshape(rows, self.hidden), non_blocking=True)
+            self.places[part, :rows].copy_(value.reshape(rows, self.hidden), non_blocking=True)
             arrived = self.stream.record_event()
         # The memory of the input before may be used for something else once that has arrived.
         self._wait_for_leaving()
         self.leaving = value, arrived
-        return index, value.shape
+        return part, value.shape
 
     def _wait_for_leaving(self) -> None:
         """Let what is computed next wait until the input that is leaving has arrived, and forget it."""
@@ -121,26 +142,26 @@ class ActivationStore:
             torch.cuda.current_stream().wait_event(self.leaving[1])
             self.leaving = None
 
-    def _take(self, stored: torch.Tensor | Handle) -> torch.Tensor:
-        """Return a layer's input, and begin to bring back that of the layer before, which is needed next."""
+    def take(self, stored: torch.Tensor | Handle) -> torch.Tensor:
+        """Return a part's input, and begin to bring back that of the part before, which is needed next."""
         if isinstance(stored, torch.Tensor):
             return stored
-        index, shape = stored
+        part, shape = stored
         self._wait_for_leaving()
-        if index not in self.coming:
-            self._bring(index, shape)
-        value, arrived = self.coming.pop(index)
+        if part not in self.coming:
+            self._bring(part, shape)
+        value, arrived = self.coming.pop(part)
         torch.cuda.current_stream().wait_event(arrived)
-        if index > 0:
-            self._bring(index - 1, shape)
+        if part > 0:
+            self._bring(part - 1, shape)
         return value
 
-    def _bring(self, index: int, shape: torch.Size) -> None:
-        """Begin to copy a layer's input back to the GPU."""
+    def _bring(self, part: int, shape: torch.Size) -> None:
+        """Begin to copy a part's input back to the GPU."""
         rows = shape.numel() // self.hidden
-        target = self.incoming[index % 2, :rows]
+        target = self.incoming[part % 2, :rows]
         # Whatever read this place before was launched before.
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            target.copy_(self.places[index, :rows], non_blocking=True)
-            self.coming[index] = target.view(shape), self.stream.record_event()
+            target.copy_(self.places[part, :rows], non_blocking=True)
+            self.coming[part] = target.view(shape), self.stream.record_event()

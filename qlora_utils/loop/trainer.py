@@ -24,7 +24,7 @@ from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.kernels.cuda_graphs import PassGraphs
 from qlora_utils.kernels.gradients import FlatGradients
 from qlora_utils.kernels.loss import response_loss
-from qlora_utils.kernels.recomputation import ActivationStore, draws_at_random, find_layers
+from qlora_utils.kernels.recomputation import ActivationStore, Recomputation
 from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions, schedule
 from qlora_utils.loop.environment import check_launcher, check_precision
@@ -36,7 +36,7 @@ from qlora_utils.models.resolution import Resolved
 from qlora_utils.models.shapes import HEAD
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.history import describe_continuation
-from qlora_utils.tokens.packing import LONGEST_PADDING, make_sampler
+from qlora_utils.tokens.packing import LONGEST_PADDING, make_sampler, padded_length
 
 # What the Trainer writes beside a model: a pickle, and an empty model card.
 UNWANTED = ("training_args.bin", "README.md")
@@ -82,7 +82,7 @@ class StepTrainer(Trainer):
         gradients: those of all trained weights, in one tensor; None before the first step, and where several processes
             exchange them.
         graphs: captured passes; None where passes are not captured.
-        store: inputs of recomputed layers in main memory; None where they stay on the GPU.
+        recomputation: of layers whose inputs are in main memory; None where they stay on the GPU.
         continued: for each time that the training was resumed with other values, the `step` from
             which these hold and, in `before`, the values until then.
     """
@@ -105,7 +105,7 @@ class StepTrainer(Trainer):
         self.continued: list[dict[str, Any]] = []
         self.gradients: FlatGradients | None = None
         self.graphs: PassGraphs | None = None
-        self.store: ActivationStore | None = None
+        self.recomputation: Recomputation | None = None
         # The first step is not captured: it loads the kernels. And the model is in training mode from then on, except
         # for measurements, so that nobody has to walk through its modules at every step.
         self._has_begun = False
@@ -212,19 +212,19 @@ class StepTrainer(Trainer):
 
             self.graphs = PassGraphs(compute, self.args.device, self.args.train_batch_size)
 
-    def _store_activations(self, model: nn.Module) -> None:
+    def _store_activations(self, model: Any) -> None:
         """Keep the inputs of recomputed layers in main memory, if the config says so and there is enough of it."""
-        if not self.config.offload_activations or self.args.device.type != "cuda" or self.store is not None:
+        recomputation = getattr(model.get_base_model(), "recomputation", None)
+        if not self.config.offload_activations or self.args.device.type != "cuda" or recomputation is None:
             return
-        layers = [layer for layer in find_layers(model) if layer.gradient_checkpointing]
-        base: Any = model
-        width, dtype = base.config.hidden_size, getattr(torch, self.config.compute_dtype)
-        tokens = max(self._step_collator.tokens, self.config.max_seq_len) + LONGEST_PADDING
-        options = {"use_reentrant": False, "preserve_rng_state": draws_at_random(model)}
+        tokens = padded_length(max(self._step_collator.tokens, self.config.max_seq_len))
+        width, dtype = model.config.hidden_size, getattr(torch, self.config.compute_dtype)
         try:
-            self.store = ActivationStore(layers, tokens, width, dtype, self.args.device, options)
+            recomputation.store = ActivationStore(recomputation.parts, tokens, width, dtype, self.args.device)
         except RuntimeError as error:
             print(f"offload_activations: they stay on the GPU ({first_line(error)[:150]})")
+            return
+        self.recomputation = recomputation
 
     def _replay(self, passes: Sequence[dict[str, Any]], answers: Any) -> torch.Tensor | None:
         """Run captured passes of a step, and return its loss; None if this model cannot be captured.
@@ -263,9 +263,9 @@ class StepTrainer(Trainer):
         if self.gradients is not None:
             self.gradients.release()
             self.gradients = None
-        if self.store is not None:
-            self.store.release()
-            self.store = None
+        if self.recomputation is not None:
+            self.recomputation.store = None
+            self.recomputation = None
         self._has_begun = False
 
     @property
@@ -701,6 +701,8 @@ def training_arguments(
         **_liger_arguments(config),
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
+        # Tensors go to the GPU while it still computes the step before.
+        accelerator_config={"non_blocking": on_gpu},
         disable_tqdm=True,
         report_to="none",
         seed=config.seed,

@@ -154,7 +154,9 @@ def pad_pass(batch: Mapping[str, Any], length: int, conversations: int) -> dict[
     starts, unlabelled = batch["starts"], length - len(positions)
     return {
         "input_ids": pad(ids, (0, missing)),
-        "position_ids": torch.cat([batch["position_ids"], torch.arange(missing).unsqueeze(0)], dim=1),
+        "position_ids": torch.cat(
+            [batch["position_ids"], torch.arange(missing, device=ids.device).unsqueeze(0)], dim=1
+        ),
         "starts": pad(starts, (0, conversations + 2 - len(starts)), value=length),
         "answer_positions": pad(positions, (0, unlabelled)),
         "targets": pad(labels.flatten()[positions + 1], (0, unlabelled), value=IGNORED),
