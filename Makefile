@@ -48,14 +48,14 @@ gpu-check: $(READY) ## on a GPU: its tests and the seven notebooks; MODEL= and D
 
 benchmark: $(READY) ## compare with other tools on a GPU: MODEL= and DATA=, hub ids or folders
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
-	$(BIN)/python benchmarks/compare.py --model "$(MODEL)" --dataset "$(DATA)" --results benchmarks/results/compare.json
+	$(BIN)/python benchmarks/compare.py --model "$(MODEL)" --dataset "$(DATA)" --results benchmarks/results/pareto.json
 	$(BIN)/python benchmarks/memory.py --model "$(MODEL)" --results benchmarks/results/memory.json
 	$(BIN)/python benchmarks/answering.py --model "$(MODEL)" --dataset "$(DATA)" --results benchmarks/results/answering.json
 
 benchmark-cpu: $(READY) ## the comparison without a GPU: TOKENIZER= and DATA=
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
 	$(BIN)/python benchmarks/compare.py --pocket "$(TOKENIZER)" --dataset "$(DATA)" --rows 200 \
-	  --results benchmarks/results/compare_cpu.json
+	  --results benchmarks/results/pareto_cpu.json
 
 lint: $(READY) ## ruff, mypy, import contracts, notebooks free of outputs, and the workflows
 	$(BIN)/ruff check .

@@ -1,17 +1,17 @@
 """Measure all contenders alike: time, useful tokens, memory, held-out loss, and useful work.
 
-Nothing here depends on a particular trainer. A `Meter` hooks into two calls that every PyTorch
-training makes: the forward call of the model, where it counts the tokens that are really fed, and
-the step of the optimizer, where it reads the clock.
+Nothing here depends on a particular trainer.
+
+    python benchmarks/measure.py
+
+prints, as JSON, the hardware of this machine and its rate of matrix products.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -24,8 +24,8 @@ import qlora_utils  # noqa: F401
 
 # isort: split
 import torch
+from meter import Meter, now, on_gpu, seconds_between
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -54,6 +54,8 @@ class Settings:
         beforehand makes as many steps as
             the same rows fill.
         warmup_steps: first steps, which are not timed: kernels compile, and memory is allocated.
+        blocks: equal parts of the timed steps; speeds are medians over them.
+        profiled_steps: last steps, which are not timed either; there the GPU's busy time is measured.
         max_seq_len: tokens; longer conversations are cut.
         lora_r: rank of the LoRA matrices, on all linear layers.
         lora_alpha: their scale.
@@ -62,8 +64,10 @@ class Settings:
         seed: of the held-out choice, the order of rows and the initialisation.
         out: folder for all output files.
         micro_batch: sequences per forward pass, by contender; others choose for themselves.
+        recompute: recompute activations in the backward pass; ours decides by itself.
+        optimizer: of all contenders, as transformers names it; empty: each has its own.
         attention: attention kernel of the packed peer; "auto" follows its documentation.
-        precision: of the packed peer; "auto" is its default, bf16, also on a CPU.
+        precision: of the packed peer; "auto" is bf16 on a GPU and fp32, that of the others, on a CPU.
         ours: further parameters of `RunConfig`, for our own contender.
     """
 
@@ -74,6 +78,8 @@ class Settings:
     batch_size: int = 16
     steps: int = 60
     warmup_steps: int = 10
+    blocks: int = 3
+    profiled_steps: int = 0
     max_seq_len: int = 2048
     lora_r: int = 64
     lora_alpha: int = 16
@@ -82,6 +88,8 @@ class Settings:
     seed: int = 0
     out: str = "outputs/benchmark"
     micro_batch: Mapping[str, int] = field(default_factory=dict)
+    recompute: bool = True
+    optimizer: str = ""
     attention: str = "auto"
     precision: str = "auto"
     ours: Mapping[str, str] = field(default_factory=dict)
@@ -120,18 +128,15 @@ def split_step(sequences: int, most: int) -> dict[str, int]:
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": sequences // size}
 
 
-def on_gpu() -> bool:
-    """Return True if there is a CUDA GPU."""
-    return torch.cuda.is_available()
-
-
 def shared_arguments(settings: Settings, name: str) -> dict[str, Any]:
     """Return the arguments common to all trainers built on transformers.
 
     All have one schedule, that of the preset `llama2-7b`, which is the tutorial's. The timed steps
     contain nothing but training.
     """
+    own = {"optim": settings.optimizer} if settings.optimizer else {}
     return {
+        **own,
         "output_dir": str(Path(settings.out) / name),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine",
@@ -191,145 +196,6 @@ def lora_config(settings: Settings) -> LoraConfig:
         target_modules="all-linear",
         modules_to_save=["lm_head"] if settings.train_head else None,
     )
-
-
-# ---------------------------------------------------------------------------------------------------- the meter
-
-
-@dataclass(frozen=True)
-class Step:
-    """Hold one optimizer step: the time of its end, and the counts of its input.
-
-    Counts are numbers, or tensors that are still on the GPU. `undisturbed` is False after an
-    evaluation.
-    """
-
-    end: Any
-    tokens: list[Any]
-    conversations: list[Any]
-    undisturbed: bool
-
-
-class Meter:
-    """Time the optimizer steps of a training, and count the tokens that are not padding.
-
-    On a GPU the end of a step is an event in the stream of kernels, and counts stay on the device
-    until `result`. So the host never waits for the GPU, and the training runs as fast as without a
-    meter. A step after an evaluation is not timed, and neither are the first `warmup_steps`.
-    """
-
-    def __init__(self, warmup_steps: int) -> None:
-        # At least one, since a step is timed from the end of the step before it.
-        self.warmup_steps = max(1, warmup_steps)
-        self.steps: list[Step] = []
-        self.peak_memory_bytes = 0
-        self._tokens: list[Any] = []
-        self._conversations: list[Any] = []
-        self._undisturbed = True
-        self._began = False
-        self._hooks: list[Any] = []
-
-    def watch(self, model: nn.Module) -> None:
-        """Start to count.
-
-        Only forward calls of the outermost model count: checkpointing does not repeat these.
-        """
-        self._hooks = [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            register_optimizer_step_post_hook(self._after_step),
-        ]
-
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count the tokens and conversations of a forward call."""
-        if not module.training:
-            self._undisturbed = False
-            return
-        # Loading a model may take more memory than training it.
-        if not self._began and on_gpu():
-            torch.cuda.reset_peak_memory_stats()
-        self._began = True
-        input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        # A mask of shape (batch, seq) belongs to a padded batch.
-        if mask is not None and mask.dim() == 2:
-            self._tokens.append(mask.sum())
-            self._conversations.append(len(input_ids))
-        # Otherwise conversations are packed, and positions start at 0 with each of them.
-        else:
-            self._tokens.append(input_ids.numel())
-            self._conversations.append(len(input_ids) if positions is None else (positions == 0).sum())
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Record a step and reset the counts."""
-        if not self._began:
-            return
-        self.steps.append(Step(_now(), self._tokens, self._conversations, self._undisturbed))
-        self._tokens, self._conversations, self._undisturbed = [], [], True
-        self.peak_memory_bytes = peak_memory_bytes()
-
-    def result(self) -> dict[str, Any]:
-        """End the measurement and return its numbers.
-
-        Raises:
-            RuntimeError: no step remains to be timed.
-        """
-        for hook in self._hooks:
-            hook.remove()
-        if on_gpu():
-            torch.cuda.synchronize()
-        # The time of a step runs from the end of the step before it.
-        seconds, tokens, conversations = [], 0, 0
-        for index in range(self.warmup_steps, len(self.steps)):
-            step = self.steps[index]
-            if step.undisturbed:
-                seconds.append(_seconds(self.steps[index - 1].end, step.end))
-                tokens += _total(step.tokens)
-                conversations += _total(step.conversations)
-        if not seconds:
-            raise RuntimeError(
-                f"{len(self.steps)} optimizer steps, of which {self.warmup_steps} are warm-up: none is left to time. "
-                "Give more --steps or fewer --warmup-steps."
-            )
-        return {
-            "steps": len(self.steps),
-            "timed_steps": len(seconds),
-            "seconds": round(sum(seconds), 3),
-            "median_step_seconds": round(statistics.median(seconds), 4),
-            "tokens": tokens,
-            "tokens_per_s": round(tokens / sum(seconds), 1),
-            "samples_per_s": round(conversations / sum(seconds), 3),
-            "tokens_per_step": round(tokens / len(seconds)),
-            "trained_conversations": sum(_total(step.conversations) for step in self.steps),
-            "peak_memory_bytes": self.peak_memory_bytes,
-        }
-
-
-def _now() -> Any:
-    """Return the current time: an event in the stream of kernels on a GPU, else seconds."""
-    if not on_gpu():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(start: Any, end: Any) -> float:
-    """Return the seconds between two times of `_now`."""
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
-
-
-def _total(counts: Sequence[Any]) -> int:
-    """Return the sum of counts, some of which may be tensors on the GPU."""
-    return sum(int(count) for count in counts)
-
-
-def peak_memory_bytes() -> int:
-    """Return the peak memory in bytes: PyTorch's on a GPU, else that of this process."""
-    if on_gpu():
-        return torch.cuda.max_memory_allocated()
-    # macOS reports bytes, Linux kibibytes.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # ---------------------------------------------------------------------------------------------------- held-out loss
@@ -457,10 +323,10 @@ def matrix_rate() -> float:
     ends = []
     for _ in range(16):
         torch.mm(left, right)
-        ends.append(_now())
+        ends.append(now())
     if on_gpu():
         torch.cuda.synchronize()
-    return 2 * size**3 / statistics.median(_seconds(a, b) for a, b in pairwise(ends[5:]))
+    return 2 * size**3 / statistics.median(seconds_between(a, b) for a, b in pairwise(ends[5:]))
 
 
 # ---------------------------------------------------------------------------------------------------- one contender
@@ -485,7 +351,12 @@ def run(train: Callable[[Settings, Meter], tuple[nn.Module, dict[str, Any]]]) ->
             contender's own settings: `batches`, `attention`, `recomputes`, `precision`, `optimizer`.
     """
     settings, target = Settings.read(Path(sys.argv[1])), Path(sys.argv[2])
-    meter = Meter(settings.warmup_steps)
+    meter = Meter(
+        settings.warmup_steps,
+        timed_steps=settings.steps - max(1, settings.warmup_steps) - settings.profiled_steps,
+        blocks=settings.blocks,
+        profiled_steps=settings.profiled_steps,
+    )
     model, own_settings = train(settings, meter)
     # This ends the measurement, so that the passes of the held-out loss don't count.
     result = meter.result()
@@ -494,3 +365,9 @@ def run(train: Callable[[Settings, Meter], tuple[nn.Module, dict[str, Any]]]) ->
     result["held_out_loss"] = round(held_out_loss(model, settings.rows("held_out")), 4)
     result |= {"own_settings": own_settings, "versions": versions()}
     target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    from qlora_utils.runs.provenance import hardware
+
+    print(json.dumps({"hardware": hardware(), "matrix_rate": matrix_rate()}))

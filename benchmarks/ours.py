@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import measure
+import torch
 from torch import nn
 
 from qlora_utils import data, lora, quantization, training
 from qlora_utils.config import RunConfig
+from qlora_utils.loop.trainer import StepTrainer
 from qlora_utils.models import memory, shapes
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_jsonl
@@ -41,8 +43,27 @@ def config_of(settings: measure.Settings) -> RunConfig:
         "keep": "last",
         "output_dir": settings.out,
         "run_name": "ours",
+        # An earlier comparison in the same folder has left a finished run.
+        "fresh": True,
     }
+    if settings.optimizer:
+        common["optimizer"] = settings.optimizer
     return RunConfig.from_preset("llama2-7b", **{**common, **settings.ours})
+
+
+def watch(meter: measure.Meter) -> None:
+    """Let the meter count whole steps, as the collator made them.
+
+    A captured pass calls no forward, and a pass that is filled up holds padding beside its tokens.
+    """
+    run_step = StepTrainer.training_step
+
+    def counted(trainer: StepTrainer, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        meter.count(inputs["tokens"], len(inputs["examples"]))
+        return run_step(trainer, model, inputs, *rest)
+
+    StepTrainer.training_step = counted  # type: ignore[assignment,method-assign]
+    meter.watch_steps()
 
 
 def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, dict[str, Any]]:
@@ -57,7 +78,7 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     if [row.input_ids for row in encoded] != [row["input_ids"] for row in settings.rows("rows")]:
         raise RuntimeError("the rows prepared here are not those that the others train on")
     tuned_model = lora.attach(quantization.load(config), config)
-    meter.watch(tuned_model)
+    watch(meter)
     trained = training.train(config, tuned_model, tokenizer, prepared, run)
     speeds = [line["tokens_per_s"] for line in read_jsonl(run.history) if "loss" in line]
     print(f"by its own history: {trained.tokens_per_s:,.0f} tokens/s (median of {len(speeds)} lines)", flush=True)

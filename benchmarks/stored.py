@@ -42,10 +42,7 @@ def store(
     result = {
         "machine": hardware(),
         "versions": {**versions(), **(packages or {})},
-        # On a machine that has the files alone, and no checkout, the variable COMMIT names it.
-        "commit": git_commit() or os.environ.get("COMMIT"),
-        "command": command_line(sys.argv, path),
-        "date": datetime.now(UTC).date().isoformat(),
+        **made_by(path),
         **(recorded or {}),
         "runs": list(runs),
         "values": flatten(values),
@@ -53,6 +50,20 @@ def store(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     print(f"written to {path}")
+
+
+def made_by(path: Path) -> dict[str, Any]:
+    """Return commit, command and date of what is being measured.
+
+    Args:
+        path: of the file that the command writes.
+    """
+    return {
+        # On a machine that has the files alone, and no checkout, the variable COMMIT names it.
+        "commit": git_commit() or os.environ.get("COMMIT"),
+        "command": command_line(sys.argv, path),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def command_line(arguments: Sequence[str], path: Path) -> str:

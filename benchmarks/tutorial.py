@@ -33,16 +33,17 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     tokenizer.padding_side = "right"
     batch = settings.split_batch("tutorial", PER_DEVICE)
     options: dict[str, Any] = {**measure.shared_arguments(settings, "tutorial"), **batch}
+    recompute = settings.recompute and measure.on_gpu()
     if measure.on_gpu():
         options |= {
             "bf16": True,
-            "optim": "paged_adamw_32bit",
-            "gradient_checkpointing": True,
+            "optim": settings.optimizer or "paged_adamw_32bit",
+            "gradient_checkpointing": recompute,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
         }
     model = prepare_model_for_kbit_training(
         measure.load_base(settings),
-        use_gradient_checkpointing=measure.on_gpu(),
+        use_gradient_checkpointing=recompute,
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
     tuned_model = get_peft_model(model, measure.lora_config(settings))
@@ -64,7 +65,7 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     return tuned_model, {
         "batches": f"{size} × {accumulated} padded, grouped by length",
         "attention": "sdpa",
-        "recomputes": "yes" if measure.on_gpu() else "no",
+        "recomputes": "yes" if recompute else "no",
         "precision": "bfloat16" if measure.on_gpu() else "float32",
         "optimizer": trainer.args.optim.value,
         "kernels": "",
