@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import measure
@@ -82,6 +83,8 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     trained = training.train(config, tuned_model, tokenizer, prepared, run)
     speeds = [line["tokens_per_s"] for line in read_jsonl(run.history) if "loss" in line]
     print(f"by its own history: {trained.tokens_per_s:,.0f} tokens/s (median of {len(speeds)} lines)", flush=True)
+    # Nobody resumes these trainings, and a checkpoint holds the optimizer's moments.
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
     # The values that the library chose for the fields left open.
     chosen = tuned_model.resolved.config
     kernels = ["fused layers"] if chosen.fused_layers else []
