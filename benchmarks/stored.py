@@ -40,7 +40,7 @@ def store(
             this process.
     """
     result = {
-        "machine": hardware(),
+        "machine": (recorded or {}).get("machine") or hardware(),
         "versions": {**versions(), **(packages or {})},
         **made_by(path),
         **(recorded or {}),

@@ -124,10 +124,10 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     size, accumulated = batch.values()
     packed = trainer.args.packing
     # Over a pack, PyTorch's own attention gets a mask of all pairs of tokens, and computes the masked ones too.
-    mask = ", dense mask over the pack" if packed and kernel == "sdpa" else ""
+    names = {"sdpa": "sdpa, dense mask over the pack", kernels.VARLEN: "FlashAttention over the pack, PyTorch's"}
     return trainer.model, {
         "batches": f"{size} × {accumulated} {f'packs of {settings.max_seq_len:,}' if packed else 'padded'}",
-        "attention": f"{kernel}{mask}",
+        "attention": names.get(kernel, kernel) if packed else kernel,
         "recomputes": "yes" if trainer.args.gradient_checkpointing else "no",
         "precision": "bfloat16" if trainer.args.bf16 else "float32",
         "optimizer": trainer.args.optim.value,

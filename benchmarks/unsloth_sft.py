@@ -60,6 +60,8 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     )
     model.config._name_or_path = name
     batch: dict[str, Any] = settings.split_batch("unsloth", PER_DEVICE)
+    # The trainer would switch recomputation on by itself.
+    recompute: dict[str, Any] = {} if settings.recompute else {"gradient_checkpointing": False}
     answers = [[int(label != measure.IGNORED) for label in row["labels"]] for row in settings.rows("rows")]
     rows = [
         {"input_ids": row["input_ids"], "completion_mask": mask}
@@ -72,6 +74,7 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
         args=SFTConfig(
             **{"optim": "adamw_8bit", **measure.shared_arguments(settings, "unsloth")},
             **batch,
+            **recompute,
             max_steps=settings.steps,
             max_length=settings.max_seq_len,
             completion_only_loss=True,
