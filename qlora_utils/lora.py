@@ -84,7 +84,8 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
         # The reentrant kind finds no gradient to follow from frozen embeddings, and trains nothing.
         with _ignore_harmless_warnings(base_model):
             base_model.gradient_checkpointing_enable({"use_reentrant": False})
-        base_model.recomputation = Recomputation(base_model, resolved.config.kept_layers or 0)  # type: ignore[assignment]
+        kept, in_parts = resolved.config.kept_layers or 0, bool(resolved.config.offload_activations)
+        base_model.recomputation = Recomputation(base_model, kept, in_parts=in_parts)  # type: ignore[assignment]
     return tuned_model  # type: ignore[return-value]
 
 

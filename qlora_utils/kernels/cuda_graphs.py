@@ -3,8 +3,8 @@
 A pass of Llama-2-7b launches thousands of kernels. On a fast GPU many are done before the host has launched the next,
 and the GPU waits half of the time. A CUDA graph holds all launches of a pass, recomputation included, and starts them
 in one call. It is bound to the shapes and addresses of its tensors: passes are padded to a few lengths
-(`packing.pad_pass`), each of which has its graph and its buffers. A length for which there is no graph yet is padded
-further, to one for which there is, if that costs little.
+(`packing.pad_pass`), each of which has its graph and its buffers. A pass for whose length there is no graph yet is
+padded further, to one for which there is, until that has cost as much as capturing one.
 
 CUDA graphs in PyTorch: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -18,8 +18,9 @@ import torch
 
 from qlora_utils.tokens.packing import pad_pass, padded_length
 
-# How much longer than a pass a captured length may be that is taken in place of its own.
-LONGER = 1.1
+# Tokens of further padding that passes of one length cost before it gets a graph of its own: capturing one takes about
+# as long as computing so many.
+WORTH_CAPTURING = 8192
 # Computes loss and gradients of a pass; gradients are added to tensors that stay where they are.
 ComputePass = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
 
@@ -40,6 +41,7 @@ class PassGraphs:
         self.compute, self.conversations = compute, conversations
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.buffers: dict[int, dict[str, torch.Tensor]] = {}
+        self.wasted: dict[int, int] = {}
         self.pool: Any = None
         self.loss = torch.zeros((), device=device)
         self.answers = torch.ones((), device=device)
@@ -70,8 +72,19 @@ class PassGraphs:
     def _choose_length(self, tokens: int) -> int:
         """Return the length that a pass of so many tokens is padded to."""
         exact = padded_length(tokens)
-        captured = [length for length in self.graphs if exact <= length <= LONGER * tokens]
-        return min(captured, default=exact)
+        longer = min((length for length in self.graphs if length >= exact), default=exact)
+        wasted = self.wasted.get(exact, 0) + longer - exact
+        self.wasted[exact] = wasted
+        return exact if wasted > WORTH_CAPTURING else longer
+
+    def warm_up(self) -> None:
+        """Compute a pass of pad tokens without a label, so that kernels are loaded; all its gradients are zero."""
+        device = self.loss.device
+        nothing = torch.zeros((1, 0), dtype=torch.long, device=device)
+        starts = torch.zeros(1, dtype=torch.int32, device=device)
+        batch = {"input_ids": nothing, "labels": nothing, "position_ids": nothing, "starts": starts}
+        batch["answer_positions"] = nothing[0]
+        self.compute(pad_pass(batch, padded_length(1), self.conversations), self.answers)
 
     def _capture(self, inputs: Mapping[str, torch.Tensor]) -> torch.cuda.CUDAGraph:
         """Capture a pass that reads these inputs."""

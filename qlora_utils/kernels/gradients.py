@@ -52,6 +52,11 @@ class FlatGradients:
         for weight, view in zip(self.weights, self.views, strict=True):
             weight.grad = view
 
+    def forget(self, set_to_none: bool = True) -> None:
+        """Leave the weights without gradients, as `zero_grad` does: an optimizer then skips them."""
+        for weight in self.weights:
+            weight.grad = None
+
     def clip(self, largest: float) -> torch.Tensor:
         """Scale the gradients to a norm of at most `largest`, and return the norm that they had."""
         norm = torch.linalg.vector_norm(self.flat)
@@ -65,8 +70,7 @@ class FlatGradients:
             group.a_grad, group.b_grads = None, []
         if self.head is not None:
             del self.head.main_grad
-        for weight in self.weights:
-            weight.grad = None
+        self.forget()
 
 
 def _order_weights(model: nn.Module, groups: list[LayerGroup]) -> list[nn.Parameter]:

@@ -10,13 +10,14 @@ Gradient checkpointing: Chen et al., 2016, https://arxiv.org/abs/1604.06174.
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+
+from qlora_utils.models.shapes import computes_as_llama
 
 # Where an input lies in main memory: the index of the part that it is the input of, and its shape.
 Handle = tuple[int, torch.Size]
@@ -31,22 +32,23 @@ def draws_at_random(model: Any) -> bool:
 class Recomputation:
     """Recompute the layers of a model, and keep the inputs of what is recomputed on the GPU or in `store`.
 
-    A layer with the code of Llama's is recomputed in two parts, attention and feed-forward: one part's activations
+    A layer with the code of Llama's can be recomputed in two parts, attention and feed-forward: one part's activations
     exist at a time, and of each part all is recomputed but the product at its end, which nothing reads
-    (`lora_layers.LayerGroup`). Other layers are one part each.
+    (`lora_layers.LayerGroup`). That takes another input for each layer. Other layers are one part each.
 
     The last layers may keep their activations: theirs are the first to be freed in the backward pass.
 
     Args:
         model: with gradient checkpointing switched on.
         kept: number of layers that are not recomputed.
+        in_parts: recompute layers like Llama's in two parts.
 
     Attributes:
         parts: number of recomputed parts.
         store: main memory for their inputs; None: they stay on the GPU.
     """
 
-    def __init__(self, model: Any, kept: int) -> None:
+    def __init__(self, model: Any, kept: int, *, in_parts: bool) -> None:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         # Random states are only stored where something draws from them: a CUDA graph cannot.
@@ -59,7 +61,7 @@ class Recomputation:
             if not layer.gradient_checkpointing:
                 continue
             layer._gradient_checkpointing_func = functools.partial(self._run, self.parts)
-            if _computes_as_llama(layer):
+            if in_parts and computes_as_llama(layer):
                 layer.forward = functools.partial(self._forward_in_parts, layer, self.parts, layer.forward)
                 self.parts += 1
             self.parts += 1
@@ -87,14 +89,6 @@ class Recomputation:
             return checkpoint(function, *inputs, **self.options)
         with saved_tensors_hooks(functools.partial(self.store.put, part), self.store.take):
             return checkpoint(function, *inputs, **self.options)
-
-
-def _computes_as_llama(layer: Any) -> bool:
-    """Return whether a layer's forward pass has the very code of Llama's, as in Mistral, Qwen 2 and Qwen 3."""
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-    own, llama = (inspect.unwrap(kind.forward).__code__ for kind in (type(layer), LlamaDecoderLayer))
-    return (own.co_code, own.co_names, own.co_varnames) == (llama.co_code, llama.co_names, llama.co_varnames)
 
 
 class ActivationStore:

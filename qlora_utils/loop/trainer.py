@@ -106,8 +106,8 @@ class StepTrainer(Trainer):
         self.gradients: FlatGradients | None = None
         self.graphs: PassGraphs | None = None
         self.recomputation: Recomputation | None = None
-        # The first step is not captured: it loads the kernels. And the model is in training mode from then on, except
-        # for measurements, so that nobody has to walk through its modules at every step.
+        # The model is in training mode from the first step on, except for measurements, so that nobody has to walk
+        # through its modules at every step.
         self._has_begun = False
         # The last step's verdict, while the GPU may still be computing it.
         self._pending: _Verdict | None = None
@@ -175,7 +175,7 @@ class StepTrainer(Trainer):
 
         if self.gradients is not None:
             self.gradients.clear()
-        if self.graphs is not None and self._has_begun:
+        if self.graphs is not None:
             loss = self._replay(passes, answers)
             if loss is not None:
                 return loss
@@ -189,18 +189,20 @@ class StepTrainer(Trainer):
                 part = self._pass_loss(model, self._prepare_inputs(batch), answers)
                 self.accelerator.backward(part)
             loss += part.detach()
-        self._has_begun = True
         return loss
 
     def _begin(self, model: nn.Module) -> None:
         """Prepare the model for its first step: training mode, gradients in one tensor, graphs to capture."""
         model.train()
+        self._has_begun = True
         if self.args.world_size > 1:
             return
         if self.gradients is None:
             # In fp16 a scaler divides the gradients at the end of a step, and the loss must leave that to it.
             in_place = self.config.fused_layers and self.config.compute_dtype != "float16"
             self.gradients = FlatGradients(model, head_in_place=in_place)
+            # The Trainer clears gradients at the end of each step, which would walk through all modules.
+            model.zero_grad = self.gradients.forget  # type: ignore[method-assign]
         self._store_activations(model)
         if self.config.cuda_graphs and self.args.device.type == "cuda" and self.graphs is None:
             longest = max(self.config.max_seq_len, LONGEST_PADDING)
@@ -211,6 +213,7 @@ class StepTrainer(Trainer):
                 return loss
 
             self.graphs = PassGraphs(compute, self.args.device, self.args.train_batch_size)
+            self._try_graphs(self.graphs.warm_up)
 
     def _store_activations(self, model: Any) -> None:
         """Keep the inputs of recomputed layers in main memory, if the config says so and there is enough of it."""
@@ -233,12 +236,21 @@ class StepTrainer(Trainer):
             passes: of the step.
             answers: number of answer tokens in the step.
         """
-        assert self.graphs is not None
-        try:
-            self.graphs.begin_step(answers)
+        graphs = self.graphs
+        assert graphs is not None
+
+        def run() -> torch.Tensor:
+            graphs.begin_step(answers)
             for batch in passes:
-                self.graphs.run(batch)
-            return self.graphs.loss.clone()
+                graphs.run(batch)
+            return graphs.loss.clone()
+
+        return self._try_graphs(run)
+
+    def _try_graphs(self, run: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        """Do something with captured passes; if it fails, training goes on without them, and None is returned."""
+        try:
+            return run()
         except Exception as error:  # a capture fails in as many ways as there are operations that it does not allow
             if is_out_of_memory(error):
                 raise
@@ -263,6 +275,8 @@ class StepTrainer(Trainer):
         if self.gradients is not None:
             self.gradients.release()
             self.gradients = None
+            assert self.model is not None
+            vars(self.model).pop("zero_grad", None)
         if self.recomputation is not None:
             self.recomputation.store = None
             self.recomputation = None

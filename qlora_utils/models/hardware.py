@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -237,6 +238,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     # CUDA's libraries have no error type for it
     words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def graph_pool_bytes() -> int:
+    """Return the bytes of GPU memory that captured passes hold although no tensor lies there now."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    # all that belongs to no graph is in pool (0, 0)
+    pools = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) != (0, 0)]
+    return sum(part["total_size"] - part["allocated_size"] for part in pools)
+
+
+def main_memory() -> int:
+    """Return the bytes of this machine's main memory; a large number where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**40
 
 
 def free_memory() -> None:

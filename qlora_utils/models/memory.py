@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import ModelError, RunConfig
 from qlora_utils.models import shapes
-from qlora_utils.models.hardware import GIB, Card, precision, this_card
+from qlora_utils.models.hardware import GIB, Card, graph_pool_bytes, precision, this_card
 from qlora_utils.models.shapes import Shape
 from qlora_utils.runs.directory import LEARNED
 from qlora_utils.runs.files import read_jsonl
@@ -76,11 +76,10 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
     head = 0 if shape.head_is_tied else shape.head_parameters * wide
     expanded = shape.linear_parameters * wide if config.keep_expanded and config.quantize else 0
     adapter_copy = lora * wide if config.fused_layers else 0  # in the precision of products
-    # what a pass adds: the head's gradient exists twice until it is added to that of earlier passes
-    head_twice = head_trained if passes > 1 else 0
-    layer, saved_per_layer = shape.activations(config, wide)
-    # with checkpointing one layer at a time is computed again, and saved whole
-    recomputed = tokens * layer if config.gradient_checkpointing else 0
+    # what a pass adds: where the loss cannot add the head's gradient to that of earlier passes itself, it exists twice
+    in_place = config.fused_layers and config.compute_dtype != "float16"
+    head_twice = 0 if in_place or passes == 1 else head_trained
+    saved, recomputed = _activation_bytes(shape, config, wide, tokens)
     dequantized = 0 if config.keep_expanded else shape.largest_linear * wide
     flowing_back = tokens * wide * (shape.intermediate + shape.hidden)
     parts = {
@@ -91,19 +90,42 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
         "adapters": lora * 4 + adapter_copy,
         "gradients": (trained + head_twice) * 4,
         "optimizer": _optimizer_bytes(config, trained),
-        "activations": tokens * saved_per_layer * shape.layers + recomputed + _cast_bytes(shape, config, wide),
+        "activations": max(saved, recomputed) + _cast_bytes(shape, config, wide),
         "logits": _logit_bytes(shape, config, tokens, wide),
         "workspace": dequantized + flowing_back,
     }
 
     # the peak is at one of three moments: some of what exists at one is freed before the next
-    fixed = sum(parts[name] for name in PARTS[:5]) + parts["optimizer"]
-    gradients_before = 4 * trained if passes > 1 else 0
-    head_gradient = 4 * head_trained
-    in_loss = fixed + gradients_before + parts["activations"] - recomputed + parts["logits"] + head_gradient
-    in_last_layer = fixed + gradients_before + parts["activations"] + head_gradient + parts["workspace"]
-    in_step = fixed + 4 * trained + _step_workspace(config, trained)
-    return MemoryPlan(parts, max(in_loss, in_last_layer, in_step))
+    fixed = sum(parts[name] for name in PARTS[:5]) + parts["gradients"] + parts["optimizer"]
+    cast = _cast_bytes(shape, config, wide)
+    in_loss = fixed + cast + saved + parts["logits"]
+    in_a_layer = fixed + parts["activations"] + parts["workspace"]
+    in_step = fixed + _step_workspace(config, trained)
+    return MemoryPlan(parts, max(in_loss, in_a_layer, in_step))
+
+
+def _activation_bytes(shape: Shape, config: RunConfig, wide: int, tokens: int) -> tuple[int, int]:
+    """Return the bytes of activations at the end of the forward pass, and while layers are recomputed.
+
+    Layers that keep their activations have freed them again before the first layer is recomputed.
+    """
+    layer, saved = shape.activations(config, wide)
+    if not config.gradient_checkpointing:
+        return tokens * saved * shape.layers, 0
+    kept = min(config.kept_layers or 0, shape.layers)
+    inputs = saved * (shape.layers - kept)
+    if config.offload_activations:
+        # two are on their way to main memory, two on the way back, and the last one stays
+        inputs = saved * min(5, shape.parts_per_layer * (shape.layers - kept))
+    return tokens * (inputs + kept * layer), tokens * (inputs + shape.recomputed_at_once(config, wide))
+
+
+def offloaded_bytes(shape: Shape, config: RunConfig) -> int:
+    """Return the bytes of main memory that hold the inputs of recomputed layers."""
+    wide = 4 if config.compute_dtype == "float32" else 2
+    tokens = max(config.micro_batch_tokens or 0, shape.longest_example(config))
+    recomputed = shape.layers - min(config.kept_layers or 0, shape.layers)
+    return tokens * shape.hidden * wide * shape.parts_per_layer * recomputed
 
 
 def _weight_bytes(shape: Shape, config: RunConfig, wide: int) -> int:
@@ -177,7 +199,8 @@ def answer_room(config: RunConfig) -> int | None:
         return None
     wide = 4 if precision(config, card, shape.architecture)[0] == "float32" else 2
     token_bytes = shape.cached_values * wide
-    return max(1, int(0.6 * (usable_memory(card) - torch.cuda.memory_allocated()) / token_bytes))
+    taken = torch.cuda.memory_allocated() + graph_pool_bytes()
+    return max(1, int(0.6 * (usable_memory(card) - taken) / token_bytes))
 
 
 def explain_too_large(config: RunConfig, card: Card, smallest: int, without_head: int | None = None) -> str:
@@ -216,7 +239,8 @@ def _list_remedies(config: RunConfig) -> str:
 
 # What memory depends on: a pass that ran out says something about runs that are equal in these.
 _MEMORY_FIELDS = ("model", "quantize", "train_head", "lora_r", "lora_targets", "compute_dtype", "optimizer",
-                  "keep_expanded", "gradient_checkpointing", "attention_kernel", "fused_layers", "liger")  # fmt: skip
+                  "keep_expanded", "gradient_checkpointing", "kept_layers", "offload_activations", "attention_kernel",
+                  "fused_layers", "liger")  # fmt: skip
 
 
 def learn(config: RunConfig, tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from qlora_utils.models.hardware import (
     attention_kernel,
     cuda_graphs,
     liger_kernels,
+    main_memory,
     precision,
     this_card,
 )
@@ -25,6 +27,7 @@ from qlora_utils.models.memory import (
     MemoryPlan,
     explain_too_large,
     fit_text,
+    offloaded_bytes,
     plan_table,
     plot_plan,
     predict,
@@ -39,10 +42,12 @@ if TYPE_CHECKING:
 
 # Tokens of a conversation where nothing is known about the data: the mean of the Guanaco rows.
 MEAN_TOKENS = 460
+# Tokens by which a pass seems longer than it is: what padding and less than full products cost.
+SHORT_PASS = 150
 PASS_TOKENS = (32768, 24576, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024, 512)
 # Fields that a config can leave open.
 OPEN = ("compute_dtype", "attention_kernel", "liger", "cuda_graphs", "keep_expanded", "gradient_checkpointing",
-        "micro_batch_tokens", "optimizer")  # fmt: skip
+        "kept_layers", "offload_activations", "micro_batch_tokens", "optimizer")  # fmt: skip
 _BY_HARDWARE = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels,
                 "cuda_graphs": cuda_graphs}  # fmt: skip
 
@@ -101,6 +106,8 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
     # called for its error alone: the given precision may be one that the model cannot be computed in
     precision(config, card, architecture)
     card = card or this_card()
+    if card is not None and config.memory_gib is not None:
+        card = limit_memory(card, config.memory_gib)
     if not any(is_open(config, name) for name in OPEN):
         return Resolved(config, given, architecture, _advise_on_head(config, card, shape))
 
@@ -138,6 +145,11 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
                 f"{planned:,} were planned, but more than this ran out of memory here before"
             )
     return Resolved(chosen, given, architecture, reasons | _advise_on_head(chosen, card, shape))
+
+
+def limit_memory(card: Card, gib: float) -> Card:
+    """Return the card as one that leaves a plan no more than `gib` GiB, 4 % of them for fragmentation."""
+    return replace(card, memory=min(card.memory, int((gib + 0.7 / 0.96) * GIB)))
 
 
 # Share of a card's room that a head may take before the plan advises to freeze it.
@@ -202,8 +214,15 @@ def _explain_choices(chosen: RunConfig, card: Card, shape: Shape) -> dict[str, s
     if chosen.gradient_checkpointing:
         more = peak(gradient_checkpointing=False)
         reasons["gradient_checkpointing"] = f"without it a pass would take {more} of the {space}"
+        kept = f"{chosen.kept_layers} of {shape.layers} layers need not be computed again"
+        reasons["kept_layers"] = f"{kept}: no more fit into the {space}"
+        stored = offloaded_bytes(shape, chosen) / GIB
+        reasons["offload_activations"] = "inputs of recomputed layers stay on the GPU"
+        if chosen.offload_activations:
+            reasons["offload_activations"] = f"inputs of recomputed layers wait in {stored:.1f} GiB of main memory"
     else:
         reasons["gradient_checkpointing"] = f"{peak()} fit into the {space}: nothing needs to be computed twice"
+        reasons["kept_layers"] = reasons["offload_activations"] = "no layer is computed again"
     if chosen.optimizer == "adamw_torch_fused":
         reasons["optimizer"] = "moments in 32 bits, all weights in a few kernels"
     else:
@@ -214,14 +233,16 @@ def _explain_choices(chosen: RunConfig, card: Card, shape: Shape) -> dict[str, s
 
 def _resolve_on_cpu(config: RunConfig) -> RunConfig:
     """Return the config with a CPU's fastest values for the fields that a plan would decide."""
-    fast = {"keep_expanded": False, "gradient_checkpointing": False, "micro_batch_tokens": 2048,
+    fast = {"keep_expanded": False, "gradient_checkpointing": False, "kept_layers": 0,
+            "offload_activations": False, "micro_batch_tokens": 2048,
             "optimizer": "adamw_torch"}  # fmt: skip
     return _fill_open(config, fast)
 
 
 def use_least_memory(config: RunConfig) -> RunConfig:
     """Return the config with the values of least memory for the fields that a plan would decide."""
-    small = {"keep_expanded": False, "gradient_checkpointing": True, "micro_batch_tokens": config.max_seq_len,
+    small = {"keep_expanded": False, "gradient_checkpointing": True, "kept_layers": 0,
+             "offload_activations": False, "micro_batch_tokens": config.max_seq_len,
              "optimizer": "adamw_8bit"}  # fmt: skip
     return _fill_open(config, small)
 
@@ -261,6 +282,7 @@ def candidates(config: RunConfig, shape: Shape) -> Iterator[RunConfig]:
         "optimizer": ("adamw_torch_fused", "adamw_8bit"),
         "keep_expanded": (False, True) if useful else (False,),
         "gradient_checkpointing": (False, True),
+        "offload_activations": (False, True) if shape.architecture == "causal" else (False,),
         "micro_batch_tokens": sizes or (longest,),
     }
     # a value that is given is the only choice
@@ -268,7 +290,28 @@ def candidates(config: RunConfig, shape: Shape) -> Iterator[RunConfig]:
         if not is_open(config, name):
             choices[name] = (getattr(config, name),)
     for values in itertools.product(*choices.values()):
-        yield config.model_copy(update=dict(zip(choices, values, strict=True)))
+        candidate = config.model_copy(update=dict(zip(choices, values, strict=True)))
+        # nothing is offloaded or kept where nothing is recomputed
+        chose_offload = candidate.offload_activations and is_open(config, "offload_activations")
+        if chose_offload and not candidate.gradient_checkpointing:
+            continue
+        yield candidate if not is_open(config, "kept_layers") else candidate.model_copy(update={"kept_layers": 0})
+
+
+def keep_most_layers(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
+    """Return a config that fits with the most layers that need not be computed again.
+
+    Args:
+        config: with `kept_layers` 0.
+        card: that it runs on.
+        shape: of the base model.
+    """
+    if not config.gradient_checkpointing or shape.architecture != "causal":
+        return config
+    tried = [config.model_copy(update={"kept_layers": kept}) for kept in range(shape.layers)]
+    # more layers take more memory, so the first that does not fit is found by halving
+    first = bisect.bisect_left(tried, True, key=lambda more: not predict(shape, more).fits(card))
+    return tried[max(0, first - 1)]
 
 
 def choose_fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
@@ -280,17 +323,28 @@ def choose_fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
         ConfigError: none fits.
     """
     plans = [(candidate, predict(shape, candidate)) for candidate in candidates(config, shape)]
-    fitting = [(candidate, plan) for candidate, plan in plans if plan.fits(card)]
+    host = main_memory()
+    fitting = [(candidate, plan) for candidate, plan in plans if plan.fits(card) and _fits_host(candidate, shape, host)]
     if not fitting:
         smallest = min(plan.peak for _, plan in plans)
         frozen = [candidate.model_copy(update={"train_head": False}) for candidate, _ in plans]
         without_head = min(predict(shape, candidate).peak for candidate in frozen)
         raise ConfigError(explain_too_large(config, card, smallest, without_head))
+    if is_open(config, "kept_layers"):
+        most = [keep_most_layers(candidate, card, shape) for candidate, _ in fitting]
+        fitting = [(candidate, predict(shape, candidate)) for candidate in most]
     # times within 1 % count as equal: they are estimates
     times = [step_seconds(shape, candidate, card) for candidate, _ in fitting]
     limit = 1.01 * min(times)
     fast = [pair for pair, seconds in zip(fitting, times, strict=True) if seconds <= limit]
-    return min(fast, key=lambda pair: ("8bit" in pair[0].optimizer, pair[1].peak))[0]
+    return min(
+        fast, key=lambda pair: ("8bit" in pair[0].optimizer, bool(pair[0].gradient_checkpointing), pair[1].peak)
+    )[0]
+
+
+def _fits_host(config: RunConfig, shape: Shape, memory: int) -> bool:
+    """Return whether a quarter of main memory holds what is offloaded, or nothing is left to choose."""
+    return not config.offload_activations or offloaded_bytes(shape, config) <= memory // 4
 
 
 def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: int = MEAN_TOKENS) -> float:
@@ -309,8 +363,13 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
     largest = max(config.micro_batch_tokens or tokens, shape.longest_example(config))
     # half a pass more, since steps differ in length and packs are not quite full
     passes = max(1.0, tokens / largest + 0.5)
-    # every weight is needed twice in a pass, and once more where layers are computed again
-    forwards = 3 if config.gradient_checkpointing else 2
+    # every weight is needed twice in a pass, and most once more where layers are computed again: the last products of
+    # what is recomputed at once are left out
+    again = 0.0
+    if config.gradient_checkpointing:
+        share = 0.7 if config.offload_activations and shape.parts_per_layer > 1 else 0.8
+        again = share * (1 - min(config.kept_layers or 0, shape.layers) / shape.layers)
+    forwards = 2 + again
     flops = tokens * (
         2 * (shape.linear_parameters + shape.fp32_parameters) * forwards + 6 * shape.lora_parameters(config)
     )
@@ -319,9 +378,13 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
     expanding = 0 if config.keep_expanded or not config.quantize else 2.5 * shape.linear_parameters * forwards * passes
     trained = shape.lora_parameters(config) + shape.head_parameters * config.train_head
     stepping = trained * (28 if config.optimizer == "adamw_torch_fused" else 150)
-    busy = flops / (card.matrix_rate * 2 / 3) + (expanding + stepping) / (card.bandwidth * 2 / 3)
+    # short passes are padded by more, and their products fill a GPU less
+    rate = card.matrix_rate * 2 / 3 * largest / (largest + SHORT_PASS)
+    busy = flops / rate + (expanding + stepping) / (card.bandwidth * 2 / 3)
     # small kernels are done before the host has launched the next
     starting = passes * shape.layer_seconds * shape.layers * forwards / 2 * (1 if expanding == 0 else 1.3)
+    if config.cuda_graphs:
+        starting = 0.0
     # launching and computing mostly overlap
     return max(busy, starting) + min(busy, starting) / 4
 

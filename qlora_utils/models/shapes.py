@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
@@ -130,6 +131,18 @@ class Shape(ABC):
             wide: bytes of a hidden value.
         """
 
+    def recomputed_at_once(self, config: RunConfig, wide: int) -> int:
+        """Return the bytes per token that exist while a recomputed layer, or a part of it, is computed again.
+
+        Args: see `activations`.
+        """
+        return self.activations(config, wide)[0]
+
+    @property
+    def parts_per_layer(self) -> int:
+        """Return in how many parts a layer is recomputed (`recomputation.Recomputation`)."""
+        return 1
+
     @property
     def padding(self) -> float:
         """Return how many tokens are computed for each token that is not padding."""
@@ -182,6 +195,8 @@ class DecoderShape(Shape):
     kv_heads: int
     # queries and keys have norms of their own, as in Qwen 3 and Gemma 3
     has_qk_norms: bool
+    # its layers have the code of Llama's
+    is_like_llama: bool
 
     @property
     def architecture(self) -> Architecture:
@@ -220,6 +235,20 @@ class DecoderShape(Shape):
             # two bytes more for each norm's input, in fp32; the gate after SiLU
             layer += 4 * self.hidden + wide * self.intermediate
         return layer, wide * self.hidden if config.gradient_checkpointing else layer
+
+    def recomputed_at_once(self, config: RunConfig, wide: int) -> int:
+        """Return the bytes per token of the larger part: the feed-forward, or attention; see `Shape`."""
+        layer, _ = self.activations(config, wide)
+        if not (config.offload_activations and self.is_like_llama):
+            return layer
+        # the residual stream before a norm, and the norm's output, belong to both
+        attention = wide * (2 * self.hidden + 2 * (self.heads + self.kv_heads) * self.head_size)
+        return max(attention, layer - attention)
+
+    @property
+    def parts_per_layer(self) -> int:
+        """Return two for layers with the code of Llama's: attention and feed-forward."""
+        return 2 if self.is_like_llama else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,6 +453,7 @@ def count_shape(model_config: PreTrainedConfig, source: str = "") -> Shape:
                 kv_heads=getattr(model_config, "num_key_value_heads", None) or heads,
                 head_size=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
                 has_qk_norms=any(path.endswith(".q_norm") for path, _ in model.named_modules()),
+                is_like_llama=any(computes_as_llama(module) for module in model.modules()),
                 **counted,
             )
     except AttributeError as error:
@@ -432,6 +462,17 @@ def count_shape(model_config: PreTrainedConfig, source: str = "") -> Shape:
         _refuse(source, first_line(error), "layers that are all alike")
     _check_layers(shape, source)
     return shape
+
+
+def computes_as_llama(layer: Any) -> bool:
+    """Return whether a layer's forward pass has the very code of Llama's, as in Mistral, Qwen 2 and Qwen 3."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    own, llama = (inspect.unwrap(kind.forward) for kind in (type(layer), LlamaDecoderLayer))
+    if not inspect.isfunction(own):
+        return False
+    ours, theirs = own.__code__, llama.__code__
+    return (ours.co_code, ours.co_names, ours.co_varnames) == (theirs.co_code, theirs.co_names, theirs.co_varnames)
 
 
 def build_empty(model_config: PreTrainedConfig, source: str = "") -> PreTrainedModel:
