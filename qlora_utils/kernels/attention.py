@@ -21,6 +21,8 @@ VARLEN, SPLIT, DENSE, EAGER = "packed_varlen", "packed_split", "sdpa", "eager"
 # Tokens from which attention in 16 bits is faster than in fp32 on a CPU too. With 60 it takes twice as long, backward
 # pass included; with 300 about as long.
 SHORT = 512
+# What FlashAttention computes.
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # What some models ask of their attention and these kernels do not compute: caps on scores, sinks, added biases.
 _NOT_COMPUTED = ("softcap", "s_aux", "sinks", "position_bias")
 
@@ -194,7 +196,7 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     # FlashAttention over packs has no dropout and takes 16-bit numbers only.
-    if dropout or (kernel is varlen and query.dtype not in (torch.bfloat16, torch.float16)):
+    if dropout or (kernel is varlen and query.dtype not in FLASH_DTYPES):
         kernel = functools.partial(split, dropout=dropout)
     if lengths is None:
         if kernel is not varlen:

@@ -140,12 +140,18 @@ def test_flan_t5_large_fits_every_card(card):
 
 
 def test_the_head_and_checkpointing_cost_what_they_should():
-    config = resolve_auto(changed(LARGE, gradient_checkpointing=True), CARDS["L4"], LLAMA_2_7B).config
+    given = changed(LARGE, gradient_checkpointing=True, kept_layers=0, offload_activations=False)
+    config = resolve_auto(given, CARDS["L4"], LLAMA_2_7B).config
     with_head, without = (predict(LLAMA_2_7B, changed(config, train_head=head)) for head in (True, False))
     # a copy in fp32 and its gradient, two moments in fp32 or in bytes
     moments = 8 if config.optimizer == "adamw_torch_fused" else 2
     assert with_head.parts["head"] - without.parts["head"] == 4 * LLAMA_2_7B.head_parameters
-    assert with_head.parts["gradients"] - without.parts["gradients"] == 2 * 4 * LLAMA_2_7B.head_parameters
+    # the loss adds its gradient to that of earlier passes; peft's own layers and fp16 cannot
+    assert with_head.parts["gradients"] - without.parts["gradients"] == 4 * LLAMA_2_7B.head_parameters
+    for twice in ({"fused_layers": False}, {"compute_dtype": "float16"}):
+        pair = (predict(LLAMA_2_7B, changed(config, train_head=head, **twice)) for head in (True, False))
+        sizes = [memory.parts["gradients"] for memory in pair]
+        assert sizes[0] - sizes[1] == 2 * 4 * LLAMA_2_7B.head_parameters
     assert with_head.parts["optimizer"] - without.parts["optimizer"] == pytest.approx(
         moments * LLAMA_2_7B.head_parameters, rel=0.05
     )
