@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from qlora_utils.config import RunConfig
+from qlora_utils.evaluation.decoding import can_decode, decode
 from qlora_utils.locate import first_line
 from qlora_utils.models.hardware import OutOfMemoryError, free_memory, is_out_of_memory
 from qlora_utils.rows.conversations import Conversation, Turn, restored
@@ -68,6 +69,7 @@ class Sampling:
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             use_cache=True,
+            repetition_penalty=1.0,
             bos_token_id=form.tokenizer.bos_token_id,
             eos_token_id=[*form.ends],
             pad_token_id=form.tokenizer.pad_token_id,
@@ -137,10 +139,12 @@ def answer_all(
     batch_tokens: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Answer many questions in batches of similar length, with a cache of keys and values.
+    """Answer many questions at a time, with a cache of keys and values.
 
-    The longest questions come first, so that a batch too large for memory fails at once. It is then
-    halved, and so are all later batches.
+    A decoder's answers are decoded in slots, of which each takes the next question when its answer has
+    ended (`decoding`). Other models answer in batches of similar length, which last as long as their
+    longest answer. The longest questions come first, so that too little memory shows at once. The
+    number of questions at a time is then halved.
 
     Args:
         model: base or tuned. It answers in eval mode, and its mode is restored afterwards.
@@ -149,7 +153,7 @@ def answer_all(
         config: the run, which decides the prompt's format.
         sampling: how tokens are chosen and how many at most.
         batch_size: questions at a time, at most.
-        batch_tokens: tokens in a batch at its end, padding and answers included, at most (None: no
+        batch_tokens: tokens of the questions at a time, padding and answers included, at most (None: no
             limit).
         on_batch: called with the number of questions just answered, for a progress bar.
 
@@ -162,54 +166,93 @@ def answer_all(
     was_training = model.training
     form = format_of(tokenizer, config)
     prompts = [form.prompt(question.history, question.text, question.system) for question in questions]
-    by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    lengths = [len(prompt) for prompt in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda index: -lengths[index])
+    answer = _decode if can_decode(model, packing=config.packing) else _generate
     answers: dict[int, Answer] = {}
+
+    def fitting(longest: int) -> int:
+        # All questions at a time take as much memory as the longest of them.
+        fits = batch_size if batch_tokens is None else batch_tokens // (longest + sampling.max_new_tokens)
+        return max(1, min(batch_size, fits))
+
+    def keep(rows: Mapping[int, list[int]]) -> None:
+        answers.update({index: decode_answer(row, form) for index, row in rows.items()})
+        if on_batch is not None:
+            on_batch(len(rows))
+
     model.eval()
     try:
-        while by_length:
-            # All rows of a batch are padded to its longest prompt, which decides how many fit.
-            longest = len(prompts[by_length[0]])
-            fitting = batch_size if batch_tokens is None else batch_tokens // (longest + sampling.max_new_tokens)
-            size = max(1, min(batch_size, fitting))
-            members = by_length[:size]
+        while waiting:
+            longest = lengths[waiting[0]]
+            size = fitting(longest)
+            # Slots take questions until twice as many slots have room for those that are left.
+            count = size
+            while answer is _decode and count < len(waiting) and fitting(lengths[waiting[count]]) < 2 * size:
+                count += 1
+            too_large = None
             try:
-                rows = _generate(model, form, [prompts[index] for index in members], sampling)
+                answer(model, form, {index: prompts[index] for index in waiting[:count]}, sampling, size, keep)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if size == 1:
-                    raise OutOfMemoryError(
-                        f"out of memory with one question at a time, of {longest:,} tokens ({first_line(error)}). Take "
-                        f"shorter answers (max_new_tokens={max(1, sampling.max_new_tokens // 2)}) or questions."
-                    ) from None
-                rows = None
+                too_large = first_line(error)
+            waiting = [index for index in waiting if index not in answers]
             # Outside the `except`, where the traceback would keep the batch's tensors alive.
-            if rows is None:
+            if too_large is not None and size == 1:
+                raise OutOfMemoryError(
+                    f"out of memory with one question at a time, of {longest:,} tokens ({too_large}). Take shorter "
+                    f"answers (max_new_tokens={max(1, sampling.max_new_tokens // 2)}) or questions."
+                )
+            if too_large is not None:
                 batch_size = size // 2
                 free_memory()
                 print(f"out of memory with {size} questions at a time; going on with {batch_size}")
-                continue
-            by_length = by_length[size:]
-            for index, row in zip(members, rows, strict=True):
-                answers[index] = decode_answer(row, form)
-            if on_batch is not None:
-                on_batch(len(members))
     finally:
         model.train(was_training)
     return [answers[index] for index in range(len(questions))]
 
 
-def _generate(model: Any, form: Format, prompts: list[list[int]], sampling: Sampling) -> Any:
-    """Return the token ids of the answers, one list for each prompt."""
+def _decode(
+    model: Any,
+    form: Format,
+    prompts: Mapping[int, list[int]],
+    sampling: Sampling,
+    size: int,
+    keep: Callable[[Mapping[int, list[int]]], None],
+) -> None:
+    """Answer prompts in `size` slots, and pass the token ids of the answers to `keep` as they end."""
+    numbers = list(prompts)
+    decode(
+        model,
+        list(prompts.values()),
+        [sampling.max_new_tokens] * len(prompts),
+        slots=size,
+        ends=form.ends,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        on_answers=lambda rows: keep({numbers[index]: row for index, row in rows.items()}),
+    )
+
+
+def _generate(
+    model: Any,
+    form: Format,
+    prompts: Mapping[int, list[int]],
+    sampling: Sampling,
+    size: int,
+    keep: Callable[[Mapping[int, list[int]]], None],
+) -> None:
+    """Answer all prompts as one batch, and pass the token ids of the answers to `keep`."""
     # A causal model's answer follows its prompt directly, so padding goes to the left of the
     # prompt. A decoder's answer follows a start token alone, and its encoder's input is padded as
     # in training.
     if model.config.is_encoder_decoder:
         answer_start, padding_side = 1, "right"
     else:
-        answer_start, padding_side = max(map(len, prompts)), "left"
+        answer_start, padding_side = max(map(len, prompts.values())), "left"
     batch = form.tokenizer.pad(
-        {"input_ids": prompts},
+        {"input_ids": list(prompts.values())},
         padding_side=padding_side,
         return_attention_mask=True,
         return_tensors="pt",
@@ -220,7 +263,7 @@ def _generate(model: Any, form: Format, prompts: list[list[int]], sampling: Samp
         attention_mask=batch["attention_mask"],
         generation_config=sampling.generation_config(model, form),
     )
-    return generated[:, answer_start:].tolist()
+    keep(dict(zip(prompts, generated[:, answer_start:].tolist(), strict=True)))
 
 
 def decode_answer(ids: list[int], form: Format) -> Answer:

@@ -22,7 +22,7 @@ VARLEN, SPLIT, DENSE, EAGER = "packed_varlen", "packed_split", "sdpa", "eager"
 # pass included; with 300 about as long.
 SHORT = 512
 # What FlashAttention computes.
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
+FLASH_DTYPES, _LARGEST_HEAD = (torch.bfloat16, torch.float16), 256
 # What some models ask of their attention and these kernels do not compute: caps on scores, sinks, added biases.
 _NOT_COMPUTED = ("softcap", "s_aux", "sinks", "position_bias")
 
@@ -144,6 +144,36 @@ def split(
     return torch.cat(attended, dim=2).transpose(1, 2).to(dtype)
 
 
+def attend_slots(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    slots: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """Attend from one token of each slot to that slot's own keys, without reading those that follow them.
+
+    Args:
+        query: (slots, heads, 1, head size), 16 bit, on a GPU that has FlashAttention.
+        key: (slots, key heads, length, head size), a view of (slots, length, key heads, head size).
+        value: see `key`.
+        scale: factor on the scores before the softmax.
+        slots: int32 tensors: the index of each slot's query and, last, their number; the index of each
+            slot's first key and, last, the number of all keys; the number of keys to read in each slot.
+
+    Returns:
+        The attended values, (slots, 1, heads, head size).
+    """
+    query_starts, key_starts, used = slots
+    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    # `varlen_attn` calls this too, but not every torch's hands `seqused_k` on.
+    attended: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        *flat, query_starts, key_starts, 1, key.shape[2], 0.0, False, False, scale=scale, seqused_k=used
+    )[0]
+    return attended.unsqueeze(1)
+
+
 def _attend(
     kernel: Any,
     module: nn.Module,
@@ -157,12 +187,14 @@ def _attend(
     starts: torch.Tensor | None = None,
     longest: int | None = None,
     position_ids: torch.Tensor | None = None,
+    slots: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention for transformers: by `kernel` for a pack, by `sdpa` for everything else.
 
     A pack has `lengths`, or `starts` and `longest` alone: then nothing but tensors tells one pack from another of the
     same number of tokens, and a CUDA graph that is captured with one is right for all. Only `varlen` can do that.
+    `slots` belong to a step of `evaluation.decoding`: see `attend_slots`.
 
     Raises:
         ValueError: `lengths` do not add up to the tokens of the pack, or the model asks for more than the kernels
@@ -173,6 +205,10 @@ def _attend(
         if options.get(name) is not None:
             raise ValueError(f"{name}: this model's attention asks for it, and the kernels for packs do not compute it")
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    if slots is not None and query.dtype in FLASH_DTYPES and query.shape[-1] <= _LARGEST_HEAD:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend_slots(query, key, value, scale=scale, slots=slots), None
 
     # A pack is one sequence without a mask and without a cache of earlier tokens. Packs that our
     # collator did not make have no `lengths`; their positions begin again at each conversation.

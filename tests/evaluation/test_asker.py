@@ -27,13 +27,18 @@ def test_what_the_system_is_told_reaches_the_model_in_every_way_of_asking(config
     prompts = [form.prompt([], "q1", "Be brief."), form.prompt(told.turns[:1], "q2")]
     assert all("Be brief." in tokenizer.decode(prompt) for prompt in prompts)
     read = []
-    original = tuned_model.generate
+    generate, decode = tuned_model.generate, generation.decode
 
     def watched(**options):
         read.append(options["input_ids"][0].tolist())
-        return original(**options)
+        return generate(**options)
+
+    def watched_slots(model, prompts, limits, **options):
+        read.extend(prompts)
+        return decode(model, prompts, limits, **options)
 
     monkeypatch.setattr(tuned_model, "generate", watched)
+    monkeypatch.setattr(generation, "decode", watched_slots)
     whole = [
         generation.answer_all(tuned_model, tokenizer, [q], config, sampling=GREEDY, batch_size=1)[0] for q in questions
     ]
