@@ -122,9 +122,16 @@ MUTATIONS = [
     Mutation(
         "prompts of a batch are padded on the side of the answer",
         "evaluation/generation.py",
-        'max(map(len, prompts)), "left"',
-        'max(map(len, prompts)), "right"',
-        "tests/evaluation/test_generation.py",
+        'max(map(len, prompts.values())), "left"',
+        'max(map(len, prompts.values())), "right"',
+        "tests/evaluation/test_decoding.py",
+    ),
+    Mutation(
+        "a slot attends to what an earlier answer left behind its own keys",
+        "evaluation/decoding.py",
+        "self.keys[:read] > self.places.unsqueeze(1)",
+        "self.keys[:read] > self.places.max()",
+        "tests/evaluation/test_decoding.py",
     ),
     Mutation(
         "the token that ends an answer carries no loss",
