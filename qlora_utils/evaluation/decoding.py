@@ -26,7 +26,7 @@ from qlora_utils.models.hardware import is_out_of_memory
 # Steps on a GPU between two looks at which answers have ended: at each the host waits for it.
 STEPS = 8
 # Tokens of prompts in one pass, at most, unless one prompt alone has more.
-PROMPT_TOKENS = 8192
+PROMPT_TOKENS = 4096
 # Where attention reads masked keys too, it reads as many as the longest answer needs, rounded up to a multiple of this.
 KEYS = 256
 # Frequencies that depend on the longest sequence of a batch would make an answer depend on its neighbours.
@@ -118,7 +118,7 @@ def choose_tokens(logits: torch.Tensor, temperature: float, top_p: float) -> tor
     if top_p < 1:
         ascending, tokens = scores.sort(-1)
         removed = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        removed[:, -1] = False
+        removed[:, -1].zero_()
         scores = scores.masked_fill(removed.scatter(-1, tokens, removed), -torch.inf)
     # Dividing by exponential noise and taking the largest draws from the distribution; unlike multinomial(), it
     # never waits for the GPU.
@@ -294,7 +294,7 @@ class _Decoder:
         # A slot whose answer has ended goes on with the others, and what it chooses is written out of the way.
         tokens = choose_tokens(logits, self.temperature, self.top_p)
         runs = ~self.has_ended
-        self.answers[self.rows, torch.where(runs, self.counts, self.longest)] = tokens
+        self.answers[self.rows, self.counts.masked_fill(self.has_ended, self.longest)] = tokens
         self.counts += runs
         self.places += runs
         self.has_ended |= self._ends_answer(tokens) | (self.counts >= self.most)
