@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/compare.py` has it
 
+import answering  # noqa: E402
 import compare  # noqa: E402
 import measure  # noqa: E402
 import meter as meters  # noqa: E402
@@ -526,3 +527,15 @@ def test_the_pocket_llama_has_the_real_vocabulary(tmp_path):
     assert measure.Shape.read(str(folder)) == measure.Shape(
         layers=1, hidden=24, intermediate=64, query=24, key=24, vocabulary=32000
     )
+
+
+def test_answers_in_batches_and_in_slots_are_equally_long(tmp_path, capsys):
+    """Each contender checks for itself that it made as many tokens as it was asked for."""
+    results = tmp_path / "answering.json"
+    embedded = ["--preset", "pocket", "--model", "embedded:pocket/model", "--dataset", "embedded:pocket"]
+    few = ["--questions", "6", "--max-new-tokens", "5", "--batch-size", "4", "--contenders", "batches,slots,alone"]
+    assert answering.main([*embedded, *few, "--alone", "2", "--results", str(results)]) == 0
+    stored = json.loads(results.read_text())
+    assert [run["contender"] for run in stored["runs"]] == ["batches", "slots", "alone"]
+    assert all(run["tokens_per_s"] > 0 for run in stored["runs"])
+    assert stored["values"]["pocket.expected.batches.times_batches"] == 1.0

@@ -256,8 +256,9 @@ class _Decoder:
         self.has_ended[slots] = self._ends_answer(tokens) | (most <= 1)
         for slot, length in zip(taken, lengths, strict=True):
             self.reached[slot] = length
+        # The products of a single slot read weights in 4 bits as they are.
         if self.expanded is None:
-            self.expanded = _expand_weights(self.model)
+            self.expanded = _expand_weights(self.model) if self.slots > 1 else []
 
     def _ends_answer(self, tokens: torch.Tensor) -> torch.Tensor:
         return (tokens.unsqueeze(1) == self.ends).any(1)

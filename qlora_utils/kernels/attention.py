@@ -206,8 +206,8 @@ def _attend(
             raise ValueError(f"{name}: this model's attention asks for it, and the kernels for packs do not compute it")
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if slots is not None and query.dtype in FLASH_DTYPES and query.shape[-1] <= _LARGEST_HEAD:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend_slots(query, key, value, scale=scale, slots=slots), None
 
     # A pack is one sequence without a mask and without a cache of earlier tokens. Packs that our
@@ -229,7 +229,6 @@ def _attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     # FlashAttention over packs has no dropout and takes 16-bit numbers only.
     if dropout or (kernel is varlen and query.dtype not in FLASH_DTYPES):
