@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
 
@@ -56,49 +57,53 @@ def can_decode(model: Any, *, packing: bool) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
-class _SlotLayer(DynamicLayer):
-    """Hold one layer's keys and values, (slots, length, heads, size) each."""
-
-    def __init__(self, cache: _SlotCache) -> None:
-        super().__init__()
-        self.cache = cache
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the keys and values (batch, heads, seq, size) of a pass, and return what its queries attend to."""
-        cache = self.cache
-        flat = [states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states)]
-        if self.keys is None:
-            self.keys, self.values = (states.new_zeros(cache.slots, cache.length, *states.shape[1:]) for states in flat)
-        assert self.values is not None
-        self.keys[cache.rows, cache.places] = flat[0]
-        self.values[cache.rows, cache.places] = flat[1]
-
-        # Prompts attend to themselves alone, as a pack in training; a slot's next token to all before it.
-        if cache.keys_read is None:
-            return key_states, value_states
-        return self.keys[:, : cache.keys_read].transpose(1, 2), self.values[:, : cache.keys_read].transpose(1, 2)
-
-    def get_seq_length(self) -> int:
-        """Return 0: each slot has a length of its own, and every pass brings its positions and its mask."""
-        return 0
-
-
-class _SlotCache(Cache):
-    """Hold the keys and values of all slots, and say where those of the next pass go.
+@dataclass
+class _Pass:
+    """Say where the keys and values of the next pass go, and how many each slot attends to.
 
     Attributes:
+        slots: number of slots.
+        length: of each slot, in tokens.
         rows: (tokens,), the slot of each token of the pass.
         places: (tokens,), its position in the slot.
         keys_read: how many keys of each slot are read; None: those of the pass itself.
     """
 
-    def __init__(self, layers: int, slots: int, length: int) -> None:
-        super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
-        self.slots, self.length = slots, length
-        self.rows = self.places = torch.empty(0)
-        self.keys_read: int | None = None
+    slots: int
+    length: int
+    rows: torch.Tensor
+    places: torch.Tensor
+    keys_read: int | None = None
+
+
+class _SlotLayer(DynamicLayer):
+    """Hold one layer's keys and values, (slots, length, heads, size) each."""
+
+    def __init__(self, next_pass: _Pass) -> None:
+        super().__init__()
+        # Not the cache itself: that would be a cycle, in which gigabytes wait for the garbage collector.
+        self.next_pass = next_pass
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the keys and values (batch, heads, seq, size) of a pass, and return what its queries attend to."""
+        now = self.next_pass
+        flat = [states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states)]
+        if self.keys is None:
+            self.keys, self.values = (states.new_zeros(now.slots, now.length, *states.shape[1:]) for states in flat)
+        assert self.values is not None
+        self.keys[now.rows, now.places] = flat[0]
+        self.values[now.rows, now.places] = flat[1]
+
+        # Prompts attend to themselves alone, as a pack in training; a slot's next token to all before it.
+        if now.keys_read is None:
+            return key_states, value_states
+        return self.keys[:, : now.keys_read].transpose(1, 2), self.values[:, : now.keys_read].transpose(1, 2)
+
+    def get_seq_length(self) -> int:
+        """Return 0: each slot has a length of its own, and every pass brings its positions and its mask."""
+        return 0
 
 
 def choose_tokens(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
@@ -192,7 +197,6 @@ class _Decoder:
         length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         length = -(-length // 8) * 8
         config = self.model.config.get_text_config(decoder=True)
-        self.cache = _SlotCache(config.num_hidden_layers, self.slots, length)
         # One position more than the longest answer has: what ended slots go on to choose is written there.
         self.longest = max(limits)
         self.answers = self._integers(self.slots, self.longest + 1)
@@ -200,6 +204,8 @@ class _Decoder:
         self.has_ended = torch.ones(self.slots, dtype=torch.bool, device=self.device)
         self.rows = torch.arange(self.slots, device=self.device)
         self.keys = torch.arange(length, device=self.device)
+        self.next_pass = _Pass(self.slots, length, self.rows, self.places)
+        self.cache = Cache(layers=[_SlotLayer(self.next_pass) for _ in range(config.num_hidden_layers)])
         self.ends = torch.tensor([*ends], dtype=torch.long, device=self.device)
         # The keys that the longest running answer has at most, which the host counts for itself.
         self.reached = [0] * self.slots
@@ -236,7 +242,7 @@ class _Decoder:
             [[*chain.from_iterable(part)] for part in (prompts, map(range, lengths), rows)], device=self.device
         )
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.device)
-        self.cache.rows, self.cache.places, self.cache.keys_read = pack[2], pack[1], None
+        self.next_pass.rows, self.next_pass.places, self.next_pass.keys_read = pack[2], pack[1], None
         logits = self.model(
             input_ids=pack[:1],
             position_ids=pack[1:2],
@@ -268,7 +274,8 @@ class _Decoder:
         steps = STEPS if self.on_gpu else 1
         self.reached = [reached + steps for reached in self.reached]
         needed = max(self.reached[slot] for slot in self.running)
-        read = self.cache.length if self.skips else min(-(-needed // KEYS) * KEYS, self.cache.length)
+        length = self.next_pass.length
+        read = length if self.skips else min(-(-needed // KEYS) * KEYS, length)
         for _ in range(steps):
             if self.records and read not in self.graphs:
                 self._record(read)
@@ -279,7 +286,7 @@ class _Decoder:
 
     def _step(self, read: int) -> None:
         """Decode the next token of all slots, reading `read` keys of each."""
-        self.cache.rows, self.cache.places, self.cache.keys_read = self.rows, self.places, read
+        self.next_pass.rows, self.next_pass.places, self.next_pass.keys_read = self.rows, self.places, read
         layer: Any = self.cache.layers[0]
         hidden = self.keys[:read] > self.places.unsqueeze(1)
         mask = torch.zeros(hidden.shape, dtype=layer.keys.dtype, device=self.device).masked_fill_(hidden, -torch.inf)

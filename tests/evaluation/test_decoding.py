@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -102,6 +104,25 @@ def test_the_base_model_and_a_changed_adapter_answer_for_themselves(adapted, con
                 parameter.neg_()
     changed = decoded(adapted, prompts[:6], limits, ends, 4)
     assert changed == generated(adapted, prompts[:6], 8, ends, pad) != tuned
+
+
+def test_keys_and_values_are_freed_at_once(adapted, prompts, monkeypatch):
+    """Not when the garbage collector next runs: by then a training may have run out of memory."""
+    made = []
+
+    class Watched(decoding._SlotLayer):
+        def __init__(self, next_pass):
+            super().__init__(next_pass)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(decoding, "_SlotLayer", Watched)
+    gc.disable()
+    try:
+        decoded(adapted, prompts[:4], [3] * 4, (), 2)
+        assert len(made) == adapted.config.num_hidden_layers
+        assert [layer() for layer in made] == [None] * len(made)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.5, 0.6), (1.0, 0.05)])
