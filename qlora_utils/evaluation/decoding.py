@@ -20,7 +20,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from qlora_utils.kernels import attention
-from qlora_utils.kernels.lora_layers import product_weight
+from qlora_utils.kernels.lora_layers import keep_expanded
 from qlora_utils.locate import first_line
 from qlora_utils.models.hardware import is_out_of_memory
 
@@ -264,7 +264,7 @@ class _Decoder:
             self.reached[slot] = length
         # The products of a single slot read weights in 4 bits as they are.
         if self.expanded is None:
-            self.expanded = _expand_weights(self.model) if self.slots > 1 else []
+            self.expanded = _expand_weights(self.model, _free_memory()) if self.on_gpu and self.slots > 1 else []
 
     def _ends_answer(self, tokens: torch.Tensor) -> torch.Tensor:
         return (tokens.unsqueeze(1) == self.ends).any(1)
@@ -331,8 +331,8 @@ class _Decoder:
         If that is not possible, as where a layer waits for the GPU, all later steps are called one by one.
         """
         self._step(read)
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             # Other threads may use the GPU meanwhile, such as one that loads the next batch of a training.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self._step(read)
@@ -350,25 +350,29 @@ class _Decoder:
             del layer.dequantized_weight
 
 
-def _expand_weights(model: nn.Module) -> list[Any]:
-    """Save the dequantized weights of fused layers beside them, if they take at most half of the free GPU memory.
+def _free_memory() -> int:
+    """Return the bytes that tensors can still take on the GPU."""
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(torch.cuda.mem_get_info()[0]) + unused
+
+
+def _expand_weights(model: nn.Module, free: int) -> list[Any]:
+    """Save the dequantized weights of a model with fused layers beside them, if they take at most half of `free` bytes.
 
     Otherwise every step dequantizes all weights again, which takes longer than the products with them.
 
     Returns:
         The layers, whose `dequantized_weight` is to be deleted after the last answer.
     """
-    layers: list[Any] = []
-    for module in model.modules():
-        base: Any = module.base_layer if hasattr(module, "layer_group") else None
-        if hasattr(base, "compute_dtype") and not hasattr(base, "dequantized_weight"):
-            layers.append(base)
-    if not layers or not layers[0].weight.is_cuda:
-        return []
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    size = sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers)
-    if size > free / 2:
-        return []
+    from bitsandbytes.nn import Linear4bit
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    # Without an adapter bitsandbytes computes the products, and reads nothing that is saved.
+    is_fused = any(hasattr(module, "layer_group") for module in model.modules())
+    size = 0
     for layer in layers:
-        layer.dequantized_weight = product_weight(layer, layer.compute_dtype)
+        size += layer.in_features * layer.out_features * (layer.compute_dtype or torch.float32).itemsize
+    if not is_fused or size > free / 2 or any(hasattr(layer, "dequantized_weight") for layer in layers):
+        return []
+    keep_expanded(model)
     return layers

@@ -125,6 +125,18 @@ def test_keys_and_values_are_freed_at_once(adapted, prompts, monkeypatch):
         gc.enable()
 
 
+def test_weights_stay_dequantized_for_the_answers_alone_and_where_there_is_room(adapted):
+    assert decoding._expand_weights(adapted, free=10**6) == []
+    assert decoding._expand_weights(adapted.get_base_model().model.embed_tokens, free=10**12) == []
+    expanded = decoding._expand_weights(adapted, free=10**12)
+    assert len(expanded) == 7 * adapted.config.num_hidden_layers
+    assert all(layer.dequantized_weight.dtype == torch.float32 for layer in expanded)
+    # What the run itself has saved stays.
+    assert decoding._expand_weights(adapted, free=10**12) == []
+    for layer in expanded:
+        del layer.dequantized_weight
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.5, 0.6), (1.0, 0.05)])
 def test_tokens_are_drawn_as_transformers_draws_them(temperature, top_p):
     torch.manual_seed(0)
@@ -205,8 +217,9 @@ def test_steps_are_replayed_or_called_one_by_one(adapted, prompts, monkeypatch, 
     monkeypatch.setattr(decoding._Decoder, "on_gpu", property(lambda _: True, lambda *_: None), raising=False)
     for name, value in {"CUDAGraph": FakeGraph, "graph": Recorder, "graph_pool_handle": lambda: (0, 0)}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(decoding, "_expand_weights", lambda model: [])
+    monkeypatch.setattr(decoding, "_free_memory", lambda: 10**12)
     assert decoded(adapted, prompts[:5], [20] * 5, (), 3) == expected
+    assert not any(hasattr(module, "dequantized_weight") for module in adapted.modules())
     replays = [graph.replays for graph in FakeGraph.made]
     if fails:
         assert replays == [0]
