@@ -290,7 +290,7 @@ def memory_use() -> dict[str, int]:
 
     `peak_memory_bytes` is what tensors took at most: without a GPU the resident memory of this
     process, else PyTorch's count. That count leaves out what a CUDA graph needs inside its pool while
-    it is replayed, so the bytes that wait there are added. `peak_reserved_bytes` is what PyTorch had
+    it is replayed: if it is more, what tensors hold now and the bytes that wait there are counted. `peak_reserved_bytes` is what PyTorch had
     taken from the card, `card_used_bytes` what the card has given out by now, CUDA's own included.
     """
     if not on_gpu():
@@ -300,7 +300,7 @@ def memory_use() -> dict[str, int]:
     free, total = torch.cuda.mem_get_info()
     pools = idle_in_pools(torch.cuda.memory_snapshot())
     return {
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() + pools,
+        "peak_memory_bytes": max(torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated() + pools),
         "graph_pool_bytes": pools,
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
         "card_used_bytes": total - free,

@@ -16,6 +16,7 @@ from qlora_utils.models import memory, shapes
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_jsonl
 from qlora_utils.tokens import formats
+from qlora_utils.tokens.packing import padded_length
 
 
 def config_of(settings: measure.Settings) -> RunConfig:
@@ -52,19 +53,22 @@ def config_of(settings: measure.Settings) -> RunConfig:
     return RunConfig.from_preset("llama2-7b", **{**common, **settings.ours})
 
 
-def watch(meter: measure.Meter) -> None:
-    """Let the meter count whole steps, as the collator made them.
+def watch(meter: measure.Meter) -> list[int]:
+    """Let the meter count whole steps, as the collator made them; return a list that each step adds its largest pass to.
 
     A captured pass calls no forward, and a pass that is filled up holds padding beside its tokens.
     """
+    largest: list[int] = []
     run_step = StepTrainer.training_step
 
     def counted(trainer: StepTrainer, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
         meter.count(inputs["tokens"], len(inputs["examples"]))
+        largest.append(max(batch["input_ids"].numel() for batch in inputs["passes"]))
         return run_step(trainer, model, inputs, *rest)
 
     StepTrainer.training_step = counted  # type: ignore[assignment,method-assign]
     meter.watch_steps()
+    return largest
 
 
 def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, dict[str, Any]]:
@@ -79,7 +83,7 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
     if [row.input_ids for row in encoded] != [row["input_ids"] for row in settings.rows("rows")]:
         raise RuntimeError("the rows prepared here are not those that the others train on")
     tuned_model = lora.attach(quantization.load(config), config)
-    watch(meter)
+    passes = watch(meter)
     trained = training.train(config, tuned_model, tokenizer, prepared, run)
     speeds = [line["tokens_per_s"] for line in read_jsonl(run.history) if "loss" in line]
     print(f"by its own history: {trained.tokens_per_s:,.0f} tokens/s (median of {len(speeds)} lines)", flush=True)
@@ -99,7 +103,9 @@ def train(settings: measure.Settings, meter: measure.Meter) -> tuple[nn.Module, 
         "kernels": ", ".join(kernels),
     }
     if measure.on_gpu():
-        own["planned_bytes"] = memory.predict(shapes.read(chosen.model), chosen).peak
+        # The plan is for full passes, and what was measured is that of the largest that there was.
+        own["largest_pass"] = largest = padded_length(max(passes))
+        own["planned_bytes"] = memory.predict(shapes.read(chosen.model), chosen, pass_tokens=largest).peak
     return tuned_model, own
 
 
