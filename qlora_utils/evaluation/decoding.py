@@ -205,7 +205,8 @@ class _Decoder:
         self.rows = torch.arange(self.slots, device=self.device)
         self.keys = torch.arange(length, device=self.device)
         self.next_pass = _Pass(self.slots, length, self.rows, self.places)
-        self.cache = Cache(layers=[_SlotLayer(self.next_pass) for _ in range(config.num_hidden_layers)])
+        layers = DynamicCache(config=config).layers
+        self.cache = Cache(layers=[_SlotLayer(self.next_pass) for _ in layers])
         self.ends = torch.tensor([*ends], dtype=torch.long, device=self.device)
         # The keys that the longest running answer has at most, which the host counts for itself.
         self.reached = [0] * self.slots
@@ -262,9 +263,12 @@ class _Decoder:
         self.has_ended[slots] = self._ends_answer(tokens) | (most <= 1)
         for slot, length in zip(taken, lengths, strict=True):
             self.reached[slot] = length
-        # The products of a single slot read weights in 4 bits as they are.
+        # After the first prompts, when all keys and values have their memory. The products of a single slot read
+        # weights in 4 bits as they are.
         if self.expanded is None:
-            self.expanded = _expand_weights(self.model, _free_memory()) if self.on_gpu and self.slots > 1 else []
+            self.expanded = _expandable(self.model, _free_memory()) if self.on_gpu and self.slots > 1 else []
+            if self.expanded:
+                keep_expanded(self.model)
 
     def _ends_answer(self, tokens: torch.Tensor) -> torch.Tensor:
         return (tokens.unsqueeze(1) == self.ends).any(1)
@@ -347,7 +351,7 @@ class _Decoder:
     def release(self) -> None:
         """Free the dequantized weights."""
         for layer in self.expanded or ():
-            del layer.dequantized_weight
+            vars(layer).pop("dequantized_weight", None)
 
 
 def _free_memory() -> int:
@@ -356,13 +360,10 @@ def _free_memory() -> int:
     return int(torch.cuda.mem_get_info()[0]) + unused
 
 
-def _expand_weights(model: nn.Module, free: int) -> list[Any]:
-    """Save the dequantized weights of a model with fused layers beside them, if they take at most half of `free` bytes.
+def _expandable(model: nn.Module, free: int) -> list[Any]:
+    """Return the layers whose dequantized weights are worth saving, and take at most half of `free` bytes; else none.
 
     Otherwise every step dequantizes all weights again, which takes longer than the products with them.
-
-    Returns:
-        The layers, whose `dequantized_weight` is to be deleted after the last answer.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -374,5 +375,4 @@ def _expand_weights(model: nn.Module, free: int) -> list[Any]:
         size += layer.in_features * layer.out_features * (layer.compute_dtype or torch.float32).itemsize
     if not is_fused or size > free / 2 or any(hasattr(layer, "dequantized_weight") for layer in layers):
         return []
-    keep_expanded(model)
     return layers

@@ -16,6 +16,7 @@ from qlora_utils.config import RunConfig
 from qlora_utils.evaluation import decoding, generation
 from qlora_utils.evaluation.decoding import can_decode, choose_tokens, decode
 from qlora_utils.kernels import attention
+from qlora_utils.kernels.lora_layers import keep_expanded
 from qlora_utils.tokens.formats import format_of
 
 
@@ -126,15 +127,13 @@ def test_keys_and_values_are_freed_at_once(adapted, prompts, monkeypatch):
 
 
 def test_weights_stay_dequantized_for_the_answers_alone_and_where_there_is_room(adapted):
-    assert decoding._expand_weights(adapted, free=10**6) == []
-    assert decoding._expand_weights(adapted.get_base_model().model.embed_tokens, free=10**12) == []
-    expanded = decoding._expand_weights(adapted, free=10**12)
-    assert len(expanded) == 7 * adapted.config.num_hidden_layers
-    assert all(layer.dequantized_weight.dtype == torch.float32 for layer in expanded)
+    assert decoding._expandable(adapted, free=10**6) == []
+    assert decoding._expandable(adapted.get_base_model().model.embed_tokens, free=10**12) == []
+    layers = decoding._expandable(adapted, free=10**12)
+    assert len(layers) == 7 * adapted.config.num_hidden_layers
     # What the run itself has saved stays.
-    assert decoding._expand_weights(adapted, free=10**12) == []
-    for layer in expanded:
-        del layer.dequantized_weight
+    assert keep_expanded(adapted) == sum(layer.dequantized_weight.nbytes for layer in layers)
+    assert decoding._expandable(adapted, free=10**12) == []
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.5, 0.6), (1.0, 0.05)])
