@@ -240,7 +240,7 @@ def evaluate(
         tokenizer: of the base model.
         prepared: the rows of the run.
         run: where to write.
-        on_batch: called after each batch with the number of its answers.
+        on_batch: called with the number of questions just answered.
 
     Returns:
         The rows of `answers.jsonl`: `split`, `text` of the question, `history`, `expected`, `where`
