@@ -290,8 +290,9 @@ def memory_use() -> dict[str, int]:
 
     `peak_memory_bytes` is what tensors took at most: without a GPU the resident memory of this
     process, else PyTorch's count. That count leaves out what a CUDA graph needs inside its pool while
-    it is replayed: if it is more, what tensors hold now and the bytes that wait there are counted. `peak_reserved_bytes` is what PyTorch had
-    taken from the card, `card_used_bytes` what the card has given out by now, CUDA's own included.
+    it is replayed: if it is more, what tensors hold now and the bytes that wait there are counted.
+    `peak_reserved_bytes` is what PyTorch had taken from the card, `card_used_bytes` what the card has
+    given out by now, CUDA's own included.
     """
     if not on_gpu():
         # macOS reports bytes, Linux kibibytes.

@@ -54,7 +54,7 @@ def config_of(settings: measure.Settings) -> RunConfig:
 
 
 def watch(meter: measure.Meter) -> list[int]:
-    """Let the meter count whole steps, as the collator made them; return a list that each step adds its largest pass to.
+    """Let the meter count whole steps, as the collator made them; return a list of each step's largest pass.
 
     A captured pass calls no forward, and a pass that is filled up holds padding beside its tokens.
     """

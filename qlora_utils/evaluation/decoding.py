@@ -20,6 +20,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from qlora_utils.kernels import attention
+from qlora_utils.kernels.cuda_graphs import capture
 from qlora_utils.kernels.lora_layers import keep_expanded
 from qlora_utils.locate import first_line
 from qlora_utils.models.hardware import is_out_of_memory
@@ -336,17 +337,12 @@ class _Decoder:
         """
         self._step(read)
         try:
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may use the GPU meanwhile, such as one that loads the next batch of a training.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                self._step(read)
+            self.graphs[read] = capture(lambda: self._step(read), self.pool)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             self.records = False
             print(f"a decoding step can't be recorded as a CUDA graph ({first_line(error)}); going on without")
-            return
-        self.graphs[read] = graph
 
     def release(self) -> None:
         """Free the dequantized weights."""

@@ -4,7 +4,7 @@ A pass of Llama-2-7b launches thousands of kernels. On a fast GPU many are done 
 and the GPU waits half of the time. A CUDA graph holds all launches of a pass, recomputation included, and starts them
 in one call. It is bound to the shapes and addresses of its tensors: passes are padded to a few lengths
 (`packing.pad_pass`), each of which has its graph and its buffers. A pass for whose length there is no graph yet is
-padded further, to one for which there is, until that has cost as much as capturing one.
+padded further, to one a little longer for which there is, until that has cost as much as capturing one.
 
 CUDA graphs in PyTorch: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -18,11 +18,36 @@ import torch
 
 from qlora_utils.tokens.packing import pad_pass, padded_length
 
+# How much longer than its own a length may be that a pass is padded to for want of a graph, as a share.
+LONGER = 1 / 8
 # Tokens of further padding that passes of one length cost before it gets a graph of its own: capturing one takes about
 # as long as computing so many.
 WORTH_CAPTURING = 8192
 # Computes loss and gradients of a pass; gradients are added to tensors that stay where they are.
 ComputePass = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
+
+
+def capture(function: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """Capture what a function launches as a CUDA graph; the function computes nothing meanwhile.
+
+    Args:
+        function: to capture. What it launches for the first time, such as kernels to compile, can fail.
+        pool: from `torch.cuda.graph_pool_handle`: graphs that are replayed one after another can share one.
+
+    Raises:
+        Exception: whatever was launched cannot be captured, or memory ran out. Random numbers can be drawn as before.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # Other threads may allocate pinned memory meanwhile, which a capture of the whole process would forbid.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            function()
+    except Exception:
+        # A capture that fails leaves the generator of random numbers as one that is being captured.
+        for generator in torch.cuda.default_generators:
+            generator.graphsafe_set_state(generator.clone_state())
+        raise
+    return graph
 
 
 class PassGraphs:
@@ -72,7 +97,8 @@ class PassGraphs:
     def _choose_length(self, tokens: int) -> int:
         """Return the length that a pass of so many tokens is padded to."""
         exact = padded_length(tokens)
-        longer = min((length for length in self.graphs if length >= exact), default=exact)
+        near = [length for length in self.graphs if exact <= length <= (1 + LONGER) * exact]
+        longer = min(near, default=exact)
         wasted = self.wasted.get(exact, 0) + longer - exact
         self.wasted[exact] = wasted
         return exact if wasted > WORTH_CAPTURING else longer
@@ -90,11 +116,11 @@ class PassGraphs:
         """Capture a pass that reads these inputs."""
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate pinned memory meanwhile, which a capture of the whole process would forbid.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+
+        def add_loss() -> None:
             self.loss += self.compute(dict(inputs), self.answers).detach()
-        return graph
+
+        return capture(add_loss, self.pool)
 
     def free(self) -> None:
         """Give the graphs and their memory back."""

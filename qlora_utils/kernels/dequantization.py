@@ -48,7 +48,16 @@ def expand(packed: torch.Tensor, state: Any) -> torch.Tensor:
     weight = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
     scales = state.state2
     _expand[(packed.numel() // PROGRAM_BYTES,)](
-        packed, state.code, state.absmax, scales.code, scales.absmax, state.offset, weight, PROGRAM_BYTES, num_warps=4
+        packed,
+        state.code,
+        state.absmax,
+        scales.code,
+        scales.absmax,
+        state.offset,
+        weight,
+        PROGRAM_BYTES,
+        num_warps=4,
+        enable_fp_fusion=False,  # bitsandbytes rounds a product before it adds
     )
     return weight
 
