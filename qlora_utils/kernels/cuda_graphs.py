@@ -3,8 +3,7 @@
 A pass of Llama-2-7b launches thousands of kernels. On a fast GPU many are done before the host has launched the next,
 and the GPU waits half of the time. A CUDA graph holds all launches of a pass, recomputation included, and starts them
 in one call. It is bound to the shapes and addresses of its tensors: passes are padded to a few lengths
-(`packing.pad_pass`), each of which has its graph and its buffers. A pass for whose length there is no graph yet is
-padded further, to one a little longer for which there is, until that has cost as much as capturing one.
+(`packing.pad_pass`), each of which has its graph and its buffers.
 
 CUDA graphs in PyTorch: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -18,11 +17,6 @@ import torch
 
 from qlora_utils.tokens.packing import pad_pass, padded_length
 
-# How much longer than its own a length may be that a pass is padded to for want of a graph, as a share.
-LONGER = 1 / 8
-# Tokens of further padding that passes of one length cost before it gets a graph of its own: capturing one takes about
-# as long as computing so many.
-WORTH_CAPTURING = 8192
 # Computes loss and gradients of a pass; gradients are added to tensors that stay where they are.
 ComputePass = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
 
@@ -66,7 +60,6 @@ class PassGraphs:
         self.compute, self.conversations = compute, conversations
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.buffers: dict[int, dict[str, torch.Tensor]] = {}
-        self.wasted: dict[int, int] = {}
         self.pool: Any = None
         self.loss = torch.zeros((), device=device)
         self.answers = torch.ones((), device=device)
@@ -82,8 +75,7 @@ class PassGraphs:
         Args:
             batch: tensors of a packed pass from `packing.Collator`.
         """
-        tokens = batch["input_ids"].shape[1]
-        length = self._choose_length(tokens)
+        length = padded_length(batch["input_ids"].shape[1])
         batch = pad_pass(batch, length, self.conversations)
         if length not in self.graphs:
             device = self.loss.device
@@ -93,15 +85,6 @@ class PassGraphs:
             for name, buffer in self.buffers[length].items():
                 buffer.copy_(batch[name], non_blocking=True)
         self.graphs[length].replay()
-
-    def _choose_length(self, tokens: int) -> int:
-        """Return the length that a pass of so many tokens is padded to."""
-        exact = padded_length(tokens)
-        near = [length for length in self.graphs if exact <= length <= (1 + LONGER) * exact]
-        longer = min(near, default=exact)
-        wasted = self.wasted.get(exact, 0) + longer - exact
-        self.wasted[exact] = wasted
-        return exact if wasted > WORTH_CAPTURING else longer
 
     def warm_up(self) -> None:
         """Compute a pass of pad tokens without a label, so that kernels are loaded; all its gradients are zero."""

@@ -8,7 +8,7 @@ from passes import batches as batches  # a fixture
 from passes import model_of
 
 from qlora_utils.kernels import attention
-from qlora_utils.kernels.cuda_graphs import WORTH_CAPTURING, PassGraphs, capture
+from qlora_utils.kernels.cuda_graphs import PassGraphs, capture
 from qlora_utils.kernels.gradients import FlatGradients
 from qlora_utils.tokens.packing import pad_pass, padded_length
 
@@ -108,7 +108,7 @@ def pack(tokens):
 def test_padding_is_one_more_conversation_without_labels(tokens):
     batch = pack(tokens)
     length = padded_length(tokens)
-    assert tokens <= length < tokens + max(32, tokens // 8 + 1)
+    assert tokens <= length < tokens + max(32, tokens // 4 + 1)
     padded = pad_pass(batch, length, conversations=4)
     shapes = {name: tuple(value.shape) for name, value in padded.items()}
     assert shapes == {"input_ids": (1, length), "position_ids": (1, length), "starts": (6,),
@@ -122,22 +122,16 @@ def test_padding_is_one_more_conversation_without_labels(tokens):
     assert torch.equal(padded["answer_positions"][labelled], batch["answer_positions"])
 
 
-def test_a_length_gets_a_graph_when_padding_has_cost_as_much(captured):
-    """Until then it takes one a little longer that there is."""
+def test_each_padded_length_is_captured_once(captured):
     seen = []
     graphs = PassGraphs(lambda batch, answers: seen.append(batch["input_ids"].shape[1]) or torch.zeros(()),
                         torch.device("cpu"), conversations=4)  # fmt: skip
-    graphs.run(pack(4096))
-    graphs.run(pack(3800))
-    assert [*graphs.graphs] == [4096]
-    for _ in range(1 + WORTH_CAPTURING // (4096 - padded_length(3800))):
-        graphs.run(pack(3800))
-    assert sorted(graphs.graphs) == [padded_length(3800), 4096]
-    assert seen[-1] == padded_length(3800)
-    graphs.run(pack(3000))  # nearly a third shorter
-    assert seen[-1] == padded_length(3000)
-    graphs.run(pack(5000))  # longer than all: nothing to take instead
-    assert max(graphs.graphs) == padded_length(5000)
+    for tokens in (4096, 3000, 3100, 4000, 3000):
+        graphs.run(pack(tokens))
+    assert [*graphs.graphs] == [4096, padded_length(3000), padded_length(3100)]
+    assert seen == [padded_length(tokens) for tokens in (4096, 3000, 3100, 4000, 3000)]
+    graphs.free()
+    assert not graphs.graphs
 
 
 @pytest.mark.gpu
