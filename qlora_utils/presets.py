@@ -14,7 +14,8 @@ _POCKET = {
     "steps": 250,
     "batch_size": 16,
     "gradient_checkpointing": False,
-    "keep_expanded": False,
+    # The weights stay in NF4, and their dequantized numbers, 7 MB at most, are not computed anew for every product.
+    "keep_expanded": True,
     "micro_batch_tokens": 1024,
     "optimizer": "adamw_torch",
     "eval_steps": 25,
