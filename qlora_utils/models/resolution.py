@@ -235,7 +235,7 @@ def _resolve_on_cpu(config: RunConfig) -> RunConfig:
     """Return the config with a CPU's fastest values for the fields that a plan would decide."""
     fast = {"keep_expanded": False, "gradient_checkpointing": False, "kept_layers": 0,
             "offload_activations": False, "micro_batch_tokens": 2048,
-            "optimizer": "adamw_torch"}  # fmt: skip
+            "optimizer": "adamw_torch_fused"}  # fmt: skip
     return _fill_open(config, fast)
 
 
