@@ -28,8 +28,9 @@ from qlora_utils.tokens.formats import IGNORED, Encoded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Bytes of fp32 logits that exist at a time: what fits into a CPU's cache, what keeps a GPU busy.
-CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**27}
+# Bytes of fp32 logits that exist at a time: what keeps a GPU busy, and on a CPU so many rows that the head and its
+# gradient, which each chunk reads and writes whole, are not what it waits for.
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**27}
 # How far logits may lie from the head's product, as a share of the largest: 16-bit products round.
 HEAD_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 # Rows of a model's own logits that are computed at a time at least: each time its whole forward pass is called.
