@@ -203,6 +203,7 @@ class StepTrainer(Trainer):
             self.gradients = FlatGradients(model, head_in_place=in_place)
             # The Trainer clears gradients at the end of each step, which would walk through all modules.
             model.zero_grad = self.gradients.forget  # type: ignore[method-assign]
+            self._trained = model
         self._store_activations(model)
         if self.config.cuda_graphs and self.args.device.type == "cuda" and self.graphs is None:
             longest = max(self.config.max_seq_len, LONGEST_PADDING)
@@ -218,7 +219,9 @@ class StepTrainer(Trainer):
     def _store_activations(self, model: Any) -> None:
         """Keep the inputs of recomputed layers in main memory, if the config says so and there is enough of it."""
         recomputation = getattr(model.get_base_model(), "recomputation", None)
-        if not self.config.offload_activations or self.args.device.type != "cuda" or recomputation is None:
+        if not self.config.offload_activations or self.args.device.type != "cuda":
+            return
+        if recomputation is None or recomputation.parts < 2:
             return
         tokens = padded_length(max(self._step_collator.tokens, self.config.max_seq_len))
         width, dtype = model.config.hidden_size, getattr(torch, self.config.compute_dtype)
@@ -275,8 +278,7 @@ class StepTrainer(Trainer):
         if self.gradients is not None:
             self.gradients.release()
             self.gradients = None
-            assert self.model is not None
-            vars(self.model).pop("zero_grad", None)
+            vars(self._trained).pop("zero_grad", None)
         if self.recomputation is not None:
             self.recomputation.store = None
             self.recomputation = None

@@ -9,6 +9,7 @@ from test_training import Spoil, changed, losses, train, trained_weights
 
 from qlora_utils import lora, quantization
 from qlora_utils.kernels import loss
+from qlora_utils.kernels.cuda_graphs import PassGraphs
 from qlora_utils.loop import interruptions
 from qlora_utils.loop.trainer import StepTrainer
 from qlora_utils.models.hardware import OutOfMemoryError
@@ -182,3 +183,68 @@ def test_weight_decay_takes_its_share_of_every_trained_weight_at_the_rate_of_its
     # the matrices B are zero at first, so that nothing can be taken off them
     moved = {name for name in plain if not torch.equal(plain[name], decayed[name])}
     assert moved == {name for name in plain if "lora_B" not in name}
+
+
+class Uncapturable:
+    """Stands in for captured passes of a model that waits for the GPU in the middle."""
+
+    def __init__(self):
+        self.freed = False
+
+    def begin_step(self, answers):
+        pass
+
+    def run(self, batch):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    def free(self):
+        self.freed = True
+
+
+def test_a_model_that_cannot_be_captured_trains_as_without_graphs(config, tokenizer, prepared, monkeypatch, capsys):
+    _, _, expected = train(changed(config, logging_steps=1, run_name="plain"), tokenizer, prepared)
+    begin, graphs = StepTrainer._begin, Uncapturable()
+
+    def begin_with_graphs(self, model):
+        begin(self, model)
+        self.graphs = graphs
+
+    monkeypatch.setattr(StepTrainer, "_begin", begin_with_graphs)
+    capsys.readouterr()
+    _, _, history = train(changed(config, logging_steps=1), tokenizer, prepared)
+    assert losses(history) == losses(expected)
+    assert graphs.freed
+    assert capsys.readouterr().out.count("cuda_graphs: this model is not captured (CUDA error: operation not per") == 1
+
+
+def test_what_only_training_needs_is_given_back(config, tokenizer, prepared):
+    model, _, _ = train(config, tokenizer, prepared)
+    assert "zero_grad" not in vars(model)
+    assert all(weight.grad is None and not hasattr(weight, "main_grad") for weight in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_captured_trainings_end_like_others_and_after_memory_ran_out(
+    config, tokenizer, prepared, recomputed, monkeypatch
+):
+    """In bf16, so that losses agree to rounding."""
+    common = {"compute_dtype": "bfloat16", "attention_kernel": "varlen", "gradient_checkpointing": recomputed,
+              "offload_activations": recomputed, "kept_layers": int(recomputed), "logging_steps": 1,
+              "optimizer": "adamw_torch_fused"}  # fmt: skip
+    _, _, expected = train(changed(config, **common, cuda_graphs=False, run_name="plain"), tokenizer, prepared)
+    _, _, history = train(changed(config, **common, cuda_graphs=True), tokenizer, prepared)
+    assert losses(history) == pytest.approx(losses(expected), rel=0.02)
+    original, left = PassGraphs._capture, [1]
+
+    def failing(graphs, inputs):
+        if left and len(graphs.graphs) == 1:
+            left.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return original(graphs, inputs)
+
+    monkeypatch.setattr(PassGraphs, "_capture", failing)
+    smaller = changed(config, **common, cuda_graphs=True, run_name="less", micro_batch_tokens=250)
+    _, _, history = train(smaller, tokenizer, prepared)
+    assert not left
+    assert losses(history) == pytest.approx(losses(expected), rel=0.02)

@@ -140,3 +140,21 @@ def test_a_second_gpu_of_this_machine_is_noted(monkeypatch):  # trap 30
 def test_the_gpu_here_has_a_plan():
     card = hardware.this_card()
     assert card.memory == torch.cuda.get_device_properties(0).total_memory
+
+
+@pytest.mark.parametrize(("card", "changes", "why"), [
+    ("H100", {}, None),
+    ("T4", {}, "other shapes in each pass"),
+    (None, {}, "no GPU"),
+    ("H100", {"packing": False}, "not packed"),
+    ("H100", {"lora_dropout": 0.1}, "dropout"),
+    ("H100", {"fused_layers": False}, "peft's own layers"),
+    ("H100", {"compute_dtype": "float32"}, "16-bit numbers only"),
+    ("H100", {"cuda_graphs": False}, "as given"),
+], ids=str)  # fmt: skip
+def test_passes_are_captured_where_nothing_but_tensors_tells_one_from_another(card, changes, why, monkeypatch):
+    monkeypatch.setattr(hardware, "_torch_has_varlen", lambda: True)
+    config = POCKET.model_copy(update=changes)
+    captured, reason = hardware.cuda_graphs(config, CARDS[card] if card else None)
+    assert captured == (why is None)
+    assert why is None or why in reason

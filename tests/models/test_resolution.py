@@ -73,6 +73,34 @@ def test_small_cards_recompute_and_large_ones_keep():
     assert large.keep_expanded
 
 
+@pytest.mark.parametrize("gib", [8, 9, 12, 16, 24, 40, 60])
+def test_the_plan_takes_no_more_than_it_is_given_and_uses_it(gib):
+    given = changed(LARGE, batch_size=16, memory_gib=gib)
+    resolved, memory = plan_for(given, CARDS["H200"], LLAMA_2_7B)
+    assert memory.peak <= 0.961 * gib * 2**30
+    chosen = resolved.config
+    if chosen.gradient_checkpointing and chosen.kept_layers < LLAMA_2_7B.layers - 1:
+        more = changed(chosen, kept_layers=chosen.kept_layers + 1)
+        assert predict(LLAMA_2_7B, more).peak > 0.96 * gib * 2**30
+    # no card has more than it has
+    assert resolution.limit_memory(CARDS["T4"], gib).memory <= CARDS["T4"].memory
+
+
+def test_more_memory_is_never_slower():
+    seconds = []
+    for gib in (8, 9, 12, 16, 24, 40, 60):
+        resolved, _ = plan_for(changed(LARGE, batch_size=16, memory_gib=gib), CARDS["H200"], LLAMA_2_7B)
+        seconds.append(resolution.step_seconds(LLAMA_2_7B, resolved.config, CARDS["H200"]))
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_what_is_offloaded_takes_at_most_a_quarter_of_main_memory(monkeypatch):
+    given = changed(LARGE, batch_size=16, memory_gib=9)
+    assert resolve_auto(given, CARDS["H200"], LLAMA_2_7B).config.offload_activations
+    monkeypatch.setattr(resolution, "main_memory", lambda: 2**30)
+    assert not resolve_auto(given, CARDS["H200"], LLAMA_2_7B).config.offload_activations
+
+
 def test_what_cannot_fit_is_refused_with_what_to_change():
     hopeless = changed(LARGE, max_seq_len=200_000)
     with pytest.raises(
