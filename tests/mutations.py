@@ -45,9 +45,30 @@ MUTATIONS = [
     Mutation(
         "the base layer's bias is dropped in the fused path",
         "kernels/lora_layers.py",
-        "y += base.bias",
+        "y.add_(base.bias)",
         "pass",
         "tests/kernels/test_lora_layers.py",
+    ),
+    Mutation(
+        "gradients of A that are added in place lose LoRA's scale",
+        "kernels/lora_layers.py",
+        "lora_x, group.scale)\n        for total",
+        "lora_x)\n        for total",
+        "tests/kernels/test_gradients.py",
+    ),
+    Mutation(
+        "gradients of the step before are never cleared",
+        "kernels/gradients.py",
+        "self.flat.zero_()",
+        "pass",
+        "tests/kernels/test_gradients.py",
+    ),
+    Mutation(
+        "what fills a pass up belongs to its last conversation",
+        "tokens/packing.py",
+        "len(starts)), value=length)",
+        "len(starts)), value=int(starts[-1]))",
+        "tests/kernels/test_cuda_graphs.py",
     ),
     Mutation(
         "sliding windows are ignored in packs",

@@ -19,6 +19,7 @@ def accumulate(model, batches):
 @BOTH
 @pytest.mark.parametrize("in_place", [True, False])
 def test_two_passes_add_up_as_autograd_adds_them(config, batches, in_place):
+    config = config.model_copy(update={"lora_alpha": 24.0})  # a scale that is not 1
     plain = model_of(config)
     accumulate(plain, batches)
     expected = {name: weight.grad.clone() for name, weight in plain.named_parameters() if weight.requires_grad}
