@@ -17,7 +17,7 @@ _POCKET = {
     # The weights stay in NF4, and their dequantized numbers, 7 MB at most, are not computed anew for every product.
     "keep_expanded": True,
     "micro_batch_tokens": 1024,
-    "optimizer": "adamw_torch_fused",
+    "optimizer": "adamw_torch",
     "eval_steps": 25,
     "eval_rows": 160,
     "trace_rows": 48,

@@ -192,7 +192,7 @@ def four_steps(preset, tokenizer, prepared, tmp_path_factory):
 @pytest.mark.parametrize(
     "change",
     [{"fused_layers": False}, {"attention_kernel": "dense"}, {"micro_batch_tokens": 100}, {"keep_expanded": False},
-     {"gradient_checkpointing": True}, {"optimizer": "adamw_torch"}, {"lora_dropout": 1e-9},
+     {"gradient_checkpointing": True}, {"optimizer": "adamw_torch_fused"}, {"lora_dropout": 1e-9},
      {"fused_layers": False, "attention_kernel": "dense"}],
     ids=str,
 )  # fmt: skip

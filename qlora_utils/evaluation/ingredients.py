@@ -44,7 +44,8 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 # Fields that neither training nor answers depend on: two measurements that differ in these alone
 # can be compared.
 _NOT_COMPARED = ("run_name", "output_dir", "seed", "eval_steps", "logging_steps", "save_steps", "save_total_limit",
-                 "keep", "trace_rows", "probe_rows", "fresh", *SPEED_FIELDS)  # fmt: skip
+                 "keep", "trace_rows", "probe_rows", "fresh", "kept_layers", "offload_activations", "memory_gib",
+                 *SPEED_FIELDS)  # fmt: skip
 
 
 def changes(config: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:

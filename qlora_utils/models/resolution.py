@@ -416,7 +416,7 @@ def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> DataFram
             {
                 "compute": chosen.compute_dtype,
                 "attention": chosen.attention_kernel,
-                "recomputed": "yes" if chosen.gradient_checkpointing else "no",
+                "recomputed": _describe_recomputed(chosen, shape),
                 "weights": "dequantized" if chosen.keep_expanded else "in NF4",
                 "tokens per pass": chosen.micro_batch_tokens or 0,
                 "optimizer": chosen.optimizer,
@@ -429,6 +429,13 @@ def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> DataFram
                "room (GiB)", "verdict"]  # fmt: skip
     table = DataFrame(rows, columns=columns, index=Index([card.name for card in cards], name="GPU"))
     return table.astype({"tokens per pass": "Int64"})  # whole numbers also where one is missing
+
+
+def _describe_recomputed(config: RunConfig, shape: Shape) -> str:
+    """Describe in a word or two which layers are recomputed."""
+    if not config.gradient_checkpointing:
+        return "no"
+    return f"{shape.layers - config.kept_layers} of {shape.layers}" if config.kept_layers else "yes"
 
 
 def recorded_plan(config: RunConfig, gpu: Mapping[str, Any] | None, shape: Shape) -> MemoryPlan | None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -20,10 +22,12 @@ def test_on_the_command_line(capsys):
         assert head.split()[0] == "GPU"
         table, after = lines[: len(CARDS)], lines[len(CARDS) :]
         small = [line.split()[0] for line in table if line.endswith("does not fit")]
-        assert small == [name for name in CARDS if CARDS[name].memory < 16 * GIB]
+        assert small == [name for name in CARDS if CARDS[name].memory < 15 * GIB]
         assert all(line.endswith("  fits") for line in table if line.split()[0] not in small)
-        assert not after[0] and after[1].startswith("3060 has room for 10.5 GiB, and this takes 16.1 GiB at the least.")
-        assert "\nT4 has room for 13.3 GiB, and this takes 16.1 GiB at the least. Take" in "\n".join(after)
+        assert not after[0] and after[1].startswith("3060 has room for 10.5 GiB, and this takes 13.6 GiB at the least.")
+        assert "\nT4 has room for 13.3 GiB, and this takes 14.1 GiB at the least. With a frozen head" in "\n".join(
+            after
+        )
     capsys.readouterr()
     assert main(["plan", "--gpu", "T4", "-p", "train_head=false"]) == 0
     printed = capsys.readouterr().out
@@ -68,12 +72,12 @@ def test_a_plan_says_what_training_a_tied_head_means(gpu, capsys):
     head = "388,956,160 of the head, a copy of the embeddings, which -p train_head=false freezes\n"
     assert f"trainable: 421,986,304 parameters, 33,030,144 of adapters and {head}" in printed
     if gpu:
-        assert "train_head              True        as given, but its head is the matrix of embeddings" in printed
+        assert re.search(r"train_head +True +as given, but its head is the matrix of embeddings", printed)
 
 
 def test_where_a_frozen_head_would_fit_the_plan_says_so(capsys):
     assert main(["plan", "--preset", "llama3.1-8b", "-p", "train_head=true", "--gpu", "T4"]) == 2
     refused = capsys.readouterr().err
-    assert "T4 has room for 13.3 GiB, and this takes 14.6 GiB at the least. With a frozen head (train_head" in refused
+    assert "T4 has room for 13.3 GiB, and this takes 14.1 GiB at the least. With a frozen head (train_head" in refused
     assert refused.rstrip().endswith("GiB, which fits. `qlora plan` shows each part.")
     assert main(["plan", "--preset", "llama3.1-8b", "--gpu", "T4"]) == 0

@@ -22,7 +22,9 @@ from qlora_utils.tokens.formats import format_of
 
 @pytest.fixture
 def adapted(tuned_model):
-    """A tuned model whose adapter changes its answers, some of which end."""
+    """A tuned model whose adapter changes its answers, some of which end, and whose weights are in NF4 alone."""
+    for module in tuned_model.modules():
+        vars(module).pop("dequantized_weight", None)
     generator = torch.Generator(tuned_model.device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in tuned_model.named_parameters():

@@ -139,7 +139,7 @@ def test_how_one_question_was_answered_on_the_way_is_told(run):
 def test_differences_from_the_preset_come_first_and_every_parameter_has_its_meaning(run):
     said = markup(sections.configuration, run)
     assert rows(said)[1] == ["lora_r", "4", "16", "rank of the update matrices"]
-    assert said.index("What differs from the preset pocket") < said.index("All 5")
+    assert said.index("What differs from the preset pocket") < said.index("All 6")
     assert ["seed", "0", "of data order, held-out choice, adapter initialisation, dropout"] in rows(said)
     assert ["train_head", "true", "train lm_head in full beside the adapter"] in rows(said)
     stored = read_json(run.config)
