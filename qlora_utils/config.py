@@ -191,7 +191,10 @@ class RunConfig(BaseModel):
         None, ge=1, le=LARGEST, description="tokens per forward pass, at most (None: what memory holds)"
     )
     memory_gib: float | None = Field(
-        None, gt=0, le=1e6, description="GPU memory that the plan may use, in GiB (None: all that the card has)"
+        None,
+        gt=0,
+        le=1e6,
+        description="GPU memory in GiB that a training may take for tensors (None: all that the card has)",
     )
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="peak learning rate of the LoRA matrices")
     head_learning_rate: float | None = Field(None, gt=0, lt=1, description="peak of the head (None: learning_rate)")

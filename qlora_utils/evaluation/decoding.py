@@ -23,7 +23,7 @@ from qlora_utils.kernels import attention
 from qlora_utils.kernels.cuda_graphs import capture
 from qlora_utils.kernels.lora_layers import keep_expanded
 from qlora_utils.locate import first_line
-from qlora_utils.models.hardware import is_out_of_memory
+from qlora_utils.models.hardware import graph_pool_bytes, is_out_of_memory
 
 # Steps on a GPU between two looks at which answers have ended: at each the host waits for it.
 STEPS = 8
@@ -352,7 +352,7 @@ class _Decoder:
 
 def _free_memory() -> int:
     """Return the bytes that tensors can still take on the GPU."""
-    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - graph_pool_bytes()
     return int(torch.cuda.mem_get_info()[0]) + unused
 
 

@@ -31,13 +31,15 @@ def capture(function: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     Raises:
         Exception: whatever was launched cannot be captured, or memory ran out. Random numbers can be drawn as before.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         # Other threads may allocate pinned memory meanwhile, which a capture of the whole process would forbid.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             function()
-    except Exception:
-        # A capture that fails leaves the generator of random numbers as one that is being captured.
+    except BaseException:
+        # A capture that fails can leave its own stream as the current one, and leaves the generator of random numbers
+        # as one that is being captured.
+        torch.cuda.set_stream(stream)
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())
         raise

@@ -10,11 +10,15 @@ NF4 and double quantization: Dettmers et al., QLoRA, 2023, https://arxiv.org/abs
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from qlora_utils.locate import first_line
+from qlora_utils.models.hardware import is_out_of_memory
 
 # Weights that share a scale, and scales that share a scale of their own: bitsandbytes' defaults, and QLoRA's.
 BLOCK, SCALE_BLOCK = 64, 256
@@ -36,8 +40,29 @@ def can_expand(state: Any, packed: torch.Tensor) -> bool:
         and state.blocksize == BLOCK
         and state.state2.blocksize == SCALE_BLOCK
         and packed.numel() % PROGRAM_BYTES == 0
-        and torch.cuda.get_device_capability(packed.device) >= (8, 0)
+        and _runs(packed.device)
     )
+
+
+@functools.cache
+def _runs(device: torch.device) -> bool:
+    """Try the kernel once on a GPU: Triton compiles it there, for which it needs a C compiler."""
+    from bitsandbytes.functional import quantize_4bit
+
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    weight = torch.ones(BLOCK, 2 * PROGRAM_BYTES // BLOCK, dtype=torch.bfloat16, device=device)
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    try:
+        expand(packed, state)
+    except Exception as error:  # a compiler that is missing, a version of Triton that knows something else
+        if is_out_of_memory(error):
+            raise
+        print(
+            f"NF4 is expanded by bitsandbytes' slower kernels: Triton cannot compile its own ({first_line(error)[:120]})"
+        )
+        return False
+    return True
 
 
 def expand(packed: torch.Tensor, state: Any) -> torch.Tensor:

@@ -155,6 +155,11 @@ class LayerGroup:
             layer.layer_group = self
             layer.index_in_group = index
 
+    def forget(self) -> None:
+        """Forget what a pass that failed in the middle has left behind."""
+        self.pending.clear()
+        self.pending_for = self.inner = None
+
     def copy_pairs(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the trained A and B of all layers, and the tensors of `dtype` to copy them into."""
         device = self.a[0].device
@@ -198,10 +203,12 @@ class LayerGroup:
         # backward pass needs, and the outputs are computed after it: a checkpointed layer that is computed again stops
         # as soon as all is saved again, and so leaves out its last products, which nothing would read.
         if torch.is_grad_enabled():
-            outputs: Sequence[torch.Tensor] = _AdaptedLinears.apply(
-                flat, lora_x, dropped is None, self, *self.a, *self.b
-            )
-            inner, self.inner = self.inner, None
+            try:
+                outputs: Sequence[torch.Tensor] = _AdaptedLinears.apply(
+                    flat, lora_x, dropped is None, self, *self.a, *self.b
+                )
+            finally:  # PyTorch stops recomputing by an error
+                inner, self.inner = self.inner, None
         else:
             with torch.autocast(x.device.type, enabled=False):
                 outputs, inner = _empty_outputs(flat, self), lora_x @ self.cast_a.T  # type: ignore[union-attr]

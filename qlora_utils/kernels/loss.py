@@ -1,7 +1,8 @@
 """Compute the loss of answers and its gradients without ever holding all logits (notebook 04).
 
 Logits are 32,000 numbers for each token: in fp32 as many bytes as 15 layers of hidden states. Here
-they exist for a few hundred answer tokens at a time, and never for tokens without a label. The
+they exist for a few hundred answer tokens at a time, and never for tokens without a label (but in a captured pass,
+where their number may not depend on the rows). The
 gradient is computed from each chunk of logits at once. Liger Kernel does the same, for all tokens
 (Hsu et al., 2024, https://arxiv.org/abs/2410.10989).
 

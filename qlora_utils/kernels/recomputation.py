@@ -84,8 +84,10 @@ class Recomputation:
 
     def _run(self, part: int, function: Any, *inputs: Any) -> Any:
         """Compute a part, and again in the backward pass."""
-        # That of the last part would come back at once.
-        if self.store is None or part == self.parts - 1:
+        # That of the last part would come back at once. And there is one place for each part: a layer that reads
+        # another hidden state too, such as an encoder's, keeps both on the GPU.
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        if self.store is None or part == self.parts - 1 or len(tensors) != 1:
             return checkpoint(function, *inputs, **self.options)
         with saved_tensors_hooks(functools.partial(self.store.put, part), self.store.take):
             return checkpoint(function, *inputs, **self.options)
@@ -109,7 +111,8 @@ class ActivationStore:
         self.tokens, self.hidden = tokens, hidden
         self.stream: Any = torch.cuda.Stream(device)
         # One place in main memory for each part, and two on the GPU: one is read while the next is filled.
-        self.places = torch.empty((parts - 1, tokens, hidden), dtype=dtype, pin_memory=True)
+        self.places = [torch.empty((tokens, hidden), dtype=dtype, pin_memory=True) for _ in range(parts - 1)]
+        self.dtype = dtype
         self.incoming = torch.empty((2, tokens, hidden), dtype=dtype, device=device)
         # The input that is leaving, with the event of its arrival; inputs that are coming back, by part.
         self.leaving: tuple[torch.Tensor, Any] | None = None
@@ -119,11 +122,11 @@ class ActivationStore:
         """Begin to copy a part's input (batch, seq, hidden) to main memory, and return where it will lie."""
         rows = value.numel() // self.hidden
         fits = value.shape[-1] == self.hidden and rows <= self.tokens
-        if not value.is_cuda or value.dtype != self.places.dtype or not fits:
+        if not value.is_cuda or value.dtype != self.dtype or not fits:
             return value
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            self.places[part, :rows].copy_(value.reshape(rows, self.hidden), non_blocking=True)
+            self.places[part][:rows].copy_(value.reshape(rows, self.hidden), non_blocking=True)
             arrived = self.stream.record_event()
         # The memory of the input before may be used for something else once that has arrived.
         self._wait_for_leaving()
@@ -132,9 +135,14 @@ class ActivationStore:
 
     def _wait_for_leaving(self) -> None:
         """Let what is computed next wait until the input that is leaving has arrived, and forget it."""
-        if self.leaving is not None:
-            torch.cuda.current_stream().wait_event(self.leaving[1])
-            self.leaving = None
+        leaving, self.leaving = self.leaving, None
+        if leaving is not None:
+            torch.cuda.current_stream().wait_event(leaving[1])
+
+    def forget(self) -> None:
+        """Forget what a pass that failed in the middle has left behind."""
+        self.leaving = None
+        self.coming.clear()
 
     def take(self, stored: torch.Tensor | Handle) -> torch.Tensor:
         """Return a part's input, and begin to bring back that of the part before, which is needed next."""
@@ -157,5 +165,5 @@ class ActivationStore:
         # Whatever read this place before was launched before.
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            target.copy_(self.places[part, :rows], non_blocking=True)
+            target.copy_(self.places[part][:rows], non_blocking=True)
             self.coming[part] = target.view(shape), self.stream.record_event()

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from qlora_utils.loop import checkpoints, interruptions, schedule
 from qlora_utils.loop.environment import check_launcher, check_precision
 from qlora_utils.loop.live import Progress
 from qlora_utils.models.files import Architecture
-from qlora_utils.models.hardware import OutOfMemoryError, free_memory, is_out_of_memory
+from qlora_utils.models.hardware import OutOfMemoryError, free_memory, free_pinned_memory, is_out_of_memory
 from qlora_utils.models.memory import learn, too_large_at_last
 from qlora_utils.models.resolution import Resolved
 from qlora_utils.models.shapes import HEAD
@@ -62,6 +62,19 @@ class _Verdict:
     step: int
     loss: torch.Tensor
     norm: Any
+    arrived: Any = None
+
+    def on_its_way(self) -> _Verdict:
+        """Return the same, with `is_good` copied to main memory as soon as it is computed."""
+        copy = torch.empty((), dtype=torch.bool, pin_memory=True)
+        copy.copy_(self.is_good, non_blocking=True)
+        return replace(self, is_good=copy, arrived=torch.cuda.current_stream().record_event())
+
+    def wait(self) -> bool:
+        """Return whether the step was good, once that is known, but wait for nothing that was launched later."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return bool(self.is_good)
 
 
 class StepTrainer(Trainer):
@@ -195,6 +208,8 @@ class StepTrainer(Trainer):
         """Prepare the model for its first step: training mode, gradients in one tensor, graphs to capture."""
         model.train()
         self._has_begun = True
+        self._store_activations(model)
+        # Several processes exchange the gradients that autograd adds up.
         if self.args.world_size > 1:
             return
         if self.gradients is None:
@@ -204,7 +219,6 @@ class StepTrainer(Trainer):
             # The Trainer clears gradients at the end of each step, which would walk through all modules.
             model.zero_grad = self.gradients.forget  # type: ignore[method-assign]
             self._trained = model
-        self._store_activations(model)
         if self.config.cuda_graphs and self.args.device.type == "cuda" and self.graphs is None:
             longest = max(self.config.max_seq_len, LONGEST_PADDING)
 
@@ -261,19 +275,29 @@ class StepTrainer(Trainer):
             self.config = self.config.model_copy(update={"cuda_graphs": False})
         # Outside of `except`, because the error holds tensors of the failed pass.
         self.release_graphs()
+        self._forget_pass()
+        free_memory()
         if self.gradients is not None:
             self.gradients.clear()
         return None
+
+    def _forget_pass(self) -> None:
+        """Forget what a pass that failed in the middle has left behind."""
+        if self.gradients is not None:
+            for group in self.gradients.groups:
+                group.forget()
+        if self.recomputation is not None and self.recomputation.store is not None:
+            self.recomputation.store.forget()
 
     def release_graphs(self) -> None:
         """Give captured passes and their memory back."""
         if self.graphs is not None:
             self.graphs.free()
             self.graphs = None
-            free_memory()
 
     def release(self) -> None:
         """Give back all that only training needs; the model can be asked, or trained again."""
+        self._forget_pass()
         self.release_graphs()
         if self.gradients is not None:
             self.gradients.release()
@@ -282,6 +306,8 @@ class StepTrainer(Trainer):
         if self.recomputation is not None:
             self.recomputation.store = None
             self.recomputation = None
+            free_pinned_memory()
+        free_memory()
         self._has_begun = False
 
     @property
@@ -320,6 +346,7 @@ class StepTrainer(Trainer):
 
         # The passes before the failed one left gradients, to which the new attempt would add.
         model.zero_grad(set_to_none=True)
+        self._forget_pass()
         if self.graphs is not None:
             self.graphs.free()
         free_memory()
@@ -361,11 +388,11 @@ class StepTrainer(Trainer):
         verdict = _Verdict(is_good, self.state.global_step + 1, self.step_loss, norm)
 
         # A fused optimizer skips the step by itself, on the GPU: the host need not wait for the verdict, and goes on to
-        # prepare the next step. `bool` of a tensor waits.
+        # prepare the next step.
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         if scaler is None and is_good.is_cuda and self.args.optim == "adamw_torch_fused":
             optimizer.found_inf = (~is_good).float()
-            self._pending = verdict
+            self._pending = verdict.on_its_way()
             return norm
         # AdamW skips a step without gradients. A scaler skips it by itself.
         if scaler is None and not bool(is_good):
@@ -383,7 +410,7 @@ class StepTrainer(Trainer):
         verdict, self._pending = self._pending, None
         if verdict is None:
             return
-        if bool(verdict.is_good):
+        if verdict.wait():
             self.watch.count_good()
         elif self.watch.count_skipped():
             self._give_up(verdict)
@@ -501,6 +528,7 @@ class StepTrainer(Trainer):
 
         Nothing is written if a weight is NaN or infinite: no training could resume from it.
         """
+        self._judge_last_step()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
             return

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import re
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.models.files import Architecture
@@ -251,12 +253,34 @@ def graph_pool_bytes() -> int:
     return sum(part["total_size"] - part["allocated_size"] for part in pools)
 
 
+# Where Linux tells how much memory a container may use: cgroups of version 2, and of version 1.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
 def main_memory() -> int:
-    """Return the bytes of this machine's main memory; a large number where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 2**40
+    """Return the bytes of main memory that this machine or container has; a large number where nothing tells."""
+    found = [2**40]
+    with suppress(AttributeError, ValueError, OSError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in _LIMITS:
+        # the file of version 2 says "max" where there is no limit
+        with suppress(ValueError, OSError):
+            found.append(int(Path(limit).read_text(encoding="utf-8")))
+    return min(found)
+
+
+def limit_memory(card: Card, gib: float) -> Card:
+    """Return the card as one that leaves a plan no more than `gib` GiB, 4 % of them for fragmentation."""
+    return replace(card, memory=min(card.memory, int((gib + 0.7 / 0.96) * GIB)))
+
+
+def free_pinned_memory() -> None:
+    """Give pinned main memory back that nothing refers to; PyTorch would keep it for later."""
+    import torch
+
+    empty = getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None and torch.cuda.is_available():
+        empty()
 
 
 def free_memory() -> None:

@@ -7,6 +7,7 @@ Every part is counted from the model's shape: what is stored, and what autograd 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import ModelError, RunConfig
 from qlora_utils.models import shapes
-from qlora_utils.models.hardware import GIB, Card, graph_pool_bytes, precision, this_card
+from qlora_utils.models.hardware import GIB, Card, graph_pool_bytes, limit_memory, precision, this_card
 from qlora_utils.models.shapes import Shape
 from qlora_utils.runs.directory import LEARNED
 from qlora_utils.runs.files import read_jsonl
@@ -76,8 +77,9 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
     head = 0 if shape.head_is_tied else shape.head_parameters * wide
     expanded = shape.linear_parameters * wide if config.keep_expanded and config.quantize else 0
     adapter_copy = lora * wide if config.fused_layers else 0  # in the precision of products
-    # what a pass adds: where the loss cannot add the head's gradient to that of earlier passes itself, it exists twice
-    in_place = config.fused_layers and config.compute_dtype != "float16"
+    # what a pass adds: where the loss cannot add the head's gradient to that of earlier passes
+    # itself, it exists twice: in fp16, and where several processes exchange gradients that autograd adds up
+    in_place = config.fused_layers and config.compute_dtype != "float16" and os.environ.get("WORLD_SIZE", "1") == "1"
     head_twice = 0 if in_place or passes == 1 else head_trained
     saved, recomputed = _activation_bytes(shape, config, wide, tokens)
     dequantized = 0 if config.keep_expanded else shape.largest_linear * wide
@@ -125,7 +127,9 @@ def offloaded_bytes(shape: Shape, config: RunConfig) -> int:
     wide = 4 if config.compute_dtype == "float32" else 2
     tokens = max(config.micro_batch_tokens or 0, shape.longest_example(config))
     recomputed = shape.layers - min(config.kept_layers or 0, shape.layers)
-    return tokens * shape.hidden * wide * shape.parts_per_layer * recomputed
+    # PyTorch rounds pinned memory up to a power of two
+    part = 1 << (tokens * shape.hidden * wide - 1).bit_length()
+    return part * shape.parts_per_layer * recomputed
 
 
 def _weight_bytes(shape: Shape, config: RunConfig, wide: int) -> int:
@@ -192,6 +196,8 @@ def answer_room(config: RunConfig) -> int | None:
     card = this_card()
     if card is None:
         return None
+    if config.memory_gib is not None:
+        card = limit_memory(card, config.memory_gib)
     # a model that cannot be planned can still answer, in batches as large as the config says
     try:
         shape = shapes.read(config.model)

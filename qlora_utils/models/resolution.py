@@ -19,6 +19,7 @@ from qlora_utils.models.hardware import (
     attention_kernel,
     cuda_graphs,
     liger_kernels,
+    limit_memory,
     main_memory,
     precision,
     this_card,
@@ -48,6 +49,7 @@ PASS_TOKENS = (32768, 24576, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024, 5
 # Fields that a config can leave open.
 OPEN = ("compute_dtype", "attention_kernel", "liger", "cuda_graphs", "keep_expanded", "gradient_checkpointing",
         "kept_layers", "offload_activations", "micro_batch_tokens", "optimizer")  # fmt: skip
+_PLANNED = ("keep_expanded", "gradient_checkpointing", "micro_batch_tokens", "optimizer")
 _BY_HARDWARE = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels,
                 "cuda_graphs": cuda_graphs}  # fmt: skip
 
@@ -118,7 +120,9 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
         if is_open(config, name):
             values[name], reasons[name] = choose(config, card, architecture)
     config = config.model_copy(update=values)
-    if not any(is_open(config, name) for name in OPEN):
+    # where all else is given, nothing is planned, and so nothing refused
+    if not any(is_open(config, name) for name in _PLANNED):
+        config = _fill_open(config, {"kept_layers": 0, "offload_activations": False})
         return Resolved(config, given, architecture, reasons | _advise_on_head(config, card, shape))
 
     # the rest follows from memory
@@ -145,11 +149,6 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
                 f"{planned:,} were planned, but more than this ran out of memory here before"
             )
     return Resolved(chosen, given, architecture, reasons | _advise_on_head(chosen, card, shape))
-
-
-def limit_memory(card: Card, gib: float) -> Card:
-    """Return the card as one that leaves a plan no more than `gib` GiB, 4 % of them for fragmentation."""
-    return replace(card, memory=min(card.memory, int((gib + 0.7 / 0.96) * GIB)))
 
 
 # Share of a card's room that a head may take before the plan advises to freeze it.
@@ -323,8 +322,10 @@ def choose_fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
         ConfigError: none fits.
     """
     plans = [(candidate, predict(shape, candidate)) for candidate in candidates(config, shape)]
-    host = main_memory()
-    fitting = [(candidate, plan) for candidate, plan in plans if plan.fits(card) and _fits_host(candidate, shape, host)]
+    fitting = [(candidate, plan) for candidate, plan in plans if plan.fits(card)]
+    if is_open(config, "offload_activations"):
+        host = main_memory()
+        fitting = [(candidate, plan) for candidate, plan in fitting if _fits_host(candidate, shape, host)]
     if not fitting:
         smallest = min(plan.peak for _, plan in plans)
         frozen = [candidate.model_copy(update={"train_head": False}) for candidate, _ in plans]

@@ -145,7 +145,7 @@ def pad_pass(batch: Mapping[str, Any], length: int, conversations: int) -> dict[
 
     Returns:
         `input_ids` and `position_ids` (1, tokens); `starts` (conversations + 2), whose last entries are all the number
-        of tokens; `answer_positions` and `targets` (tokens,), beyond the labelled ones 0 and -100.
+        of tokens; `answer_positions` and `targets` (tokens,), beyond the labelled ones any positions, and -100.
     """
     import torch
     from torch.nn.functional import pad
@@ -159,7 +159,8 @@ def pad_pass(batch: Mapping[str, Any], length: int, conversations: int) -> dict[
             [batch["position_ids"], torch.arange(missing, device=ids.device).unsqueeze(0)], dim=1
         ),
         "starts": pad(starts, (0, conversations + 2 - len(starts)), value=length),
-        "answer_positions": pad(positions, (0, unlabelled)),
+        # All different: the gradient of one that was read many times would be added up one by one.
+        "answer_positions": torch.cat([positions, torch.arange(unlabelled, device=ids.device)]),
         "targets": pad(labels.flatten()[positions + 1], (0, unlabelled), value=IGNORED),
     }
 

@@ -10,7 +10,7 @@ from qlora_utils import answers, lora, quantization, training
 from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.models import memory as plan
 from qlora_utils.models import resolution, shapes
-from qlora_utils.models.hardware import CARDS
+from qlora_utils.models.hardware import CARDS, limit_memory
 from qlora_utils.models.memory import predict
 from qlora_utils.models.resolution import OPEN, candidates, plan_for, resolve_auto
 
@@ -83,7 +83,7 @@ def test_the_plan_takes_no_more_than_it_is_given_and_uses_it(gib):
         more = changed(chosen, kept_layers=chosen.kept_layers + 1)
         assert predict(LLAMA_2_7B, more).peak > 0.96 * gib * 2**30
     # no card has more than it has
-    assert resolution.limit_memory(CARDS["T4"], gib).memory <= CARDS["T4"].memory
+    assert limit_memory(CARDS["T4"], gib).memory <= CARDS["T4"].memory
 
 
 def test_more_memory_is_never_slower():
