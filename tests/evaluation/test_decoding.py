@@ -216,7 +216,9 @@ def test_steps_are_replayed_or_called_one_by_one(adapted, prompts, monkeypatch, 
     monkeypatch.setattr(decoding, "KEYS", 32)
     monkeypatch.setattr(decoding._Decoder, "_step", step)
     monkeypatch.setattr(decoding._Decoder, "on_gpu", property(lambda _: True, lambda *_: None), raising=False)
-    for name, value in {"CUDAGraph": FakeGraph, "graph": Recorder, "graph_pool_handle": lambda: (0, 0)}.items():
+    stand_ins = {"CUDAGraph": FakeGraph, "graph": Recorder, "graph_pool_handle": lambda: (0, 0),
+                 "current_stream": lambda: None, "set_stream": lambda stream: None}  # fmt: skip
+    for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(decoding, "_free_memory", lambda: 10**12)
     assert decoded(adapted, prompts[:5], [20] * 5, (), 3) == expected
