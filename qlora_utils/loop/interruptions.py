@@ -7,10 +7,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 # Steps in a row without a finite loss and gradient after which a training gives up.
@@ -38,6 +40,37 @@ class Interrupted(KeyboardInterrupt):
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Hold whether a step's loss and gradient are finite, as tensors that the GPU may still have to compute.
+
+    Attributes:
+        is_good: whether it is.
+        step: number of the step.
+        loss: of the step, in nats.
+        norm: of its gradient.
+        arrived: event after which `is_good` is in main memory; None: it is where it was computed.
+    """
+
+    is_good: torch.Tensor
+    step: int
+    loss: torch.Tensor
+    norm: Any
+    arrived: Any = None
+
+    def on_its_way(self) -> Verdict:
+        """Return the same, with `is_good` copied to main memory as soon as it is computed."""
+        copy = torch.empty((), dtype=torch.bool, pin_memory=True)
+        copy.copy_(self.is_good, non_blocking=True)
+        return replace(self, is_good=copy, arrived=torch.cuda.current_stream().record_event())
+
+    def wait(self) -> bool:
+        """Return whether the step was good, once that is known, but wait for nothing that was launched later."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return bool(self.is_good)
 
 
 class DivergenceWatch:

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,29 +52,6 @@ class TraceResult:
 
     exact_match: float
     sample: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    """Hold whether a step's loss and gradient are finite, as tensors that the GPU may still have to compute."""
-
-    is_good: torch.Tensor
-    step: int
-    loss: torch.Tensor
-    norm: Any
-    arrived: Any = None
-
-    def on_its_way(self) -> _Verdict:
-        """Return the same, with `is_good` copied to main memory as soon as it is computed."""
-        copy = torch.empty((), dtype=torch.bool, pin_memory=True)
-        copy.copy_(self.is_good, non_blocking=True)
-        return replace(self, is_good=copy, arrived=torch.cuda.current_stream().record_event())
-
-    def wait(self) -> bool:
-        """Return whether the step was good, once that is known, but wait for nothing that was launched later."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return bool(self.is_good)
 
 
 class StepTrainer(Trainer):
@@ -123,7 +100,7 @@ class StepTrainer(Trainer):
         # through its modules at every step.
         self._has_begun = False
         # The last step's verdict, while the GPU may still be computing it.
-        self._pending: _Verdict | None = None
+        self._pending: interruptions.Verdict | None = None
 
     # ---------------------------------------------------------------------------------- a step
 
@@ -208,7 +185,8 @@ class StepTrainer(Trainer):
         """Prepare the model for its first step: training mode, gradients in one tensor, graphs to capture."""
         model.train()
         self._has_begun = True
-        self._store_activations(model)
+        # Of several processes each has the model in a wrapper.
+        self._store_activations(self.model)
         # Several processes exchange the gradients that autograd adds up.
         if self.args.world_size > 1:
             return
@@ -232,9 +210,9 @@ class StepTrainer(Trainer):
 
     def _store_activations(self, model: Any) -> None:
         """Keep the inputs of recomputed layers in main memory, if the config says so and there is enough of it."""
-        recomputation = getattr(model.get_base_model(), "recomputation", None)
         if not self.config.offload_activations or self.args.device.type != "cuda":
             return
+        recomputation = getattr(model.get_base_model(), "recomputation", None)
         if recomputation is None or recomputation.parts < 2:
             return
         tokens = padded_length(max(self._step_collator.tokens, self.config.max_seq_len))
@@ -385,7 +363,7 @@ class StepTrainer(Trainer):
 
         # The Trainer has already added the loss of this step to its sum.
         self._tr_loss -= torch.where(is_good | ~loss_finite, 0.0, self.step_loss.nan_to_num())
-        verdict = _Verdict(is_good, self.state.global_step + 1, self.step_loss, norm)
+        verdict = interruptions.Verdict(is_good, self.state.global_step + 1, self.step_loss, norm)
 
         # A fused optimizer skips the step by itself, on the GPU: the host need not wait for the verdict, and goes on to
         # prepare the next step.
@@ -415,7 +393,7 @@ class StepTrainer(Trainer):
         elif self.watch.count_skipped():
             self._give_up(verdict)
 
-    def _give_up(self, verdict: _Verdict) -> None:
+    def _give_up(self, verdict: interruptions.Verdict) -> None:
         """Log the last step, with NaN for its loss, and end the training.
 
         Raises:

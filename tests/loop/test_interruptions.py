@@ -105,3 +105,21 @@ def test_an_interruption_has_fields_and_says_what_they_hold():
     )
     lost = interruptions.Interrupted(40, 250, Path("c/checkpoint-25"), saved=False)
     assert "not saved; the last checkpoint is c/checkpoint-25" in str(lost)
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_a_verdict_is_known_at_once_where_nothing_computes_it_elsewhere(is_good):
+    assert interruptions.Verdict(torch.tensor(is_good), 3, torch.zeros(()), 1.0).wait() is is_good
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_good", [True, False])
+def test_a_verdict_on_its_way_waits_for_nothing_that_was_launched_later(is_good):
+    verdict = interruptions.Verdict(torch.tensor(is_good, device="cuda"), 3, torch.zeros(()), 1.0).on_its_way()
+    large = torch.randn(8192, 8192, device="cuda")
+    done = torch.cuda.Event()
+    for _ in range(50):
+        large = large @ large * 1e-4
+    done.record()
+    assert verdict.wait() is is_good
+    assert not done.query()
