@@ -34,7 +34,7 @@ class Recomputation:
 
     A layer with the code of Llama's can be recomputed in two parts, attention and feed-forward: one part's activations
     exist at a time, and of each part all is recomputed but the product at its end, which nothing reads
-    (`lora_layers.LayerGroup`). That takes another input for each layer. Other layers are one part each.
+    (`lora_layers.LayerGroup`). Two inputs of each layer are kept then instead of one. Other layers are one part each.
 
     The last layers may keep their activations: theirs are the first to be freed in the backward pass.
 
@@ -84,8 +84,8 @@ class Recomputation:
 
     def _run(self, part: int, function: Any, *inputs: Any) -> Any:
         """Compute a part, and again in the backward pass."""
-        # That of the last part would come back at once. And there is one place for each part: a layer that reads
-        # another hidden state too, such as an encoder's, keeps both on the GPU.
+        # The input of the last part stays on the GPU, since the backward pass begins with it. So do the inputs of a
+        # layer that reads two hidden states, as a decoder with an encoder does: there is one place for each part.
         tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
         if self.store is None or part == self.parts - 1 or len(tensors) != 1:
             return checkpoint(function, *inputs, **self.options)
