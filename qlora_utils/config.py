@@ -38,7 +38,7 @@ ANSWER_FIELDS = ("score_rows", "probe_rows", "max_new_tokens", "answer_batch_siz
 PLACE_FIELDS = ("preset", "run_name", "output_dir", "fresh")
 # These change memory, or what a training displays and saves, but not what it learns.
 NEUTRAL_FIELDS = (*SPEED_FIELDS, *ANSWER_FIELDS, "gradient_checkpointing", "kept_layers", "offload_activations",
-                "memory_gib", "micro_batch_size", "micro_batch_tokens",
+                "memory_gib", "gpus", "shard", "micro_batch_size", "micro_batch_tokens",
                 "logging_steps", "eval_steps", "save_steps", "save_total_limit", "trace_rows")  # fmt: skip
 # A finished training may get new values of these: it trains further, or selects another adapter.
 FINISHED_FIELDS = (*NEUTRAL_FIELDS, "steps", "epochs", "keep")
@@ -195,6 +195,14 @@ class RunConfig(BaseModel):
         gt=0,
         le=1e6,
         description="GPU memory in GiB that a training may take for tensors (None: all that the card has)",
+    )
+    gpus: int | None = Field(
+        None, ge=1, le=LARGEST, description="GPUs to train and to answer on (None: all that are visible)"
+    )
+    shard: bool | None = Field(
+        None,
+        description="split the model over the GPUs instead of keeping one copy on each (None: where it does not fit a "
+        "card otherwise)",
     )
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="peak learning rate of the LoRA matrices")
     head_learning_rate: float | None = Field(None, gt=0, lt=1, description="peak of the head (None: learning_rate)")
