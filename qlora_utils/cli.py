@@ -22,6 +22,7 @@ from qlora_utils.commands import (
     report,
     run,
     runs,
+    train,
 )
 from qlora_utils.config import ConfigError, is_text
 from qlora_utils.style import cut, on_terminal
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qlora-utils {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for command in (run, check, runs, report, presets, plan, ask, playground, compare, merge, ingredients):
+    for command in (run, check, runs, report, presets, plan, ask, playground, compare, merge, train, ingredients):
         command.add_parser(commands)
     return parser
 

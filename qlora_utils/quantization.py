@@ -88,7 +88,7 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
-                device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"},
+                device_map={"": torch.cuda.current_device()} if torch.cuda.is_available() else {"": "cpu"},
                 output_loading_info=True,
                 **options,
             )

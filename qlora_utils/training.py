@@ -6,7 +6,6 @@ The loop itself is transformers' Trainer, extended in `loop/trainer.py`.
 from __future__ import annotations
 
 import math
-import os
 import random
 import shutil
 import time
@@ -25,7 +24,7 @@ from qlora_utils.evaluation.scores import exact_match
 from qlora_utils.kernels import self_test
 from qlora_utils.kernels.loss import answer_losses, response_loss
 from qlora_utils.locate import first_line
-from qlora_utils.loop import checkpoints, interruptions
+from qlora_utils.loop import checkpoints, interruptions, launch, processes
 from qlora_utils.loop.environment import check_launcher, ignore_overrides
 from qlora_utils.loop.history import HistoryWriter, peak_memory_bytes
 from qlora_utils.loop.live import Progress
@@ -120,7 +119,9 @@ def make_trainer(
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             trace=trace,
-            data_collator=StepCollator(collator, pass_tokens, config.micro_batch_size),
+            data_collator=StepCollator(
+                collator, pass_tokens, config.micro_batch_size, processes.rank(), processes.count()
+            ),
             callbacks=[history, progress],
         )
     trainer.rows_digest = prepared.digest
@@ -172,15 +173,17 @@ def make_trace(
             break
 
     def trace(model: PeftModel) -> TraceResult:
-        answers = answer_all(
+        # Each of several processes asks its share.
+        own = answer_all(
             model,
             tokenizer,
-            questions,
+            processes.share(questions),
             config,
             sampling=sampling,
             batch_size=config.answer_batch_size,
             batch_tokens=answer_room(config),
         )
+        answers = processes.gather(own)
         pairs = zip(answers, questions, strict=True)
         right = [exact_match(answer.text, question.expected) for answer, question in pairs]
         if not right:
@@ -210,7 +213,8 @@ def train(
     A training that was started before is resumed from its newest whole checkpoint. If it is
     finished, its adapter is loaded and its summary returned. With `config.fresh` the training
     starts over, and only then are its checkpoints removed. On SIGTERM and Ctrl-C it saves before it
-    stops.
+    stops. Where several GPUs are visible, each of them trains in a process of its own, unless
+    `config.gpus` says otherwise; the model here waits in main memory meanwhile.
 
     Args:
         config: the run.
@@ -233,23 +237,54 @@ def train(
     """
     run.path.mkdir(parents=True, exist_ok=True)
     check_launcher()
+    number = launch.count_processes(config)
     # If several processes train together, the first of them locks the run and cleans up.
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = processes.is_first()
     lock_path = run.path / ".training.lock"
     with locks.hold_lock(lock_path, "training", wait_s=10) if is_first else nullcontext():
         if is_first:
             _remove_leftovers(run)
-        return _train_or_reuse(config, tuned_model, tokenizer, prepared, run)
+        processes.wait()
+        start = _find_work(config, tuned_model, tokenizer, prepared, run)
+        if isinstance(start, TrainingSummary):
+            return start
+        if number == 1:
+            with checkpoints.explain_full_disk(run.path, "what the training leaves"):
+                return _train_from(start, config, tuned_model, tokenizer, prepared, run)
+
+    # The processes have the model in copies of their own; the one here gets what they have trained.
+    with launch.off_the_gpu(tuned_model):
+        launch.train_in_processes(config, run, number, total_steps(config, prepared, tokenizer))
+    setattr(tuned_model, BEGUN, str(run.path))
+    _load_weights(tuned_model, run.adapter)
+    return summary_of(run)
 
 
-def _train_or_reuse(
+def summary_of(run: RunDirectory) -> TrainingSummary:
+    """Return the summary of a finished training.
+
+    Raises:
+        FileNotFoundError: the run has no finished training.
+    """
+    finished = run.finished()
+    if finished is None:
+        raise FileNotFoundError(f"{run.path}: no finished training. `qlora train --run {run.path.name}` trains it.")
+    return TrainingSummary(**finished)
+
+
+def _find_work(
     config: RunConfig,
     tuned_model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prepared: Prepared,
     run: RunDirectory,
-) -> TrainingSummary:
-    """Find out what an earlier training left, check that this one may go on with it, and do what is left to do."""
+) -> TrainingSummary | Path | None:
+    """Find out what an earlier training left, and check that this one may go on with it.
+
+    Returns:
+        The summary of a training that is finished, its adapter loaded; else the checkpoint to go on from, None if there
+        is none.
+    """
     # Even with `fresh`, running the same cell again resumes the training that it has started.
     started_in = getattr(tuned_model, BEGUN, None)
     fresh = config.fresh and started_in != str(run.path)
@@ -276,8 +311,7 @@ def _train_or_reuse(
     if not fresh and last is None and done is None:
         _check_unfinished(run)
     _check_startable(run, last, done, total, is_trained=bool(started_in))
-    with checkpoints.explain_full_disk(run.path, "what the training leaves"):
-        return _train_from(last, config, tuned_model, tokenizer, prepared, run)
+    return last
 
 
 def _find_start(run: RunDirectory, *, reads_through: bool) -> Path | None:
@@ -459,11 +493,13 @@ def _train_from(
 
     # Nothing of an earlier training is removed before this one is known to be possible.
     form = format_of(tokenizer, config)
-    with _record_format(form, run) if last is None else nullcontext():
+    with _record_format(form, run) if last is None and processes.is_first() else nullcontext():
         trainer = make_trainer(config, tuned_model, tokenizer, prepared, run)
         _check_disk(trainer, run, last)
         # The Trainer has put Liger's kernels in, so this is the model as every step will run it.
         check_model(config, tuned_model, tokenizer)
+    # Until here all processes have read what is on the disk; now the first one changes it.
+    processes.wait()
     if last is None and trainer.is_world_process_zero():
         _start_over(run)
         run.record(config)
@@ -480,8 +516,10 @@ def _train_from(
         trainer.continued = read_json(last / checkpoints.RECORD).get("continued", [])
     wall_s = time.perf_counter() - began
 
+    # The last checkpoint is whole before any process reads it, and all have read before the first removes any.
+    processes.wait()
     kept_step = select_adapter(trainer, tuned_model)
-    trainer.accelerator.wait_for_everyone()
+    processes.wait()
     history = read_jsonl(run.history)
     summary = _summarize(trainer, history, kept_step, wall_s, resumed_at=resumed_at, continued=trainer.continued)
     if not trainer.is_world_process_zero():
@@ -559,7 +597,7 @@ def _run_trainer(trainer: StepTrainer, run: RunDirectory, last: Path | None) -> 
     if last is not None:
         print(f"going on from step {_step_or_zero(last)}, {last}")
         trainer.add_callback(_RestoreRecord(trainer, read_json(last / checkpoints.RECORD)))
-    stopper = interruptions.StopOnSignal()
+    stopper = trainer.stopper = interruptions.StopOnSignal(processes.count())
     trainer.add_callback(stopper)
 
     # An `OutOfMemoryError` comes from our trainer and already says what to do.
@@ -577,7 +615,7 @@ def _run_trainer(trainer: StepTrainer, run: RunDirectory, last: Path | None) -> 
 
     # A signal during the last step changes nothing: the training is finished.
     step, steps = trainer.state.global_step, trainer.state.max_steps
-    if stopper.received is not None and step < steps:
+    if stopper.stops and step < steps:
         newest = checkpoints.find_newest(run.checkpoints, contents=False, upto=step)
         is_saved = _step_or_zero(newest) == step
         raise interruptions.Interrupted(step, steps, newest, saved=is_saved)

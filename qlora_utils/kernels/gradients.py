@@ -1,7 +1,8 @@
 """Hold the gradients of all trained weights in one tensor (notebook 04).
 
 Clearing, measuring and clipping them is one kernel each then, instead of one for each of some 450 weights, and kernels
-add to them in place: no gradient exists a second time until autograd has added it up.
+add to them in place: no gradient exists a second time until autograd has added it up. Several processes exchange them
+in one operation, once a step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from torch import nn
 
 from qlora_utils.kernels.lora_layers import LayerGroup, find_groups
 from qlora_utils.models.shapes import HEAD
+
+# Numbers that processes add up together with their gradients.
+NOTES = 2
 
 
 class FlatGradients:
@@ -28,7 +32,9 @@ class FlatGradients:
         self.groups = find_groups(model)
         self.weights = _order_weights(model, self.groups)
         device = self.weights[0].device
-        self.flat = torch.zeros(sum(weight.numel() for weight in self.weights), device=device)
+        total = sum(weight.numel() for weight in self.weights)
+        self._exchanged = torch.zeros(total + NOTES, device=device)
+        self.flat, self.notes = self._exchanged.split([total, NOTES])
         sizes = [weight.numel() for weight in self.weights]
         parts = zip(self.flat.split(sizes), self.weights, strict=True)
         self.views = [part.view_as(weight) for part, weight in parts]
@@ -63,6 +69,24 @@ class FlatGradients:
         # Torch's own clipping adds as much, so that nothing is divided by zero.
         self.flat.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    def match_first_process(self) -> None:
+        """Give the weights of all processes the values of the first one's, so that equal steps keep them equal."""
+        for weight in self.weights:
+            torch.distributed.broadcast(weight.data, src=0)
+
+    def sum_over_processes(self, notes: torch.Tensor) -> torch.Tensor:
+        """Add up the gradients of all processes, and some numbers with them.
+
+        Args:
+            notes: numbers of this process, (`NOTES`,).
+
+        Returns:
+            Their sums, (`NOTES`,).
+        """
+        self.notes.copy_(notes)
+        torch.distributed.all_reduce(self._exchanged)
+        return self.notes.clone()
 
     def release(self) -> None:
         """Leave gradients to autograd again."""

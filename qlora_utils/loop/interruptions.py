@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from transformers import TrainerCallback
 
 # Steps in a row without a finite loss and gradient after which a training gives up.
 BAD_STEPS = 3
+# Seconds within which one request to stop reaches a process of several twice.
+REPEATED_S = 3.0
 
 
 class DivergedError(RuntimeError):
@@ -51,26 +54,34 @@ class Verdict:
         step: number of the step.
         loss: of the step, in nats.
         norm: of its gradient.
-        arrived: event after which `is_good` is in main memory; None: it is where it was computed.
+        stops: number of processes that were asked to stop; None where there is one process.
+        arrived: event after which `is_good` and `stops` are in main memory; None: they are where they were computed.
     """
 
     is_good: torch.Tensor
     step: int
     loss: torch.Tensor
     norm: Any
+    stops: torch.Tensor | None = None
     arrived: Any = None
 
     def on_its_way(self) -> Verdict:
-        """Return the same, with `is_good` copied to main memory as soon as it is computed."""
-        copy = torch.empty((), dtype=torch.bool, pin_memory=True)
-        copy.copy_(self.is_good, non_blocking=True)
-        return replace(self, is_good=copy, arrived=torch.cuda.current_stream().record_event())
+        """Return the same, with `is_good` and `stops` copied to main memory as soon as they are computed."""
+        is_good = _start_copy(self.is_good)
+        stops = None if self.stops is None else _start_copy(self.stops)
+        return replace(self, is_good=is_good, stops=stops, arrived=torch.cuda.current_stream().record_event())
 
     def wait(self) -> bool:
         """Return whether the step was good, once that is known, but wait for nothing that was launched later."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return bool(self.is_good)
+
+
+def _start_copy(number: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a number in main memory that is whole once the GPU has come so far."""
+    copy = torch.empty((), dtype=number.dtype, pin_memory=True)
+    return copy.copy_(number, non_blocking=True)
 
 
 class DivergenceWatch:
@@ -134,18 +145,31 @@ def diverged_error(
 class StopOnSignal(TrainerCallback):
     """Stop a training on SIGTERM or Ctrl-C, after the current step is finished and saved.
 
-    A second signal stops it at once.
+    A second signal stops it at once. Several processes stop after the same step, whichever of them was asked: a process
+    that stops by itself would leave the others waiting for its gradients.
+
+    Args:
+        processes: of the training.
 
     Attributes:
         received: number of the signal that was received, None if there was none.
+        agreed: whether all processes know that one of them was asked to stop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1) -> None:
+        self.processes = processes
         self.received: int | None = None
+        self.received_at = 0.0
+        self.agreed = False
+
+    @property
+    def stops(self) -> bool:
+        """Return whether the training is to stop after this step."""
+        return self.agreed if self.processes > 1 else self.received is not None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save and stop if a signal was received."""
-        if self.received is not None:
+        if self.stops:
             control.should_save = control.should_training_stop = True
 
     @contextmanager
@@ -177,6 +201,9 @@ class StopOnSignal(TrainerCallback):
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         """Note the first signal, and raise on the second."""
         if self.received is not None:
+            # A launcher hands on the Ctrl-C that each of its processes has had from the terminal already.
+            if self.processes > 1 and time.monotonic() - self.received_at < REPEATED_S:
+                return
             raise KeyboardInterrupt("left at once, as asked twice; the last checkpoint is what there is to go on from")
-        self.received = number
+        self.received, self.received_at = number, time.monotonic()
         print("\nstopping: this step is ended and saved first; once more to leave at once", file=sys.stderr, flush=True)

@@ -8,25 +8,26 @@ Checkpoints are written whole or not at all.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.kernels.cuda_graphs import PassGraphs
 from qlora_utils.kernels.gradients import FlatGradients
-from qlora_utils.kernels.loss import response_loss
+from qlora_utils.kernels.loss import row_losses
 from qlora_utils.kernels.recomputation import ActivationStore, Recomputation
 from qlora_utils.locate import first_line
-from qlora_utils.loop import checkpoints, interruptions, schedule
+from qlora_utils.loop import checkpoints, interruptions, processes, schedule
 from qlora_utils.loop.environment import check_launcher, check_precision
 from qlora_utils.loop.live import Progress
 from qlora_utils.models.files import Architecture
@@ -40,6 +41,8 @@ from qlora_utils.tokens.packing import LONGEST_PADDING, make_sampler, padded_len
 
 # What the Trainer writes beside a model: a pickle, and an empty model card.
 UNWANTED = ("training_args.bin", "README.md")
+# Where the Trainer saves the random state of a training in one process.
+RANDOM_STATE = "rng_state.pth"
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ class StepTrainer(Trainer):
         step_loss: loss of the last step.
         logged_at: step of the last training loss in history.jsonl.
         rows_digest: digest of the rows, which checkpoints store to recognize their data.
-        gradients: those of all trained weights, in one tensor; None before the first step, and where several processes
-            exchange them.
+        gradients: those of all trained weights, in one tensor; None before the first step.
+        stopper: that was asked to stop this training, or will be.
         graphs: captured passes; None where passes are not captured.
         recomputation: of layers whose inputs are in main memory; None where they stay on the GPU.
         continued: for each time that the training was resumed with other values, the `step` from
@@ -94,6 +97,7 @@ class StepTrainer(Trainer):
         self.rows_digest = ""
         self.continued: list[dict[str, Any]] = []
         self.gradients: FlatGradients | None = None
+        self.stopper: interruptions.StopOnSignal | None = None
         self.graphs: PassGraphs | None = None
         self.recomputation: Recomputation | None = None
         # The model is in training mode from the first step on, except for measurements, so that nobody has to walk
@@ -101,6 +105,13 @@ class StepTrainer(Trainer):
         self._has_begun = False
         # The last step's verdict, while the GPU may still be computing it.
         self._pending: interruptions.Verdict | None = None
+        # How many processes were asked to stop.
+        self._stops: torch.Tensor | None = None
+        # The gradients of several processes are added up here once a step, where kernels and graphs may write them as
+        # they like; accelerate's wrapper around the model would do so in every backward pass.
+        if self.args.world_size > 1:
+            prepare_model: Any = partial(self.accelerator.prepare_model, evaluation_mode=True)
+            self.accelerator.prepare_model = prepare_model
 
     # ---------------------------------------------------------------------------------- a step
 
@@ -135,16 +146,18 @@ class StepTrainer(Trainer):
         if inputs["bounds"] != self._bounds():
             inputs = self._cut_again(inputs)
 
-        # One of several processes cannot repeat a step: the others would wait for its gradients.
+        # Others wait for the gradients of a process that repeats its share.
         while True:
             try:
                 loss = self._forward_and_backward(model, inputs)
                 break
             except Exception as error:
-                if not is_out_of_memory(error) or self.args.world_size > 1:
+                if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
             inputs = self._cut_smaller(model, inputs, reason)
+        if self.args.world_size > 1:
+            loss = self._exchange(loss)
 
         # A NaN would stay in the Trainer's running sum. `_clip_grad_norm` handles such steps.
         self.step_loss = loss
@@ -152,17 +165,10 @@ class StepTrainer(Trainer):
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
 
     def _forward_and_backward(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Run the passes of a step and return its loss, a mean over its answer tokens."""
+        """Run the passes of a step; return its loss, a mean over its answer tokens, or this process's part of that."""
         # There is no answer token at all where long questions fill every row.
         passes = inputs["passes"]
         answers: Any = max(1, inputs["answer_tokens"])
-
-        # Gradients are averaged over processes, whose numbers of answer tokens differ: each process
-        # divides by the mean number.
-        if self.args.world_size > 1:
-            counts = self.accelerator.gather(torch.tensor(answers, device=self.args.device))
-            answers = counts.sum() / self.args.world_size
-
         if self.gradients is not None:
             self.gradients.clear()
         if self.graphs is not None:
@@ -170,26 +176,26 @@ class StepTrainer(Trainer):
             if loss is not None:
                 return loss
 
-        # By default processes exchange gradients in every backward pass; once per step is enough.
         loss = torch.zeros((), device=self.args.device)
-        for index, batch in enumerate(passes):
-            is_last = index == len(passes) - 1
-            postpones_exchange = self.args.world_size > 1 and not is_last
-            with self.accelerator.no_sync(model) if postpones_exchange else nullcontext():
-                part = self._pass_loss(model, self._prepare_inputs(batch), answers)
-                self.accelerator.backward(part)
+        for batch in passes:
+            part = self._pass_loss(model, self._prepare_inputs(batch), answers)
+            self.accelerator.backward(part)
             loss += part.detach()
         return loss
+
+    def _exchange(self, loss: torch.Tensor) -> torch.Tensor:
+        """Add up the gradients of all processes, and return the sum of their parts of the loss."""
+        assert self.gradients is not None
+        is_asked = self.stopper is not None and self.stopper.received is not None
+        notes = torch.stack([loss.float(), torch.full_like(loss, float(is_asked), dtype=torch.float32)])
+        whole, self._stops = self.gradients.sum_over_processes(notes).unbind()
+        return whole
 
     def _begin(self, model: nn.Module) -> None:
         """Prepare the model for its first step: training mode, gradients in one tensor, graphs to capture."""
         model.train()
         self._has_begun = True
-        # Of several processes each has the model in a wrapper.
-        self._store_activations(self.model)
-        # Several processes exchange the gradients that autograd adds up.
-        if self.args.world_size > 1:
-            return
+        self._store_activations(model)
         if self.gradients is None:
             # In fp16 a scaler divides the gradients at the end of a step, and the loss must leave that to it.
             in_place = self.config.fused_layers and self.config.compute_dtype != "float16"
@@ -197,6 +203,9 @@ class StepTrainer(Trainer):
             # The Trainer clears gradients at the end of each step, which would walk through all modules.
             model.zero_grad = self.gradients.forget  # type: ignore[method-assign]
             self._trained = model
+        if self.args.world_size > 1:
+            self.gradients.match_first_process()
+            self._seed_process()
         if self.config.cuda_graphs and self.args.device.type == "cuda" and self.graphs is None:
             longest = max(self.config.max_seq_len, LONGEST_PADDING)
 
@@ -363,7 +372,7 @@ class StepTrainer(Trainer):
 
         # The Trainer has already added the loss of this step to its sum.
         self._tr_loss -= torch.where(is_good | ~loss_finite, 0.0, self.step_loss.nan_to_num())
-        verdict = interruptions.Verdict(is_good, self.state.global_step + 1, self.step_loss, norm)
+        verdict = interruptions.Verdict(is_good, self.state.global_step + 1, self.step_loss, norm, self._stops)
 
         # A fused optimizer skips the step by itself, on the GPU: the host need not wait for the verdict, and goes on to
         # prepare the next step.
@@ -388,7 +397,10 @@ class StepTrainer(Trainer):
         verdict, self._pending = self._pending, None
         if verdict is None:
             return
-        if verdict.wait():
+        is_good = verdict.wait()
+        if verdict.stops is not None and self.stopper is not None:
+            self.stopper.agreed = self.stopper.agreed or bool(verdict.stops)
+        if is_good:
             self.watch.count_good()
         elif self.watch.count_skipped():
             self._give_up(verdict)
@@ -459,6 +471,31 @@ class StepTrainer(Trainer):
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return make_sampler(rows, self._collator(), self.config, self.args.train_batch_size)
 
+    def get_train_dataloader(self) -> Any:
+        """Return the steps of the training, whole ones in each of several processes: `StepCollator` takes the share."""
+        loader = super().get_train_dataloader()
+        if self.args.world_size == 1:
+            return loader
+        # accelerate gives each process steps of its own, so this makes another loader of the same parts.
+        parts = {name: getattr(loader, name) for name in ("dataset", "collate_fn", "pin_memory", "worker_init_fn")}
+        shards: Any = loader.batch_sampler
+        whole = DataLoader(**parts, batch_sampler=shards.batch_sampler)
+        options = {"put_on_device": True, "non_blocking": self.accelerator.non_blocking}
+        return prepare_data_loader(whole, self.args.device, num_processes=1, process_index=0, **options)
+
+    def _seed_process(self) -> None:
+        """Seed what is drawn at random from this step on, in each process otherwise: no two drop the same."""
+        set_seed((self.config.seed + 7919 * self.state.global_step + 104729 * self.args.process_index) % 2**32)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the random state of a training in one process; several draw anew, by seed, step and process."""
+        if checkpoint is None or self.args.world_size > 1:
+            return
+        if (Path(checkpoint) / RANDOM_STATE).is_file():
+            super()._load_rng_state(checkpoint)
+        else:
+            self._seed_process()
+
     def _collator(self) -> Any:
         """Return the collator of a single pass."""
         return self._step_collator.collator
@@ -510,26 +547,13 @@ class StepTrainer(Trainer):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
             return
+        # All processes have the same weights; the first alone writes.
+        if not self.args.should_save:
+            return
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
+        checkpoints.write(folder, step, self._save_into, self.checkpoint_record())
         limit = int(self.args.save_total_limit or 1)
-
-        # Each of several processes writes its random state, so all of them run the Trainer's own
-        # method. Its limit is lifted, so that old checkpoints stay until the new one is whole.
-        if self.args.world_size > 1:
-            self.args.save_total_limit = None
-            super()._save_checkpoint(model, trial)
-            self.args.save_total_limit = limit
-            # With a limit of 1 the Trainer would at the end remove all others than this one.
-            self.state.best_model_checkpoint = None
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                for name in UNWANTED:
-                    (folder / f"checkpoint-{step}" / name).unlink(missing_ok=True)
-                checkpoints.seal(folder / f"checkpoint-{step}", self.checkpoint_record())
-        else:
-            checkpoints.write(folder, step, self._save_into, self.checkpoint_record())
-        if self.args.should_save:
-            checkpoints.prune(folder, limit, self.state.best_global_step, written=step)
+        checkpoints.prune(folder, limit, self.state.best_global_step, written=step)
 
     def _save_into(self, folder: Path) -> None:
         """Write adapter, optimizer, schedule, random states and the Trainer's state to a folder."""
@@ -538,7 +562,9 @@ class StepTrainer(Trainer):
             (folder / name).unlink(missing_ok=True)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
+        # Each of several processes draws random numbers of its own.
+        if self.args.world_size == 1:
+            self._save_rng_state(str(folder))
         states: Any = self.state.stateful_callbacks
         for part in (*self.callback_handler.callbacks, self.control):
             if isinstance(part, ExportableState):
@@ -643,7 +669,9 @@ class StepTrainer(Trainer):
         self._judge_last_step()
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         size = self.args.per_device_eval_batch_size
-        loss, _tokens = response_loss(self.model, rows, self._collator(), batch_size=size)
+        losses, counts = row_losses(self.model, processes.share(rows), self._collator(), batch_size=size)
+        total, tokens = sum(processes.gather(losses)), sum(processes.gather(counts))
+        loss = total / tokens if tokens else math.nan
         metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": loss}
         if self.trace is not None:
             result = self.trace(self.model)
@@ -707,12 +735,11 @@ def training_arguments(
     on_gpu = torch.cuda.is_available()
     if dtype is torch.float16 and not on_gpu:
         raise ConfigError("compute_dtype: float16 needs a GPU; on a CPU take auto, float32 or bfloat16.")
-    processes = max(1, int(os.environ.get("WORLD_SIZE", "1")))
     _, arguments_class = TRAINERS[resolved.architecture]
     arguments: TrainingArguments = arguments_class(
         output_dir=str(run.checkpoints),
-        # A batch is a whole step, of which each process takes its share; `StepCollator` cuts it.
-        per_device_train_batch_size=max(1, config.batch_size // processes),
+        # A batch is a whole step. `StepCollator` takes the share of this process, and cuts it into passes.
+        per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=eval_batch_size,
         gradient_accumulation_steps=1,
         bf16=dtype is torch.bfloat16,

@@ -114,7 +114,7 @@ def this_card() -> Card | None:
 
     if not torch.cuda.is_available():
         return None
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability = (properties.major, properties.minor)
 
     # cards of one generation are more alike than cards of one size

@@ -317,36 +317,44 @@ class StepCollator:
     `tokens` and `conversations` bound one pass, as in `pack_first_fit` or, if it is padded, in
     `group_by_size`. Both shrink when memory runs out (`halve`); the steps remain the same.
 
+    Of several `processes` each makes the passes of its own share: number `rank`, from 0.
+
     """
 
     collator: Collator | PairCollator
     tokens: int
     conversations: int | None = None
+    rank: int = 0
+    processes: int = 1
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
         """Cut a step into passes.
 
         Returns:
-            `passes`: tensors of each pass; `tokens` and `answer_tokens`: numbers of the whole step,
-            without padding; `examples` and `bounds`: the examples and the bounds by which they were
-            cut, in case they must be cut again.
+            `passes`: tensors of each pass of this process; `tokens` and `answer_tokens`: numbers of
+            the whole step, without padding; `examples` and `bounds`: the examples and the bounds by
+            which they were cut, in case they must be cut again; `taken`: how many of the examples
+            are this process's.
         """
         # A pack is bounded by the sum of its lengths, a padded pass by its longest example.
         lengths = [self.collator.tokens(example) for example in examples]
+        taken = share_evenly(lengths, self.processes)[self.rank]
+        mine = [examples[index] for index in taken]
         if self.collator.packing:
-            members = pack_first_fit(lengths, self.tokens, self.conversations)
+            members = pack_first_fit([lengths[index] for index in taken], self.tokens, self.conversations)
         else:
-            sizes = [self.collator.sizes(example) for example in examples]
+            sizes = [self.collator.sizes(example) for example in mine]
             members = group_by_size(sizes, self.tokens, self.conversations)
         passes = []
         for indices in members:
-            group = [examples[index] for index in indices]
+            group = [mine[index] for index in indices]
             passes.append(self.collator(group))
         return {
             "passes": passes,
             "tokens": sum(lengths),
             "answer_tokens": sum(self.collator.answer_tokens(example) for example in examples),
             "examples": list(examples),
+            "taken": len(taken),
             "bounds": (self.tokens, self.conversations),
         }
 
@@ -357,12 +365,34 @@ class StepCollator:
             Whether that was possible: not if each pass holds a single example already.
         """
         sizes = [self.collator.padded_tokens(batch) for batch in step["passes"]]
-        if len(step["passes"]) >= len(step["examples"]):
+        if len(step["passes"]) >= step["taken"]:
             return False
         self.tokens = max(1, min(self.tokens, max(sizes)) // 2)
         if self.conversations is not None:
             self.conversations = max(1, self.conversations // 2)
         return True
+
+
+def share_evenly(sizes: Sequence[int], processes: int) -> list[list[int]]:
+    """Share the examples of a step so that all processes get about as many tokens.
+
+    The longest come first, each to the process that has the fewest tokens until then. (Graham's rule: no share is
+    larger than 4/3 of the best possible, https://doi.org/10.1137/0117039.)
+
+    Args:
+        sizes: tokens of each example.
+        processes: to share among.
+
+    Returns:
+        The indices of each process, in the order of the step.
+    """
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    totals = [0] * processes
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        least = totals.index(min(totals))
+        shares[least].append(index)
+        totals[least] += sizes[index]
+    return [sorted(indices) for indices in shares]
 
 
 class RandomSampler:

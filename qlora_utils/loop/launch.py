@@ -1,0 +1,283 @@
+"""Train on several GPUs from a notebook or a command: start one process for each, watch and stop them (notebook 04).
+
+`accelerate launch` starts the processes, each of which runs `qlora train`. What they write is what a training in this
+process would have written; what ends one of them ends all, and is raised here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_utils.config import ConfigError, ModelError, RunConfig, as_given
+from qlora_utils.locate import first_line
+from qlora_utils.loop import processes
+from qlora_utils.loop.checkpoints import DiskError
+from qlora_utils.loop.interruptions import DivergedError, Interrupted, StopOnSignal
+from qlora_utils.loop.live import LogView, Moment, view_here
+from qlora_utils.models.hardware import OutOfMemoryError, free_memory
+from qlora_utils.rows.files import DataError
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import DamagedError
+from qlora_utils.runs.locks import LockedError
+
+# Where a process writes the error that ended it, for the one that started it.
+ERROR_FILE = "QLORA_ERROR_FILE"
+_ERRORS = {kind.__name__: kind for kind in (ConfigError, ModelError, DataError, DamagedError, DivergedError,
+                                            OutOfMemoryError, DiskError, LockedError)}  # fmt: skip
+# An option of Linux's `prctl`: the signal that this process gets when its parent ends.
+_PR_SET_PDEATHSIG = 1
+# Seconds between two looks at the processes.
+_REST_S = 0.2
+
+
+def count_processes(config: RunConfig) -> int:
+    """Return in how many processes a training is to run from here: one for each GPU, on a CPU one.
+
+    In a process that a launcher has started it is one.
+
+    Raises:
+        ConfigError: `gpus` asks for more than are visible.
+    """
+    visible = torch.cuda.device_count()
+    if processes.count() > 1 or not visible:
+        return 1
+    if config.gpus is not None and config.gpus > visible:
+        raise ConfigError(
+            f"gpus: {config.gpus} are asked for, and this machine shows {visible}. Take -p gpus={visible}."
+        )
+    return config.gpus or visible
+
+
+def train_in_processes(config: RunConfig, run: RunDirectory, number: int, steps: int) -> None:
+    """Train a prepared run in processes of their own, show how far they are, and stop them when this one is stopped.
+
+    Args:
+        config: the run.
+        run: the run directory.
+        number: of processes.
+        steps: of the whole training.
+
+    Raises:
+        Interrupted: the training was stopped, and has saved.
+        RuntimeError: a process was killed, or failed outside of the training.
+        Others: as `training.train`.
+    """
+    where = "GPUs" if torch.cuda.is_available() else "processes"
+    print(f"training on {number} {where}, each with its share of {config.batch_size} examples a step; gpus=1: on one")
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        with (scratch / "output").open("wb") as output:
+            child = subprocess.Popen(
+                _command(config, run, number, scratch),
+                env=_environment(scratch),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            stopper = StopOnSignal()
+            try:
+                with stopper.handle_signals():
+                    _watch(child, run, steps, stopper)
+            finally:
+                _kill(child)
+        if child.returncode:
+            raise _read_error(scratch, child.returncode, run)
+
+
+def write_error(error: BaseException) -> None:
+    """Leave the error that ends this process where `train_in_processes` finds it; the first of several counts."""
+    path = os.environ.get(ERROR_FILE)
+    if path is None:
+        return
+    said: dict[str, Any] = {"kind": type(error).__name__, "message": str(error) or type(error).__name__}
+    if isinstance(error, Interrupted):
+        said |= {"step": error.step, "steps": error.steps, "saved": error.saved}
+        said["checkpoint"] = str(error.checkpoint) if error.checkpoint else None
+    # A process that the end of another one ended comes second.
+    try:
+        with Path(path).open("x", encoding="utf-8") as file:
+            json.dump(said, file)
+    except FileExistsError:
+        return
+
+
+@contextmanager
+def off_the_gpu(model: nn.Module) -> Iterator[None]:
+    """Keep the weights of a model in main memory meanwhile, so that other processes can have those of the GPU."""
+    weights = [weight for weight in (*model.parameters(), *model.buffers()) if weight.is_cuda]
+    expanded = [layer for layer in model.modules() if hasattr(layer, "dequantized_weight")]
+    places = [weight.device for weight in weights]
+    for layer in expanded:
+        del layer.dequantized_weight
+    for weight in weights:
+        _move(weight, torch.device("cpu"))
+    free_memory()
+    try:
+        yield
+    finally:
+        for weight, place in zip(weights, places, strict=True):
+            _move(weight, place)
+        if expanded:
+            from qlora_utils.kernels.lora_layers import keep_expanded
+
+            keep_expanded(model)
+
+
+def _move(weight: torch.Tensor, place: torch.device) -> None:
+    """Move a weight, and the constants by which it was quantized."""
+    weight.data = weight.data.to(place)
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        state.to(place)
+
+
+def _command(config: RunConfig, run: RunDirectory, number: int, scratch: Path) -> list[str]:
+    """Return the command that trains in a number of processes, with a config for accelerate that is this launch's own.
+
+    Without one accelerate would read the user's, which may say anything.
+    """
+    on_gpu = torch.cuda.is_available()
+    launch: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU" if on_gpu else "MULTI_CPU",
+        "use_cpu": not on_gpu,
+        "num_processes": number,
+        "num_machines": 1,
+        "machine_rank": 0,
+        "mixed_precision": "no",
+        # Any port that is free.
+        "main_process_port": 0,
+    }
+    settings = scratch / "accelerate.json"
+    settings.write_text(json.dumps(launch), encoding="utf-8")
+    command = [sys.executable, "-m", "qlora_utils.loop.launch", "launch", "--config_file", str(settings)]
+    command += ["-m", "qlora_utils.cli", "train", str(run.path.resolve())]
+    stored = RunConfig.continue_run(run.path)
+    for name in RunConfig.model_fields:
+        value = getattr(config, name)
+        if name not in ("run_name", "output_dir") and value != getattr(stored, name):
+            command += ["-p", f"{name}={as_given(value)}"]
+    return command
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    """Return the environment of the processes: this one's, without what a launcher may have left there."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    return {**kept, ERROR_FILE: str(scratch / "error.json")}
+
+
+def _watch(child: subprocess.Popen[bytes], run: RunDirectory, steps: int, stopper: StopOnSignal) -> None:
+    """Show the training until its processes have ended; hand on a request to stop."""
+    view, began, wall = view_here(), time.monotonic(), time.time()
+    shown_at, known, is_asked = -1e9, 0, False
+    moment = Moment(step=0, steps=steps, phase="measuring")
+    while child.poll() is None:
+        time.sleep(_REST_S)
+        now = time.monotonic()
+        if stopper.received is not None and not is_asked:
+            is_asked = _ask_to_stop(run)
+        # A history that is older belongs to an earlier training.
+        lines = _read_history(run.history, since=wall)
+        if now - shown_at >= (view.news_s if len(lines) > known else view.every_s):
+            moment = _moment(lines, steps, now - began)
+            view.show(moment)
+            shown_at, known = now, len(lines)
+    lines = _read_history(run.history, since=wall)
+    phase = "done" if child.returncode == 0 else "stopped" if stopper.received else "failed"
+    if lines or not isinstance(view, LogView):
+        view.close(_moment(lines, steps, time.monotonic() - began, phase))
+
+
+def _moment(lines: list[dict[str, Any]], steps: int, elapsed_s: float, phase: str = "training") -> Moment:
+    """Return the state of the training that its history tells."""
+    trained = [line for line in lines if "loss" in line]
+    step = trained[-1]["step"] if trained else 0
+    left_s = None
+    # The speed is that of the latest steps; loading and compiling are over.
+    if trained and phase == "training" and (speed := trained[-1].get("tokens_per_s")):
+        left_s = trained[-1]["tokens"] / step / speed * (steps - step)
+    peak = max((line.get("peak_memory_bytes") or 0 for line in trained), default=0)
+    if not trained and phase == "training":
+        phase = "measuring"
+    return Moment(
+        step=step, steps=steps, lines=lines, phase=phase, elapsed_s=elapsed_s, left_s=left_s, peak_memory_bytes=peak
+    )
+
+
+def _read_history(path: Path, *, since: float) -> list[dict[str, Any]]:
+    """Return the whole lines of a history that another process is writing; none of one that is older."""
+    try:
+        if path.stat().st_mtime < since:
+            return []
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def _ask_to_stop(run: RunDirectory) -> bool:
+    """Ask the first process to stop, which tells the others; return whether it is there to be asked.
+
+    The launcher, asked instead, would kill all of them after half a minute.
+    """
+    try:
+        first = int(json.loads((run.path / ".training.lock").read_text(encoding="utf-8"))["pid"])
+        os.kill(first, signal.SIGTERM)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """End the launcher, which ends its processes, if this process leaves before they have ended."""
+    if child.poll() is None:
+        child.terminate()
+        child.wait()
+
+
+def _read_error(scratch: Path, status: int, run: RunDirectory) -> BaseException:
+    """Return the error that ended the processes."""
+    try:
+        said = json.loads((scratch / "error.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        said = {}
+    kind, message = said.get("kind", ""), said.get("message", "")
+    if kind == Interrupted.__name__:
+        checkpoint = Path(said["checkpoint"]) if said["checkpoint"] else None
+        return Interrupted(said["step"], said["steps"], checkpoint, saved=said["saved"])
+    if kind in _ERRORS:
+        return _ERRORS[kind](message)
+    # What a process prints as it dies is all that is known of it.
+    output = (scratch / "output").read_text(encoding="utf-8", errors="replace")
+    tail = [line for line in output.splitlines() if "Error" in line or "Signal" in line]
+    reason = f"{kind}: {first_line(message)}" if kind else (tail[-1].strip()[:300] if tail else f"exit status {status}")
+    return RuntimeError(
+        f"one of the processes that train in {run.path} has ended ({reason}), and with it all others. Run the same "
+        "again to go on from the last checkpoint; -p gpus=1 trains on one GPU."
+    )
+
+
+def _launch() -> None:
+    """Be `accelerate launch`, and end with the process that has started this one, however that ends (on Linux)."""
+    from accelerate.commands.accelerate_cli import main
+
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    main()
+
+
+if __name__ == "__main__":
+    _launch()
