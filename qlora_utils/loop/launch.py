@@ -182,7 +182,6 @@ def _watch(child: subprocess.Popen[bytes], run: RunDirectory, steps: int, stoppe
     """Show the training until its processes have ended; hand on a request to stop."""
     view, began, wall = view_here(), time.monotonic(), time.time()
     shown_at, known, is_asked = -1e9, 0, False
-    moment = Moment(step=0, steps=steps, phase="measuring")
     while child.poll() is None:
         time.sleep(_REST_S)
         now = time.monotonic()
@@ -190,10 +189,10 @@ def _watch(child: subprocess.Popen[bytes], run: RunDirectory, steps: int, stoppe
             is_asked = _ask_to_stop(run)
         # A history that is older belongs to an earlier training.
         lines = _read_history(run.history, since=wall)
-        if now - shown_at >= (view.news_s if len(lines) > known else view.every_s):
-            moment = _moment(lines, steps, now - began)
-            view.show(moment)
-            shown_at, known = now, len(lines)
+        measured = sum("eval_loss" in line for line in lines)
+        if now - shown_at >= (view.news_s if measured > known else view.every_s):
+            view.show(_moment(lines, steps, now - began))
+            shown_at, known = now, measured
     lines = _read_history(run.history, since=wall)
     phase = "done" if child.returncode == 0 else "stopped" if stopper.received else "failed"
     if lines or not isinstance(view, LogView):
