@@ -42,13 +42,15 @@ class Card:
 
     @property
     def note(self) -> str:
-        """Return what to know about it before a run: GPUs that stay unused, the PyTorch that it needs; often empty.
+        """Return what to know about it before a run: what its GPUs do, the PyTorch that it needs; often empty.
 
         Architectures of PyTorch's builds: its RELEASE.md, and its issues 172352 (Volta) and 190385 (CUDA 12.6).
         """
         notes = []
         if self.gpus > 1:
-            notes.append(f"a run takes place on the first of the {self.gpus} GPUs, and no other is used")
+            notes.append(
+                f"all {self.gpus} GPUs train, each with its share of a step; all else takes place on the first"
+            )
         # CUDA 13 compiles for nothing before Turing, and builds for CUDA 12.6 are to end with PyTorch 2.14
         if self.capability < (7, 5):
             notes.append(
@@ -114,7 +116,7 @@ def this_card() -> Card | None:
 
     if not torch.cuda.is_available():
         return None
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(0)
     capability = (properties.major, properties.minor)
 
     # cards of one generation are more alike than cards of one size

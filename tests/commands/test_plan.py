@@ -14,7 +14,9 @@ def test_on_the_command_line(capsys):
     table = capsys.readouterr().out
     if not torch.cuda.is_available():
         assert [line.split()[0] for line in table.splitlines()[4 : 4 + len(CARDS)]] == list(CARDS)
-        assert "\n\n2xT4: a run takes place on the first of the 2 GPUs, and no other is used.\n" in table
+        assert (
+            "\n\n2xT4: all 2 GPUs train, each with its share of a step; all else takes place on the first.\n" in table
+        )
         assert "\n\nV100-16, P100, V100-32: it needs a PyTorch built for CUDA 12.6" in table
     assert main(["plan", "-p", "lora_r=256", "-p", "max_seq_len=8192"]) == 0
     if not torch.cuda.is_available():

@@ -250,7 +250,8 @@ def test_on_a_gpu_slots_in_bf16_read_the_keys_that_a_mask_would_show():
 @pytest.mark.gpu
 def test_on_a_gpu_answers_in_bf16_come_from_recorded_steps(tmp_path, tokenizer, prompts, capsys):
     """Ties differ in bf16, so that most answers and not all are those of `generate`."""
-    config = RunConfig.from_preset("pocket", output_dir=str(tmp_path), run_name="test", compute_dtype="bfloat16")
+    given = {"output_dir": str(tmp_path), "run_name": "test", "compute_dtype": "bfloat16", "keep_expanded": False}
+    config = RunConfig.from_preset("pocket", **given)
     model = lora.attach(quantization.load(config), config).eval()
     ends, pad = format_of(tokenizer, config).ends, tokenizer.pad_token_id
     rows = decoded(model, prompts[:40], [16] * 40, ends, 16)

@@ -86,7 +86,7 @@ def test_liger_needs_what_triton_needs(monkeypatch):
 @pytest.mark.parametrize(
     ("card", "note"),
     [("P100", r"built for CUDA 12\.6"), ("V100-32", r"built for CUDA 12\.6"), ("5090", r"CUDA 12\.8 or later"),
-     ("2xT4", "on the first of the 2 GPUs")],
+     ("2xT4", "all 2 GPUs train")],
 )  # fmt: skip
 def test_what_to_know_before_a_run_is_noted(card, note):
     assert re.search(note, CARDS[card].note)
@@ -133,7 +133,10 @@ def test_a_second_gpu_of_this_machine_is_noted(monkeypatch):  # trap 30
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties("Tesla T4", 14 * GIB, 7, 5))
-    assert hardware.this_card().note == "a run takes place on the first of the 2 GPUs, and no other is used"
+    assert (
+        hardware.this_card().note
+        == "all 2 GPUs train, each with its share of a step; all else takes place on the first"
+    )
 
 
 @pytest.mark.gpu

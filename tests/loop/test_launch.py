@@ -1,0 +1,247 @@
+"""Trainings in several processes, on a CPU by way of gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import short_run
+
+from qlora_utils import data, lora, quantization, training
+from qlora_utils.config import ConfigError, RunConfig
+from qlora_utils.loop import launch
+from qlora_utils.loop.interruptions import Interrupted
+from qlora_utils.models.hardware import OutOfMemoryError
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import read_json, read_jsonl
+
+# Steps of the same schedule, however many there are: a training that is continued is one that never stopped.
+STEADY = {"lr_scheduler": "constant", "warmup_ratio": 0.0, "keep": "last", "logging_steps": 1, "batch_size": 6}
+
+
+# ------------------------------------------------------------------------------------------------ in words and numbers
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "world", "number"),
+    [(0, None, "1", 1), (0, 4, "1", 1), (1, None, "1", 1), (2, None, "1", 2), (8, 3, "1", 3), (2, 1, "1", 1),
+     (2, None, "2", 1)],
+)  # fmt: skip
+def test_a_training_takes_all_gpus_unless_it_is_told_otherwise(monkeypatch, config, visible, gpus, world, number):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert launch.count_processes(config.model_copy(update={"gpus": gpus})) == number
+
+
+def test_more_gpus_than_there_are_is_an_error(monkeypatch, config):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"gpus: 4 are asked for, and this machine shows 2\. Take -p gpus=2"):
+        launch.count_processes(config.model_copy(update={"gpus": 4}))
+
+
+def test_the_error_of_a_process_is_raised_here(tmp_path, monkeypatch, run):
+    monkeypatch.setenv(launch.ERROR_FILE, str(tmp_path / "error.json"))
+    launch.write_error(OutOfMemoryError("out of memory at step 3, with one example"))
+    launch.write_error(RuntimeError("the others were lost"))
+    error = launch._read_error(tmp_path, 1, run)
+    assert type(error) is OutOfMemoryError
+    assert str(error) == "out of memory at step 3, with one example"
+
+
+@pytest.mark.parametrize("checkpoint", [Path("checkpoints/checkpoint-3"), None])
+def test_a_training_that_was_stopped_says_so_here_too(tmp_path, monkeypatch, run, checkpoint):
+    monkeypatch.setenv(launch.ERROR_FILE, str(tmp_path / "error.json"))
+    asked = Interrupted(3, 8, checkpoint, saved=checkpoint is not None)
+    launch.write_error(asked)
+    assert str(launch._read_error(tmp_path, 1, run)) == str(asked)
+
+
+def test_a_process_that_was_killed_leaves_its_last_words(tmp_path, run):
+    (tmp_path / "output").write_text("loading\ntraceback : Signal 9 (SIGKILL) received by PID 7\n=====\n")
+    error = launch._read_error(tmp_path, 1, run)
+    assert "Signal 9 (SIGKILL)" in str(error)
+    assert "Run the same again to go on from the last checkpoint" in str(error)
+
+
+def test_the_processes_get_the_values_that_differ_from_the_stored_ones(tmp_path, config, run):
+    run.begin(config)
+    given = config.model_copy(update={"steps": 77, "epochs": None, "fresh": True, "micro_batch_tokens": None})
+    words = launch._command(given, run, 3, tmp_path)
+    assert "fresh=true" in words
+    assert "steps=77" in words
+    assert "micro_batch_tokens=none" in words
+    assert not [word for word in words if word.startswith(("seed=", "run_name=", "output_dir="))]
+    assert json.loads((tmp_path / "accelerate.json").read_text())["num_processes"] == 3
+
+
+def test_how_far_it_is_is_read_from_the_history():
+    lines = [{"step": 0, "eval_loss": 2.0}, {"step": 4, "loss": 1.5, "tokens": 400, "tokens_per_s": 50.0},
+             {"step": 4, "eval_loss": 1.2}]  # fmt: skip
+    moment = launch._moment(lines, 12, 9.0)
+    assert (moment.step, moment.phase, moment.left_s) == (4, "training", pytest.approx(16.0))
+    assert launch._moment(lines[:1], 12, 9.0).phase == "measuring"
+    assert launch._moment(lines, 12, 9.0, "failed").left_s is None
+
+
+def test_an_older_history_or_half_a_line_is_not_shown(tmp_path):
+    path = tmp_path / "history.jsonl"
+    assert launch._read_history(path, since=0) == []
+    path.write_text('{"step": 1}\n{"ste')
+    assert launch._read_history(path, since=time.time() - 60) == [{"step": 1}]
+    assert launch._read_history(path, since=time.time() + 60) == []
+
+
+def test_a_model_on_a_cpu_stays_where_it_is(tuned_model):
+    before = {name: weight.data_ptr() for name, weight in tuned_model.named_parameters()}
+    with launch.off_the_gpu(tuned_model):
+        pass
+    assert {name: weight.data_ptr() for name, weight in tuned_model.named_parameters()} == before
+
+
+@pytest.mark.gpu
+def test_a_model_leaves_the_gpu_and_comes_back_as_it_was(config, tuned_model):
+    prompt = torch.arange(1, 9, device="cuda")[None]
+    before, held = tuned_model(prompt).logits, torch.cuda.memory_allocated()
+    with launch.off_the_gpu(tuned_model):
+        assert torch.cuda.memory_allocated() < 0.2 * held
+    assert torch.equal(tuned_model(prompt).logits, before)
+
+
+# ------------------------------------------------------------------------------------------------ two processes
+
+
+def prepared_run(folder, name, **values):
+    """Return a run directory with its rows prepared, and its config."""
+    short = short_run("pocket", folder).model_dump()
+    config = RunConfig.build({**short, **STEADY, **values, "run_name": name})
+    run = RunDirectory(config.run_dir)
+    run.begin(config)
+    data.prepare(config, data.load_tokenizer(config)).save(run)
+    return config, run
+
+
+def train_in(number, run, *parameters):
+    """Train in so many processes, as one does in a shell."""
+    command = [sys.executable, "-m"]
+    if number > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(number), "-m"]
+    command += ["qlora_utils.cli", "train", str(run.path)]
+    for parameter in parameters:
+        command += ["-p", parameter]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses(run):
+    return [line["loss"] for line in read_jsonl(run.history) if "loss" in line]
+
+
+def held_out(run):
+    return [line["eval_loss"] for line in read_jsonl(run.history) if "eval_loss" in line]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_also_when_their_number_changes(tmp_path):
+    runs = {name: prepared_run(tmp_path, name, steps=9, eval_steps=3, save_steps=3, trace_rows=3)[1]
+            for name in ("one", "two", "changing")}  # fmt: skip
+    train_in(1, runs["one"])
+    said = train_in(2, runs["two"])
+    for steps, number in ((3, 2), (6, 1), (9, 2)):
+        train_in(number, runs["changing"], f"steps={steps}")
+    for name in ("two", "changing"):
+        assert losses(runs[name]) == pytest.approx(losses(runs["one"]), abs=1e-4), name
+        assert held_out(runs[name]) == pytest.approx(held_out(runs["one"]), abs=1e-4), name
+    assert len(losses(runs["one"])) == 9
+    tokens = [read_json(run.metrics)["train"]["tokens"] for run in runs.values()]
+    assert tokens[0] == tokens[1] == tokens[2]
+    # The second process says nothing.
+    assert said.count("training loss") == 1
+    assert not list(runs["two"].path.glob("**/rng_state_*"))
+
+
+@pytest.mark.slow
+def test_fewer_examples_than_processes_are_right_too(tmp_path):
+    values = {"steps": 2, "batch_size": 1, "eval_rows": 1, "trace_rows": 1}
+    runs = {name: prepared_run(tmp_path, name, **values)[1] for name in ("one", "two")}
+    train_in(1, runs["one"])
+    train_in(2, runs["two"])
+    assert losses(runs["two"]) == pytest.approx(losses(runs["one"]), abs=1e-4)
+
+
+@pytest.fixture
+def in_two(monkeypatch):
+    monkeypatch.setattr(launch, "count_processes", lambda config: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def train_here(config, run):
+    """Train as notebook 04 does; return the model and the summary."""
+    tokenizer = data.load_tokenizer(config)
+    prepared = data.Prepared.load(run)
+    tuned_model = lora.attach(quantization.load(config), config)
+    summary = training.train(config, tuned_model, tokenizer, prepared, run)
+    return summary, training.held_out_loss(config, tuned_model, tokenizer, prepared)[0]
+
+
+def at_step(run, step, act):
+    """Do something once a training has logged a step."""
+
+    def wait():
+        while not (run.history.is_file() and f'"step": {step},' in run.history.read_text()):
+            time.sleep(0.1)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def kill_second_process(run):
+    """Kill the process of rank 1 as the system would if memory ran out."""
+    for child in psutil.Process().children(recursive=True):
+        if "qlora_utils.cli" in child.cmdline() and child.environ().get("RANK") == "1":
+            child.kill()
+
+
+@pytest.mark.slow
+def test_a_notebook_trains_in_processes_and_has_the_adapter_after(tmp_path, in_two, capsys):
+    config, run = prepared_run(tmp_path, "notebook", steps=4, eval_steps=4)
+    summary, loss = train_here(config, run)
+    assert summary.steps == 4
+    assert loss == pytest.approx(held_out(run)[-1], abs=1e-4)
+    assert "training on 2 processes, each with its share of 6 examples" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_asked_to_stop_all_processes_save_and_stop_after_the_same_step(tmp_path, in_two):
+    config, run = prepared_run(tmp_path, "stopped", steps=400, eval_steps=400, save_steps=400)
+    at_step(run, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted) as caught:
+        train_here(config, run)
+    assert caught.value.saved
+    assert 3 < caught.value.step < 400
+    assert (run.checkpoints / f"checkpoint-{caught.value.step}").is_dir()
+
+
+@pytest.mark.slow
+def test_one_killed_process_ends_all_within_a_minute_and_the_run_goes_on(tmp_path, in_two):
+    config, run = prepared_run(tmp_path, "killed", steps=400, eval_steps=400, save_steps=2)
+    at_step(run, 4, lambda: kill_second_process(run))
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="SIGKILL"):
+        train_here(config, run)
+    assert time.monotonic() - began < 90
+    assert not [child for child in psutil.Process().children(recursive=True) if "train" in child.cmdline()]
+    reached = losses(run)
+    again = RunConfig.build({**config.model_dump(), "steps": len(reached) + 2})
+    summary, _ = train_here(again, run)
+    assert summary.steps == len(reached) + 2
