@@ -1,7 +1,7 @@
 """Train on several GPUs from a notebook or a command: start one process for each, watch and stop them (notebook 04).
 
-`accelerate launch` starts the processes, each of which runs `qlora train`. What they write is what a training in this
-process would have written; what ends one of them ends all, and is raised here.
+`torchrun`, which `accelerate launch` calls too, starts the processes, each of which runs `qlora train`. What they write
+is what a training in this process would have written; what ends one of them ends all, and is raised here.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def train_in_processes(config: RunConfig, run: RunDirectory, number: int, steps:
         scratch = Path(folder)
         with (scratch / "output").open("wb") as output:
             child = subprocess.Popen(
-                _command(config, run, number, scratch),
+                _command(config, run, number),
                 env=_environment(scratch),
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -143,26 +143,9 @@ def _move(weight: torch.Tensor, place: torch.device) -> None:
         state.to(place)
 
 
-def _command(config: RunConfig, run: RunDirectory, number: int, scratch: Path) -> list[str]:
-    """Return the command that trains in a number of processes, with a config for accelerate that is this launch's own.
-
-    Without one accelerate would read the user's, which may say anything.
-    """
-    on_gpu = torch.cuda.is_available()
-    launch: dict[str, Any] = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "MULTI_GPU" if on_gpu else "MULTI_CPU",
-        "use_cpu": not on_gpu,
-        "num_processes": number,
-        "num_machines": 1,
-        "machine_rank": 0,
-        "mixed_precision": "no",
-        # Any port that is free.
-        "main_process_port": 0,
-    }
-    settings = scratch / "accelerate.json"
-    settings.write_text(json.dumps(launch), encoding="utf-8")
-    command = [sys.executable, "-m", "qlora_utils.loop.launch", "launch", "--config_file", str(settings)]
+def _command(config: RunConfig, run: RunDirectory, number: int) -> list[str]:
+    """Return the command that trains in a number of processes of this machine."""
+    command = [sys.executable, "-m", "qlora_utils.loop.launch", "--standalone", "--nproc_per_node", str(number)]
     command += ["-m", "qlora_utils.cli", "train", str(run.path.resolve())]
     stored = RunConfig.continue_run(run.path)
     for name in RunConfig.model_fields:
@@ -257,10 +240,10 @@ def _read_error(scratch: Path, status: int, run: RunDirectory) -> BaseException:
         return Interrupted(said["step"], said["steps"], checkpoint, saved=said["saved"])
     if kind in _ERRORS:
         return _ERRORS[kind](message)
-    # What a process prints as it dies is all that is known of it.
+    # The launcher names the process that was killed; what the others say then is that they lost it.
     output = (scratch / "output").read_text(encoding="utf-8", errors="replace")
-    tail = [line for line in output.splitlines() if "Error" in line or "Signal" in line]
-    reason = f"{kind}: {first_line(message)}" if kind else (tail[-1].strip()[:300] if tail else f"exit status {status}")
+    killed = [line.strip() for line in output.splitlines() if "Signal " in line and "SIGTERM" not in line]
+    reason = killed[-1] if killed else f"{kind}: {first_line(message)}" if kind else f"exit status {status}"
     return RuntimeError(
         f"one of the processes that train in {run.path} has ended ({reason}), and with it all others. Run the same "
         "again to go on from the last checkpoint; -p gpus=1 trains on one GPU."
@@ -268,8 +251,8 @@ def _read_error(scratch: Path, status: int, run: RunDirectory) -> BaseException:
 
 
 def _launch() -> None:
-    """Be `accelerate launch`, and end with the process that has started this one, however that ends (on Linux)."""
-    from accelerate.commands.accelerate_cli import main
+    """Be `torchrun`, and end with the process that has started this one, however that ends (on Linux)."""
+    from torch.distributed.run import main
 
     if sys.platform == "linux":
         import ctypes
