@@ -28,7 +28,7 @@ NOTEBOOKS = ("01_data", "04_training", "06_answers")
 # How the combination is called that changes nothing.
 UNCHANGED = "as it is"
 # Fields one value of which may hold a comma.
-_WITH_COMMAS = ("lora_targets",)
+_WITH_COMMAS = ("lora_targets", "instruction")
 # Keys of a sweep file that are no ingredient.
 _SETTINGS = {"title": str, "preset": str, "seeds": int, "base": dict}
 
@@ -240,6 +240,7 @@ def make_list(config: RunConfig, variants: Variants, seeds: Sequence[int], *, ti
     Raises:
         ConfigError: a value is not allowed, alone or beside others, or nothing varies.
     """
+    variants = type_variants(config, variants)
     combinations = list(_grid(variants)) if grid else [(UNCHANGED, {}), *_one_at_a_time(variants)]
     runs: list[dict[str, Any]] = []
     seen: list[dict[str, Any]] = []
@@ -291,6 +292,18 @@ def typed(config: RunConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
     # Epochs take precedence over steps, wherever they were given.
     names = [*fields, "epochs"] if "steps" in fields else list(fields)
     return {name: getattr(values, name) for name in dict.fromkeys(names)}
+
+
+def type_variants(config: RunConfig, variants: Variants) -> Variants:
+    """Return what is varied with each value as the config takes it.
+
+    Raises:
+        ConfigError: a value is unknown or not allowed.
+    """
+    found: Variants = {}
+    for name, values in variants.items():
+        found[name] = {value: typed(config, fields) for value, fields in values.items()}
+    return found
 
 
 def with_fields(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
