@@ -387,8 +387,8 @@ def combination_table(stored: Mapping[str, Any]) -> DataFrame:
         row = {"values": describe(lines[0]["changes"]), "seeds": len(lines)}
         for name in _SHOWN:
             if all(name in line["scores"] for line in lines):
-                row[TITLES[name]] = _cell(lines, name, partial(_score_of, name=name))
-        row["held-out loss"] = _cell(lines, "perplexity", _held_out_loss)
+                row[TITLES[name]] = _cell(lines, partial(_score_of, name=name), partial(score_text, name), name)
+        row["held-out loss"] = _cell(lines, _held_out_loss, "{:.4f}".format)
         row["training"] = f"{statistics.mean(line['seconds'] for line in lines):.0f} s"
         row["memory"] = size(max(line["peak_memory_bytes"] for line in lines))
         row["trained"] = f"{lines[0]['trainable']:,}"
@@ -396,17 +396,24 @@ def combination_table(stored: Mapping[str, Any]) -> DataFrame:
     return DataFrame(rows).set_index("values")
 
 
-def _cell(lines: Sequence[Line], name: str, measure: Measure) -> str:
-    """Format the mean of a number over seeds with its interval; of one seed, with that over its questions."""
+def _cell(lines: Sequence[Line], measure: Measure, write: Callable[[float], str], name: str | None = None) -> str:
+    """Format the mean of a number over seeds with its interval; of one seed, with that over its questions.
+
+    Args:
+        lines: one per seed.
+        measure: reads the number.
+        write: formats it.
+        name: of the score, whose `intervals` one seed has; None: it has none.
+    """
     values = [value for value in map(measure, lines) if value is not None]
     if not values:
         return "-"
     mean, low, high = _score({(line["seed"], ""): line for line in lines}, measure)
     if len(values) == 1:
-        if measure is _held_out_loss or name not in lines[0]["intervals"]:
-            return score_text(name, mean)
+        if name not in lines[0]["intervals"]:
+            return write(mean)
         low, high = lines[0]["intervals"][name]
-    return f"{score_text(name, mean)} [{score_text(name, low)}, {score_text(name, high)}]"
+    return f"{write(mean)} [{write(low)}, {write(high)}]"
 
 
 def ranking(stored: Mapping[str, Any]) -> list[list[Line]]:

@@ -332,6 +332,6 @@ def unique_names(titles: Sequence[str]) -> list[str]:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", title).strip("-._")
         # The seed stands at the end, where it would be cut off; a checksum stands for what is.
         if len(name) > 90 or not name or name in names:
-            name = f"{name[:80]}-{hashlib.sha256(title.encode()).hexdigest()[:8]}"
+            name = f"{name[:80] or 'run'}-{hashlib.sha256(title.encode()).hexdigest()[:8]}"
         names.append(name)
     return names

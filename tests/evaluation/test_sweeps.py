@@ -185,7 +185,7 @@ def test_the_table_of_combinations_has_intervals_over_seeds(grid):
     # 0.75 and 1.0: 0.875 ± 12.706 * 0.125, which a share cuts off.
     assert table["exact match"].iloc[2] == "0.875 [0.000, 1.000]"
     # 1.0 and 1.1: 1.05 ± 12.706 * 0.05.
-    assert table["held-out loss"].iloc[0] == "1.05 [0.4147, 1.685]"
+    assert table["held-out loss"].iloc[0] == "1.0500 [0.4147, 1.6853]"
 
 
 def test_one_seed_has_the_interval_of_its_questions_and_no_effect_has_one(grid):
