@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import SPEED_FIELDS, RunConfig, as_given
@@ -26,7 +27,7 @@ from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import damaged, read_json
 from qlora_utils.runs.provenance import git_commit, hardware, versions
 from qlora_utils.runs.sweeps import UNCHANGED, Variants, read_sweep_file, type_variants
-from qlora_utils.style import COLORS, cut, in_figure, size, table_text, unframed
+from qlora_utils.style import COLORS, counted, cut, in_figure, on_terminal, size, table_text, unframed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -449,7 +450,8 @@ def summary(stored: Mapping[str, Any], folder: Path) -> str:
     groups = combinations(stored)
     blocks = [
         f"# {stored['title']}",
-        f"{len(stored['lines'])} runs: {len(groups)} combinations, seeds {', '.join(map(str, seeds))}.",
+        f"{counted(len(stored['lines']), 'run')}: {counted(len(groups), 'combination')}, "
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}.",
         _fenced(table_text(combination_table(stored))),
         "In brackets 95 % intervals: over seeds by Student's t where there are several, else over the questions of the "
         "run, drawn by entity or row. The held-out loss is that of the measured rows, in nats per token.",
@@ -463,7 +465,13 @@ def summary(stored: Mapping[str, Any], folder: Path) -> str:
         blocks.append(f"Stopped early, since others were better at the same step: {', '.join(stored['pruned'])}.")
     if stored["failed"]:
         blocks += ["## Failed", "\n".join(f"- {name}: {error}" for name, error in stored["failed"].items())]
-    return "\n\n".join(blocks) + "\n"
+    # Names and errors come from elsewhere and may hold control characters.
+    return on_terminal("\n\n".join(map(_wrapped, blocks)) + "\n")
+
+
+def _wrapped(block: str) -> str:
+    """Wrap the lines of a paragraph; tables and lists keep theirs."""
+    return block if block.startswith(("```", "- ")) else fill(block, 120, break_on_hyphens=False)
 
 
 def _fenced(text: str) -> str:

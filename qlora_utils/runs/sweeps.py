@@ -254,6 +254,8 @@ def make_list(config: RunConfig, variants: Variants, seeds: Sequence[int], *, ti
         runs += [{"name": f"{title_of_run}.seed-{seed}", "values": kept, "seed": seed} for seed in seeds]
     if len(runs) < 2:
         raise ConfigError("nothing varies: give values, as in -p lora_r=4,16,64, or seeds, as in --seeds 3.")
+    # Seeds alone: what they do is displayed as one value of the whole config.
+    variants = variants or {"config": {UNCHANGED: {}}}
     names = unique_names([run["name"] for run in runs])
     runs = [{**run, "name": name} for run, name in zip(runs, names, strict=True)]
     return {

@@ -109,6 +109,13 @@ def test_a_run_can_be_varied(tmp_path, computed):
     assert (listed["config"]["steps"], listed["seeds"]) == (3, [0])
 
 
+def test_seeds_alone_are_a_sweep(tmp_path, computed, capsys):
+    assert qlora(tmp_path, "--seeds", "3") == 0
+    assert computed == [f"as-it-is.seed-{seed}" for seed in range(3)]
+    assert "3 runs: 1 combination, seeds 0, 1, 2." in capsys.readouterr().out
+    assert (tmp_path / "pocket-sweep" / "sweep.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
