@@ -14,7 +14,6 @@ from qlora_utils.commands import (
     ask,
     check,
     compare,
-    ingredients,
     merge,
     plan,
     playground,
@@ -22,6 +21,7 @@ from qlora_utils.commands import (
     report,
     run,
     runs,
+    sweep,
     train,
 )
 from qlora_utils.config import ConfigError, is_text
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qlora-utils {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for command in (run, check, runs, report, presets, plan, ask, playground, compare, merge, train, ingredients):
+    for command in (run, check, runs, report, presets, plan, ask, playground, compare, merge, train, sweep):
         command.add_parser(commands)
     return parser
 
