@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 
 from qlora_utils.commands import queues, sweep_search
 from qlora_utils.commands.options import parameter_options
-from qlora_utils.commands.sweep_jobs import Child, run_jobs
+from qlora_utils.commands.sweep_jobs import Child, describe_left, run_jobs
 from qlora_utils.config import ConfigError, RunConfig, check_folder, check_names, check_source
 from qlora_utils.evaluation import sweeps
 from qlora_utils.rows.files import SUFFIXES
 from qlora_utils.runs.directory import RunDirectory
-from qlora_utils.runs.files import write_json, write_text
+from qlora_utils.runs.files import write_bytes, write_json, write_text
 from qlora_utils.runs.locks import hold_lock
 from qlora_utils.runs.sweeps import (
     Job,
@@ -30,7 +31,6 @@ from qlora_utils.runs.sweeps import (
     with_fields,
     write_list,
 )
-from qlora_utils.style import duration
 
 __all__ = ["Job", "add_parser", "is_done", "jobs_of", "main"]
 
@@ -237,8 +237,8 @@ def run_list(sweep: SweepDirectory, *, count: int, part: str | None = None, make
         ended += 1
         if error:
             failed[job.name] = error
-        left = (time.monotonic() - began) / ended * (total - ended)
-        _say(f"[{len(jobs) - total + ended}/{len(jobs)}] {job.name}: {describe_end(job, error)}; {duration(left)} left")
+        left = describe_left(began, ended, total - ended)
+        _say(f"[{len(jobs) - total + ended}/{len(jobs)}] {job.name}: {describe_end(job, error)}{left}")
 
     run_jobs(take, end, count=count, logs=sweep.logs, make_child=make_child)
     return failed
@@ -261,6 +261,8 @@ def write_results(sweep: SweepDirectory, stored: dict[str, Any]) -> str:
     write_json(sweep.results, stored)
     write_text(sweep.text, text)
     figure = sweeps.plot_all(stored, with_loss=True) if stored["variants"] else sweeps.plot_search(stored)
-    figure.savefig(sweep.figure, dpi=150, bbox_inches="tight")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
+    write_bytes(sweep.figure, [drawn.getvalue()])
     return text

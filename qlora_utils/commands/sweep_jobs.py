@@ -13,6 +13,7 @@ from pathlib import Path
 from qlora_utils.commands.stopping import PARENT, Stopped, catch_stop_signals
 from qlora_utils.runs.locks import is_at_work
 from qlora_utils.runs.sweeps import Job, is_done
+from qlora_utils.style import duration
 
 # Seconds between two looks at the children.
 _PAUSE_S = 0.2
@@ -68,6 +69,10 @@ class Child:
         """Return True if there is nothing to wait for."""
         if self.process is None:
             return is_done(self.job)
+        if self.process.poll() and is_at_work(self.job.run_dir / ".run.lock"):
+            # A run of a killed sweep was at it first. It ends by itself, and then this one begins.
+            self.process = None
+            return False
         return self.process.poll() is not None
 
     def list_processes(self) -> list[int]:
@@ -146,6 +151,18 @@ def run_jobs(
             time.sleep(_PAUSE_S)
     if signals:
         raise Stopped(signals[0], f"stopped, and saved. To go on: qlora sweep --name {logs.parent.name}")
+
+
+def describe_left(began: float, ended: int, remaining: int) -> str:
+    """Describe the time left, to be put behind the end of a run; nothing after the last.
+
+    Args:
+        began: when the first run began, in seconds of `time.monotonic`.
+        ended: number of runs that have ended since.
+        remaining: number of runs that have not.
+    """
+    seconds = (time.monotonic() - began) / ended * remaining
+    return f"; {duration(seconds)} left" if remaining else ""
 
 
 def share_of_machine(place: int, count: int) -> dict[str, str]:

@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.commands.sweep_jobs import run_jobs
+from qlora_utils.commands.sweep_jobs import describe_left, run_jobs
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.runs.directory import RunDirectory, done_notebooks
 from qlora_utils.runs.files import read_jsonl
 from qlora_utils.runs.sweeps import Job, SweepDirectory, make_job, typed, unique_names
-from qlora_utils.style import duration
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -232,8 +231,8 @@ class Searcher:
         self.ended += 1
         finished = len([trial for trial in self.study.trials if trial.state.is_finished()])
         total = self.listed["search"]["trials"]
-        left = (time.monotonic() - self.began) / self.ended * (total - finished)
-        self.say(f"[{finished}/{total}] {job.name}: {text}; {duration(left)} left")
+        left = describe_left(self.began, self.ended, total - finished)
+        self.say(f"[{finished}/{total}] {job.name}: {text}{left}")
 
 
 def _suggest(trial: Trial, name: str, part: Mapping[str, Any]) -> Any:

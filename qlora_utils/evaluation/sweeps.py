@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from qlora_utils.config import SPEED_FIELDS, RunConfig, as_given
@@ -26,7 +27,7 @@ from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import damaged, read_json
 from qlora_utils.runs.provenance import git_commit, hardware, versions
 from qlora_utils.runs.sweeps import UNCHANGED, Variants, read_sweep_file, type_variants
-from qlora_utils.style import COLORS, cut, in_figure, size, table_text, unframed
+from qlora_utils.style import COLORS, counted, cut, in_figure, on_terminal, size, table_text, unframed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -387,8 +388,8 @@ def combination_table(stored: Mapping[str, Any]) -> DataFrame:
         row = {"values": describe(lines[0]["changes"]), "seeds": len(lines)}
         for name in _SHOWN:
             if all(name in line["scores"] for line in lines):
-                row[TITLES[name]] = _cell(lines, name, partial(_score_of, name=name))
-        row["held-out loss"] = _cell(lines, "perplexity", _held_out_loss)
+                row[TITLES[name]] = _cell(lines, partial(_score_of, name=name), partial(score_text, name), name)
+        row["held-out loss"] = _cell(lines, _held_out_loss, "{:.4f}".format)
         row["training"] = f"{statistics.mean(line['seconds'] for line in lines):.0f} s"
         row["memory"] = size(max(line["peak_memory_bytes"] for line in lines))
         row["trained"] = f"{lines[0]['trainable']:,}"
@@ -396,17 +397,24 @@ def combination_table(stored: Mapping[str, Any]) -> DataFrame:
     return DataFrame(rows).set_index("values")
 
 
-def _cell(lines: Sequence[Line], name: str, measure: Measure) -> str:
-    """Format the mean of a number over seeds with its interval; of one seed, with that over its questions."""
+def _cell(lines: Sequence[Line], measure: Measure, write: Callable[[float], str], name: str | None = None) -> str:
+    """Format the mean of a number over seeds with its interval; of one seed, with that over its questions.
+
+    Args:
+        lines: one per seed.
+        measure: reads the number.
+        write: formats it.
+        name: of the score, whose `intervals` one seed has; None: it has none.
+    """
     values = [value for value in map(measure, lines) if value is not None]
     if not values:
         return "-"
     mean, low, high = _score({(line["seed"], ""): line for line in lines}, measure)
     if len(values) == 1:
-        if measure is _held_out_loss or name not in lines[0]["intervals"]:
-            return score_text(name, mean)
+        if name not in lines[0]["intervals"]:
+            return write(mean)
         low, high = lines[0]["intervals"][name]
-    return f"{score_text(name, mean)} [{score_text(name, low)}, {score_text(name, high)}]"
+    return f"{write(mean)} [{write(low)}, {write(high)}]"
 
 
 def ranking(stored: Mapping[str, Any]) -> list[list[Line]]:
@@ -442,7 +450,8 @@ def summary(stored: Mapping[str, Any], folder: Path) -> str:
     groups = combinations(stored)
     blocks = [
         f"# {stored['title']}",
-        f"{len(stored['lines'])} runs: {len(groups)} combinations, seeds {', '.join(map(str, seeds))}.",
+        f"{counted(len(stored['lines']), 'run')}: {counted(len(groups), 'combination')}, "
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}.",
         _fenced(table_text(combination_table(stored))),
         "In brackets 95 % intervals: over seeds by Student's t where there are several, else over the questions of the "
         "run, drawn by entity or row. The held-out loss is that of the measured rows, in nats per token.",
@@ -456,7 +465,13 @@ def summary(stored: Mapping[str, Any], folder: Path) -> str:
         blocks.append(f"Stopped early, since others were better at the same step: {', '.join(stored['pruned'])}.")
     if stored["failed"]:
         blocks += ["## Failed", "\n".join(f"- {name}: {error}" for name, error in stored["failed"].items())]
-    return "\n\n".join(blocks) + "\n"
+    # Names and errors come from elsewhere and may hold control characters.
+    return on_terminal("\n\n".join(map(_wrapped, blocks)) + "\n")
+
+
+def _wrapped(block: str) -> str:
+    """Wrap the lines of a paragraph; tables and lists keep theirs."""
+    return block if block.startswith(("```", "- ")) else fill(block, 120, break_on_hyphens=False)
 
 
 def _fenced(text: str) -> str:

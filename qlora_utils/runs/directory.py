@@ -97,7 +97,7 @@ class RunDirectory:
 
     @property
     def ingredients(self) -> Path:
-        """Return the path of the measured ingredients (`qlora ingredients --run NAME`)."""
+        """Return the path of the measured ingredients (`qlora sweep --sweep ingredients --out …`)."""
         return self.path / "ingredients.json"
 
     @property

@@ -259,6 +259,8 @@ def make_list(config: RunConfig, variants: Variants, seeds: Sequence[int], *, ti
         runs += [{"name": f"{title_of_run}.seed-{seed}", "values": kept, "seed": seed} for seed in seeds]
     if len(runs) < 2:
         raise ConfigError("nothing varies: give values, as in -p lora_r=4,16,64, or seeds, as in --seeds 3.")
+    # Seeds alone: what they do is displayed as one value of the whole config.
+    variants = variants or {"config": {UNCHANGED: {}}}
     names = unique_names([run["name"] for run in runs])
     runs = [{**run, "name": name} for run, name in zip(runs, names, strict=True)]
     return {
@@ -337,6 +339,6 @@ def unique_names(titles: Sequence[str]) -> list[str]:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", title).strip("-._")
         # The seed stands at the end, where it would be cut off; a checksum stands for what is.
         if len(name) > 90 or not name or name in names:
-            name = f"{name[:80]}-{hashlib.sha256(title.encode()).hexdigest()[:8]}"
+            name = f"{name[:80] or 'run'}-{hashlib.sha256(title.encode()).hexdigest()[:8]}"
         names.append(name)
     return names
