@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_utils.commands import sweep_search
+from qlora_utils.commands import queues, sweep_search
 from qlora_utils.commands.options import parameter_options
-from qlora_utils.commands.sweep_jobs import describe_left, run_jobs
+from qlora_utils.commands.sweep_jobs import Child, describe_left, run_jobs
 from qlora_utils.config import ConfigError, RunConfig, check_folder, check_names, check_source
 from qlora_utils.evaluation import sweeps
 from qlora_utils.rows.files import SUFFIXES
@@ -47,29 +47,37 @@ def add_parser(commands: Any) -> None:
         "--sweep", metavar="FILE", help="a list of variants, .toml, or one that comes with the project: ingredients"
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="run each combination with the seeds 0 to N - 1")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: 1; of a queue: what it allows)")
     parser.add_argument(
         "--search", type=int, metavar="N", help="N runs whose values optuna chooses, from lists and ranges (1e-4..1e-2)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there, too, as JSON")
+    queues.add_options(parser)
     parser.set_defaults(command=main)
 
 
 def main(options: argparse.Namespace) -> int:
     """Run what is not done of a sweep, and compare; return 1 if a run failed."""
-    if options.jobs < 1:
+    queues.check_options(options)
+    count = 1 if options.jobs is None else options.jobs
+    if count < 1:
         raise ConfigError(f"--jobs: {options.jobs} is not allowed; expected 1 or more.")
     if options.out:
         if options.out.is_dir():
             raise ConfigError(f"--out: {options.out} is a folder; expected the name of a JSON file. Give one.")
         check_folder("--out", options.out.parent)
     sweep = begin(options)
+    if queues.hand_over(sweep, options):
+        return 0
+    # Parts of one list may run at a time, each elsewhere.
+    if options.part:
+        return 1 if run_list(sweep, count=count, part=options.part) else 0
     with hold_lock(sweep.path / ".sweep.lock", "qlora sweep"):
         listed = read_list(sweep.path)
         if listed["search"] is not None:
-            listed["runs"], failed, pruned = sweep_search.search(sweep, listed, count=options.jobs, say=_say)
+            listed["runs"], failed, pruned = sweep_search.search(sweep, listed, count=count, say=_say)
         else:
-            failed, pruned = run_list(sweep, count=options.jobs), []
+            failed, pruned = run_list(sweep, count=count, make_child=queues.child_class(options)), []
         stored = sweeps.gather(listed, sweep.path, failed=failed, pruned=pruned)
         text = write_results(sweep, stored)
         if options.out:
@@ -201,13 +209,19 @@ def _seeds(
 # -------------------------------------------------------------------------------------------------------- the runs
 
 
-def run_list(sweep: SweepDirectory, *, count: int) -> dict[str, str]:
+def run_list(sweep: SweepDirectory, *, count: int, part: str | None = None, make_child: Any = Child) -> dict[str, str]:
     """Run the jobs that are not done, and print a line about each; return the errors of those that failed.
+
+    Args:
+        sweep: whose jobs they are.
+        count: of jobs at a time.
+        part: of the list, as `2/4`; None: all of it.
+        make_child: as in `run_jobs`.
 
     Raises:
         Stopped: a signal arrived.
     """
-    jobs = jobs_of(sweep.path)
+    jobs = queues.select_part(jobs_of(sweep.path), part)
     waiting = [job for job in jobs if not is_done(job)]
     total = len(waiting)
     failed: dict[str, str] = {}
@@ -226,7 +240,7 @@ def run_list(sweep: SweepDirectory, *, count: int) -> dict[str, str]:
         left = describe_left(began, ended, total - ended)
         _say(f"[{len(jobs) - total + ended}/{len(jobs)}] {job.name}: {describe_end(job, error)}{left}")
 
-    run_jobs(take, end, count=count, logs=sweep.logs)
+    run_jobs(take, end, count=count, logs=sweep.logs, make_child=make_child)
     return failed
 
 

@@ -49,10 +49,14 @@ class Child:
         if is_at_work(self.job.run_dir / ".run.lock") or is_done(self.job):
             return
         self.log_start = self.log.stat().st_size if self.log.is_file() else 0
+        self.process = self.start()
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the process."""
         with self.log.open("ab") as log:
             # In a session of its own, so that Ctrl-C reaches it through this process alone: its
             # second signal would kill the training while it saves.
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 self.job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=self.environment, start_new_session=True,
             )  # fmt: skip
@@ -71,9 +75,17 @@ class Child:
             return False
         return self.process.poll() is not None
 
+    def list_processes(self) -> list[int]:
+        """Return the id of the process that a signal should reach, if it runs."""
+        return [self.process.pid] if self.process and self.is_alive() else []
+
+    def status(self) -> int:
+        """Return the exit status of a job that has ended."""
+        return self.process.returncode if self.process else 0
+
     def error(self) -> str | None:
         """Return why the job has failed, as its last error says; None if it has not."""
-        status = self.process.returncode if self.process else 0
+        status = self.status()
         if status == 0:
             return None
         with self.log.open("rb") as log:
@@ -91,6 +103,7 @@ def run_jobs(
     count: int,
     logs: Path,
     is_hopeless: Callable[[Job], bool] = lambda job: False,
+    make_child: Callable[[Job, Path, dict[str, str]], Child] = Child,
 ) -> None:
     """Run jobs until there are no more.
 
@@ -100,6 +113,7 @@ def run_jobs(
         count: of jobs at a time.
         logs: folder for what they print.
         is_hopeless: asked of each job that runs, again and again; one that is gets SIGTERM.
+        make_child: returns what starts and watches a job.
 
     Raises:
         Stopped: a signal arrived. The jobs under way got it, too, and have saved what they could.
@@ -109,7 +123,7 @@ def run_jobs(
     running: dict[int, Child] = {}
 
     def list_processes() -> list[int]:
-        return [child.process.pid for child in running.values() if child.process and child.is_alive()]
+        return [process for child in running.values() for process in child.list_processes()]
 
     with catch_stop_signals(list_processes) as (signals, forward):
         while True:
@@ -119,7 +133,7 @@ def run_jobs(
                 if signals and place in running and running[place].process is None:
                     del running[place]
                 elif not signals and place not in running and (job := take()) is not None:
-                    running[place] = Child(job, logs / f"{job.name}.log", {**os.environ, **share})
+                    running[place] = make_child(job, logs / f"{job.name}.log", {**os.environ, **share})
             if not running:
                 break
             for place, child in list(running.items()):

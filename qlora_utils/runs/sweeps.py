@@ -87,6 +87,11 @@ class SweepDirectory:
         """Return the folder of what the runs print."""
         return self.path / "logs"
 
+    @property
+    def submitted(self) -> Path:
+        """Return the folder of what submitit stores of its jobs."""
+        return self.path / "submitted"
+
 
 def jobs_of(sweep_dir: Path) -> list[Job]:
     """List the jobs of a sweep, in order.
