@@ -29,6 +29,7 @@ from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions, schedule
 from qlora_utils.loop.environment import check_launcher, check_precision
 from qlora_utils.loop.live import Progress
+from qlora_utils.loop.noise import noisy_embeddings
 from qlora_utils.models.files import Architecture
 from qlora_utils.models.hardware import OutOfMemoryError, free_memory, free_pinned_memory, is_out_of_memory
 from qlora_utils.models.memory import learn, too_large_at_last
@@ -176,7 +177,9 @@ class StepTrainer(Trainer):
             is_last = index == len(passes) - 1
             postpones_exchange = self.args.world_size > 1 and not is_last
             with self.accelerator.no_sync(model) if postpones_exchange else nullcontext():
-                part = self._pass_loss(model, self._prepare_inputs(batch), answers)
+                prepared = self._prepare_inputs(batch)
+                with noisy_embeddings(self.model, prepared, self.config.neftune_noise_alpha):
+                    part = self._pass_loss(model, prepared, answers)
                 self.accelerator.backward(part)
             loss += part.detach()
         return loss
