@@ -383,6 +383,16 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _initialisation_reads_whole_layers(self) -> Self:
+        """Reject initialisations from whole weights or from what layers read where a process holds parts of layers."""
+        if self.lora_init in ("eva", "loftq") and self.shard:
+            raise ValueError(
+                f"lora_init={self.lora_init} and shard=true: it needs whole layers, and each process would hold a part "
+                "of them. Leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _noise_is_drawn_anew(self) -> Self:
         """Reject captured passes with NEFTune, as they are with dropout."""
         if self.neftune_noise_alpha is not None and self.cuda_graphs:

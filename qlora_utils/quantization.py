@@ -6,7 +6,8 @@ NF4, FP4 and double quantization: Dettmers et al., QLoRA, 2023, https://arxiv.or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from qlora_utils.kernels import attention
 from qlora_utils.kernels.lora_layers import compute_int8_alike, expand_int8, keep_expanded
 from qlora_utils.locate import first_line, locate, model_advice
 from qlora_utils.models import files as model_files
+from qlora_utils.models.export import stored_weights
 from qlora_utils.models.packaged import describe_origin as describe_origin  # notebook 02 calls it
 from qlora_utils.models.packaged import find_model
 from qlora_utils.models.resolution import Resolved, resolve_to_load
@@ -359,6 +361,25 @@ def _without_gaps(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]
     copy of the head for each row: of SmolLM2's, for 64 questions, 3.6 GB of copies, which took 15 of 18 seconds.
     """
     return tuple(value.contiguous() for value in inputs)
+
+
+def unquantized_weights(config: RunConfig, model: PreTrainedModel) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Return a function that reads a weight as it was before quantization, by name and quantized weight.
+
+    Raises:
+        ModelError: the model's files hold quantized weights only. The function raises it for a weight that they lack.
+    """
+    source = locate(config.model)
+    stored = model_files.stored_quantization(source)
+    if stored:
+        raise ModelError(
+            f"lora_init: loftq needs the weights from before quantization, and {config.model} is stored in {stored}. "
+            "Take the model from before that, or lora_init=default."
+        )
+    plain = copy.deepcopy(model.config)
+    vars(plain).pop("quantization_config", None)
+    names = {name: in_files for name, (in_files, _) in stored_weights(type(model), plain).items()}
+    return Checkpoint(source, names)
 
 
 def original_weight(config: RunConfig, name: str, tensor: torch.Tensor) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ class StepTrainer(Trainer):
         watch: counter of skipped steps.
         step_loss: loss of the last step.
         logged_at: step of the last training loss in history.jsonl.
+        before_first_step: returns a context in which the first measurement is made; None: an adapter begins by changing
+            nothing, so that the model as it is answers as its base model does.
         rows_digest: digest of the rows, which checkpoints store to recognize their data.
         gradients: those of all trained weights, in one tensor; None before the first step, and where several processes
             exchange them.
@@ -92,6 +94,7 @@ class StepTrainer(Trainer):
         self.watch = interruptions.DivergenceWatch()
         self.step_loss = torch.zeros(())
         self.logged_at = 0
+        self.before_first_step: Callable[[Any], AbstractContextManager[Any]] | None = None
         self.rows_digest = ""
         self.continued: list[dict[str, Any]] = []
         self.gradients: FlatGradients | None = None
@@ -646,10 +649,14 @@ class StepTrainer(Trainer):
         self._judge_last_step()
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         size = self.args.per_device_eval_batch_size
-        loss, _tokens = response_loss(self.model, rows, self._collator(), batch_size=size)
+        result = None
+        at_start = self.before_first_step if self.state.global_step == 0 else None
+        with at_start(self.model) if at_start else nullcontext():
+            loss, _tokens = response_loss(self.model, rows, self._collator(), batch_size=size)
+            if self.trace is not None:
+                result = self.trace(self.model)
         metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": loss}
-        if self.trace is not None:
-            result = self.trace(self.model)
+        if result is not None:
             metrics[f"{metric_key_prefix}_exact_match"] = result.exact_match
             if result.sample is not None:
                 metrics[f"{metric_key_prefix}_sample"] = result.sample
