@@ -94,8 +94,8 @@ pocket: $(READY) ## rebuild the pocket model and its questions from data/world (
 pocket-t5: $(READY) ## rebuild the base model of pocket-t5 (eight minutes on a GPU, hours on two cores)
 	$(BIN)/python data/recipe_t5.py
 
-ingredients: $(READY) ## measure again what each ingredient does, three seeds each (20 minutes)
-	$(BIN)/qlora ingredients --preset pocket --out outputs/ingredients.json
+ingredients: $(READY) ## measure again what each ingredient does, three seeds each (an hour)
+	$(BIN)/qlora sweep --sweep ingredients --out outputs/ingredients.json
 
 stamp: ## write the repository's address and the version into badges and set-up cells: REPO=owner/name
 	@"$(PYTHON)" .ci/stamp.py "$(REPO)"

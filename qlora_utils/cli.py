@@ -14,7 +14,6 @@ from qlora_utils.commands import (
     ask,
     check,
     compare,
-    ingredients,
     merge,
     plan,
     playground,
@@ -22,6 +21,7 @@ from qlora_utils.commands import (
     report,
     run,
     runs,
+    sweep,
 )
 from qlora_utils.config import ConfigError, is_text
 from qlora_utils.style import cut, on_terminal
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qlora-utils {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for command in (run, check, runs, report, presets, plan, ask, playground, compare, merge, ingredients):
+    for command in (run, check, runs, report, presets, plan, ask, playground, compare, merge, sweep):
         command.add_parser(commands)
     return parser
 

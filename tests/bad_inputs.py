@@ -271,16 +271,26 @@ def into_is_below_a_file(place: Place) -> Asked:
     return ["merge", "--run", "mine", "--output-dir", str(place.outputs), "--into", str(path / "merged")]
 
 
-def ingredients_into_a_folder(place: Place) -> Asked:
-    return ["ingredients", "--output-dir", str(place.outputs), "--out", str(place.folder)]
+def sweep_into_a_folder(place: Place) -> Asked:
+    return ["sweep", "--output-dir", str(place.outputs), "--seeds", "2", "--out", str(place.folder)]
 
 
-def ingredients_into_another_file(place: Place) -> Asked:
-    return ["ingredients", "--output-dir", str(place.outputs), "--out", str(place.file("o.json", '{"a": 1}'))]
+def sweep_of_a_damaged_list(place: Place) -> Asked:
+    place.file("outputs/s/sweep.json", '{"config":')
+    return ["sweep", "--output-dir", str(place.outputs), "--name", "s"]
 
 
-def ingredients_into_a_damaged_file(place: Place) -> Asked:
-    return ["ingredients", "--output-dir", str(place.outputs), "--out", str(place.file("o.json", '{"about":'))]
+def sweep_of_another_list(place: Place) -> Asked:
+    place.file("outputs/s/sweep.json", '{"config": 1}')
+    return ["sweep", "--output-dir", str(place.outputs), "--name", "s", "--seeds", "2"]
+
+
+def sweep_file_without_tables(place: Place) -> Asked:
+    return ["sweep", "--output-dir", str(place.outputs), "--sweep", str(place.file("s.toml", "rank = 4"))]
+
+
+def sweep_file_that_is_no_text(place: Place) -> Asked:
+    return ["sweep", "--output-dir", str(place.outputs), "--sweep", str(place.file("s.toml", b"\xff\xfe"))]
 
 
 STORED = {"preset": "pocket", "model": "embedded:pocket/model", "dataset": "embedded:pocket"}
@@ -357,14 +367,16 @@ COMMAND_LINE = [
          r"into: .*notes\.txt is a file|into: .*is there"),
     Case("merge: unknown base", with_run("merge", "--run", "mine", "--base", "best"), 2,
          r"--base: invalid choice: 'best'"),
-    Case("ingredients: one seed", with_run("ingredients", "--run", "mine", "--seeds", "0", "0"), 2,
-         r"seeds: 1 given; an interval needs two or more"),
-    said("ingredients", "--preset", "poket")(r"preset: 'poket' is not known; expected one of .*Did you mean pocket\?"),
-    said("ingredients", "--run", "none", status=1)(r"none/config\.json: no such run"),
-    Case("ingredients: out is a folder", ingredients_into_a_folder, 2,
-         r"out: .* is a folder; expected the name of a JSON"),
-    Case("ingredients: out is another file", ingredients_into_another_file, 1, r"o\.json: damaged, expected about and"),
-    Case("ingredients: out is damaged", ingredients_into_a_damaged_file, 1, r"o\.json, line 1: damaged, no valid JSON"),
+    said("sweep")(r"nothing varies: give values, as in -p lora_r=4,16,64"),
+    said("sweep", "--preset", "poket", "--seeds", "2")(r"preset: 'poket' is not known; .*Did you mean pocket\?"),
+    said("sweep", "-p", "lora_targets=q,v")(r"Put each value that holds commas into double quotes: -p 'lora_targets"),
+    said("sweep", "--name", "none", status=1)(r"none/sweep\.json: no such sweep\. To begin one: qlora sweep"),
+    said("sweep", "--sweep", "ingredient")(r"ingredient\.toml: no such file or directory; expected a \.toml file"),
+    Case("sweep: out is a folder", sweep_into_a_folder, 2, r"out: .* is a folder; expected the name of a JSON"),
+    Case("sweep: a damaged list", sweep_of_a_damaged_list, 1, r"s/sweep\.json, line 1: damaged, no valid JSON"),
+    Case("sweep: another list", sweep_of_another_list, 1, r"s/sweep\.json: damaged, expected config, variants, seeds"),
+    Case("sweep: a file without tables", sweep_file_without_tables, 2, r"s\.toml: rank: expected tables of values, as"),
+    Case("sweep: a file that is no text", sweep_file_that_is_no_text, 2, r"s\.toml: no TOML"),
 ]  # fmt: skip
 
 

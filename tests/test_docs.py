@@ -21,6 +21,7 @@ from conftest import ROOT
 
 import qlora_utils
 from qlora_utils import cli
+from qlora_utils.commands import sweep, sweep_search
 from qlora_utils.commands.options import parse_parameters
 from qlora_utils.config import RunConfig
 from qlora_utils.presets import PRESETS
@@ -166,7 +167,15 @@ def checked(command, capsys):
     except SystemExit as left:
         assert left.code == 0, f"{command}: {capsys.readouterr().err}"
         return
-    given = parse_parameters(getattr(options, "parameters", []))
+    parameters = getattr(options, "parameters", [])
+    if options.command is sweep.main:
+        # Each value of a list, and each end of a range.
+        texts = [(name, text) for name, values in sweep.read_values(parameters).items() for text in values]
+        for name, text in texts:
+            for value in text.split("..") if sweep_search.read_range(text) else [text]:
+                RunConfig.from_preset(options.preset or "pocket", **{name: value})
+        return
+    given = parse_parameters(parameters)
     assert given.keys() <= RunConfig.model_fields.keys(), command
     RunConfig.from_preset(getattr(options, "preset", None) or "pocket", **given)
     for name in ("gpu",):

@@ -15,7 +15,7 @@ from made_runs import finished
 from result_tables import find_faults, is_rounded, read_results, rows_of, text_of
 
 from qlora_utils.config import RunConfig
-from qlora_utils.evaluation import ingredients
+from qlora_utils.evaluation import sweeps
 
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/plans.py` has it
@@ -214,7 +214,7 @@ def test_what_texts_say_of_head_rank_and_precision_is_what_was_measured():
         rank_64 = lines[json.dumps({"lora_r": 64, "lora_alpha": 64.0}), seed]
         assert frozen["held_out_loss"] > preset["held_out_loss"]
         assert 0.4 < rank_64["held_out_loss"] / preset["held_out_loss"] < 0.6
-    shown = ingredients.table(measured).reset_index()
+    shown = sweeps.table(measured).reset_index()
     for _, row in shown.iterrows():
         for split in ("held-out entities", "held-out phrasings"):
             low, high = row[split, "low"], row[split, "high"]

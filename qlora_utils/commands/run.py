@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_utils import curves, data
 from qlora_utils.commands.options import parameter_options, parse_parameters
-from qlora_utils.commands.stopping import LineCloser, catch_stop_signals, kernel_config, run_in_thread
+from qlora_utils.commands.stopping import LineCloser, Stopped, catch_stop_signals, kernel_config, run_in_thread
 from qlora_utils.config import (
     ANSWER_FIELDS,
     DATA_FIELDS,
@@ -40,16 +40,11 @@ from qlora_utils.report.render import write_report
 from qlora_utils.report.sentences import summary
 from qlora_utils.rows.files import SUFFIXES
 from qlora_utils.runs import locks
-from qlora_utils.runs.directory import HEADLESS, TERMINAL, RunDirectory, require_adapter
-from qlora_utils.runs.files import read_json, write_json
+from qlora_utils.runs.directory import DONE, HEADLESS, TERMINAL, RunDirectory, done_notebooks, require_adapter
+from qlora_utils.runs.files import write_json
 
 # The error that a training raises when it was stopped and has saved, see `loop.interruptions`.
 INTERRUPTED = "Interrupted"
-# The file that lists the executed notebooks, in the folder of their copies.
-DONE = "done.json"
-# Later notebooks need these outputs, so a notebook is done only while its output exists. All
-# other notebooks are done as long as the config exists.
-_OUTPUTS = {"01_data": "data/train.jsonl", "04_training": "adapter", "06_answers": "answers.jsonl"}
 
 
 class SeriesError(RuntimeError):
@@ -57,14 +52,6 @@ class SeriesError(RuntimeError):
 
     The message names notebook, cell, error, and the path of the partly executed copy.
     """
-
-
-class Stopped(KeyboardInterrupt):
-    """Report a series that was stopped by signal `number`; the message says how to resume."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
 
 
 def series() -> list[Path]:
@@ -82,14 +69,30 @@ def notebooks_from(start: str | None) -> list[Path]:
         ConfigError: no such notebook; the message lists all.
     """
     notebooks = series()
-    if start is None:
+    return notebooks if start is None else notebooks[_index_of(start, "--from") :]
+
+
+def select_notebooks(named: Sequence[str] | None) -> list[Path]:
+    """List the named notebooks, in the order of the series; None: all.
+
+    Raises:
+        ConfigError: one of them does not exist; the message lists all.
+    """
+    notebooks = series()
+    if named is None:
         return notebooks
+    return [notebooks[index] for index in sorted({_index_of(name, "--only") for name in named})]
+
+
+def _index_of(named: str, option: str) -> int:
+    """Return the place in the series of the notebook that an option names."""
+    notebooks = series()
     for index, path in enumerate(notebooks):
         number, _, topic = path.stem.partition("_")
-        if start in (path.stem, path.name, number, str(int(number)), topic):
-            return notebooks[index:]
+        if named in (path.stem, path.name, number, str(int(number)), topic):
+            return index
     names = ", ".join(path.stem for path in notebooks)
-    raise ConfigError(f"--from: {start!r} is no notebook; expected one of {names}.")
+    raise ConfigError(f"{option}: {named!r} is no notebook; expected one of {names}.")
 
 
 def resolve(
@@ -233,7 +236,12 @@ def _last_notebook_for(name: str) -> str:
 
 
 def run_series(
-    config: RunConfig, parameters: Mapping[str, Any], *, start: str | None = None, fresh: bool = False
+    config: RunConfig,
+    parameters: Mapping[str, Any],
+    *,
+    start: str | None = None,
+    fresh: bool = False,
+    only: Sequence[str] | None = None,
 ) -> RunDirectory:
     """Run the notebooks and save their executed copies in the run directory.
 
@@ -243,17 +251,18 @@ def run_series(
         start: the notebook to start from; None: the first that is not done.
         fresh: if the series starts at the first notebook, remove the files of an earlier run of
             this name.
+        only: the notebooks to run, those that are done excepted; None: all.
 
     Raises:
         SeriesError: a notebook failed.
         DataError, ModelError, DamagedError, FileNotFoundError: from `check_inputs`, before anything
             is written.
-        ConfigError: no notebook is named `start`.
+        ConfigError: no notebook is named `start`, or as one of `only`.
         LockedError: another process runs the series, or trains, in this run directory.
         Stopped: SIGINT or SIGTERM arrived, and the notebook under way has saved what it could.
     """
     run = RunDirectory(config.run_dir)
-    notebooks = notebooks_from(start)
+    notebooks = select_notebooks(only) if only else notebooks_from(start)
     resumes = start is None and not fresh and run.config.is_file()
     # A resumed run is checked later, under the lock: until then another process may change it.
     if not resumes:
@@ -264,7 +273,7 @@ def run_series(
             with locks.hold_lock(run.path / ".training.lock", "qlora run --fresh", wait_s=10):
                 _remove_earlier_run(run)
         elif start is None:
-            notebooks = _remaining_notebooks(run, config, parameters)
+            notebooks = _remaining_notebooks(run, config, parameters, notebooks)
             if resumes:
                 check_inputs(run, config, notebooks, fresh=False)
         run.begin(config)
@@ -423,19 +432,10 @@ def _describe_saved(path: Path, run: RunDirectory, failure: BaseException | None
     return f" before it could save{cause}; {newest}"
 
 
-def done_notebooks(run: RunDirectory) -> list[str]:
-    """List the notebooks that were executed to their end and whose outputs still exist."""
-    try:
-        stems: list[str] = read_json(run.notebooks / DONE, list)
-        return [stem for stem in stems if (run.path / _OUTPUTS.get(stem, "config.json")).exists()]
-    # Damaged or missing: then all are executed again.
-    except (OSError, ValueError, TypeError):
-        return []
-
-
-def _remaining_notebooks(run: RunDirectory, config: RunConfig, parameters: Mapping[str, Any]) -> list[Path]:
-    """List the remaining notebooks, from the first that is not done or uses a changed value."""
-    notebooks = series()
+def _remaining_notebooks(
+    run: RunDirectory, config: RunConfig, parameters: Mapping[str, Any], notebooks: list[Path]
+) -> list[Path]:
+    """List those of the notebooks that remain, from the first that is not done or uses a changed value."""
     if not (run.path / "config.json").is_file():
         return notebooks
     stored, done = RunConfig.continue_run(run.path), done_notebooks(run)
@@ -498,6 +498,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--run-name", help="names the run directory (default: the preset's name)")
     parser.add_argument("--from", dest="start", metavar="NOTEBOOK", help="start again here: 04 or 04_training")
     parser.add_argument(
+        "--only", nargs="+", metavar="NOTEBOOK", help="run these alone: 01 04 06 leave data, adapter and answers"
+    )
+    parser.add_argument(
         "--fresh", action="store_true", help="start over, in place of what is there (default: go on where it stopped)"
     )
     parser.add_argument(
@@ -513,6 +516,8 @@ def main(options: argparse.Namespace) -> int:
         raise ConfigError("--config and --preset: each says what to run; give one of them.")
     if options.config and options.start:
         raise ConfigError("--config and --from: --from goes on with the values of the run there; give one of them.")
+    if options.only and (options.start or options.fresh):
+        raise ConfigError("--only: it leaves out what is done, so --from and --fresh contradict it; give one of them.")
     config, parameters = resolve(
         preset=options.preset,
         run_name=options.run_name,
@@ -522,7 +527,7 @@ def main(options: argparse.Namespace) -> int:
         fresh=options.fresh,
         config_file=options.config,
     )
-    run = run_series(config, parameters, start=options.start, fresh=options.fresh)
+    run = run_series(config, parameters, start=options.start, fresh=options.fresh, only=options.only)
     write_report(run)
     print(summary(run))
     return 0

@@ -10,6 +10,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+# The environment variable by which a sweep gives its runs its own process id, so that they end with it.
+PARENT = "QLORA_PARENT"
+
+
+class Stopped(KeyboardInterrupt):
+    """Report work that was stopped by signal `number`; the message says how to resume."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
 
 def kernel_config() -> Any:
     """Return the configuration of kernels: this Python, encrypted transport, a client that polls.
@@ -77,10 +88,16 @@ def run_in_thread(work: Callable[[], None], meanwhile: Callable[[], None]) -> Ba
 
 
 @contextmanager
-def catch_stop_signals() -> Iterator[tuple[list[int], Callable[[], None]]]:
+def catch_stop_signals(
+    list_processes: Callable[[], list[int]] | None = None,
+) -> Iterator[tuple[list[int], Callable[[], None]]]:
     """Record SIGINT, SIGTERM and SIGHUP, and forward them to the kernels.
 
-    On the first signal a kernel saves its state and ends; on the second it is killed.
+    On the first signal a kernel saves its state and ends; on the second it is killed. The end of
+    the process that `PARENT` names counts as SIGTERM: a sweep that was killed goes on with nothing.
+
+    Args:
+        list_processes: returns the ids of the processes to stop instead; None: `list_kernels`.
 
     Yields:
         The numbers of the signals received so far, and a function that forwards them. Call it
@@ -88,14 +105,17 @@ def catch_stop_signals() -> Iterator[tuple[list[int], Callable[[], None]]]:
     """
     received: list[int] = []
     interrupted: set[int] = set()
+    parent = os.environ.get(PARENT)
 
     def on_signal(number: int, _: Any) -> None:
         received.append(number)
 
     def forward() -> None:
+        if parent and not received and os.getppid() != int(parent):
+            received.append(signal.SIGTERM)
         if not received:
             return
-        for kernel in list_kernels():
+        for kernel in list_processes() if list_processes else list_kernels():
             # A kernel may have ended by itself since it was listed.
             with suppress(ProcessLookupError):
                 if len(received) > 1:

@@ -333,10 +333,13 @@ def detectable_difference(sums: Sequence[float], counts: Sequence[int], *, power
 def student_t(share: float, freedom: int) -> float:
     """Return the value that a Student's t stays below with this probability.
 
-    By the expansion of Abramowitz and Stegun (1964), 26.7.5; from 2 degrees of freedom on it is exact to 1 %.
+    By the expansion of Abramowitz and Stegun (1964), 26.7.5, exact to 1 % from 3 degrees of freedom on; with one or
+    two there is a closed form.
     """
     if freedom == 1:
         return math.tan(math.pi * (share - 0.5))
+    if freedom == 2:
+        return (2 * share - 1) / math.sqrt(2 * share * (1 - share))
     x = NormalDist().inv_cdf(share)
     return (
         x

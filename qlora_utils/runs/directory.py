@@ -24,6 +24,11 @@ LEARNED = ".memory.jsonl"  # beside the run directories: passes that ran out of 
 # columns of the terminal that displays their stderr, if there is one.
 HEADLESS = "QLORA_HEADLESS"
 TERMINAL = "QLORA_TERMINAL"
+# The file that lists the executed notebooks, in the folder of their copies.
+DONE = "done.json"
+# Later notebooks need these outputs, so a notebook is done only while its output exists. All
+# other notebooks are done as long as the config exists.
+OUTPUTS = {"01_data": "data/train.jsonl", "04_training": "adapter", "06_answers": "answers.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class RunDirectory:
 
     @property
     def ingredients(self) -> Path:
-        """Return the path of the measured ingredients (`qlora ingredients --run NAME`)."""
+        """Return the path of the measured ingredients (`qlora sweep --sweep ingredients --out …`)."""
         return self.path / "ingredients.json"
 
     @property
@@ -229,3 +234,13 @@ def require_adapter(run: RunDirectory) -> Path:
     """
     require(run.adapter)
     return run.adapter
+
+
+def done_notebooks(run: RunDirectory) -> list[str]:
+    """List the notebooks that were executed to their end and whose outputs still exist."""
+    try:
+        stems: list[str] = read_json(run.notebooks / DONE, list)
+        return [stem for stem in stems if (run.path / OUTPUTS.get(stem, "config.json")).exists()]
+    # Damaged or missing: then all are executed again.
+    except (OSError, ValueError, TypeError):
+        return []

@@ -163,7 +163,8 @@ def test_what_is_wrongly_asked_for_exits_2_and_writes_nothing(tmp_path, capsys, 
 @pytest.mark.parametrize(
     "arguments",
     [["run", "--config", "c.json", "-p", "preset=llama2-7b"], ["plan", "--run", "demo", "--preset", "llama2-7b"],
-     ["plan", "--run", "demo", "-p", "preset=llama2-7b"], ["ingredients", "--run", "demo", "--preset", "pocket"]],
+     ["plan", "--run", "demo", "-p", "preset=llama2-7b"], ["sweep", "--config", "c.json", "--preset", "pocket"],
+     ["run", "--only", "04", "--from", "04"], ["run", "--only", "04", "--fresh"]],
 )  # fmt: skip
 def test_what_to_run_is_said_once(capsys, arguments):
     assert cli.main(arguments) == 2
@@ -551,6 +552,29 @@ def test_starting_over_takes_a_link_away_and_leaves_what_it_leads_to(tmp_path):
     runner._remove_earlier_run(run)
     assert list(run.path.iterdir()) == []
     assert (elsewhere / "kept").is_file()
+
+
+def test_some_notebooks_can_be_run_alone_in_the_order_of_the_series():
+    assert [path.stem[:2] for path in runner.select_notebooks(["answers", "1", "04_training", "01"])] == [
+        "01",
+        "04",
+        "06",
+    ]
+    assert runner.select_notebooks(None) == runner.series()
+    with pytest.raises(ConfigError, match="--only: '8' is no notebook; expected one of 01_data"):
+        runner.select_notebooks(["1", "8"])
+
+
+def test_of_the_notebooks_to_run_alone_those_that_are_done_are_left_out(begun, capsys):
+    run = RunDirectory(begun.run_dir)
+    leave(run, steps=9, history=9)
+    write_jsonl(run.data / "train.jsonl", [])
+    write_json(run.notebooks / runner.DONE, ["01_data", "04_training"])
+    only = runner.select_notebooks(["01", "04", "06"])
+    assert [path.stem for path in runner._remaining_notebooks(run, begun, {}, only)] == ["06_answers"]
+    assert "2 of 3 notebooks are done, going on with 06_answers" in capsys.readouterr().out
+    # The whole series has a gap after the first.
+    assert len(runner._remaining_notebooks(run, begun, {}, runner.series())) == 6
 
 
 def test_an_unknown_notebook_is_refused():
