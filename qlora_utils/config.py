@@ -46,6 +46,10 @@ FINISHED_FIELDS = (*NEUTRAL_FIELDS, "steps", "epochs", "keep")
 RESUME_FIELDS = (
     *FINISHED_FIELDS, "learning_rate", "head_learning_rate", "warmup_ratio", "max_grad_norm", "compute_dtype"
 )  # fmt: skip
+# Fields that earlier versions had not, with the values that these trained by.
+ADDED_FIELDS = {"quant_type": "nf4", "lora_init": "default", "neftune_noise_alpha": None}
+# Initialisations that peft has, and that are refused.
+_CHANGE_THE_BASE = ("pissa", "olora")
 
 # The largest value of any count: a larger one is a typing error, and other libraries overflow.
 LARGEST = 10**9
@@ -128,13 +132,20 @@ class RunConfig(BaseModel):
     )
 
     # Quantization
-    quantize: bool = Field(True, description="load the base model in 4-bit NF4")
-    double_quantization: bool = Field(True, description="quantize the quantization constants too")
+    quantize: bool = Field(True, description="load the base model quantized, as quant_type says; false: as it is")
+    quant_type: Literal["nf4", "fp4", "int8"] = Field(
+        "nf4",
+        description="how base weights are stored: nf4, 4 bits with levels for normal distributions; fp4, 4-bit floats; "
+        "int8, 8 bits with one scale for each output, as LLM.int8() stores them",
+    )
+    double_quantization: bool = Field(
+        True, description="quantize the quantization constants of 4-bit weights too (int8 has few, and leaves them)"
+    )
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="dtype of matrix products; auto follows the hardware"
     )
     keep_expanded: bool | None = Field(
-        None, description="keep the 4-bit weights dequantized beside them (None: where GPU memory is plenty)"
+        None, description="keep the quantized weights dequantized beside them (None: where GPU memory is plenty)"
     )
     attention_kernel: Literal["auto", "varlen", "split", "dense", "eager"] = Field(
         "auto",
@@ -155,7 +166,13 @@ class RunConfig(BaseModel):
     lora_targets: str = Field(
         "all-linear",
         pattern=r"^\s*\w+(-linear)?(\s*,\s*\w+)*\s*$",
-        description="layers that get an adapter: all-linear, or names with commas between, as q,v",
+        description="layers that get an adapter: all-linear, attention-linear (the linear layers of attention alone), "
+        "or names with commas between, as q,v",
+    )
+    lora_init: Literal["default", "gaussian", "eva", "loftq"] = Field(
+        "default",
+        description="how adapters begin: A uniform, or gaussian, or along what the layers read in training rows (eva), "
+        "and B at 0; or with what quantization took off the weights (loftq)",
     )
     rslora: bool = Field(False, description="rank-stabilised scaling, alpha / sqrt(r)")
     dora: bool = Field(False, description="weight-decomposed adapters (DoRA)")
@@ -223,6 +240,13 @@ class RunConfig(BaseModel):
     )
     weight_decay: float = Field(0.0, ge=0, lt=1, description="share of a weight taken off, times the learning rate")
     max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="gradients are clipped to this norm")
+    neftune_noise_alpha: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="NEFTune: noise on embeddings in training, uniform up to alpha / sqrt(tokens of the conversation x "
+        "hidden size) (None: no noise; causal models only)",
+    )
     optimizer: Literal[
         "auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"
     ] = Field(
@@ -326,6 +350,57 @@ class RunConfig(BaseModel):
         if "lm_head" in [name.strip() for name in value.split(",")]:
             raise ValueError("lm_head gets no LoRA; train_head trains it in full")
         return value
+
+    @field_validator("lora_init", mode="before")
+    @classmethod
+    def _leaves_the_base_alone(cls, value: Any) -> Any:
+        """Refuse initialisations that train on another base model than the one that was loaded."""
+        if value in _CHANGE_THE_BASE:
+            raise ValueError(
+                f"{value} takes what A and B begin with off the base weights. The base model would not be the one that "
+                "was loaded: its answers, a merge, a resumed training and a reloaded adapter would all be wrong"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _quantization_is_consistent(self) -> Self:
+        """Reject values that only a quantized base model has, where the base model is not quantized."""
+        if not self.quantize and self.quant_type != "nf4":
+            raise ValueError(
+                f"quant_type={self.quant_type} and quantize=false: the one asks for quantized weights, the other for "
+                "such that are not. Leave one of them out"
+            )
+        if self.lora_init == "loftq" and not self.quantize:
+            raise ValueError(
+                "lora_init=loftq and quantize=false: LoftQ makes up for what quantization took off the weights, and "
+                "nothing is quantized. Leave one of them out"
+            )
+        if self.lora_init == "loftq" and self.dora:
+            raise ValueError(
+                "lora_init=loftq and dora=true: DoRA begins with the lengths of the base weights' rows, which LoftQ "
+                "changes. Leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _initialisation_reads_whole_layers(self) -> Self:
+        """Reject initialisations from whole weights or from what layers read where a process holds parts of layers."""
+        if self.lora_init in ("eva", "loftq") and self.shard:
+            raise ValueError(
+                f"lora_init={self.lora_init} and shard=true: it needs whole layers, and each process would hold a part "
+                "of them. Leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_is_drawn_anew(self) -> Self:
+        """Reject captured passes with NEFTune, as they are with dropout."""
+        if self.neftune_noise_alpha is not None and self.cuda_graphs:
+            raise ValueError(
+                "neftune_noise_alpha and cuda_graphs=true: a pass with random noise is not captured. Leave cuda_graphs "
+                "out, or one of them"
+            )
+        return self
 
     @field_validator("instruction")
     @classmethod
@@ -471,10 +546,11 @@ class RunConfig(BaseModel):
         """List the fields whose values differ from those of a stored run, each with both values.
 
         Args:
-            stored: the values of that run; fields that it doesn't have are skipped.
+            stored: the values of that run; fields that it doesn't have are skipped, but for `ADDED_FIELDS`.
             allowed: fields that may differ, in addition to `PLACE_FIELDS`.
         """
         skipped = (*PLACE_FIELDS, *allowed)
+        stored = {**ADDED_FIELDS, **stored}
         texts = []
         for name, value in self.model_dump().items():
             if name in stored and name not in skipped and stored[name] != value:
@@ -640,7 +716,7 @@ def _explain(detail: Any) -> str:
 _IN_WORDS = {
     "run_name": "Expected letters, digits, dots, _ and -, the first of them a letter or digit",
     "chat_template": "Expected auto, llama2, chatml, or a path that ends with .jinja",
-    "lora_targets": "Expected all-linear, or names of layers with commas between",
+    "lora_targets": "Expected all-linear, attention-linear, or names of layers with commas between",
 }
 
 

@@ -75,6 +75,8 @@ def attach(base_model: PreTrainedModel, config: RunConfig) -> PeftModel:
         modules_to_save=[HEAD] if config.train_head else None,
         use_rslora=config.rslora,
         use_dora=config.dora,
+        # EVA and LoftQ replace what is drawn here, before the first step (`loop.initialization`).
+        init_lora_weights="gaussian" if config.lora_init == "gaussian" else True,
     )
     with _ignore_harmless_warnings(base_model):
         tuned_model = get_peft_model(base_model, lora_config)
@@ -138,15 +140,32 @@ def target_modules(config: RunConfig, base_model: nn.Module) -> str | list[str]:
 
     # Layers of all blocks share their last name, such as q_proj; list each name once.
     known: list[str] = []
+    in_attention: list[str] = []
+    elsewhere: set[str] = set()
     for path, module in base_model.named_modules():
         name = path.rpartition(".")[2]
-        if isinstance(module, nn.Linear) and name != HEAD and name not in known:
+        if not isinstance(module, nn.Linear) or name == HEAD:
+            continue
+        if name not in known:
             known.append(name)
+        if shapes.is_in_attention(path):
+            in_attention.append(path)
+        else:
+            elsewhere.add(name)
+    if names == ["attention-linear"]:
+        if not in_attention:
+            raise ConfigError(
+                "lora_targets: no linear layer of this model lies in a module named attention; expected all-linear, or "
+                f"some of {', '.join(known)}."
+            )
+        # A feed-forward may have layers of the same names: then whole paths tell them apart.
+        last_names = list(dict.fromkeys(path.rpartition(".")[2] for path in in_attention))
+        return in_attention if elsewhere & set(last_names) else last_names
     for name in names:
         if name not in known:
             raise ConfigError(
-                f"lora_targets: {name!r} names no layer of this model; expected all-linear, or some of "
-                f"{', '.join(known)}."
+                f"lora_targets: {name!r} names no layer of this model; expected all-linear, attention-linear, or "
+                f"some of {', '.join(known)}."
             )
     return names
 

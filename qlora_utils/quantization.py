@@ -1,11 +1,13 @@
 """Load the base model in 4-bit NF4, measure its parts, and look at what rounding did to a weight (notebook 02).
 
-NF4 and double quantization: Dettmers et al., QLoRA, 2023, https://arxiv.org/abs/2305.14314.
+NF4, FP4 and double quantization: Dettmers et al., QLoRA, 2023, https://arxiv.org/abs/2305.14314.
+8 bits: Dettmers et al., LLM.int8(), 2022, https://arxiv.org/abs/2208.07339.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +17,10 @@ from torch import nn
 
 from qlora_utils.config import ModelError, RunConfig
 from qlora_utils.kernels import attention
-from qlora_utils.kernels.lora_layers import keep_expanded
+from qlora_utils.kernels.lora_layers import compute_int8_alike, expand_int8, keep_expanded
 from qlora_utils.locate import first_line, locate, model_advice
 from qlora_utils.models import files as model_files
+from qlora_utils.models.export import stored_weights
 from qlora_utils.models.packaged import describe_origin as describe_origin  # notebook 02 calls it
 from qlora_utils.models.packaged import find_model
 from qlora_utils.models.resolution import Resolved, resolve_to_load
@@ -39,7 +42,7 @@ PARTS = ("embeddings", "attention", "feed-forward", "norms", "head")
 
 
 def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel:
-    """Load the base model, every linear layer but the head in NF4 unless `config.quantize` is off.
+    """Load the base model, every linear layer but the head in `config.quant_type` unless `config.quantize` is off.
 
     Safetensors only, no remote code. On return all weights are frozen and the model is ready for adapters: nothing is
     upcast here, so no memory is spent on copies in fp32. Its attribute `resolved` holds what the config left open, how
@@ -75,12 +78,15 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     # quantized weights bring a config of their own, which transformers prefers, with a warning
     if config.quantize and not stored:
         # No llm_int8_skip_modules here: giving any replaces the default that keeps the head out of NF4.
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=config.double_quantization,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        if config.quant_type == "int8":
+            options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        else:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=config.quant_type,
+                bnb_4bit_use_double_quant=config.double_quantization,
+                bnb_4bit_compute_dtype=dtype,
+            )
     try:
         with model_files.quietly():
             loaded: tuple[PreTrainedModel, dict[str, Any]] = loader.from_pretrained(
@@ -123,6 +129,8 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
             layer.support_avx512bf16_for_cpu = False
             # a model that was stored in 4 bits brings the precision of whoever stored it
             layer.compute_dtype = layer.weight.quant_state.dtype = dtype  # type: ignore[attr-defined]
+        elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            compute_int8_alike(layer, dtype)
     if resolved.config.keep_expanded:
         keep_expanded(model)
     if head is not None:
@@ -155,14 +163,22 @@ def parts_in_fp32(model: PreTrainedModel) -> list[nn.Linear]:
 
 @dataclass(frozen=True)
 class PartMemory:
-    """Hold the bytes of one part of the model: what it would take in fp32 and bf16, and what it takes as loaded."""
+    """Hold the bytes of one part of the model: what it would take in fp32 and bf16, and what it takes as loaded.
+
+    `stored_as` is the name of its quantization, such as NF4; None: it is not quantized.
+    """
 
     part: str
     parameters: int
     fp32: int
     bf16: int
     loaded: int
-    quantized: bool
+    stored_as: str | None
+
+    @property
+    def quantized(self) -> bool:
+        """Return True if weights of this part are quantized."""
+        return self.stored_as is not None
 
 
 def memory_by_part(model: nn.Module) -> list[PartMemory]:
@@ -170,7 +186,7 @@ def memory_by_part(model: nn.Module) -> list[PartMemory]:
 
     `fp32` and `bf16` are what the weights would take before quantization, four and two bytes each. `loaded` is what is
     stored: for NF4 the packed nibbles and every quantization constant, that is block scales, their own scales and
-    offset, and both code books.
+    offset, and both code books; for 8 bits a byte for each weight, and a scale for each output.
     """
     members: dict[str, list[torch.Tensor]] = {part: [] for part in PARTS}
     for name, tensor in model.named_parameters():
@@ -182,9 +198,8 @@ def memory_by_part(model: nn.Module) -> list[PartMemory]:
             continue
         parameters = sum(unquantized_shape(tensor).numel() for tensor in tensors)
         loaded = sum(map(stored_bytes, tensors))
-        rows.append(
-            PartMemory(part, parameters, 4 * parameters, 2 * parameters, loaded, any(map(is_quantized, tensors)))
-        )
+        stored_as = next((quantization_name(tensor) for tensor in tensors if is_quantized(tensor)), None)
+        rows.append(PartMemory(part, parameters, 4 * parameters, 2 * parameters, loaded, stored_as))
     return rows
 
 
@@ -201,18 +216,30 @@ def find_part(name: str) -> str:
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:
-    """Return True if a parameter is stored in 4 bits."""
-    return getattr(tensor, "quant_state", None) is not None
+    """Return True if a parameter is stored in 4 or 8 bits."""
+    return getattr(tensor, "quant_state", None) is not None or is_int8(tensor)
+
+
+def is_int8(tensor: torch.Tensor) -> bool:
+    """Return True if a parameter is stored in 8 bits, with a scale for each output."""
+    return getattr(tensor, "SCB", None) is not None
+
+
+def quantization_name(tensor: torch.Tensor) -> str:
+    """Return how a quantized parameter is stored, in a word: NF4, FP4 or int8."""
+    return "int8" if is_int8(tensor) else tensor.quant_state.quant_type.upper()  # type: ignore[attr-defined,no-any-return]
 
 
 def unquantized_shape(tensor: torch.Tensor) -> torch.Size:
     """Return the shape of a parameter before 4-bit packing."""
-    return tensor.quant_state.shape if is_quantized(tensor) else tensor.shape  # type: ignore[attr-defined]
+    state = getattr(tensor, "quant_state", None)
+    return tensor.shape if state is None else state.shape
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
     """Return the bytes that a parameter takes as stored, with its quantization constants."""
-    constants = _constants(tensor.quant_state) if is_quantized(tensor) else ()  # type: ignore[attr-defined]
+    state = getattr(tensor, "quant_state", None)
+    constants = [tensor.SCB] if is_int8(tensor) else () if state is None else _constants(state)  # type: ignore[attr-defined]
     return tensor.nbytes + sum(constant.nbytes for constant in constants)
 
 
@@ -243,7 +270,7 @@ def memory_table(rows: Sequence[PartMemory]) -> DataFrame:
     table.loc["total"] = table.sum()
     sizes = [name for name in table.columns if name.endswith("(MB)")]
     table[sizes] = (table[sizes] / 1e6).round(2)
-    stored = ["NF4 + constants" if row.quantized else "16/32-bit float" for row in rows]
+    stored = [f"{row.stored_as} + constants" if row.stored_as else "16/32-bit float" for row in rows]
     table["stored as"] = [*stored, ""]
     return table
 
@@ -254,7 +281,7 @@ def plot_memory(rows: list[PartMemory], ax: Axes) -> Figure:
     lefts = [0.0, 0.0, 0.0]
     for row in rows:
         sizes = [row.fp32 / 1e6, row.bf16 / 1e6, row.loaded / 1e6]
-        stored = f"{row.part} (NF4)" if row.quantized else row.part
+        stored = f"{row.part} ({row.stored_as})" if row.stored_as else row.part
         ax.barh(["fp32", "bf16", "as loaded"], sizes, left=lefts, color=colors[row.part], label=stored)
         lefts = [left + size for left, size in zip(lefts, sizes, strict=True)]
     for position, total in enumerate(lefts):
@@ -336,8 +363,27 @@ def _without_gaps(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]
     return tuple(value.contiguous() for value in inputs)
 
 
+def unquantized_weights(config: RunConfig, model: PreTrainedModel) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Return a function that reads a weight as it was before quantization, by name and quantized weight.
+
+    Raises:
+        ModelError: the model's files hold quantized weights only. The function raises it for a weight that they lack.
+    """
+    source = locate(config.model)
+    stored = model_files.stored_quantization(source)
+    if stored:
+        raise ModelError(
+            f"lora_init: loftq needs the weights from before quantization, and {config.model} is stored in {stored}. "
+            "Take the model from before that, or lora_init=default."
+        )
+    plain = copy.deepcopy(model.config)
+    vars(plain).pop("quantization_config", None)
+    names = {name: in_files for name, (in_files, _) in stored_weights(type(model), plain).items()}
+    return Checkpoint(source, names)
+
+
 def original_weight(config: RunConfig, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return a 4-bit weight as it was before, shape (out, in); None if the model's files hold it in 4 bits only."""
+    """Return a quantized weight as it was before, shape (out, in); None if the model's files hold it so only."""
     try:
         return Checkpoint(locate(config.model))(name, tensor)
     except ModelError:
@@ -348,7 +394,7 @@ def original_weight(config: RunConfig, name: str, tensor: torch.Tensor) -> torch
 
 
 def first_quantized(model: nn.Module) -> tuple[str, torch.Tensor]:
-    """Return name and parameter of the first weight that is stored in 4 bits.
+    """Return name and parameter of the first weight that is stored in 4 or 8 bits.
 
     Raises:
         ValueError: the model holds no such weight.
@@ -356,23 +402,32 @@ def first_quantized(model: nn.Module) -> tuple[str, torch.Tensor]:
     for name, tensor in model.named_parameters():
         if is_quantized(tensor):
             return name, tensor
-    raise ValueError("no weight of this model is stored in 4 bits; was it loaded with quantize=False?")
+    raise ValueError("no weight of this model is quantized; was it loaded with quantize=False?")
 
 
 def dequantize(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a 4-bit weight as the floats that matrix products see, shape (out, in)."""
+    """Return a quantized weight as the floats that matrix products see, shape (out, in)."""
+    if is_int8(tensor):
+        return expand_int8(tensor, tensor.SCB, torch.float32)  # type: ignore[attr-defined]
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(tensor.data, tensor.quant_state)  # type: ignore[attr-defined]
 
 
 def nf4_levels(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the 16 values in [-1, 1] to which weights are rounded, divided by their block's largest magnitude."""
+    """Return the values in [-1, 1] to which weights are rounded, divided by their block's largest magnitude.
+
+    They are 16, and 255 for 8 bits.
+    """
+    if is_int8(tensor):
+        return torch.arange(-127, 128) / 127
     return tensor.quant_state.code.float().cpu()  # type: ignore[attr-defined]
 
 
 def find_levels(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the level that each weight was rounded to, 0 to 15, shape (weights,), block after block."""
+    """Return the number of the level that each weight was rounded to, from 0, shape (weights,), block after block."""
+    if is_int8(tensor):
+        return tensor.data.flatten().long().cpu() + 127
     # two weights share a byte, the first in its upper half
     packed = tensor.data.view(-1)
     return torch.stack([packed >> 4, packed & 0x0F], dim=1).flatten().long().cpu()
@@ -384,60 +439,69 @@ def scale_by_block(values: torch.Tensor, weights: torch.Tensor, tensor: torch.Te
     Args:
         values: one for each weight.
         weights: those whose largest magnitudes divide.
-        tensor: the 4-bit weight, for the size of its blocks.
+        tensor: the quantized weight, for the size of its blocks.
     """
-    size = tensor.quant_state.blocksize  # type: ignore[attr-defined]
+    size = block_size(tensor)
     # the last block can be shorter; zeros change no largest magnitude
     flat = torch.nn.functional.pad(weights.detach().float().cpu().flatten(), (0, -weights.numel() % size))
     peaks = flat.view(-1, size).abs().amax(dim=1).clamp_min(1e-12).repeat_interleave(size)[: values.numel()]
     return values.detach().float().cpu().flatten() / peaks
 
 
+def block_size(tensor: torch.Tensor) -> int:
+    """Return how many weights share a scale: 64, or with 8 bits all of one output."""
+    return tensor.shape[1] if is_int8(tensor) else tensor.quant_state.blocksize  # type: ignore[attr-defined,no-any-return]
+
+
 def rounding_errors(tensor: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    """Average the distance between weights and their rounded values by level, shape (16,).
+    """Average the distance between weights and their rounded values by level, shape (levels,).
 
     A distance of 1 is the largest weight of a block.
 
     Args:
-        tensor: the 4-bit weight.
+        tensor: the quantized weight.
         original: the weight before rounding, shape (out, in).
     """
+    count = len(nf4_levels(tensor))
     errors = scale_by_block(dequantize(tensor).cpu() - original.detach().float().cpu(), original, tensor).abs()
     levels = find_levels(tensor)[: errors.numel()]
-    counts = torch.bincount(levels, minlength=16).clamp_min(1)
-    return torch.bincount(levels, weights=errors, minlength=16) / counts
+    counts = torch.bincount(levels, minlength=count).clamp_min(1)
+    return torch.bincount(levels, weights=errors, minlength=count) / counts
 
 
 def plot_rounding(tensor: torch.Tensor, original: torch.Tensor, axes: Sequence[Axes]) -> Figure:
-    """Draw a weight before and after NF4, and how far rounding moved it, level by level.
+    """Draw a weight before and after quantization, and how far rounding moved it, level by level.
 
     Args:
-        tensor: the 4-bit weight.
+        tensor: the quantized weight.
         original: the weight before rounding, shape (out, in).
         axes: three, one above the other, which should share the horizontal scale.
     """
     levels = nf4_levels(tensor).numpy()
     before = scale_by_block(original, original, tensor).numpy()
-    used = torch.bincount(find_levels(tensor)[: before.size], minlength=16).numpy() / before.size
+    count = len(levels)
+    used = torch.bincount(find_levels(tensor)[: before.size], minlength=count).numpy() / before.size
+    width = 0.03 if count == 16 else 1 / count
     # above: weights pile up near zero, which is why NF4's levels are closer together there
     axes[0].hist(before, bins=201, range=(-1, 1), color=GRAY)
     axes[0].set_title(f"Before: {before.size:,} weights, each divided by the largest of its block", loc="left")
     axes[0].set(ylabel="weights")
     # in the middle: so each level is used about as often as any other
-    axes[1].bar(levels, used, width=0.03, color=BLUE)
-    axes[1].axhline(1 / 16, color=GRAY, linestyle="--", linewidth=1)
+    axes[1].bar(levels, used, width=width, color=BLUE)
+    axes[1].axhline(1 / count, color=GRAY, linestyle="--", linewidth=1)
     axes[1].annotate(
-        "if all were used alike", (1.05, 1 / 16), ha="right", va="bottom", fontsize="small", color="dimgray"
+        "if all were used alike", (1.05, 1 / count), ha="right", va="bottom", fontsize="small", color="dimgray"
     )
-    axes[1].set_title("After: one of 16 levels", loc="left")
+    axes[1].set_title(f"After: one of {count} levels", loc="left")
     axes[1].set(ylabel="share of weights")
     # below: the outer levels, further apart, round more coarsely
-    axes[2].bar(levels, rounding_errors(tensor, original).numpy(), width=0.03, color=ORANGE)
+    axes[2].bar(levels, rounding_errors(tensor, original).numpy(), width=width, color=ORANGE)
     axes[2].set_title("Mean rounding error at each level", loc="left")
     axes[2].set(ylabel="error", xlabel="1 is the largest weight of a block of "
-                f"{tensor.quant_state.blocksize}; thin lines: the levels", xlim=(-1.07, 1.07))  # type: ignore[attr-defined]  # fmt: skip
+                f"{block_size(tensor)}; thin lines: the levels", xlim=(-1.07, 1.07))  # fmt: skip
     for ax in axes:
-        for level in levels:
+        # 255 lines would be a gray area
+        for level in levels if count == 16 else ():
             ax.axvline(level, color=BLUE, linewidth=0.5, alpha=0.5, zorder=0)
         unframed(ax)
     return axes[0].get_figure()  # type: ignore[return-value]

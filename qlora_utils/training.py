@@ -27,15 +27,17 @@ from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions, launch, processes
 from qlora_utils.loop.environment import check_launcher, ignore_overrides
 from qlora_utils.loop.history import HistoryWriter, peak_memory_bytes
+from qlora_utils.loop.initialization import EVA_TOKENS, initialize_eva, initialize_loftq
 from qlora_utils.loop.live import Progress
 from qlora_utils.loop.summary import TrainingSummary
 from qlora_utils.loop.trainer import TRAINERS, StepTrainer, TraceResult, training_arguments
-from qlora_utils.lora import check_weights, record_base
+from qlora_utils.lora import base_alone, check_weights, record_base
 from qlora_utils.models.export import write_tokenizer
 from qlora_utils.models.hardware import OutOfMemoryError, is_out_of_memory
 from qlora_utils.models.memory import answer_room, too_large_at_last, within_learned
 from qlora_utils.models.resolution import resolution_of
 from qlora_utils.models.shapes import architecture_of
+from qlora_utils.quantization import unquantized_weights
 from qlora_utils.rows.conversations import Conversation
 from qlora_utils.rows.files import DataError
 from qlora_utils.rows.held_out import measured_rows
@@ -498,6 +500,8 @@ def _train_from(
         _check_disk(trainer, run, last)
         # The Trainer has put Liger's kernels in, so this is the model as every step will run it.
         check_model(config, tuned_model, tokenizer)
+        if last is None:
+            initialize_adapter(trainer, tuned_model)
     # Until here all processes have read what is on the disk; now the first one changes it.
     processes.wait()
     if last is None and trainer.is_world_process_zero():
@@ -534,6 +538,37 @@ def _train_from(
     shutil.rmtree(run.merged, ignore_errors=True)
     write_json(run.metrics, {"train": vars(summary)})
     return summary
+
+
+def initialize_adapter(trainer: StepTrainer, tuned_model: PeftModel) -> None:
+    """Replace what a fresh adapter begins with, if `lora_init` says so. A resumed one takes its checkpoint's weights.
+
+    Raises:
+        ModelError: LoftQ needs the weights from before quantization, and the model's files don't hold them.
+        ConfigError: EVA finds too few answer tokens for the rank.
+    """
+    config = trainer.config
+    if config.lora_init == "loftq":
+        base: Any = tuned_model.get_base_model()
+        initialize_loftq(tuned_model, unquantized_weights(config, base))
+        # the adapter changes answers from the beginning, and the first measurement is of the base model
+        trainer.before_first_step = base_alone
+    elif config.lora_init == "eva":
+        initialize_eva(tuned_model, [*_passes_for_eva(trainer)])
+
+
+def _passes_for_eva(trainer: StepTrainer) -> Iterator[Any]:
+    """Yield passes of training rows, drawn with the run's seed, until they hold `EVA_TOKENS` answer tokens."""
+    rows: Any = trainer.train_dataset
+    order = random.Random(trainer.config.seed).sample(range(len(rows)), len(rows))
+    size, found = trainer.config.batch_size, 0
+    for first in range(0, len(order), size):
+        step = trainer.data_collator([rows[index] for index in order[first : first + size]])
+        for batch in step["passes"]:
+            yield trainer._prepare_inputs(batch)
+            found += len(batch["answer_positions"])
+            if found >= EVA_TOKENS:
+                return
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from conftest import ROOT
 from pydantic import ValidationError
 
 from qlora_utils import cli
-from qlora_utils.config import ConfigError, RunConfig, resume_command, run_command
+from qlora_utils.config import ADDED_FIELDS, ConfigError, RunConfig, resume_command, run_command
 from qlora_utils.runs.directory import RunDirectory
 
 
@@ -32,6 +32,9 @@ from qlora_utils.runs.directory import RunDirectory
         ("run_name", "", "pattern"),
         ("max_seq_len", -1, "greater than or equal to 16"),
         ("model", 7, "string"),
+        ("quant_type", "int4", "nf4"),
+        ("lora_init", "pisa", "gaussian"),
+        ("neftune_noise_alpha", 0, "greater than 0"),
     ],
 )
 def test_a_wrong_value_is_refused_with_field_value_and_what_is_allowed(field, value, allowed):
@@ -41,6 +44,19 @@ def test_a_wrong_value_is_refused_with_field_value_and_what_is_allowed(field, va
     assert field in message
     assert repr(value) in message
     assert allowed in message
+
+
+def test_a_run_of_an_earlier_version_was_trained_by_what_there_was():
+    """It has no field for how its base weights are stored, and is refused on others."""
+    config = RunConfig.from_preset("pocket", quant_type="int8")
+    stored = {name: value for name, value in config.model_dump().items() if name not in ADDED_FIELDS}
+    assert config.describe_differences(stored, ()) == ["quant_type: it has 'nf4', asked for is 'int8'"]
+    assert not RunConfig.from_preset("pocket").describe_differences(stored, ())
+
+
+def test_quantized_and_not_quantized_at_once_is_refused():
+    with pytest.raises(ConfigError, match="quant_type=fp4 and quantize=false"):
+        RunConfig.from_preset("pocket", quant_type="fp4", quantize=False)
 
 
 def test_an_unknown_field_names_the_nearest():

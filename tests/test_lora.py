@@ -173,6 +173,32 @@ def test_a_base_model_in_low_precision_works_with_a_head_in_fp32(config, tokeniz
     assert again_loss == pytest.approx(history[-1]["eval_loss"], rel=0.02)
 
 
+@BOTH
+def test_attention_alone_is_adapted_where_that_is_asked_for(config):
+    tuned_model = with_adapter(config, lora_targets="attention-linear")
+    adapted = {path for path, module in tuned_model.named_modules() if hasattr(module, "lora_A")}
+    t5 = tuned_model.config.is_encoder_decoder  # 6 attentions, or 4 layers
+    assert {path.rpartition(".")[2] for path in adapted} == set(
+        "qkvo" if t5 else ("q_proj", "k_proj", "v_proj", "o_proj")
+    )
+    assert len(adapted) == (6 if t5 else 4) * 4
+    trained = sum(p.numel() for name, p in tuned_model.named_parameters() if "lora_" in name)
+    asked = RunConfig.build({**config.model_dump(), "lora_targets": "attention-linear"})
+    assert shapes.read(config.model).lora_parameters(asked) == trained
+
+
+def test_a_feed_forward_with_names_of_attention_is_told_apart_by_its_path(config, base_model):
+    asked = RunConfig.build({**config.model_dump(), "lora_targets": "attention-linear"})
+    base_model.model.layers[0].mlp.o_proj = torch.nn.Linear(2, 2)
+    targets = lora.target_modules(asked, base_model)
+    assert "model.layers.0.self_attn.o_proj" in targets
+    assert not any("mlp" in path for path in targets)
+    del base_model.model.layers[1:]
+    base_model.model.layers[0].self_attn = torch.nn.Identity()
+    with pytest.raises(ConfigError, match="no linear layer of this model lies in a module named attention"):
+        lora.target_modules(asked, base_model)
+
+
 @pytest.mark.parametrize("preset", ["pocket-t5"], indirect=True, scope="session")
 def test_names_of_layers_are_adapted_and_no_others(config, recwarn):
     tuned_model = with_adapter(config, lora_targets="q, v")

@@ -26,6 +26,32 @@ def test_all_linear_layers_but_the_head_are_nf4(base_model):  # trap 1
     assert all(state.quant_type == "nf4" and state.nested for state in states)
 
 
+@pytest.mark.parametrize(("quant_type", "kind"), [("int8", "int8"), ("fp4", "FP4")])
+@BOTH
+def test_weights_in_other_types_are_near_the_original_and_say_what_they_are(config, quant_type, kind):
+    changes = {"quant_type": quant_type}
+    model = quantization.load(RunConfig.build({**config.model_dump(), **changes}))
+    name, weight = quantization.first_quantized(model)
+    assert quantization.quantization_name(weight) == kind
+    original = quantization.original_weight(config, name, weight)
+    restored = quantization.dequantize(weight)
+    assert restored.shape == original.shape == quantization.unquantized_shape(weight)
+    error = (restored - original).float().norm() / original.float().norm()
+    assert error < (0.01 if kind == "int8" else 0.2)
+    # a level for each weight, from which it follows
+    levels, found = quantization.nf4_levels(weight), quantization.find_levels(weight)
+    assert len(levels) == (255 if kind == "int8" else 16)
+    scaled = quantization.scale_by_block(restored, restored, weight)
+    assert torch.allclose(levels[found], scaled, atol=0.01)
+    assert len(quantization.rounding_errors(weight, original)) == len(levels)
+    # the head and what a T5 keeps in fp32 stay as they are
+    heads = {path for path, module in model.named_modules()
+             if type(module) is torch.nn.Linear and not path.endswith(".wo")}  # fmt: skip
+    assert heads == {"lm_head"}
+    table = quantization.memory_table(quantization.memory_by_part(model))
+    assert set(table["stored as"]) == {f"{kind} + constants", "16/32-bit float", ""}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @BOTH
 def test_all_weights_are_frozen_and_none_was_upcast(config, dtype):  # traps 2 and 16

@@ -144,7 +144,7 @@ def _round(name: str, value: Callable[[], torch.Tensor], dtype: torch.dtype, fac
 
 
 def as_loaded(name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Return a base weight as the loaded model uses it: NF4 dequantized, others unchanged."""
+    """Return a base weight as the loaded model uses it: quantized ones dequantized, others unchanged."""
     if quantization.is_quantized(parameter):
         return quantization.dequantize(parameter)
     return parameter.detach()

@@ -1,7 +1,7 @@
 """Merge a run's adapter into its base model: a plain 16-bit model for transformers, vLLM etc.
 
 `W' = W + s·BA`, with DoRA scaled row by row to its learned length, is summed in fp32 and rounded
-once. W is by default the *dequantized* NF4 weight. The adapter was trained on it and makes up for
+once. W is by default the *dequantized* weight. The adapter was trained on it and makes up for
 its rounding error; merged into the weight from before quantization, it would make up for an error
 that is not there.
 """

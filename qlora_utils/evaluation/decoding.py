@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from qlora_utils.kernels import attention
 from qlora_utils.kernels.cuda_graphs import capture
-from qlora_utils.kernels.lora_layers import keep_expanded
+from qlora_utils.kernels.lora_layers import keep_expanded, quantized_layers
 from qlora_utils.locate import first_line
 from qlora_utils.models.hardware import graph_pool_bytes, is_out_of_memory
 
@@ -361,9 +361,7 @@ def _expandable(model: nn.Module, free: int) -> list[Any]:
 
     Otherwise every step dequantizes all weights again, which takes longer than the products with them.
     """
-    from bitsandbytes.nn import Linear4bit
-
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    layers = quantized_layers(model)
     # Without an adapter bitsandbytes computes the products, and reads nothing that is saved.
     is_fused = any(hasattr(module, "layer_group") for module in model.modules())
     size = 0

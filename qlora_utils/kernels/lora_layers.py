@@ -89,16 +89,17 @@ def _group_siblings(path: str, layers: dict[str, Any]) -> list[list[Any]]:
 def _fused_forms() -> dict[type, type[nn.Module]]:
     """Return the fused form of each of peft's LoRA layer classes.
 
-    4-bit layers are among them if bitsandbytes is installed.
+    Quantized layers are among them if bitsandbytes is installed.
     """
     from peft.tuners.lora import Linear
 
     forms: dict[type, type[nn.Module]] = {Linear: _fused_form(Linear)}
     try:
-        from peft.tuners.lora.bnb import Linear4bit
+        from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
     except ImportError:
         return forms
-    forms[Linear4bit] = _fused_form(Linear4bit)
+    for quantized in (Linear4bit, Linear8bitLt):
+        forms[quantized] = _fused_form(quantized)
     return forms
 
 
@@ -284,7 +285,7 @@ def _fused_form(plain: type[nn.Module]) -> type[nn.Module]:
 def product_dtype(layer: Any, x: torch.Tensor) -> torch.dtype:
     """Return the dtype of a layer's products.
 
-    A 4-bit layer has a compute dtype; for others it is autocast's, or that of the weight.
+    A quantized layer has a compute dtype; for others it is autocast's, or that of the weight.
     """
     if hasattr(layer, "compute_dtype"):
         return layer.compute_dtype or x.dtype
@@ -294,7 +295,7 @@ def product_dtype(layer: Any, x: torch.Tensor) -> torch.dtype:
 
 
 def product_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return a layer's weight (out, in) as products take it, dequantized if it is stored in 4 bits.
+    """Return a layer's weight (out, in) as products take it, dequantized if it is quantized.
 
     A weight that `keep_expanded` has dequantized is returned as it was saved.
     """
@@ -303,7 +304,8 @@ def product_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
         return saved
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
-        return layer.weight.to(dtype)
+        scales = getattr(layer.weight, "SCB", None)
+        return layer.weight.to(dtype) if scales is None else expand_int8(layer.weight, scales, dtype)
     packed = layer.weight.data
     if packed.is_cuda and _has_triton():
         from qlora_utils.kernels.dequantization import can_expand, expand
@@ -315,6 +317,63 @@ def product_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     return dequantize_4bit(packed, state).to(dtype)
 
 
+def expand_int8(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return an 8-bit weight (out, in) in `dtype`: each row is its whole numbers times its largest magnitude / 127.
+
+    Args:
+        weight: (out, in) in int8.
+        scales: the largest magnitude of each row, (out,) in fp32.
+        dtype: of the result.
+    """
+    # computed in fp32 and rounded once, without a copy in fp32
+    expanded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    return torch.mul(weight.data, (scales / 127).unsqueeze(1), out=expanded)
+
+
+def compute_int8_alike(layer: Any, dtype: torch.dtype) -> None:
+    """Let an 8-bit layer of bitsandbytes compute what a fused one computes: inputs in `dtype`, weights dequantized.
+
+    On a GPU bitsandbytes rounds the inputs of such layers to 8 bits too, except for the columns in which any token of
+    the pass has a large value. A conversation would depend on those beside it in a pack, and a CPU, where inputs are
+    not rounded, would compute something else.
+    """
+    layer.compute_dtype = dtype
+    plain: Any = type(layer)
+    layer.__class__ = _int8_form(plain)
+
+
+@functools.cache
+def _int8_form(plain: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass of bitsandbytes' 8-bit layer that multiplies by the dequantized weight."""
+
+    class WeightOnly(plain):  # type: ignore[valid-type, misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Return the output (…, out), in the precision of the input."""
+            y = _FrozenProduct.apply(x.to(self.compute_dtype), self)
+            return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
+
+    WeightOnly.__name__ = WeightOnly.__qualname__ = plain.__name__
+    return WeightOnly
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """Multiply by a frozen weight, which the backward pass dequantizes again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: Any) -> torch.Tensor:
+        """Return the product (…, out) of an input (…, in)."""
+        ctx.layer = layer
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ product_weight(layer, x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the gradient of the input."""
+        (gradient,) = gradients
+        with torch.autocast(gradient.device.type, enabled=False):
+            return gradient @ product_weight(ctx.layer, gradient.dtype), None
+
+
 @functools.cache
 def _has_triton() -> bool:
     """Return whether Triton is installed, as it is with PyTorch's builds for CUDA on Linux."""
@@ -322,7 +381,7 @@ def _has_triton() -> bool:
 
 
 def keep_expanded(model: nn.Module) -> int:
-    """Save the dequantized form of every 4-bit weight beside it, where memory is plenty.
+    """Save the dequantized form of every quantized weight beside it, where memory is plenty.
 
     These are the numbers that every product would otherwise dequantize again, so that nothing
     changes but the time.
@@ -330,14 +389,18 @@ def keep_expanded(model: nn.Module) -> int:
     Returns:
         The bytes that the dequantized weights take.
     """
-    from bitsandbytes.nn import Linear4bit
-
     total = 0
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit):
-            layer.dequantized_weight = product_weight(layer, layer.compute_dtype or torch.float32)
-            total += layer.dequantized_weight.nbytes
+    for layer in quantized_layers(model):
+        layer.dequantized_weight = product_weight(layer, layer.compute_dtype or torch.float32)
+        total += layer.dequantized_weight.nbytes
     return total
+
+
+def quantized_layers(model: nn.Module) -> list[Any]:
+    """List the layers whose weights are stored in 4 or 8 bits, without the adapters around them."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    return [layer for layer in model.modules() if isinstance(layer, (Linear4bit, Linear8bitLt))]
 
 
 def _empty_outputs(x: torch.Tensor, group: LayerGroup) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions, processes, schedule
 from qlora_utils.loop.environment import check_launcher, check_precision
 from qlora_utils.loop.live import Progress
+from qlora_utils.loop.noise import noisy_embeddings
 from qlora_utils.models.files import Architecture
 from qlora_utils.models.hardware import OutOfMemoryError, free_memory, free_pinned_memory, is_out_of_memory
 from qlora_utils.models.memory import learn, too_large_at_last
@@ -71,6 +73,8 @@ class StepTrainer(Trainer):
         watch: counter of skipped steps.
         step_loss: loss of the last step.
         logged_at: step of the last training loss in history.jsonl.
+        before_first_step: returns a context in which the first measurement is made; None: an adapter begins by changing
+            nothing, so that the model as it is answers as its base model does.
         rows_digest: digest of the rows, which checkpoints store to recognize their data.
         gradients: those of all trained weights, in one tensor; None before the first step.
         stopper: that was asked to stop this training, or will be.
@@ -94,6 +98,7 @@ class StepTrainer(Trainer):
         self.watch = interruptions.DivergenceWatch()
         self.step_loss = torch.zeros(())
         self.logged_at = 0
+        self.before_first_step: Callable[[Any], AbstractContextManager[Any]] | None = None
         self.rows_digest = ""
         self.continued: list[dict[str, Any]] = []
         self.gradients: FlatGradients | None = None
@@ -178,7 +183,9 @@ class StepTrainer(Trainer):
 
         loss = torch.zeros((), device=self.args.device)
         for batch in passes:
-            part = self._pass_loss(model, self._prepare_inputs(batch), answers)
+            prepared = self._prepare_inputs(batch)
+            with noisy_embeddings(self.model, prepared, self.config.neftune_noise_alpha):
+                part = self._pass_loss(model, prepared, answers)
             self.accelerator.backward(part)
             loss += part.detach()
         return loss
@@ -669,12 +676,16 @@ class StepTrainer(Trainer):
         self._judge_last_step()
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         size = self.args.per_device_eval_batch_size
-        losses, counts = row_losses(self.model, processes.share(rows), self._collator(), batch_size=size)
+        result = None
+        at_start = self.before_first_step if self.state.global_step == 0 else None
+        with at_start(self.model) if at_start else nullcontext():
+            losses, counts = row_losses(self.model, processes.share(rows), self._collator(), batch_size=size)
+            if self.trace is not None:
+                result = self.trace(self.model)
         total, tokens = sum(processes.gather(losses)), sum(processes.gather(counts))
         loss = total / tokens if tokens else math.nan
         metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": loss}
-        if self.trace is not None:
-            result = self.trace(self.model)
+        if result is not None:
             metrics[f"{metric_key_prefix}_exact_match"] = result.exact_match
             if result.sample is not None:
                 metrics[f"{metric_key_prefix}_sample"] = result.sample

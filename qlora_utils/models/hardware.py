@@ -223,6 +223,8 @@ def cuda_graphs(config: RunConfig, card: Card | None, architecture: Architecture
         return False, "FlashAttention over packs, which needs no shapes of conversations, takes 16-bit numbers only"
     if config.lora_dropout > 0 or not config.fused_layers:
         return False, "dropout and peft's own layers are not captured"
+    if config.neftune_noise_alpha is not None:
+        return False, "noise on embeddings is not captured"
     return True, "passes are captured once and replayed, so that the GPU does not wait for Python"
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_utils.config import ModelError, RunConfig
+from qlora_utils.config import ADDED_FIELDS, ModelError, RunConfig
 from qlora_utils.models import shapes
 from qlora_utils.models.hardware import GIB, Card, graph_pool_bytes, limit_memory, precision, this_card
 from qlora_utils.models.shapes import Shape
@@ -133,8 +133,10 @@ def offloaded_bytes(shape: Shape, config: RunConfig) -> int:
 
 
 def _weight_bytes(shape: Shape, config: RunConfig, wide: int) -> int:
-    """Return the bytes of all frozen weights but the head: linear layers (in NF4 or as they are), embeddings, norms."""
-    linear = shape.linear_parameters // 2 if config.quantize else shape.linear_parameters * wide
+    """Return the bytes of all frozen weights but the head: linear layers (quantized or not), embeddings, norms."""
+    linear = shape.linear_parameters * wide
+    if config.quantize:
+        linear = shape.linear_parameters if config.quant_type == "int8" else shape.linear_parameters // 2
     return linear + (shape.embedding_parameters + shape.small_parameters) * wide + shape.fp32_parameters * 4
 
 
@@ -142,10 +144,12 @@ def _constant_bytes(shape: Shape, config: RunConfig) -> int:
     """Return the bytes of the quantization constants.
 
     Each block of 64 weights has one absolute maximum of four bytes; with double quantization it is a byte, and each 256
-    of these have another maximum.
+    of these have another maximum. In 8 bits each output of a layer has one, of four bytes.
     """
     if not config.quantize:
         return 0
+    if config.quant_type == "int8":
+        return 4 * sum(linears.count * linears.outputs for linears in shape.linears if not linears.in_fp32)
     blocks = shape.linear_parameters // 64
     if not config.double_quantization:
         return blocks * 4
@@ -244,9 +248,9 @@ def _list_remedies(config: RunConfig) -> str:
 # ---------------------------------------------------------------------------------------------------- learned
 
 # What memory depends on: a pass that ran out says something about runs that are equal in these.
-_MEMORY_FIELDS = ("model", "quantize", "train_head", "lora_r", "lora_targets", "compute_dtype", "optimizer",
-                  "keep_expanded", "gradient_checkpointing", "kept_layers", "offload_activations", "attention_kernel",
-                  "fused_layers", "liger")  # fmt: skip
+_MEMORY_FIELDS = ("model", "quantize", "quant_type", "train_head", "lora_r", "lora_targets", "compute_dtype",
+                  "optimizer", "keep_expanded", "gradient_checkpointing", "kept_layers", "offload_activations",
+                  "attention_kernel", "fused_layers", "liger")  # fmt: skip
 
 
 def learn(config: RunConfig, tokens: int) -> None:
@@ -275,7 +279,8 @@ def within_learned(config: RunConfig, tokens: int) -> int:
     case = _describe_case(config)
     bound = tokens
     for line in read_jsonl(path):
-        if {name: line.get(name) for name in case} == case:
+        # earlier versions wrote no quant_type
+        if {name: line.get(name, ADDED_FIELDS.get(name)) for name in case} == case:
             bound = min(bound, line["tokens"] // 2)
     return max(1, bound)
 

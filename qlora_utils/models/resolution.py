@@ -107,6 +107,7 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
     architecture = shape.architecture if shape else _read_architecture(config)
     # called for its error alone: the given precision may be one that the model cannot be computed in
     precision(config, card, architecture)
+    _refuse_for_pairs(config, architecture)
     card = card or this_card()
     if card is not None and config.memory_gib is not None:
         card = limit_memory(card, config.memory_gib)
@@ -149,6 +150,22 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
                 f"{planned:,} were planned, but more than this ran out of memory here before"
             )
     return Resolved(chosen, given, architecture, reasons | _advise_on_head(chosen, card, shape))
+
+
+def _refuse_for_pairs(config: RunConfig, architecture: Architecture) -> None:
+    """Refuse what is defined for causal models alone, where the model is an encoder-decoder.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    if architecture == "causal":
+        return
+    wanted = {"neftune_noise_alpha": config.neftune_noise_alpha, "lora_init": config.lora_init}
+    for name, value in wanted.items():
+        if value == "eva" or isinstance(value, float):
+            raise ConfigError(
+                f"{name}: {value} is for causal models, and {config.model} is an encoder-decoder. Leave it out."
+            )
 
 
 # Share of a card's room that a head may take before the plan advises to freeze it.
@@ -376,7 +393,10 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
     )
     flops += tokens * 6 * shape.head_parameters
     # bytes moved: by dequantizing in each pass; by the optimizer, fewer where one kernel takes many tensors
-    expanding = 0 if config.keep_expanded or not config.quantize else 2.5 * shape.linear_parameters * forwards * passes
+    weight_bytes = 3.0 if config.quant_type == "int8" else 2.5
+    expanding = weight_bytes * shape.linear_parameters * forwards * passes
+    if config.keep_expanded or not config.quantize:
+        expanding = 0.0
     trained = shape.lora_parameters(config) + shape.head_parameters * config.train_head
     stepping = trained * (28 if config.optimizer == "adamw_torch_fused" else 150)
     # short passes are padded by more, and their products fill a GPU less
@@ -418,7 +438,7 @@ def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> DataFram
                 "compute": chosen.compute_dtype,
                 "attention": chosen.attention_kernel,
                 "recomputed": _describe_recomputed(chosen, shape),
-                "weights": "dequantized" if chosen.keep_expanded else "in NF4",
+                "weights": _describe_weights(chosen),
                 "tokens per pass": chosen.micro_batch_tokens or 0,
                 "optimizer": chosen.optimizer,
                 "peak (GiB)": round(plan.peak / GIB, 1),
@@ -430,6 +450,14 @@ def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> DataFram
                "room (GiB)", "verdict"]  # fmt: skip
     table = DataFrame(rows, columns=columns, index=Index([card.name for card in cards], name="GPU"))
     return table.astype({"tokens per pass": "Int64"})  # whole numbers also where one is missing
+
+
+def _describe_weights(config: RunConfig) -> str:
+    """Describe in a word or two how the weights of linear layers are read."""
+    if not config.quantize:
+        return "not quantized"
+    names = {"nf4": "in NF4", "fp4": "in FP4", "int8": "in 8 bits"}
+    return "dequantized" if config.keep_expanded else names[config.quant_type]
 
 
 def _describe_recomputed(config: RunConfig, shape: Shape) -> str:

@@ -77,6 +77,8 @@ class Linears:
     count: int
     # layers that stay out of NF4, since their outputs grow large
     in_fp32: bool
+    # layers of attention, self or cross
+    in_attention: bool
 
     @property
     def parameters(self) -> int:
@@ -177,6 +179,8 @@ class Shape(ABC):
         """List the layers that get an adapter."""
         # peft adapts layers by the last part of their name, in all blocks alike
         names = [name.strip() for name in config.lora_targets.split(",")]
+        if names == ["attention-linear"]:
+            return [linears for linears in self.linears if linears.in_attention]
         return [linears for linears in self.linears if names == ["all-linear"] or linears.name in names]
 
     def lora_parameters(self, config: RunConfig) -> int:
@@ -506,7 +510,7 @@ def _count_layers(model: PreTrainedModel, source: str) -> tuple[tuple[Linears, .
     # Tied weights are one parameter in several modules: each counts once. Head and embeddings are counted apart.
     apart = (model.get_output_embeddings(), model.get_input_embeddings())
     seen = {id(module.weight) for module in apart if module is not None}
-    layers: Counter[tuple[str, int, int]] = Counter()
+    layers: Counter[tuple[str, int, int, bool]] = Counter()
     small = 0
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -515,7 +519,8 @@ def _count_layers(model: PreTrainedModel, source: str) -> tuple[tuple[Linears, .
             seen.add(id(parameter))
             # bitsandbytes quantizes this very class, no class derived from it
             if name == "weight" and type(module) is nn.Linear:
-                layers[path.rpartition(".")[2], module.in_features, module.out_features] += 1
+                attends = is_in_attention(path)
+                layers[path.rpartition(".")[2], module.in_features, module.out_features, attends] += 1
             elif _is_small(module, name):
                 small += parameter.numel()
             else:
@@ -523,9 +528,19 @@ def _count_layers(model: PreTrainedModel, source: str) -> tuple[tuple[Linears, .
                 _refuse(source, found, "linear layers, embeddings and norms alone, no experts, convolutions or images")
     # layers of one name differ in size where blocks differ
     linears = []
-    for (name, inputs, outputs), count in layers.items():
-        linears.append(Linears(name, inputs, outputs, count, name in names_in_fp32))
+    for (name, inputs, outputs, attends), count in layers.items():
+        linears.append(Linears(name, inputs, outputs, count, name in names_in_fp32, attends))
     return tuple(linears), small
+
+
+def is_in_attention(path: str) -> bool:
+    """Return True for a module within an attention block, by the names that models have for it.
+
+    Args:
+        path: of the module, as `layers.0.self_attn.q_proj` or `block.0.layer.1.EncDecAttention.q`.
+    """
+    block = path.lower().rpartition(".")[0]
+    return "attn" in block or "attention" in block
 
 
 # Share of the layers' weights that may lie where neither NF4 nor LoRA reaches: short convolutions, routers.

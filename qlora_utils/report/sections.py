@@ -379,7 +379,7 @@ def _sample(facts: Facts, most: int = 8) -> Values | None:
 
 
 _PARTS = {
-    "weights": "base model: linear layers in NF4, embeddings and norms",
+    "weights": "base model: quantized linear layers, embeddings and norms",
     "quantization constants": "the scale of each block of 64 weights",
     "expanded weights": "the same weights kept dequantized, for speed",
     "head": "lm_head, with a copy in fp32 where it is trained",

@@ -124,6 +124,10 @@ def _article(noun: str) -> str:
     return f"{'an' if noun[:1].upper() in 'AEIOU' else 'a'} {noun}"
 
 
+# Values of `quant_type` in words; runs of earlier versions have none.
+STORED_AS = {"nf4": "in 4-bit NF4", "fp4": "in 4-bit FP4", "int8": "in 8 bits"}
+
+
 def what_was_tuned(facts: Facts) -> str:
     """Describe what was tuned, on what, and how long."""
     config, train = facts.config, facts.train
@@ -134,7 +138,9 @@ def what_was_tuned(facts: Facts) -> str:
     unit = counted(used, "conversation") + " of " if isinstance(used, int) else ""
 
     # How the model was loaded and what trains: what sets one run apart from another.
-    form = "in 4-bit NF4" if config.get("quantize", True) else "not quantized"
+    form = STORED_AS.get(str(config.get("quant_type")), STORED_AS["nf4"])
+    if not config.get("quantize", True):
+        form = "not quantized"
     head = ", the head trained in full beside them" if config.get("train_head") else ""
     source = str(config.get("model"))
     origin = f" {describe_origin(source)}" if source.startswith(PACKAGED) else ""

@@ -57,7 +57,8 @@ def loss_and_gradients(model, batch, seed=0):
 
 
 VARIANTS = [{}, {"lora_alpha": 5.0}, {"rslora": True}, {"gradient_checkpointing": True}, {"keep_expanded": False},
-            {"train_head": False}, {"quantize": False}, {"dora": True}, {"compute_dtype": "bfloat16"}]  # fmt: skip
+            {"train_head": False}, {"quantize": False}, {"dora": True}, {"compute_dtype": "bfloat16"},
+            {"quant_type": "int8"}, {"quant_type": "int8", "keep_expanded": False}, {"quant_type": "fp4"}]  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -167,10 +168,31 @@ def test_nothing_waits_once_a_pass_is_over(config, batch, checkpointing):
     assert all(group.pending_for is None and not group.pending for group in groups.values())
 
 
-def test_kept_weights_are_the_dequantized_ones(config):
-    model = quantization.load(changed(config, keep_expanded=True))
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_kept_weights_are_the_dequantized_ones(config, quant_type):
+    model = quantization.load(changed(config, keep_expanded=True, quant_type=quant_type))
     layer = model.model.layers[0].mlp.up_proj
     torch.testing.assert_close(layer.dequantized_weight, quantization.dequantize(layer.weight), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_8_bit_layer_multiplies_by_its_dequantized_weight(config, dtype):
+    """In training and in evaluation mode alike, without rounding its inputs, and with their gradient."""
+    model = quantization.load(changed(config, keep_expanded=False, quant_type="int8", compute_dtype=str(dtype)[6:]))
+    layer = model.model.layers[0].mlp.up_proj
+    weight = quantization.dequantize(layer.weight).to(dtype)
+    # one large value, for which bitsandbytes would compute its column in another precision
+    x = torch.randn(5, layer.in_features, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    x[0, 3] = 50
+    for module in (layer.train(), layer.eval()):
+        given = x.clone().requires_grad_()
+        y = module(given)
+        y.sum().backward()
+        torch.testing.assert_close(y.detach(), x @ weight.T)
+        torch.testing.assert_close(given.grad, torch.ones_like(y) @ weight)
+        torch.testing.assert_close(
+            module(x[1:]), y[1:].detach(), rtol=1e-3 if dtype is torch.float32 else 2e-2, atol=1e-2
+        )
 
 
 @BOTH

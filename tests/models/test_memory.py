@@ -49,7 +49,9 @@ def test_the_shape_of_a_model_is_read_from_its_config(config, variant):
     assert f"trainable: {trained:,} parameters" in trainable_text(shape, config)
 
 
-def test_weights_and_constants_are_those_that_lie_in_memory(config):
+@pytest.mark.parametrize("changes", [{}, {"quant_type": "int8"}, {"quant_type": "fp4"}, {"quantize": False}], ids=str)
+def test_weights_and_constants_are_those_that_lie_in_memory(config, changes):
+    config = RunConfig.build({**config.model_dump(), **changes})
     predicted = predict(shapes.read(config.model), resolve_auto(config).config).parts
     model = quantization.load(config)
     loaded = sum(part.loaded for part in quantization.memory_by_part(model))
