@@ -27,7 +27,7 @@ import stored  # noqa: E402
 
 FILES = sorted((BENCHMARKS / "results").glob("*.json"))
 PAGES = [
-    *(ROOT / name for name in ("README.md", "docs/performance.md", "docs/models.md")),
+    *(ROOT / name for name in ("README.md", "docs/performance.md", "docs/models.md", "docs/paper.md")),
     *sorted((ROOT / "notebooks").glob("*.ipynb")),
 ]
 PER_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
