@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # Returns a weight of the base model, by its name and a parameter of its shape.
 Weights = Callable[[str, torch.Tensor], torch.Tensor]
 
-# As which numbers `fully_shard` gets the bytes of 4-bit weights. PyTorch 2.11 takes no integers. In bfloat16 a GPU copies
-# numbers by way of float32, where bytes that read as NaN come out as another NaN; float32 it copies as it is.
+# As which numbers `fully_shard` gets the bytes of 4-bit weights. PyTorch 2.11 takes no integers. A GPU copies bfloat16
+# by way of float32, from which bytes that read as NaN come back as another NaN; it copies float32 as it is.
 STORAGE = torch.float32
 # What a split model cannot have: weights that stay dequantized would have to be whole, graphs capture no other
 # process, and copies to main memory would wait for the layers that are gathered.
@@ -157,7 +157,7 @@ def _as_stored(weight: torch.Tensor, empty: nn.Parameter, device: torch.device) 
     weights_in_each = 2 * STORAGE.itemsize
     if weight.numel() % weights_in_each:
         raise ModelError(
-            f"model: a layer has a weight of shape {tuple(weight.shape)}, which cannot be split: expected a multiple of "
+            f"model: a weight of shape {tuple(weight.shape)} cannot be split: expected a multiple of "
             f"{weights_in_each} numbers. Take -p shard=false."
         )
     # It takes over type, storage and layer; moving it to a device, even to the one it is on, quantizes it.
