@@ -76,6 +76,8 @@ def load_split(
     loader = choose_loader("causal")
     with init_empty_weights(include_buffers=False), quietly():
         model: PreTrainedModel = loader.from_config(model_config, dtype=dtype, trust_remote_code=False, **options)
+    # A head that is the matrix of embeddings is read once, under their name.
+    model.tie_weights()
     quantizer: Any = None
     if quantization_config is not None:
         quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)

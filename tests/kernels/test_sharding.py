@@ -98,6 +98,21 @@ def test_no_more_than_one_layer_is_ever_whole(config, group, monkeypatch):
         assert all(f".layers.{index}." in name for name in seen[([0, *split_at][index]) : end])
 
 
+def test_a_head_that_is_the_matrix_of_embeddings_is_read_once(group):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    described = LlamaConfig(**sizes, vocab_size=100, tie_word_embeddings=True)
+    whole = LlamaForCausalLM(described).eval()
+    stored = {name: weight for name, weight in whole.state_dict().items() if name != "lm_head.weight"}
+    split = sharding.load_split(described, lambda name, _: stored[name], dtype=torch.float32)
+    assert split.lm_head.weight is split.model.embed_tokens.weight
+    ids = torch.arange(10)[None]
+    assert torch.equal(split(ids).logits, whole(ids).logits)
+    # Generation also needs what no file holds: the buffers of positions.
+    assert torch.equal(split.generate(ids, max_new_tokens=4), whole.generate(ids, max_new_tokens=4))
+
+
 def test_what_a_split_model_cannot_have_is_switched_off(config, group):
     given = config.model_copy(
         update={"shard": True, "keep_expanded": True, "cuda_graphs": True, "offload_activations": True}
