@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from qlora_utils.config import ModelError, RunConfig
-from qlora_utils.kernels import attention
+from qlora_utils.config import ConfigError, ModelError, RunConfig
+from qlora_utils.kernels import attention, sharding
 from qlora_utils.kernels.lora_layers import compute_int8_alike, expand_int8, keep_expanded
 from qlora_utils.locate import first_line, locate, model_advice
+from qlora_utils.loop import processes
 from qlora_utils.models import files as model_files
 from qlora_utils.models.export import stored_weights
 from qlora_utils.models.packaged import describe_origin as describe_origin  # notebook 02 calls it
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 KERNELS = {
     "varlen": attention.VARLEN, "split": attention.SPLIT, "dense": attention.DENSE, "eager": attention.EAGER,
 }  # fmt: skip
+GENERATION = "generation_config.json"
 PARTS = ("embeddings", "attention", "feed-forward", "norms", "head")
 
 
@@ -46,7 +48,8 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
 
     Safetensors only, no remote code. On return all weights are frozen and the model is ready for adapters: nothing is
     upcast here, so no memory is spent on copies in fp32. Its attribute `resolved` holds what the config left open, how
-    that was decided, and why.
+    that was decided, and why. With `shard`, each of several processes gets its part of the model
+    (`kernels.sharding`).
 
     Args:
         config: the run.
@@ -55,8 +58,8 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     Raises:
         ModelError: absent, gated, not safetensors, not loadable, or with most of its weights where neither NF4 nor LoRA
             reaches them; says what to do next.
+        ConfigError: the model cannot be split.
     """
-    import bitsandbytes
     from transformers import BitsAndBytesConfig
 
     # a damaged folder is refused before anything is loaded: transformers would name neither file nor remedy
@@ -68,6 +71,9 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
     model_files.check_weights(source, architecture_of(config.model))
     refuse_unseen_weights(config.model)
     resolved = resolved or resolve_to_load(config)
+    is_split = bool(resolved.config.shard) and processes.count() > 1
+    if is_split:
+        resolved = _resolve_split(resolved, stored)
     loader = model_files.choose_loader(resolved.architecture)
     dtype = getattr(torch, resolved.config.compute_dtype)
     options: dict[str, Any] = {}
@@ -86,7 +92,54 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
                 bnb_4bit_quant_type=config.quant_type,
                 bnb_4bit_use_double_quant=config.double_quantization,
                 bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_quant_storage=sharding.STORAGE if is_split else torch.uint8,
             )
+    model = _load_split(source, dtype, options) if is_split else _load_whole(source, loader, dtype, options)
+    head = model.get_output_embeddings()
+    if head is not None and is_quantized(head.weight):
+        raise ModelError(
+            f"model: {source} is stored with its head in 4 bits, and the loss needs a head that is not quantized. "
+            "Take the model from before quantization; it is quantized here, but for its head."
+        )
+    # weights beside those in 4 bits come in the precision that they were stored in
+    if stored:
+        for weight in model.parameters():
+            if weight.is_floating_point():
+                weight.data = weight.data.to(dtype)
+    return prepare_loaded(model, resolved)
+
+
+def _resolve_split(resolved: Resolved, stored: str | None) -> Resolved:
+    """Switch off what a split model cannot have.
+
+    Raises:
+        ConfigError: the model, or what is asked of it, needs whole layers.
+    """
+    config = resolved.config
+    obstacle = None
+    if resolved.architecture != "causal":
+        obstacle = f"{config.model} is an encoder-decoder"
+    elif stored:
+        obstacle = f"{config.model} is stored in {stored}, and parts are quantized here"
+    elif config.quantize and config.quant_type == "int8":
+        obstacle = "quant_type=int8 has a scale for each row"
+    elif config.lora_init in ("eva", "loftq"):
+        obstacle = f"lora_init={config.lora_init} reads whole layers"
+    if obstacle is not None:
+        raise ConfigError(
+            f"shard: {obstacle}, so the model cannot be split over GPUs. Take -p shard=false, or other values."
+        )
+    off = {name: value for name, value in sharding.SWITCHED_OFF.items() if getattr(config, name) != value}
+    reasons = dict.fromkeys(off, "the model is split over several processes")
+    return replace(resolved, config=config.model_copy(update=off), reasons=resolved.reasons | reasons)
+
+
+def _load_whole(source: str, loader: Any, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    """Load a model to the GPU of this process, or to main memory, by transformers' loader and options for it.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     try:
         with model_files.quietly():
             loaded: tuple[PreTrainedModel, dict[str, Any]] = loader.from_pretrained(
@@ -107,19 +160,38 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
         raise ModelError(model_advice(source, error)) from error
     model, found = loaded
     model_files.refuse_incomplete(source, found)
-    head = model.get_output_embeddings()
-    if head is not None and is_quantized(head.weight):
-        raise ModelError(
-            f"model: {source} is stored with its head in 4 bits, and the loss needs a head that is not quantized. "
-            "Take the model from before quantization; it is quantized here, but for its head."
-        )
+    return model
 
-    # change what the loader leaves in a state that does not suit training
-    # weights beside those in 4 bits come in the precision that they were stored in
-    if stored:
-        for weight in model.parameters():
-            if weight.is_floating_point():
-                weight.data = weight.data.to(dtype)
+
+def _load_split(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    """Load this process's part of a model, with the options of transformers' loader.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        if not Path(source).is_dir():
+            from huggingface_hub import snapshot_download
+
+            snapshot_download(source, allow_patterns=["*.json", "*.safetensors"])
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        generation = GenerationConfig.from_pretrained(source) if model_files.find_file(source, GENERATION) else None
+    except Exception as error:  # as above
+        raise ModelError(model_advice(source, error)) from error
+    weights = Checkpoint(source, remedy="Take -p shard=false, or another model.")
+    model = sharding.load_split(model_config, weights, dtype=dtype, **options)
+    if generation is not None:
+        model.generation_config = generation
+    return model
+
+
+def prepare_loaded(model: PreTrainedModel, resolved: Resolved) -> PreTrainedModel:
+    """Change what a loader leaves in a state that does not suit training: it is frozen and without a cache then."""
+    import bitsandbytes
+
+    dtype = getattr(torch, resolved.config.compute_dtype)
     for linear in parts_in_fp32(model):
         linear.float()
     for layer in model.modules():
@@ -133,6 +205,7 @@ def load(config: RunConfig, resolved: Resolved | None = None) -> PreTrainedModel
             compute_int8_alike(layer, dtype)
     if resolved.config.keep_expanded:
         keep_expanded(model)
+    head = model.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(_without_gaps)
     model.requires_grad_(False)
@@ -303,13 +376,19 @@ class Checkpoint:
     Args:
         source: local folder or hub id of the base model.
         names: what files call weights, by their names in memory, where that differs.
+        remedy: what to do if a weight is missing, for the error.
 
     Raises:
         ModelError: no safetensors at the source, or, when called, a weight that is not in them in its full shape.
     """
 
-    def __init__(self, source: str, names: Mapping[str, str] | None = None) -> None:
-        self.source = source
+    def __init__(
+        self,
+        source: str,
+        names: Mapping[str, str] | None = None,
+        remedy: str = "To merge without them, take --base quantized.",
+    ) -> None:
+        self.source, self.remedy = source, remedy
         self.names = names or {}
         folder = Path(source)
         # a hub id: the loader of the base model has fetched it before
@@ -349,7 +428,7 @@ class Checkpoint:
             found = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"
             raise ModelError(
                 f"base: {name} {found} in the files of {self.source}; expected shape "
-                f"{tuple(unquantized_shape(parameter))}, not quantized. To merge without them, take --base quantized."
+                f"{tuple(unquantized_shape(parameter))}, not quantized. {self.remedy}"
             )
         return weight
 

@@ -23,6 +23,7 @@ from qlora_utils.evaluation.generation import Sampling, answer_all, questions_of
 from qlora_utils.evaluation.scores import exact_match
 from qlora_utils.kernels import self_test
 from qlora_utils.kernels.loss import answer_losses, response_loss
+from qlora_utils.kernels.sharding import is_split
 from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions, launch, processes
 from qlora_utils.loop.environment import check_launcher, ignore_overrides
@@ -122,7 +123,12 @@ def make_trainer(
             eval_dataset=eval_rows,
             trace=trace,
             data_collator=StepCollator(
-                collator, pass_tokens, config.micro_batch_size, processes.rank(), processes.count()
+                collator,
+                pass_tokens,
+                config.micro_batch_size,
+                processes.rank(),
+                processes.count(),
+                in_lockstep=is_split(tuned_model),
             ),
             callbacks=[history, progress],
         )
@@ -175,17 +181,18 @@ def make_trace(
             break
 
     def trace(model: PeftModel) -> TraceResult:
-        # Each of several processes asks its share.
+        # Each of several processes asks its share. Those that share one model ask the same, step by step.
+        asks_all = is_split(model)
         own = answer_all(
             model,
             tokenizer,
-            processes.share(questions),
+            questions if asks_all else processes.share(questions),
             config,
             sampling=sampling,
             batch_size=config.answer_batch_size,
             batch_tokens=answer_room(config),
         )
-        answers = processes.gather(own)
+        answers = own if asks_all else processes.gather(own)
         pairs = zip(answers, questions, strict=True)
         right = [exact_match(answer.text, question.expected) for answer, question in pairs]
         if not right:

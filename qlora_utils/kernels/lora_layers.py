@@ -302,11 +302,12 @@ def product_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     saved = getattr(layer, "dequantized_weight", None)
     if saved is not None:
         return saved
-    state = getattr(layer.weight, "quant_state", None)
+    # The layer knows the constants of a weight that was gathered from several processes (`kernels.sharding`).
+    state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
     if state is None:
         scales = getattr(layer.weight, "SCB", None)
         return layer.weight.to(dtype) if scales is None else expand_int8(layer.weight, scales, dtype)
-    packed = layer.weight.data
+    packed = layer.weight.data.view(torch.uint8)
     if packed.is_cuda and _has_triton():
         from qlora_utils.kernels.dequantization import can_expand, expand
 

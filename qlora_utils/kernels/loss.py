@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_utils.kernels.lora_layers import add_product
+from qlora_utils.kernels.sharding import is_split
 from qlora_utils.models.hardware import free_memory, is_out_of_memory
 from qlora_utils.tokens.formats import IGNORED, Encoded
 
@@ -448,7 +449,8 @@ def row_losses(
                 counts += sizes
                 continue
             except Exception as error:
-                if not is_out_of_memory(error) or len(members) == 1:
+                # Processes that share one model run the same number of passes.
+                if not is_out_of_memory(error) or len(members) == 1 or is_split(model):
                     raise
             # Outside of `except`, because the error holds the tensors that must be freed.
             batch_size = len(members) // 2

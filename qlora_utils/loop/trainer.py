@@ -27,6 +27,7 @@ from qlora_utils.kernels.cuda_graphs import PassGraphs
 from qlora_utils.kernels.gradients import FlatGradients
 from qlora_utils.kernels.loss import row_losses
 from qlora_utils.kernels.recomputation import ActivationStore, Recomputation
+from qlora_utils.kernels.sharding import is_split
 from qlora_utils.locate import first_line
 from qlora_utils.loop import checkpoints, interruptions, processes, schedule
 from qlora_utils.loop.environment import check_launcher, check_precision
@@ -80,6 +81,7 @@ class StepTrainer(Trainer):
         stopper: that was asked to stop this training, or will be.
         graphs: captured passes; None where passes are not captured.
         recomputation: of layers whose inputs are in main memory; None where they stay on the GPU.
+        is_split: whether several processes share one model (`kernels.sharding`).
         continued: for each time that the training was resumed with other values, the `step` from
             which these hold and, in `before`, the values until then.
     """
@@ -105,6 +107,8 @@ class StepTrainer(Trainer):
         self.stopper: interruptions.StopOnSignal | None = None
         self.graphs: PassGraphs | None = None
         self.recomputation: Recomputation | None = None
+        # Processes that share one model run the same number of passes.
+        self.is_split = is_split(self.model)
         # The model is in training mode from the first step on, except for measurements, so that nobody has to walk
         # through its modules at every step.
         self._has_begun = False
@@ -160,6 +164,8 @@ class StepTrainer(Trainer):
                 if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
+            if self.is_split:
+                self._refuse_to_repeat(inputs, reason)
             inputs = self._cut_smaller(model, inputs, reason)
         if self.args.world_size > 1:
             loss = self._exchange(loss)
@@ -182,13 +188,30 @@ class StepTrainer(Trainer):
                 return loss
 
         loss = torch.zeros((), device=self.args.device)
-        for batch in passes:
+        counted = len(passes) - inputs["idle"]
+        for index, batch in enumerate(passes):
+            # The passes beyond the process's own share, divided by infinity, only keep step with other processes.
+            divisor = answers if index < counted else math.inf
             prepared = self._prepare_inputs(batch)
             with noisy_embeddings(self.model, prepared, self.config.neftune_noise_alpha):
-                part = self._pass_loss(model, prepared, answers)
+                part = self._pass_loss(model, prepared, divisor)
             self.accelerator.backward(part)
             loss += part.detach()
         return loss
+
+    def _refuse_to_repeat(self, inputs: dict[str, Any], reason: str) -> None:
+        """End a training whose step ran out of memory, and see to it that the next one takes smaller passes.
+
+        Raises:
+            OutOfMemoryError: always.
+        """
+        largest = max(self._collator().padded_tokens(batch) for batch in inputs["passes"])
+        learn(self.config, largest)
+        raise OutOfMemoryError(
+            f"out of memory at step {self.state.global_step + 1} ({reason}). The processes share one model, so none "
+            f"can repeat its passes alone. Run the same again: it goes on from the last checkpoint, with fewer than "
+            f"{largest:,} tokens in a pass."
+        )
 
     def _exchange(self, loss: torch.Tensor) -> torch.Tensor:
         """Add up the gradients of all processes, and return the sum of their parts of the loss."""
@@ -677,12 +700,16 @@ class StepTrainer(Trainer):
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         size = self.args.per_device_eval_batch_size
         result = None
+        mine = processes.share(rows)
+        # Processes that share one model measure as many rows each; one that some measure too many does not count.
+        most = math.ceil(len(rows) / processes.count()) if self.is_split else len(mine)
+        padded = [*mine, *[rows[0]] * (most - len(mine))]
         at_start = self.before_first_step if self.state.global_step == 0 else None
         with at_start(self.model) if at_start else nullcontext():
-            losses, counts = row_losses(self.model, processes.share(rows), self._collator(), batch_size=size)
+            losses, counts = row_losses(self.model, padded, self._collator(), batch_size=size)
             if self.trace is not None:
                 result = self.trace(self.model)
-        total, tokens = sum(processes.gather(losses)), sum(processes.gather(counts))
+        total, tokens = sum(processes.gather(losses[: len(mine)])), sum(processes.gather(counts[: len(mine)]))
         loss = total / tokens if tokens else math.nan
         metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": loss}
         if result is not None:

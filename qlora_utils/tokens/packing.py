@@ -317,7 +317,8 @@ class StepCollator:
     `tokens` and `conversations` bound one pass, as in `pack_first_fit` or, if it is padded, in
     `group_by_size`. Both shrink when memory runs out (`halve`); the steps remain the same.
 
-    Of several `processes` each makes the passes of its own share: number `rank`, from 0.
+    Of several `processes` each makes the passes of its own share: number `rank`, from 0. With `in_lockstep` all make as
+    many passes as the one that has most.
 
     """
 
@@ -326,6 +327,7 @@ class StepCollator:
     conversations: int | None = None
     rank: int = 0
     processes: int = 1
+    in_lockstep: bool = False
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
         """Cut a step into passes.
@@ -334,29 +336,40 @@ class StepCollator:
             `passes`: tensors of each pass of this process; `tokens` and `answer_tokens`: numbers of
             the whole step, without padding; `examples` and `bounds`: the examples and the bounds by
             which they were cut, in case they must be cut again; `taken`: how many of the examples
-            are this process's.
+            are this process's; `idle`: how many passes, the last ones, count for nothing and are
+            there for the lockstep alone.
         """
-        # A pack is bounded by the sum of its lengths, a padded pass by its longest example.
         lengths = [self.collator.tokens(example) for example in examples]
-        taken = share_evenly(lengths, self.processes)[self.rank]
-        mine = [examples[index] for index in taken]
-        if self.collator.packing:
-            members = pack_first_fit([lengths[index] for index in taken], self.tokens, self.conversations)
-        else:
-            sizes = [self.collator.sizes(example) for example in mine]
-            members = group_by_size(sizes, self.tokens, self.conversations)
-        passes = []
-        for indices in members:
-            group = [mine[index] for index in indices]
-            passes.append(self.collator(group))
+        shares = share_evenly(lengths, self.processes)
+        taken = shares[self.rank]
+        cut = self._cut(examples, taken)
+        passes = [self.collator([examples[index] for index in indices]) for indices in cut]
+        idle = 0
+        if self.in_lockstep:
+            idle = max(len(self._cut(examples, share)) for share in shares) - len(cut)
+            # any small pass does: that of one example
+            shortest = min(range(len(examples)), key=lambda index: lengths[index])
+            passes += [self.collator([examples[shortest]])] * idle
         return {
             "passes": passes,
             "tokens": sum(lengths),
             "answer_tokens": sum(self.collator.answer_tokens(example) for example in examples),
             "examples": list(examples),
             "taken": len(taken),
+            "idle": idle,
             "bounds": (self.tokens, self.conversations),
         }
+
+    def _cut(self, examples: Sequence[Encoded], share: Sequence[int]) -> list[list[int]]:
+        """Cut a share of a step, indices of examples, into passes."""
+        # A pack is bounded by the sum of its lengths, a padded pass by its longest example.
+        if self.collator.packing:
+            lengths = [self.collator.tokens(examples[index]) for index in share]
+            members = pack_first_fit(lengths, self.tokens, self.conversations)
+        else:
+            sizes = [self.collator.sizes(examples[index]) for index in share]
+            members = group_by_size(sizes, self.tokens, self.conversations)
+        return [[share[index] for index in indices] for indices in members]
 
     def halve(self, step: dict[str, Any]) -> bool:
         """Bound passes by half of the tokens in the largest pass of this step.

@@ -194,3 +194,17 @@ def test_padding_is_drawn_as_large_as_it_is(prepared, tokenizer, config):
     assert shares[1] < shares[0]
     assert shares[1] == 0 or f"{shares[1]:.0%}" in axes[1].get_title(loc="left")
     assert (shares[1] == 0) == collator.packing
+
+
+@given(LENGTHS, st.integers(1, 5), st.booleans())
+@settings(deadline=None, max_examples=50)
+def test_processes_in_lockstep_make_as_many_passes_and_count_each_row_once(lengths, processes, packing):
+    rows = rows_of([length + 1 for length in lengths])
+    steps = [
+        StepCollator(Collator(0, packing), 300, None, rank, processes, in_lockstep=True)(rows)
+        for rank in range(processes)
+    ]
+    assert len({len(step["passes"]) for step in steps}) == 1
+    assert min(step["idle"] for step in steps) == 0
+    counted = [one for step in steps for one in step["passes"][: len(step["passes"]) - step["idle"]]]
+    assert sum(len(one["answer_positions"]) for one in counted) == steps[0]["answer_tokens"]
