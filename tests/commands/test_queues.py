@@ -260,7 +260,8 @@ def test_an_array_for_slurm_is_written_where_there_is_none_and_runs(four, tmp_pa
     if shutil.which("sbatch") or shutil.which("srun"):
         pytest.skip("SLURM is installed here")
     words = ["--jobs", "2", "--partition", "gpu", "--time", "30", "--gpus-per-run", "2", "--slurm", "account=me"]
-    assert queues.hand_over(made, given(*SLURM, *words, "--slurm", "setup=module load cuda"))
+    words += ["--slurm", "cpus_per_task=8", "--slurm", "setup=module load cuda"]
+    assert queues.hand_over(made, given(*SLURM, *words))
     out = capsys.readouterr().out
     script = made.submitted / "array.sh"
     assert "3 runs are not done, 0 of them in the queue. There is no sbatch here." in out
@@ -268,7 +269,7 @@ def test_an_array_for_slurm_is_written_where_there_is_none_and_runs(four, tmp_pa
     text = script.read_text()
     flags = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.M))
     assert (flags["array"], flags["partition"], flags["time"], flags["account"]) == ("0-2%2", "gpu", "30", "me")
-    assert (flags["gpus-per-node"], flags["signal"]) == ("2", "USR2@180")
+    assert (flags["gpus-per-node"], flags["cpus-per-task"], flags["signal"]) == ("2", "8", "USR2@180")
     assert "\nmodule load cuda\n" in text
     # The script runs one job of the array; srun starts it.
     srun = 'while [ "${1#--}" != "$1" ]; do [ "$1" = --unbuffered ] || shift; shift; done; exec "$@"'
