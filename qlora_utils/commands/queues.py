@@ -118,6 +118,9 @@ def hand_over(sweep: SweepDirectory, options: argparse.Namespace) -> bool:
     Raises:
         ConfigError: the sweep is a search, or submitit is not installed or refuses an option.
     """
+    if options.backend:
+        # A search is refused there.
+        jobs_of(sweep.path)
     if options.backend == "skypilot":
         print(write_sky_task(sweep, options))
         return True
@@ -206,6 +209,11 @@ class RunJob:
         return _submitit().helpers.DelayedSubmission(RunJob(self.job, self.log, self.environment))
 
 
+def _notice(minutes: float | None) -> float:
+    """Return how many seconds before a time limit a job is told to stop: at most half of its time."""
+    return _NOTICE_S if minutes is None else min(_NOTICE_S, round(30 * minutes))
+
+
 def _wait(process: subprocess.Popen[bytes]) -> None:
     """Wait for a process, and leave its exit status to `Popen.wait`.
 
@@ -228,8 +236,7 @@ class LocalChild(Child):
         """Submit the job; return submitit's process, which starts another one that starts the run."""
         submitit = _submitit()
         executor = submitit.LocalExecutor(SweepDirectory(self.job.run_dir.parent).submitted, max_num_timeout=_REQUEUES)
-        notice = min(_NOTICE_S, 30 * self.minutes)
-        executor.update_parameters(timeout_min=self.minutes, signal_delay_s=notice)
+        executor.update_parameters(timeout_min=self.minutes, signal_delay_s=_notice(self.minutes))
         share = {name: self.environment.get(name) for name in _SHARE}
         process: subprocess.Popen[bytes] = executor.submit(RunJob(self.job, self.log, share))._process
         return process
@@ -271,7 +278,8 @@ def submit_to_slurm(sweep: SweepDirectory, options: argparse.Namespace) -> str:
     executor = _slurm_executor(sweep, options)
     if not shutil.which("sbatch"):
         script = _write_array(executor, calls)
-        return f"{sweep.path}: {counted}. There is no sbatch here. Where there is: sbatch {script}\n{later}"
+        command = f"sbatch {shlex.quote(str(script))}"
+        return f"{sweep.path}: {counted}. There is no sbatch here. Where there is: {command}\n{later}"
     try:
         handles = executor.submit_array(calls)
     except submitit.core.utils.FailedJobError as error:
@@ -318,7 +326,7 @@ def _slurm_executor(sweep: SweepDirectory, options: argparse.Namespace) -> Any:
     kind = SlurmExecutor if SlurmExecutor.affinity() > 0 else Executor
     executor = kind(sweep.submitted, max_num_timeout=_REQUEUES)
     values: dict[str, Any] = {
-        "job_name": sweep.path.name, "time": options.time or _MINUTES, "signal_delay_s": _NOTICE_S,
+        "job_name": sweep.path.name, "time": options.time or _MINUTES, "signal_delay_s": _notice(options.time),
         "gpus_per_node": 1 if options.gpus_per_run is None else options.gpus_per_run,
         "partition": options.partition, "array_parallelism": options.jobs,
     }  # fmt: skip
@@ -359,16 +367,13 @@ def _write_array(executor: Any, calls: Sequence[RunJob]) -> Path:
 
 
 def write_sky_task(sweep: SweepDirectory, options: argparse.Namespace) -> str:
-    """Write the task that runs a sweep on rented machines, and say how to launch it.
+    """Write the task that runs a sweep on rented machines, and describe how to launch it.
 
     Raises:
-        ConfigError: the sweep is a search.
         FileNotFoundError: this package lies in no clone of the repository.
     """
     import jinja2
 
-    # A search is refused there.
-    jobs_of(sweep.path)
     file, machines = sweep.path / "sky.yaml", options.machines or 1
     name = re.sub(r"[^A-Za-z0-9]+", "-", sweep.path.name).strip("-") or "sweep"
     values = {
@@ -381,7 +386,8 @@ def write_sky_task(sweep: SweepDirectory, options: argparse.Namespace) -> str:
     loader = jinja2.PackageLoader("qlora_utils", "commands")
     template = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     write_text(file, template.get_template("sky.yaml.j2").render(values))
-    return f"{sweep.path}: {len(jobs_of(sweep.path))} runs for SkyPilot. To launch them: sky launch -c {name} {file}"
+    command = f"sky launch -c {name} {shlex.quote(str(file))}"
+    return f"{sweep.path}: {len(jobs_of(sweep.path))} runs for SkyPilot. To launch them: {command}"
 
 
 def _local_sources(listed: Mapping[str, Any]) -> dict[str, str]:

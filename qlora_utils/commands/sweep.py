@@ -67,12 +67,12 @@ def main(options: argparse.Namespace) -> int:
             raise ConfigError(f"--out: {options.out} is a folder; expected the name of a JSON file. Give one.")
         check_folder("--out", options.out.parent)
     sweep = begin(options)
-    if queues.hand_over(sweep, options):
-        return 0
     # Parts of one list may run at a time, each elsewhere.
     if options.part:
         return 1 if run_list(sweep, count=count, part=options.part) else 0
     with hold_lock(sweep.path / ".sweep.lock", "qlora sweep"):
+        if queues.hand_over(sweep, options):
+            return 0
         listed = read_list(sweep.path)
         if listed["search"] is not None:
             listed["runs"], failed, pruned = sweep_search.search(sweep, listed, count=count, say=_say)
