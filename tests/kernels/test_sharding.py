@@ -126,7 +126,7 @@ def test_what_a_split_model_cannot_have_is_switched_off(config, group):
 def test_an_encoder_decoder_is_not_split(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = short_run("pocket-t5", tmp_path).model_copy(update={"shard": True})
-    with pytest.raises(ConfigError, match=r"an encoder-decoder; only a causal model is split.*-p shard=false"):
+    with pytest.raises(ConfigError, match=r"is an encoder-decoder, so the model cannot be split.*-p shard=false"):
         quantization.load(config)
 
 
