@@ -147,7 +147,8 @@ def _submitit() -> Any:
     try:
         import submitit
     except ImportError:
-        raise ConfigError("--backend submitit: submitit is not installed: pip install submitit") from None
+        install = "pip install -c constraints.txt -e '.[sweep]'"
+        raise ConfigError(f"--backend submitit: the package submitit is missing. Install it: {install}") from None
     return submitit
 
 
@@ -182,9 +183,9 @@ class RunJob:
             RuntimeError: it failed.
         """
         environment = {**os.environ, **self.environment, PARENT: str(os.getpid())}
-        # A signal to all processes of the job is for this one alone: it ends the run in order.
-        signals = {signal.SIGUSR1, signal.SIGUSR2}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        # A signal to all processes of the job is for this one alone, which ends the run in order: the run inherits
+        # what is blocked here.
+        before = signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGUSR1, signal.SIGUSR2})
         try:
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(
@@ -193,7 +194,7 @@ class RunJob:
                     start_new_session=True,
                 )  # fmt: skip
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _wait(self.process)
         if status := self.process.wait():
             raise RuntimeError(f"{self.job.name}: exit status {status}; see {self.log}")
@@ -238,7 +239,12 @@ class LocalChild(Child):
         executor = submitit.LocalExecutor(SweepDirectory(self.job.run_dir.parent).submitted, max_num_timeout=_REQUEUES)
         executor.update_parameters(timeout_min=self.minutes, signal_delay_s=_notice(self.minutes))
         share = {name: self.environment.get(name) for name in _SHARE}
-        process: subprocess.Popen[bytes] = executor.submit(RunJob(self.job, self.log, share))._process
+        # Ctrl-C reaches submitit's processes, too. They would end before the run has saved.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process: subprocess.Popen[bytes] = executor.submit(RunJob(self.job, self.log, share))._process
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return process
 
     def status(self) -> int:
