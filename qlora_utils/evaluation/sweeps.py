@@ -376,7 +376,9 @@ def combinations(stored: Mapping[str, Any]) -> list[list[Line]]:
 
 def describe(changes: Mapping[str, Any]) -> str:
     """Describe a combination of values in words."""
-    return ", ".join(f"{name} {as_given(value)}" for name, value in changes.items()) or UNCHANGED
+    # A search draws rates with sixteen digits.
+    texts = [f"{value:.4g}" if isinstance(value, float) else as_given(value) for value in changes.values()]
+    return ", ".join(f"{name} {text}" for name, text in zip(changes, texts, strict=True)) or UNCHANGED
 
 
 def combination_table(stored: Mapping[str, Any]) -> DataFrame:
@@ -485,7 +487,8 @@ def _effect_blocks(stored: Mapping[str, Any], seeds: int) -> list[str]:
     if all("exact_match" in line["scores"] for line in stored["lines"]):
         measures["exact match"] = partial(_score_of, name="exact_match")
     measures["held-out loss"] = _held_out_loss
-    effects = table(stored, measures)
+    # The table of combinations says what each of them trains.
+    effects = table(stored, measures).drop(columns="trainable", level=0)
     others = ", and over all values of the other fields" if stored["grid"] else ""
     blocks = [
         _fenced(table_text(effects, digits=4)),
