@@ -275,6 +275,8 @@ def submit_to_slurm(sweep: SweepDirectory, options: argparse.Namespace) -> str:
     waiting = [job for job in jobs if not _is_active(sweep, submitted.get(job.name))]
     counted = f"{len(jobs)} runs are not done, {len(jobs) - len(waiting)} of them in the queue"
     later = f"When they are done, compare them: qlora sweep --name {sweep.path.name}"
+    if not jobs:
+        return f"{sweep.path}: all runs are done. To compare them: qlora sweep --name {sweep.path.name}"
     if not waiting:
         return f"{sweep.path}: {counted}; nothing to submit. {later}"
     # The jobs and what they print; submitit's own files lie apart.
