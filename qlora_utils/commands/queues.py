@@ -21,7 +21,7 @@ from qlora_utils.commands.sweep_jobs import Child
 from qlora_utils.config import ConfigError
 from qlora_utils.locate import first_line, path_exists, project_folder
 from qlora_utils.runs.files import read_json, write_json, write_text
-from qlora_utils.runs.sweeps import Job, SweepDirectory, is_done, jobs_of, read_list
+from qlora_utils.runs.sweeps import Job, SweepDirectory, is_done, jobs_of, read_list, sweep_command
 
 # Minutes that a job gets, and minutes without a limit.
 _MINUTES, _UNLIMITED = 240, 527_040
@@ -274,9 +274,9 @@ def submit_to_slurm(sweep: SweepDirectory, options: argparse.Namespace) -> str:
     submitted = _read_submitted(sweep)
     waiting = [job for job in jobs if not _is_active(sweep, submitted.get(job.name))]
     counted = f"{len(jobs)} runs are not done, {len(jobs) - len(waiting)} of them in the queue"
-    later = f"When they are done, compare them: qlora sweep --name {sweep.path.name}"
+    later = f"When they are done, compare them: {sweep_command(sweep.path)}"
     if not jobs:
-        return f"{sweep.path}: all runs are done. To compare them: qlora sweep --name {sweep.path.name}"
+        return f"{sweep.path}: all runs are done. To compare them: {sweep_command(sweep.path)}"
     if not waiting:
         return f"{sweep.path}: {counted}; nothing to submit. {later}"
     # The jobs and what they print; submitit's own files lie apart.
@@ -389,7 +389,8 @@ def write_sky_task(sweep: SweepDirectory, options: argparse.Namespace) -> str:
         "hosts": [name, *(f"{name}-worker{number}" for number in range(1, machines))],
         "results": shlex.quote(str(sweep.path)), "checkout": str(project_folder("notebooks").parent),
         "accelerators": options.accelerators or "L4:1", "bucket": (options.bucket or "").rstrip("/"),
-        "jobs": options.jobs, "mounts": {"~/sweep.json": str(sweep.list), **_local_sources(read_list(sweep.path))},
+        "jobs": options.jobs, "compare": sweep_command(sweep.path),
+        "mounts": {"~/sweep.json": str(sweep.list), **_local_sources(read_list(sweep.path))},
     }  # fmt: skip
     loader = jinja2.PackageLoader("qlora_utils", "commands")
     template = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

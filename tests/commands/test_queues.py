@@ -309,7 +309,7 @@ def test_an_array_is_submitted_without_what_is_done_or_in_the_queue(four, tmp_pa
     for job in jobs[1:3]:
         leave(job.run_dir, RunConfig.from_preset("pocket"))
     assert queues.hand_over(made, given("--backend", "submitit"))
-    assert "all runs are done. To compare them: qlora sweep --name a sweep" in capsys.readouterr().out
+    assert "all runs are done. To compare them: qlora sweep --name 'a sweep' --output-dir" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("submitit")
