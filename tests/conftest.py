@@ -51,7 +51,7 @@ LONG = (
     "commands/test_run", "test_training", "test_solutions", "test_data", "loop/test_checkpoints",
     "models/test_packaged", "test_pocket", "test_pocket_t5", "tokens/test_chat", "test_elsewhere_templates",
     "loop/test_trainer", "test_hostile", "commands/test_merging", "test_lora", "evaluation/test_compare",
-    "test_benchmarks", "test_playground", "test_bad_inputs",
+    "test_benchmarks", "test_playground", "test_bad_inputs", "commands/test_queues",
 )  # fmt: skip
 
 

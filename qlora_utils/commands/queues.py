@@ -21,7 +21,7 @@ from qlora_utils.commands.sweep_jobs import Child
 from qlora_utils.config import ConfigError
 from qlora_utils.locate import first_line, path_exists, project_folder
 from qlora_utils.runs.files import read_json, write_json, write_text
-from qlora_utils.runs.sweeps import Job, SweepDirectory, is_done, jobs_of, read_list
+from qlora_utils.runs.sweeps import Job, SweepDirectory, is_done, jobs_of, read_list, sweep_command
 
 # Minutes that a job gets, and minutes without a limit.
 _MINUTES, _UNLIMITED = 240, 527_040
@@ -147,7 +147,8 @@ def _submitit() -> Any:
     try:
         import submitit
     except ImportError:
-        raise ConfigError("--backend submitit: submitit is not installed: pip install submitit") from None
+        install = "pip install -c constraints.txt -e '.[sweep]'"
+        raise ConfigError(f"--backend submitit: the package submitit is missing. Install it: {install}") from None
     return submitit
 
 
@@ -182,9 +183,9 @@ class RunJob:
             RuntimeError: it failed.
         """
         environment = {**os.environ, **self.environment, PARENT: str(os.getpid())}
-        # A signal to all processes of the job is for this one alone: it ends the run in order.
-        signals = {signal.SIGUSR1, signal.SIGUSR2}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        # A signal to all processes of the job is for this one alone, which ends the run in order: the run inherits
+        # what is blocked here.
+        before = signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGUSR1, signal.SIGUSR2})
         try:
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(
@@ -193,7 +194,7 @@ class RunJob:
                     start_new_session=True,
                 )  # fmt: skip
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _wait(self.process)
         if status := self.process.wait():
             raise RuntimeError(f"{self.job.name}: exit status {status}; see {self.log}")
@@ -238,7 +239,12 @@ class LocalChild(Child):
         executor = submitit.LocalExecutor(SweepDirectory(self.job.run_dir.parent).submitted, max_num_timeout=_REQUEUES)
         executor.update_parameters(timeout_min=self.minutes, signal_delay_s=_notice(self.minutes))
         share = {name: self.environment.get(name) for name in _SHARE}
-        process: subprocess.Popen[bytes] = executor.submit(RunJob(self.job, self.log, share))._process
+        # Ctrl-C reaches submitit's processes, too. They would end before the run has saved.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process: subprocess.Popen[bytes] = executor.submit(RunJob(self.job, self.log, share))._process
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return process
 
     def status(self) -> int:
@@ -268,7 +274,9 @@ def submit_to_slurm(sweep: SweepDirectory, options: argparse.Namespace) -> str:
     submitted = _read_submitted(sweep)
     waiting = [job for job in jobs if not _is_active(sweep, submitted.get(job.name))]
     counted = f"{len(jobs)} runs are not done, {len(jobs) - len(waiting)} of them in the queue"
-    later = f"When they are done, compare them: qlora sweep --name {sweep.path.name}"
+    later = f"When they are done, compare them: {sweep_command(sweep.path)}"
+    if not jobs:
+        return f"{sweep.path}: all runs are done. To compare them: {sweep_command(sweep.path)}"
     if not waiting:
         return f"{sweep.path}: {counted}; nothing to submit. {later}"
     # The jobs and what they print; submitit's own files lie apart.
@@ -381,7 +389,8 @@ def write_sky_task(sweep: SweepDirectory, options: argparse.Namespace) -> str:
         "hosts": [name, *(f"{name}-worker{number}" for number in range(1, machines))],
         "results": shlex.quote(str(sweep.path)), "checkout": str(project_folder("notebooks").parent),
         "accelerators": options.accelerators or "L4:1", "bucket": (options.bucket or "").rstrip("/"),
-        "jobs": options.jobs, "mounts": {"~/sweep.json": str(sweep.list), **_local_sources(read_list(sweep.path))},
+        "jobs": options.jobs, "compare": sweep_command(sweep.path),
+        "mounts": {"~/sweep.json": str(sweep.list), **_local_sources(read_list(sweep.path))},
     }  # fmt: skip
     loader = jinja2.PackageLoader("qlora_utils", "commands")
     template = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

@@ -35,6 +35,7 @@ run.mkdir(parents=True, exist_ok=True)
 state = run / "state"
 done = int(state.read_text()) if state.exists() else 0
 def stop(number, _):
+    time.sleep(0.3)
     state.write_text(str(done))
     print("saved", flush=True)
     sys.exit(143)
@@ -130,7 +131,7 @@ def test_without_submitit_it_is_named(tmp_path, monkeypatch, capsys):
     make_sweep(tmp_path)
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert cli.main(["sweep", "--name", "ranks", "--output-dir", str(tmp_path), "--backend", "submitit"]) == 2
-    assert "submitit is not installed: pip install" in capsys.readouterr().err
+    assert "the package submitit is missing. Install it: pip install" in capsys.readouterr().err
 
 
 def test_a_search_is_refused(tmp_path, capsys):
@@ -203,18 +204,27 @@ def test_jobs_run_by_the_local_executor_each_with_its_share(tmp_path, monkeypatc
 
 
 @pytest.mark.usefixtures("submitit")
-def test_a_signal_reaches_the_runs_of_the_local_executor_which_save(tmp_path):
+def test_ctrl_c_ends_the_local_executor_when_its_runs_have_saved(tmp_path):
+    """A terminal sends it to all processes, submitit's among them."""
     job = count(tmp_path, "a", end=3000)
-
-    def ask():
-        while not (job.run_dir / "begun").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=ask, daemon=True).start()
-    with pytest.raises(stopping.Stopped, match="stopped, and saved"):
-        run_locally(tmp_path, [job])
+    script = (
+        "import json, signal, sys; from functools import partial; from pathlib import Path\n"
+        "from qlora_utils.commands import queues, sweep_jobs\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "jobs = [sweep_jobs.Job('a', Path(sys.argv[1]), json.loads(sys.argv[2]))]\n"
+        "take, child = lambda: jobs.pop() if jobs else None, partial(queues.LocalChild, minutes=9)\n"
+        "logs = Path(sys.argv[1]).parent / 'logs'\n"
+        "sweep_jobs.run_jobs(take, print, count=1, logs=logs, make_child=child)\n"
+    )
+    command = [sys.executable, "-c", script, str(job.run_dir), json.dumps(job.command)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (job.run_dir / "begun").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait()
     assert (tmp_path / "logs" / "a.log").read_text() == "from 0\nsaved\n"
+    assert "Stopped: stopped, and saved" in process.stderr.read()
 
 
 @pytest.mark.slow
@@ -296,6 +306,10 @@ def test_an_array_is_submitted_without_what_is_done_or_in_the_queue(four, tmp_pa
     leave(jobs[3].run_dir, RunConfig.from_preset("pocket"))
     assert queues.hand_over(made, given("--backend", "submitit"))
     assert "2 runs are not done, 2 of them in the queue; nothing to submit" in capsys.readouterr().out
+    for job in jobs[1:3]:
+        leave(job.run_dir, RunConfig.from_preset("pocket"))
+    assert queues.hand_over(made, given("--backend", "submitit"))
+    assert "all runs are done. To compare them: qlora sweep --name 'a sweep' --output-dir" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("submitit")
