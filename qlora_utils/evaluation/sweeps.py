@@ -485,7 +485,8 @@ def _effect_blocks(stored: Mapping[str, Any], seeds: int) -> list[str]:
     if all("exact_match" in line["scores"] for line in stored["lines"]):
         measures["exact match"] = partial(_score_of, name="exact_match")
     measures["held-out loss"] = _held_out_loss
-    effects = table(stored, measures)
+    # The table of combinations says what each of them trains.
+    effects = table(stored, measures).drop(columns="trainable", level=0)
     others = ", and over all values of the other fields" if stored["grid"] else ""
     blocks = [
         _fenced(table_text(effects, digits=4)),
