@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qlora_utils.commands.stopping import PARENT, Stopped, catch_stop_signals
 from qlora_utils.runs.locks import is_at_work
-from qlora_utils.runs.sweeps import Job, is_done
+from qlora_utils.runs.sweeps import Job, is_done, sweep_command
 from qlora_utils.style import duration
 
 # Seconds between two looks at the children.
@@ -136,7 +136,7 @@ def run_jobs(
                     child.is_stopped = True
             time.sleep(_PAUSE_S)
     if signals:
-        raise Stopped(signals[0], f"stopped, and saved. To go on: qlora sweep --name {logs.parent.name}")
+        raise Stopped(signals[0], f"stopped, and saved. To go on: {sweep_command(logs.parent)}")
 
 
 def describe_left(began: float, ended: int, remaining: int) -> str:

@@ -376,7 +376,9 @@ def combinations(stored: Mapping[str, Any]) -> list[list[Line]]:
 
 def describe(changes: Mapping[str, Any]) -> str:
     """Describe a combination of values in words."""
-    return ", ".join(f"{name} {as_given(value)}" for name, value in changes.items()) or UNCHANGED
+    # A search draws rates with sixteen digits.
+    texts = [f"{value:.4g}" if isinstance(value, float) else as_given(value) for value in changes.values()]
+    return ", ".join(f"{name} {text}" for name, text in zip(changes, texts, strict=True)) or UNCHANGED
 
 
 def combination_table(stored: Mapping[str, Any]) -> DataFrame:

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,15 @@ def make_job(sweep_dir: Path, name: str, values: Mapping[str, Any]) -> Job:
     return Job(name, folder / name, command)
 
 
+def sweep_command(sweep_dir: Path) -> str:
+    """Word the command that goes on with a sweep, quoted for a shell in this folder."""
+    words = ["qlora", "sweep", "--name", sweep_dir.name]
+    # The default folder is not mentioned.
+    if sweep_dir.parent.resolve() != Path("outputs").resolve():
+        words += ["--output-dir", str(sweep_dir.parent)]
+    return shlex.join(words)
+
+
 def is_done(job: Job) -> bool:
     """Return True if a job's run has its adapter and its answers."""
     return set(NOTEBOOKS) <= set(done_notebooks(RunDirectory(job.run_dir)))
@@ -127,7 +137,7 @@ def read_list(sweep_dir: Path) -> dict[str, Any]:
     path = SweepDirectory(sweep_dir).list
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such sweep. To begin one: qlora sweep --name {sweep_dir.name} -p lora_r=4,16,64 --seeds 3"
+            f"{path}: no such sweep. To begin one: {sweep_command(sweep_dir)} -p lora_r=4,16,64 --seeds 3"
         )
     stored: dict[str, Any] = read_json(path)
     kinds = {"config": dict, "runs": list, "variants": dict, "seeds": list}
@@ -154,7 +164,7 @@ def write_list(sweep_dir: Path, wanted: Mapping[str, Any]) -> None:
         if _without(stored.get(name), ignored) != _without(value, ignored):
             raise ConfigError(
                 f"{sweep_dir} holds another sweep: its {name} differs. Give this one another --name, or go on with "
-                f"that one: qlora sweep --name {sweep_dir.name}"
+                f"that one: {sweep_command(sweep_dir)}"
             )
 
 

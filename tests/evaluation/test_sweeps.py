@@ -211,6 +211,13 @@ def test_a_grid_and_a_search_are_drawn(grid):
     plt.close(figure)
 
 
+def test_combinations_are_described_in_few_digits():
+    assert sweeps.describe({"learning_rate": 5.301709347576825e-05, "epochs": None}) == (
+        "learning_rate 5.302e-05, epochs none"
+    )
+    assert sweeps.describe({}) == "as it is"
+
+
 def test_runs_of_other_versions_are_told(grid):
     listed, folder = grid
     path = RunDirectory(folder / listed["runs"][1]["name"]).config

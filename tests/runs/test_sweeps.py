@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,12 @@ def test_a_job_is_the_command_that_makes_its_run(pocket):
     ]  # fmt: skip
     # `sweep.json` is the config.json of all its runs.
     assert RunConfig.from_file(pocket.run_dir / "sweep.json") == pocket
+
+
+def test_the_command_to_go_on_is_one_for_this_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sweeps.sweep_command(tmp_path / "outputs" / "a") == "qlora sweep --name a"
+    assert sweeps.sweep_command(Path("my runs") / "a") == "qlora sweep --name a --output-dir 'my runs'"
 
 
 def test_a_job_is_done_when_its_answers_are_there(pocket):
