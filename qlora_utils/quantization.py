@@ -576,11 +576,12 @@ def plot_rounding(tensor: torch.Tensor, original: torch.Tensor, axes: Sequence[A
     # below: the outer levels, further apart, round more coarsely
     axes[2].bar(levels, rounding_errors(tensor, original).numpy(), width=width, color=ORANGE)
     axes[2].set_title("Mean rounding error at each level", loc="left")
-    axes[2].set(ylabel="error", xlabel="1 is the largest weight of a block of "
-                f"{block_size(tensor)}; thin lines: the levels", xlim=(-1.07, 1.07))  # fmt: skip
+    label = f"1 is the largest weight of a block of {block_size(tensor)}"
+    # 255 lines would be a gray area
+    marked = levels if count == 16 else ()
+    axes[2].set(ylabel="error", xlabel=f"{label}; thin lines: the levels" if count == 16 else label, xlim=(-1.07, 1.07))
     for ax in axes:
-        # 255 lines would be a gray area
-        for level in levels if count == 16 else ():
+        for level in marked:
             ax.axvline(level, color=BLUE, linewidth=0.5, alpha=0.5, zorder=0)
         unframed(ax)
     return axes[0].get_figure()  # type: ignore[return-value]

@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--base",
         choices=("quantized", "original"),
-        help="merge into the dequantized NF4 weights, which the adapter was trained on, or into those from before "
+        help="merge into the dequantized weights, which the adapter was trained on, or into those from before "
         "quantization (default: quantized)",
     )
     parser.add_argument(

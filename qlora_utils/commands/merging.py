@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BASES = {
-    "quantized": "the dequantized NF4 weights that the adapter was trained on",
+    "quantized": "the dequantized weights that the adapter was trained on",
     "original": "the base model's weights as they were before quantization",
 }
 # The record of a merge, beside the model: its inputs, and the agreement of the answers.

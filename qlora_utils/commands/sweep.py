@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--preset", help="what is varied (default: pocket, or what the sweep file says)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="or the config.json of a run that is varied")
     parser.add_argument(
-        "--sweep", metavar="FILE", help="a list of variants, .toml, or one that comes with the project: ingredients"
+        "--sweep", metavar="FILE", help="a list of variants, .toml, or one of the project's: ingredients, paper"
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="run each combination with the seeds 0 to N - 1")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: 1; of a queue: what it allows)")

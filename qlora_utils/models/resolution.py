@@ -160,12 +160,13 @@ def _refuse_for_pairs(config: RunConfig, architecture: Architecture) -> None:
     """
     if architecture == "causal":
         return
-    wanted = {"neftune_noise_alpha": config.neftune_noise_alpha, "lora_init": config.lora_init}
-    for name, value in wanted.items():
-        if value == "eva" or isinstance(value, float):
-            raise ConfigError(
-                f"{name}: {value} is for causal models, and {config.model} is an encoder-decoder. Leave it out."
-            )
+    if config.neftune_noise_alpha is not None:
+        named = f"neftune_noise_alpha: {config.neftune_noise_alpha:g}"
+    elif config.lora_init == "eva":
+        named = "lora_init: eva"
+    else:
+        return
+    raise ConfigError(f"{named} is for causal models, and {config.model} is an encoder-decoder. Leave it out.")
 
 
 # Share of a card's room that a head may take before the plan advises to freeze it.

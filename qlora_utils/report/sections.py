@@ -380,7 +380,7 @@ def _sample(facts: Facts, most: int = 8) -> Values | None:
 
 _PARTS = {
     "weights": "base model: quantized linear layers, embeddings and norms",
-    "quantization constants": "the scale of each block of 64 weights",
+    "quantization constants": "the scale of each block of weights",
     "expanded weights": "the same weights kept dequantized, for speed",
     "head": "lm_head, with a copy in fp32 where it is trained",
     "adapters": "LoRA matrices, with a copy in the precision of products",
