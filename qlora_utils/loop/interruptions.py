@@ -140,7 +140,18 @@ class StopOnSignal(TrainerCallback):
         received: number of the signal that was received, None if there was none.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        stopping: str = "stopping: this step is ended and saved first; once more to leave at once",
+        left: str = "left at once, as asked twice; the last checkpoint is what there is to go on from",
+    ) -> None:
+        """Stop some work.
+
+        Args:
+            stopping: printed at the first signal.
+            left: message of the KeyboardInterrupt that the second raises.
+        """
+        self.stopping, self.left = stopping, left
         self.received: int | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -177,6 +188,6 @@ class StopOnSignal(TrainerCallback):
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         """Note the first signal, and raise on the second."""
         if self.received is not None:
-            raise KeyboardInterrupt("left at once, as asked twice; the last checkpoint is what there is to go on from")
+            raise KeyboardInterrupt(self.left)
         self.received = number
-        print("\nstopping: this step is ended and saved first; once more to leave at once", file=sys.stderr, flush=True)
+        print(f"\n{self.stopping}", file=sys.stderr, flush=True)
