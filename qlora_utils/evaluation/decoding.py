@@ -130,8 +130,9 @@ def seeded_noise(seeds: torch.Tensor, places: torch.Tensor, count: int) -> torch
         values = ((values ^ (values >> 15)) * 0x846CA68B) & mask
         return values ^ (values >> 16)
 
-    # An odd constant between two rounds: a hash of zero is zero, and neighbours would be alike.
-    row = mix(mix(mix(seeds) ^ mix(seeds >> 32)) + 0x9E3779B9 * (places + 1)).unsqueeze(1)
+    # One round after another: halves that are hashed apart and then joined would cancel where they are equal. Odd
+    # constants between them, since the hash of zero is zero.
+    row = mix(mix(mix((seeds >> 32) + 0x9E3779B9) ^ seeds) + 0x9E3779B9 * (places + 1)).unsqueeze(1)
     hashed = mix(row + 0x85EBCA6B * torch.arange(1, count + 1, device=seeds.device))
     # 23 bits and a half lie strictly between 0 and 1 in fp32: noise of zero would choose its token at any probability.
     uniform = ((hashed >> 9).float() + 0.5) * 2.0**-23
