@@ -199,7 +199,7 @@ def answer_all(
             try:
                 asked = {index: prompts[index] for index in waiting[:count]}
                 drawn_by = None if seeds is None else [seeds[index] for index in asked]
-                answer(model, form, asked, sampling, drawn_by, size, keep)
+                answer(model, form, asked, sampling, size, keep, drawn_by)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -225,9 +225,9 @@ def _decode(
     form: Format,
     prompts: Mapping[int, list[int]],
     sampling: Sampling,
-    seeds: Sequence[int] | None,
     size: int,
     keep: Callable[[Mapping[int, list[int]]], None],
+    seeds: Sequence[int] | None = None,
 ) -> None:
     """Answer prompts in `size` slots, and pass the token ids of the answers to `keep` as they end."""
     numbers = list(prompts)
@@ -249,9 +249,9 @@ def _generate(
     form: Format,
     prompts: Mapping[int, list[int]],
     sampling: Sampling,
-    seeds: Sequence[int] | None,
     size: int,
     keep: Callable[[Mapping[int, list[int]]], None],
+    seeds: Sequence[int] | None = None,
 ) -> None:
     """Answer all prompts as one batch, and pass the token ids of the answers to `keep`."""
     # A causal model's answer follows its prompt directly, so padding goes to the left of the
