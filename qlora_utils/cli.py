@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from qlora_utils import __version__
 from qlora_utils.commands import (
+    answer,
     ask,
     check,
     compare,
@@ -95,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qlora-utils {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for command in (run, check, runs, report, presets, plan, ask, playground, compare, merge, train, sweep):
+    for command in (run, check, runs, report, presets, plan, ask, answer, playground, compare, merge, train, sweep):
         command.add_parser(commands)
     return parser
 

@@ -639,7 +639,7 @@ def _run_trainer(trainer: StepTrainer, run: RunDirectory, last: Path | None) -> 
     if last is not None:
         print(f"going on from step {_step_or_zero(last)}, {last}")
         trainer.add_callback(_RestoreRecord(trainer, read_json(last / checkpoints.RECORD)))
-    stopper = trainer.stopper = interruptions.StopOnSignal(processes.count())
+    stopper = trainer.stopper = interruptions.StopOnSignal(processes=processes.count())
     trainer.add_callback(stopper)
 
     # An `OutOfMemoryError` comes from our trainer and already says what to do.

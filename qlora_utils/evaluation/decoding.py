@@ -107,7 +107,46 @@ class _SlotLayer(DynamicLayer):
         return 0
 
 
-def choose_tokens(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+def seeded_noise(seeds: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
+    """Return numbers of the exponential distribution that depend on nothing but a seed, a place and their index.
+
+    A generator's next number depends on all that was drawn before, by other slots too. These are a hash of 32 bits,
+    taken of each of the three in turn, so an answer is the same whatever is answered beside it. The hash:
+    lowbias32 by Wellons, 2018, https://nullprogram.com/blog/2018/07/31/.
+
+    Args:
+        seeds: (slots,), of the answers.
+        places: (slots,), number of the token in its answer.
+        count: of numbers for each slot.
+
+    Returns:
+        (slots, count), fp32, positive.
+    """
+    mask = 0xFFFFFFFF
+
+    def mix(values: torch.Tensor) -> torch.Tensor:
+        values = values & mask
+        values = ((values ^ (values >> 16)) * 0x7FEB352D) & mask
+        values = ((values ^ (values >> 15)) * 0x846CA68B) & mask
+        return values ^ (values >> 16)
+
+    # One round after another: halves that are hashed apart and then joined would cancel where they are equal. Odd
+    # constants between them, since the hash of zero is zero.
+    row = mix(mix(mix((seeds >> 32) + 0x9E3779B9) ^ seeds) + 0x9E3779B9 * (places + 1)).unsqueeze(1)
+    hashed = mix(row + 0x85EBCA6B * torch.arange(1, count + 1, device=seeds.device))
+    # 23 bits and a half lie strictly between 0 and 1 in fp32: noise of zero would choose its token at any probability.
+    uniform = ((hashed >> 9).float() + 0.5) * 2.0**-23
+    return -uniform.log()
+
+
+def choose_tokens(
+    logits: torch.Tensor,
+    temperature: float,
+    top_p: float,
+    *,
+    seeds: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Choose the next token of each row: the likeliest at temperature 0, else drawn as `generate` draws it.
 
     Top-p: Holtzman et al., 2020, https://arxiv.org/abs/1904.09751.
@@ -116,6 +155,8 @@ def choose_tokens(logits: torch.Tensor, temperature: float, top_p: float) -> tor
         logits: (slots, vocabulary).
         temperature: divides the logits.
         top_p: only the likeliest tokens that together have this probability are drawn from.
+        seeds: (slots,), of the answers; None: torch's own generator draws for all of them.
+        places: (slots,), number of the token in its answer; read with `seeds` alone.
     """
     scores = logits.float()
     if temperature == 0:
@@ -129,7 +170,11 @@ def choose_tokens(logits: torch.Tensor, temperature: float, top_p: float) -> tor
     # Dividing by exponential noise and taking the largest draws from the distribution; unlike multinomial(), it
     # never waits for the GPU.
     probabilities = scores.softmax(-1)
-    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+    if seeds is None or places is None:
+        noise = torch.empty_like(probabilities).exponential_()
+    else:
+        noise = seeded_noise(seeds, places, probabilities.shape[-1])
+    return (probabilities / noise).argmax(-1)
 
 
 @torch.no_grad()
@@ -143,6 +188,7 @@ def decode(
     on_answers: Callable[[dict[int, list[int]]], None],
     temperature: float = 0.0,
     top_p: float = 1.0,
+    seeds: Sequence[int] | None = None,
 ) -> None:
     """Answer prompts in slots.
 
@@ -155,8 +201,9 @@ def decode(
         on_answers: called with the token ids of the answers that have just ended, by the prompt's index.
         temperature: see `choose_tokens`.
         top_p: see `choose_tokens`.
+        seeds: of the answers, so that each is drawn the same whatever is answered beside it; None: torch's generator.
     """
-    decoder = _Decoder(model, prompts, limits, slots, ends, temperature, top_p)
+    decoder = _Decoder(model, prompts, limits, slots, ends, temperature, top_p, seeds)
     waiting = deque(range(len(prompts)))
     try:
         while waiting or decoder.running:
@@ -184,13 +231,14 @@ class _Decoder:
         ends: Sequence[int],
         temperature: float,
         top_p: float,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         # Neither peft's wrapper nor an adapter's arguments are needed: the layers themselves were replaced.
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.device = model.device
         self.on_gpu = self.device.type == "cuda"
         self.prompts, self.limits = prompts, limits
-        self.temperature, self.top_p = temperature, top_p
+        self.temperature, self.top_p, self.given_seeds = temperature, top_p, seeds
         self.slots = min(slots, len(prompts))
         self.free = list(range(self.slots))
         self.running: dict[int, int] = {}  # the prompt's index by slot
@@ -202,6 +250,7 @@ class _Decoder:
         self.longest = max(limits)
         self.answers = self._integers(self.slots, self.longest + 1)
         self.counts, self.places, self.most, self.ids = (self._integers(self.slots) for _ in range(4))
+        self.seeds = None if seeds is None else self._integers(self.slots)
         self.has_ended = torch.ones(self.slots, dtype=torch.bool, device=self.device)
         self.rows = torch.arange(self.slots, device=self.device)
         self.keys = torch.arange(length, device=self.device)
@@ -256,7 +305,12 @@ class _Decoder:
         ).logits[0]  # (prompts, vocabulary)
 
         slots = torch.tensor(taken, device=self.device)
-        tokens = choose_tokens(logits, self.temperature, self.top_p)
+        seeds = None
+        if self.seeds is not None and self.given_seeds is not None:
+            seeds = torch.tensor([self.given_seeds[index] for index in entering], device=self.device)
+            self.seeds[slots] = seeds
+        first = torch.zeros_like(slots)
+        tokens = choose_tokens(logits, self.temperature, self.top_p, seeds=seeds, places=first)
         most = torch.tensor([self.limits[index] for index in entering], device=self.device)
         self.answers[slots, 0] = self.ids[slots] = tokens
         self.counts[slots], self.most[slots] = 1, most
@@ -305,7 +359,7 @@ class _Decoder:
         ).logits[:, -1]
 
         # A slot whose answer has ended goes on with the others, and what it chooses is written out of the way.
-        tokens = choose_tokens(logits, self.temperature, self.top_p)
+        tokens = choose_tokens(logits, self.temperature, self.top_p, seeds=self.seeds, places=self.counts)
         runs = ~self.has_ended
         self.answers[self.rows, self.counts.masked_fill(self.has_ended, self.longest)] = tokens
         self.counts += runs

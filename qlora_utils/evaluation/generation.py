@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from qlora_utils.config import RunConfig
-from qlora_utils.evaluation.decoding import can_decode, decode
+from qlora_utils.evaluation.decoding import can_decode, choose_tokens, decode
 from qlora_utils.locate import first_line
 from qlora_utils.models.hardware import OutOfMemoryError, free_memory, is_out_of_memory
 from qlora_utils.rows.conversations import Conversation, Turn, restored
@@ -138,6 +138,7 @@ def answer_all(
     batch_size: int,
     batch_tokens: int | None = None,
     on_batch: Callable[[int], None] | None = None,
+    seed: int | None = None,
 ) -> list[Answer]:
     """Answer many questions at a time, with a cache of keys and values.
 
@@ -156,6 +157,8 @@ def answer_all(
         batch_tokens: tokens of the questions at a time, padding and answers included, at most (None: no
             limit).
         on_batch: called with the number of questions just answered, for a progress bar.
+        seed: draw each answer by this and the question's `number` alone, whatever is answered beside it; None: torch's
+            own generator draws them.
 
     Returns:
         One answer per question, in the order of `questions`.
@@ -170,6 +173,8 @@ def answer_all(
     waiting = sorted(range(len(prompts)), key=lambda index: -lengths[index])
     answer = _decode if can_decode(model, packing=config.packing) else _generate
     answers: dict[int, Answer] = {}
+    draws = seed is not None and sampling.temperature > 0
+    seeds = [seed_of_answer(seed or 0, question.number) for question in questions] if draws else None
 
     def fitting(longest: int) -> int:
         # All questions at a time take as much memory as the longest of them.
@@ -192,7 +197,9 @@ def answer_all(
                 count += 1
             too_large = None
             try:
-                answer(model, form, {index: prompts[index] for index in waiting[:count]}, sampling, size, keep)
+                asked = {index: prompts[index] for index in waiting[:count]}
+                drawn_by = None if seeds is None else [seeds[index] for index in asked]
+                answer(model, form, asked, sampling, size, keep, drawn_by)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -220,6 +227,7 @@ def _decode(
     sampling: Sampling,
     size: int,
     keep: Callable[[Mapping[int, list[int]]], None],
+    seeds: Sequence[int] | None = None,
 ) -> None:
     """Answer prompts in `size` slots, and pass the token ids of the answers to `keep` as they end."""
     numbers = list(prompts)
@@ -231,6 +239,7 @@ def _decode(
         ends=form.ends,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        seeds=seeds,
         on_answers=lambda rows: keep({numbers[index]: row for index, row in rows.items()}),
     )
 
@@ -242,6 +251,7 @@ def _generate(
     sampling: Sampling,
     size: int,
     keep: Callable[[Mapping[int, list[int]]], None],
+    seeds: Sequence[int] | None = None,
 ) -> None:
     """Answer all prompts as one batch, and pass the token ids of the answers to `keep`."""
     # A causal model's answer follows its prompt directly, so padding goes to the left of the
@@ -258,12 +268,42 @@ def _generate(
         return_tensors="pt",
         verbose=False,
     ).to(next(model.parameters()).device)
+    # Draws by seeds are a choice of the largest among scores that hold the noise.
+    options: dict[str, Any] = {}
+    if seeds is not None:
+        options["logits_processor"] = LogitsProcessorList([_SeededDraw(sampling, seeds, answer_start)])
+        sampling = Sampling(max_new_tokens=sampling.max_new_tokens)
     generated = model.generate(
         input_ids=batch["input_ids"],  # (batch, seq)
         attention_mask=batch["attention_mask"],
         generation_config=sampling.generation_config(model, form),
+        **options,
     )
     keep(dict(zip(prompts, generated[:, answer_start:].tolist(), strict=True)))
+
+
+def seed_of_answer(seed: int, number: int) -> int:
+    """Return the seed, a whole number of 63 bits, by which the answer to the question of this number is drawn."""
+    return (seed % 2**31) << 32 | number % 2**32
+
+
+class _SeededDraw(LogitsProcessor):
+    """Draw the next tokens by the seeds of their answers, and leave `generate` no other choice."""
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], answer_start: int) -> None:
+        self.sampling, self.seeds, self.answer_start = sampling, torch.tensor(seeds), answer_start
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Return scores (batch, vocabulary) of which only that of the token drawn is finite."""
+        place = torch.full((scores.shape[0],), input_ids.shape[1] - self.answer_start, device=scores.device)
+        tokens = choose_tokens(
+            scores,
+            self.sampling.temperature,
+            self.sampling.top_p,
+            seeds=self.seeds.to(scores.device),
+            places=place,
+        ).unsqueeze(1)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 
 def decode_answer(ids: list[int], form: Format) -> Answer:

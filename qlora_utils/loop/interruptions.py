@@ -156,7 +156,20 @@ class StopOnSignal(TrainerCallback):
         agreed: whether all processes know that one of them was asked to stop.
     """
 
-    def __init__(self, processes: int = 1) -> None:
+    def __init__(
+        self,
+        stopping: str = "stopping: this step is ended and saved first; once more to leave at once",
+        left: str = "left at once, as asked twice; the last checkpoint is what there is to go on from",
+        processes: int = 1,
+    ) -> None:
+        """Stop some work.
+
+        Args:
+            stopping: printed at the first signal.
+            left: message of the KeyboardInterrupt that the second raises.
+            processes: of the training.
+        """
+        self.stopping, self.left = stopping, left
         self.processes = processes
         self.received: int | None = None
         self.received_at = 0.0
@@ -204,6 +217,6 @@ class StopOnSignal(TrainerCallback):
             # A launcher hands on the Ctrl-C that each of its processes has had from the terminal already.
             if self.processes > 1 and time.monotonic() - self.received_at < REPEATED_S:
                 return
-            raise KeyboardInterrupt("left at once, as asked twice; the last checkpoint is what there is to go on from")
+            raise KeyboardInterrupt(self.left)
         self.received, self.received_at = number, time.monotonic()
-        print("\nstopping: this step is ended and saved first; once more to leave at once", file=sys.stderr, flush=True)
+        print(f"\n{self.stopping}", file=sys.stderr, flush=True)

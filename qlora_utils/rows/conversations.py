@@ -275,32 +275,12 @@ def parse(row: Row, roles: dict[str, str] | None = None) -> Conversation:
         UnusableRowError: the row has none of these shapes, or no answered turn, or a column that
             changes its meaning and cannot be read.
     """
-    if row.columns is None:
-        raise UnusableRowError(row.error or "empty row")
-
-    if row.where.lower().endswith(".csv"):
-        _refuse_two_spellings(tuple(row.columns))
-
-    # Other spellings of extra fields are always read; those of a shape's fields only if the exact
-    # spellings make no shape. A row may hold prose under "text", and its question under "Question".
-    columns = _rename_fields(row.columns, _EXTRA)
-    # NaN is how pandas writes a cell without value, and is unlike itself.
-    columns = {name: None if isinstance(value, float) and value != value else value for name, value in columns.items()}
     found_roles: dict[str, str] = {}
-    refuse_other_data(columns, found_roles)
-    found = _shape_and_parts(columns, found_roles)
-    # An `input` alone is a question, but beside an `Instruction` it belongs to that one.
-    if found is not None and found[0].startswith("input/") and "instruction" in map(normalise_name, columns):
-        found = None
-    if found is None:
-        columns = _rename_fields(columns, _SHAPED)
-        found = _shape_and_parts(columns, found_roles)
+    columns, found = find_parts(row, found_roles)
     if found is None:
         raise UnusableRowError(_no_shape(columns, row))
     shape, parts = found
-    parts = read_system(columns, parts, found_roles)
-    refuse_media_marks(parts)
-    turns, shown, unanswered = _pair_up(parts)
+    turns, shown, unanswered = pair_up(parts)
     if not turns:
         raise UnusableRowError("no answered turn" if unanswered else "no turn")
 
@@ -315,22 +295,62 @@ def parse(row: Row, roles: dict[str, str] | None = None) -> Conversation:
 
     # Name the columns as the file spells them.
     if roles is not None:
-        spelled = dict(zip(columns, row.columns, strict=True))
+        spelled = dict(zip(columns, row.columns or (), strict=True))
         roles.update((spelled.get(name, name), role) for name, role in found_roles.items())
     return Conversation(turns, row.where, row.number, shape, tags, unanswered, shown)
+
+
+def find_parts(row: Row, roles: dict[str, str]) -> tuple[Mapping[str, Any], tuple[str, Parts] | None]:
+    """Find the shape of a row, and its texts with the role of each.
+
+    Args:
+        row: as it was found.
+        roles: gets what columns were read as.
+
+    Returns:
+        The columns, known names spelled exactly, and the shape with its parts in order: None if the row has no shape.
+
+    Raises:
+        UnusableRowError: the row cannot be read, or has a column that changes its meaning and cannot be read.
+    """
+    if row.columns is None:
+        raise UnusableRowError(row.error or "empty row")
+
+    if row.where.lower().endswith(".csv"):
+        _refuse_two_spellings(tuple(row.columns))
+
+    # Other spellings of extra fields are always read; those of a shape's fields only if the exact
+    # spellings make no shape. A row may hold prose under "text", and its question under "Question".
+    columns = _rename_fields(row.columns, _EXTRA)
+    # NaN is how pandas writes a cell without value, and is unlike itself.
+    columns = {name: None if isinstance(value, float) and value != value else value for name, value in columns.items()}
+    refuse_other_data(columns, roles)
+    found = _shape_and_parts(columns, roles)
+    # An `input` alone is a question, but beside an `Instruction` it belongs to that one.
+    if found is not None and found[0].startswith("input/") and "instruction" in map(normalise_name, columns):
+        found = None
+    if found is None:
+        columns = _rename_fields(columns, _SHAPED)
+        found = _shape_and_parts(columns, roles)
+    if found is None:
+        return columns, None
+    shape, parts = found
+    parts = read_system(columns, parts, roles)
+    refuse_media_marks(parts)
+    return columns, (shape, parts)
 
 
 def _check_texts(turns: Iterable[Turn], tags: Mapping[str, str | list[str]]) -> None:
     """Check all texts of a row: half a character would stop a file from being written much later."""
     for turn in turns:
-        _check_encodable(turn.system)
-        _check_encodable(turn.question)
-        _check_encodable(turn.answer)
+        check_encodable(turn.system)
+        check_encodable(turn.question)
+        check_encodable(turn.answer)
     for name in tags:
-        _check_encodable(name)
+        check_encodable(name)
     for value in tags.values():
         for text in [value] if isinstance(value, str) else value:
-            _check_encodable(text)
+            check_encodable(text)
 
 
 def _rename_fields(columns: Mapping[str, Any], known: frozenset[str]) -> Mapping[str, Any]:
@@ -509,7 +529,7 @@ def _is_tag(value: Any, turns: int) -> bool:
     return isinstance(value, str)
 
 
-def _check_encodable(text: str) -> None:
+def check_encodable(text: str) -> None:
     """Raise UnusableRowError if a text has half a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
@@ -557,7 +577,7 @@ def _parts_of_marks(text: str) -> list[tuple[str, str]]:
     return [(roles[role], piece.strip()) for role, piece in zip(pieces[1::2], pieces[2::2], strict=True)]
 
 
-def _pair_up(parts: Parts) -> tuple[tuple[Turn, ...], tuple[int, ...], bool]:
+def pair_up(parts: Parts) -> tuple[tuple[Turn, ...], tuple[int, ...], bool]:
     """Return the turns, the numbers of those that are only shown, and True if the last question has no answer."""
     turns: list[Turn] = []
     shown: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 from qlora_utils import data, lora, quantization
 from qlora_utils.config import RunConfig
 from qlora_utils.evaluation import decoding, generation
-from qlora_utils.evaluation.decoding import can_decode, choose_tokens, decode
+from qlora_utils.evaluation.decoding import can_decode, choose_tokens, decode, seeded_noise
 from qlora_utils.kernels import attention
 from qlora_utils.kernels.lora_layers import keep_expanded
 from qlora_utils.tokens.formats import format_of
@@ -259,3 +260,26 @@ def test_on_a_gpu_answers_in_bf16_come_from_recorded_steps(tmp_path, tokenizer, 
     assert sum(row == other for row, other in zip(rows, expected, strict=True)) >= 30
     assert "CUDA graph" not in capsys.readouterr().out
     assert not any(hasattr(module, "dequantized_weight") for module in model.modules())
+
+
+def test_seeded_noise_is_exponential_and_depends_on_seed_place_and_token_alone():
+    seeds = torch.tensor([generation.seed_of_answer(0, number) for number in range(64)])
+    noise = seeded_noise(seeds, torch.arange(64) % 8, 4096)
+    assert noise.min() > 0 and noise.isfinite().all()
+    # Mean and spread of the distribution are 1, and a tenth of it lies below -log(0.9).
+    assert abs(noise.mean() - 1) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert abs((noise < -math.log(0.9)).float().mean() - 0.1) < 0.005
+    # Neither answers nor places nor seeds are alike.
+    rows = torch.cat(
+        [noise, seeded_noise(seeds, torch.arange(64) % 8 + 8, 4096), seeded_noise(seeds + 2**32, seeds * 0, 4096)]
+    )
+    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.1
+    assert torch.equal(seeded_noise(seeds[5:6], torch.tensor([5]), 4096)[0], noise[5])
+
+
+def test_seeds_draw_each_token_as_often_as_its_probability():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1)
+    seeds = torch.tensor([generation.seed_of_answer(9, number) for number in range(20_000)])
+    tokens = choose_tokens(logits, 0.7, 1.0, seeds=seeds, places=torch.zeros_like(seeds))
+    drawn = torch.bincount(tokens, minlength=4) / 20_000
+    torch.testing.assert_close(drawn, (logits[0] / 0.7).softmax(-1), atol=0.012, rtol=0)

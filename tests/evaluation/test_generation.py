@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from asked import GREEDY, QUESTIONS
@@ -145,3 +147,16 @@ def test_out_of_memory_with_one_question_says_what_takes_less(config, tuned_mode
         answer_all(
             tuned_model, tokenizer, [Question("Why?", "")], config, sampling=Sampling(max_new_tokens=6), batch_size=4
         )
+
+
+@BOTH
+def test_a_seed_draws_the_same_answer_whatever_is_answered_beside_it(config, tuned_model, tokenizer):
+    questions = [Question(f"What is {number}?" + " Why?" * number, "", number=number) for number in range(7)]
+    ask = partial(
+        answer_all, tuned_model, tokenizer, config=config, sampling=Sampling(max_new_tokens=6, temperature=1.5)
+    )
+    together = ask(questions, batch_size=4, seed=3)
+    apart = [ask([question], batch_size=1, seed=3)[0] for question in reversed(questions)]
+    assert together == apart[::-1]
+    assert len({answer.text for answer in together}) > 1
+    assert together != ask(questions, batch_size=4, seed=4)
