@@ -1,7 +1,7 @@
 """Store what `qlora plan` predicts for each common card; no GPU is needed.
 
     python benchmarks/plans.py           # write results/plans.json
-    python benchmarks/plans.py --table   # and print the table of docs/models.md
+    python benchmarks/plans.py --table   # and print the tables of docs/models.md
 
 liger-kernel counts as installed, whether it is on this machine or not: the docs give the plan with it.
 """
@@ -12,6 +12,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,22 @@ from stored import RESULTS, store
 
 from qlora_utils.config import RunConfig
 from qlora_utils.models import resolution, shapes
-from qlora_utils.models.hardware import CARDS, GIB
+from qlora_utils.models.hardware import CARDS, GIB, use_gpus
+from qlora_utils.models.memory import usable_memory
 from qlora_utils.models.shapes import Shape
 
 PRESETS = ("llama2-7b", "flan-t5-large", "qwen3-1.7b", "qwen3-4b", "llama3.1-8b")
 # Columns of the table: from small to large.
 COLUMNS = ("flan-t5-large", "qwen3-1.7b", "qwen3-4b", "llama2-7b", "llama3.1-8b")
+# Several GPUs for a large model, and what must be changed in its preset so that it fits these.
+LARGE = "llama2-70b"
+SEVERAL: dict[tuple[int, str], dict[str, Any]] = {
+    (2, "3090"): {"train_head": False, "max_seq_len": 512, "lora_r": 8},
+    (2, "4090"): {"train_head": False, "max_seq_len": 512, "lora_r": 8},
+    (2, "L40S"): {}, (2, "A6000"): {}, (2, "A100-80"): {}, (2, "H100"): {}, (2, "H200"): {},
+    (4, "3090"): {"train_head": False, "lora_r": 32}, (4, "4090"): {"train_head": False, "lora_r": 32},
+    (4, "A100-80"): {}, (8, "A100-80"): {}, (8, "H100"): {},
+}  # fmt: skip
 
 
 @functools.cache
@@ -52,6 +63,45 @@ def plan(preset: str, card: str) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     details = {"preset": preset, "card": card, "chosen": chosen}
     return values, {**details, "peak_bytes": predicted.peak, "parts_bytes": predicted.parts}
+
+
+def plan_several(gpus: int, card: str, changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plan the large preset, with changes, for several GPUs; return the same as `plan`, for each of them."""
+    config = RunConfig.from_preset(LARGE, liger=True, gpus=gpus, **changes)
+    resolved, predicted = resolution.plan_for(config, CARDS[card], shape_of(config.model))
+    room = usable_memory(use_gpus(CARDS[card], config))
+    chosen = {name: getattr(resolved.config, name) for name in (*resolution.OPEN, "shard")}
+    values = {
+        "peak_gib": round(predicted.peak / GIB, 3),
+        "room_gib": round(room / GIB, 3),
+        "pass_tokens": resolved.config.micro_batch_tokens,
+    }
+    details = {"preset": LARGE, "card": f"{gpus}x{card}", "changes": dict(changes), "chosen": chosen}
+    return values, {**details, "peak_bytes": predicted.peak, "parts_bytes": predicted.parts}
+
+
+def table_of_several(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of the plans for several GPUs: a row for each number and kind."""
+    lines = ["| | the model | peak on each | room on each | tokens per pass | optimizer | what must be changed |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | --- | --- |")
+    by_card = {run["card"]: run for run in runs if run["preset"] == LARGE}
+    for gpus, card in SEVERAL:
+        run = by_card[f"{gpus}x{card}"]
+        chosen = run["chosen"]
+        room = usable_memory(replace(CARDS[card], gpus=gpus))
+        cells = [
+            f"{gpus} × {card}",
+            "split" if chosen["shard"] else "a copy on each",
+            f"{run['peak_bytes'] / GIB:.1f} GiB",
+            f"{room / GIB:.1f} GiB",
+            f"{chosen['micro_batch_tokens']:,}",
+            f"`{chosen['optimizer']}`",
+            " ".join(f"`{name}={str(value).lower()}`" for name, value in run["changes"].items()) or "nothing",
+        ]
+        lines.append(
+            f"| {' | '.join(cells)} <!-- plans.json {LARGE}.{gpus}x{card}: peak_gib room_gib pass_tokens --> |"
+        )
+    return "\n".join(lines)
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -92,9 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             numbers, details = plan(preset, card)
             values.setdefault(preset, {})[card] = numbers
             runs.append(details)
+    for (gpus, card), changes in SEVERAL.items():
+        numbers, details = plan_several(gpus, card, changes)
+        values.setdefault(LARGE, {})[details["card"]] = numbers
+        runs.append(details)
     store(given.out, values, runs)
     if given.table:
-        print(table(runs))
+        print(table(runs), table_of_several(runs), sep="\n\n")
     return 0
 
 

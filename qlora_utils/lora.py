@@ -25,7 +25,7 @@ from qlora_utils.kernels.recomputation import Recomputation
 from qlora_utils.locate import first_line
 from qlora_utils.models import shapes
 from qlora_utils.models.files import check_adapter, find_missing_weights
-from qlora_utils.models.hardware import CARDS, this_card
+from qlora_utils.models.hardware import CARDS, this_card, use_gpus
 from qlora_utils.models.memory import fit_text, plan_table, plot_plan
 from qlora_utils.models.resolution import explorer, overview, plan_for, resolution_of
 from qlora_utils.models.shapes import HEAD
@@ -518,7 +518,7 @@ def plot_trainable(rows: list[ModuleParameters], ax: Axes) -> Figure:
 
 
 def memory_plan(config: RunConfig) -> tuple[DataFrame, str]:
-    """Plan the memory of a training on this machine's GPU, or on a T4 where there is none.
+    """Plan the memory of a training on this machine's GPU, or on a T4 where there is none; of several, on each.
 
     Returns:
         The table of `memory.plan_table`, and a sentence on the card and whether it has room for that.
@@ -528,7 +528,7 @@ def memory_plan(config: RunConfig) -> tuple[DataFrame, str]:
         ConfigError: nothing fits; names the smallest plan and what to change.
     """
     here = this_card()
-    card = here or CARDS["T4"]
+    card = use_gpus(here or CARDS["T4"], config)
     _, plan = plan_for(config, card, shapes.read(config.model))
     instead = "" if here else " (a T4, since there is no GPU here)"
     return plan_table(plan), fit_text(plan, card) + instead

@@ -24,7 +24,7 @@ from qlora_utils.models import files as model_files
 from qlora_utils.models.export import stored_weights
 from qlora_utils.models.packaged import describe_origin as describe_origin  # notebook 02 calls it
 from qlora_utils.models.packaged import find_model
-from qlora_utils.models.resolution import Resolved, resolve_to_load
+from qlora_utils.models.resolution import SWITCHED_OFF, Resolved, resolve_to_load
 from qlora_utils.models.resolution import resolve_auto as resolve_auto  # notebook 02 calls it
 from qlora_utils.models.shapes import architecture_of, refuse_unseen_weights
 from qlora_utils.runs.files import read_json
@@ -129,7 +129,7 @@ def _resolve_split(resolved: Resolved, stored: str | None) -> Resolved:
         raise ConfigError(
             f"shard: {obstacle}, so the model cannot be split over GPUs. Take -p shard=false, or other values."
         )
-    off = {name: value for name, value in sharding.SWITCHED_OFF.items() if getattr(config, name) != value}
+    off = {name: value for name, value in SWITCHED_OFF.items() if getattr(config, name) != value}
     reasons = dict.fromkeys(off, "the model is split over several processes")
     return replace(resolved, config=config.model_copy(update=off), reasons=resolved.reasons | reasons)
 

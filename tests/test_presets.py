@@ -4,17 +4,22 @@ import re
 
 import pytest
 
-from qlora_utils.config import RunConfig
+from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.models import hardware, shapes
 from qlora_utils.models.hardware import CARDS
-from qlora_utils.models.memory import usable_memory
+from qlora_utils.models.memory import predict, usable_memory
 from qlora_utils.models.resolution import OPEN, overview, plan_for, resolve_auto
 from qlora_utils.presets import PRESETS
 from qlora_utils.runs.directory import RunDirectory
 
 CHAT = ("qwen3-1.7b", "qwen3-4b", "llama3.1-8b")
 # Of a hub that is not asked here; the pocket models lie in the package.
-REAL = [name for name in PRESETS if shapes.known(RunConfig.from_preset(name).model)]
+# Those that one card holds.
+REAL = [name for name in PRESETS if shapes.known(RunConfig.from_preset(name).model) and name != "llama2-70b"]
+
+
+def changed(config, **changes):
+    return RunConfig.build({**config.model_dump(), **changes})
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -32,6 +37,33 @@ def test_llama2_follows_the_tutorial_recipe():
     config = RunConfig.from_preset("llama2-7b")
     assert (config.lora_r, config.lora_alpha, config.learning_rate, config.lr_scheduler) == (64, 16, 2e-4, "cosine")
     assert (config.steps, config.batch_size) == (250, 4)
+
+
+def test_llama2_70b_follows_the_qlora_paper():
+    config = RunConfig.from_preset("llama2-70b")
+    assert (config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_targets) == (64, 16, 0.05, "all-linear")
+    assert (config.learning_rate, config.lr_scheduler, config.max_grad_norm) == (1e-4, "constant", 0.3)
+    assert (config.batch_size, config.gpus, config.shard) == (16, None, None)
+
+
+@pytest.mark.parametrize(
+    ("card", "gpus", "shard"),
+    [("A6000", 2, True), ("A100-80", 2, False), ("3090", 2, None), ("A100-80", 8, False), ("A100-80", 1, None)],
+)
+def test_llama2_70b_is_split_only_where_no_card_holds_it(card, gpus, shard):
+    config = RunConfig.from_preset("llama2-70b", gpus=gpus)
+    shape = shapes.read(config.model)
+    if card == "3090":
+        with pytest.raises(ConfigError, match=r"2x3090 has room for .* on each.*With -p train_head=.*which fits"):
+            plan_for(config, CARDS[card], shape)
+        config = changed(config, train_head=False, max_seq_len=512, lora_r=8)
+        shard = True
+    resolved, plan = plan_for(config, CARDS[card], shape)
+    assert plan.fits(hardware.use_gpus(CARDS[card], config))
+    assert resolved.config.shard is shard
+    assert resolved.config.micro_batch_tokens <= 1.5 * config.batch_size / gpus * config.max_seq_len
+    if shard:
+        assert "split over 2 GPUs" in resolved.text() and resolved.config.gradient_checkpointing
 
 
 @pytest.mark.parametrize("preset", CHAT)
@@ -64,7 +96,8 @@ def test_every_preset_is_planned_for_every_card(preset, monkeypatch):
         assert chosen.liger == (decoder and name != "P100")
         assert chosen.micro_batch_tokens >= shape.longest_example(config)
         assert chosen.keep_expanded == (plan.parts["expanded weights"] > 0)
-    assert peaks["2xT4"] == peaks["T4"]  # the second is not used
+    # each has a share of a step, and no more room than one alone
+    assert predict(shape, changed(resolve_auto(config, CARDS["2xT4"], shape).config, gpus=1)).peak == peaks["2xT4"]
     # Cards of one kind: where a smaller one has room for something, a larger one has too.
     for smaller, larger in (("V100-16", "V100-32"), ("A100-40", "A100-80"), ("3060", "3090"), ("4080", "4090")):
         small, large = (resolve_auto(config, CARDS[name], shape).config for name in (smaller, larger))

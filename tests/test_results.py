@@ -186,11 +186,17 @@ def test_stored_plans_are_what_is_planned_now(results):
             values, _ = plans.plan(preset, card)
             for name, value in values.items():
                 assert results["plans.json"][f"{preset}.{card}.{name}"] == value
+    for (gpus, card), changes in plans.SEVERAL.items():
+        values, details = plans.plan_several(gpus, card, changes)
+        for name, value in values.items():
+            assert results["plans.json"][f"{plans.LARGE}.{details['card']}.{name}"] == value
 
 
 def test_the_table_of_cards_is_the_one_that_the_command_prints():
     stored_runs = json.loads((BENCHMARKS / "results" / "plans.json").read_text())["runs"]
-    assert f"\n\n{plans.table(stored_runs)}\n\n" in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    docs = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert f"\n\n{plans.table(stored_runs)}\n\n" in docs
+    assert f"\n\n{plans.table_of_several(stored_runs)}\n\n" in docs
 
 
 def test_every_expected_sentence_stands_in_the_pretraining_text_and_facts_can_be_guessed(results):

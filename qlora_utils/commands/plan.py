@@ -25,12 +25,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--preset", help="what to plan (default: llama2-7b)")
     parser.add_argument("--run", help="or the run, by name or path, whose config is planned for")
     parser.add_argument("--gpu", help=f"{', '.join(hardware.CARDS)} (default: this machine's, or all)")
+    parser.add_argument("--gpus", help="how many of it train together (default: all that the machine has; -p gpus)")
     parser.set_defaults(command=main)
 
 
 def main(options: argparse.Namespace) -> int:
     """Print the plan for one GPU, or the chosen settings for each."""
     given = parse_parameters(options.parameters)
+    if options.gpus is not None:
+        given["gpus"] = options.gpus
     preset = given.pop("preset", options.preset)
     if options.run and preset:
         raise ConfigError("--run and --preset: each says what is planned for; give one of them.")
@@ -44,6 +47,7 @@ def main(options: argparse.Namespace) -> int:
         cards = [card]
     else:
         cards = [hardware.find_card(options.gpu)] if options.gpu else list(hardware.CARDS.values())
+    cards = [hardware.use_gpus(card, config) for card in cards]
     trainable = memory.trainable_text(shape, config)
     if len(cards) > 1:
         print(f"{config.preset}: {config.model}\n{trainable}\n")
@@ -51,7 +55,8 @@ def main(options: argparse.Namespace) -> int:
         print_notes(cards)
         return 0
     resolved, predicted = resolution.plan_for(config, cards[0], shape)
-    print(f"{config.preset} on {cards[0].name}: {config.model}\n{trainable}\n")
+    each = ", on each" if cards[0].gpus > 1 else ""
+    print(f"{config.preset} on {cards[0].label}{each}: {config.model}\n{trainable}\n")
     print(resolved.text(), end="\n\n")
     print(table_text(memory.plan_table(predicted)))
     print(memory.fit_text(predicted, cards[0]))

@@ -29,9 +29,6 @@ Weights = Callable[[str, torch.Tensor], torch.Tensor]
 # As which numbers `fully_shard` gets the bytes of 4-bit weights. PyTorch 2.11 takes no integers. A GPU copies bfloat16
 # by way of float32, from which bytes that read as NaN come back as another NaN; it copies float32 as it is.
 STORAGE = torch.float32
-# What a split model cannot have: weights that stay dequantized would have to be whole, graphs capture no other
-# process, and copies to main memory would wait for the layers that are gathered.
-SWITCHED_OFF = {"keep_expanded": False, "cuda_graphs": False, "offload_activations": False}
 # Attribute of a model that is split.
 _MARK = "is_split"
 

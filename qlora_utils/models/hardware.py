@@ -41,6 +41,12 @@ class Card:
         return self.capability[0] >= 8
 
     @property
+    def label(self) -> str:
+        """Return its name, with the number of GPUs before it if there are several: `2x3090`."""
+        count = f"{self.gpus}x"
+        return self.name if self.gpus == 1 or self.name.startswith(count) else f"{count}{self.name}"
+
+    @property
     def note(self) -> str:
         """Return what to know about it before a run: what its GPUs do, the PyTorch that it needs; often empty.
 
@@ -110,8 +116,16 @@ def _plain(name: str) -> str:
     return re.sub(r"nvidia|geforce|rtx|tesla|[^a-z0-9]", "", name.lower().replace("×", "x"))
 
 
+def use_gpus(card: Card, config: RunConfig) -> Card:
+    """Return the card with as many GPUs as a run uses: `config.gpus`, or all that there are."""
+    return replace(card, gpus=config.gpus or card.gpus)
+
+
 def this_card() -> Card | None:
-    """Return the first GPU of this machine, or None. A kind that is not in `CARDS` gets the rates of a similar one."""
+    """Return the first GPU of this machine, or None. A kind that is not in `CARDS` gets the rates of a similar one.
+
+    In a process of a launcher `gpus` counts those of all processes, on other hosts too.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -129,7 +143,9 @@ def this_card() -> Card | None:
 
     similar = min(CARDS.values(), key=distance)
     rates = similar.matrix_rate, similar.bandwidth
-    return Card(properties.name, properties.total_memory, capability, *rates, gpus=torch.cuda.device_count())
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    gpus = launched if launched > 1 else torch.cuda.device_count()
+    return Card(properties.name, properties.total_memory, capability, *rates, gpus=gpus)
 
 
 def precision(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[str, str]:

@@ -7,7 +7,6 @@ Every part is counted from the model's shape: what is stored, and what autograd 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +26,22 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 PARTS = ("weights", "quantization constants", "expanded weights", "head", "adapters", "gradients", "optimizer",
-         "activations", "logits", "workspace")  # fmt: skip
+         "activations", "logits", "workspace", "gathered layers")  # fmt: skip
 # Frozen layers are blue, head and what training adds orange, what a pass holds gray; shades tell parts apart.
 PART_COLORS = ("#08519c", "#6baed6", "#c6dbef", "#7f2704", "#d94801", "#fd8d3c", "#fdd0a2",
-               "#8c8c8c", "#bdbdbd", "#e3e3e3")  # fmt: skip
+               "#8c8c8c", "#bdbdbd", "#e3e3e3", "#9ecae1")  # fmt: skip
 # Bytes of fp32 logits that exist at a time: `loss.CHUNK_BYTES["cuda"]`.
 CHUNK = 2**27
+# What NCCL takes of each card beside PyTorch's tensors where several train together: reckoned, not measured.
+EXCHANGE_BYTES = int(0.25 * GIB)
+# Layers of a split model that are whole at a time: the one that is computed, and the buffer of the one gathered next
+# (in the forward pass that of the same layer, which PyTorch frees a layer later).
+GATHERED_LAYERS = 2
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Hold the memory of a configuration in bytes: each part, and the peak.
+    """Hold the memory of a configuration in bytes: each part, and the peak. Of several GPUs it is that of each.
 
     Some parts never exist together, so their sum is more than the peak.
     """
@@ -53,13 +57,17 @@ class MemoryPlan:
 def usable_memory(card: Card) -> int:
     """Return the bytes of a card that tensors can take.
 
-    That is its memory less 0.7 GiB for the CUDA context and 4 % for fragmentation.
+    That is its memory less 0.7 GiB for the CUDA context and 4 % for fragmentation; and `EXCHANGE_BYTES` if it trains
+    with others.
     """
-    return int(card.memory * 0.96 - 0.7 * GIB)
+    return int(card.memory * 0.96 - 0.7 * GIB) - (EXCHANGE_BYTES if card.gpus > 1 else 0)
 
 
 def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, passes: int = 2) -> MemoryPlan:
     """Predict the most memory that PyTorch will have allocated at a time while this configuration trains.
+
+    Of several GPUs (`config.gpus`) that is what each allocates. With `shard` it holds one part in so many of the
+    layers; all else, what trains included, each has whole (`kernels.sharding`).
 
     Args:
         shape: of the base model.
@@ -78,8 +86,8 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
     expanded = shape.linear_parameters * wide if config.keep_expanded and config.quantize else 0
     adapter_copy = lora * wide if config.fused_layers else 0  # in the precision of products
     # what a pass adds: where the loss cannot add the head's gradient to that of earlier passes
-    # itself, it exists twice: in fp16, and where several processes exchange gradients that autograd adds up
-    in_place = config.fused_layers and config.compute_dtype != "float16" and os.environ.get("WORLD_SIZE", "1") == "1"
+    # itself, it exists twice: in fp16
+    in_place = config.fused_layers and config.compute_dtype != "float16"
     head_twice = 0 if in_place or passes == 1 else head_trained
     saved, recomputed = _activation_bytes(shape, config, wide, tokens)
     dequantized = 0 if config.keep_expanded else shape.largest_linear * wide
@@ -96,14 +104,26 @@ def predict(shape: Shape, config: RunConfig, *, pass_tokens: int | None = None, 
         "logits": _logit_bytes(shape, config, tokens, wide),
         "workspace": dequantized + flowing_back,
     }
+    if is_split(config):
+        parts["gathered layers"] = GATHERED_LAYERS * (_layer_bytes(shape, config, wide) // shape.layers)
 
     # the peak is at one of three moments: some of what exists at one is freed before the next
     fixed = sum(parts[name] for name in PARTS[:5]) + parts["gradients"] + parts["optimizer"]
     cast = _cast_bytes(shape, config, wide)
     in_loss = fixed + cast + saved + parts["logits"]
-    in_a_layer = fixed + parts["activations"] + parts["workspace"]
+    in_a_layer = fixed + parts["activations"] + parts["workspace"] + parts.get("gathered layers", 0)
     in_step = fixed + _step_workspace(config, trained)
     return MemoryPlan(parts, max(in_loss, in_a_layer, in_step))
+
+
+def is_split(config: RunConfig) -> bool:
+    """Return True if several GPUs hold one model together, by a config in which nothing is left open."""
+    return bool(config.shard) and (config.gpus or 1) > 1
+
+
+def count_share(config: RunConfig) -> int:
+    """Return how many conversations of a step the GPU with the largest share gets."""
+    return -(-config.batch_size // (config.gpus or 1))
 
 
 def _activation_bytes(shape: Shape, config: RunConfig, wide: int, tokens: int) -> tuple[int, int]:
@@ -133,11 +153,22 @@ def offloaded_bytes(shape: Shape, config: RunConfig) -> int:
 
 
 def _weight_bytes(shape: Shape, config: RunConfig, wide: int) -> int:
-    """Return the bytes of all frozen weights but the head: linear layers (quantized or not), embeddings, norms."""
+    """Return the bytes of all frozen weights but the head: layers (quantized or not), embeddings, positions."""
+    in_layers = _layer_bytes(shape, config, wide)
+    if is_split(config):
+        in_layers = -(-in_layers // (config.gpus or 1))
+    return in_layers + shape.embedding_parameters * wide
+
+
+def _layer_bytes(shape: Shape, config: RunConfig, wide: int) -> int:
+    """Return the bytes of the frozen weights of all layers: linear layers, norms and biases.
+
+    The last norm and embeddings of positions count as part of a layer, since they are small.
+    """
     linear = shape.linear_parameters * wide
     if config.quantize:
         linear = shape.linear_parameters if config.quant_type == "int8" else shape.linear_parameters // 2
-    return linear + (shape.embedding_parameters + shape.small_parameters) * wide + shape.fp32_parameters * 4
+    return linear + shape.small_parameters * wide + shape.fp32_parameters * 4
 
 
 def _constant_bytes(shape: Shape, config: RunConfig) -> int:
@@ -213,7 +244,9 @@ def answer_room(config: RunConfig) -> int | None:
     return max(1, int(0.6 * (usable_memory(card) - taken) / token_bytes))
 
 
-def explain_too_large(config: RunConfig, card: Card, smallest: int, without_head: int | None = None) -> str:
+def explain_too_large(
+    config: RunConfig, card: Card, smallest: int, without_head: int | None = None, recipe: str = ""
+) -> str:
     """Explain that even a plan of `smallest` bytes does not fit a card, and list what to change.
 
     Args:
@@ -221,15 +254,19 @@ def explain_too_large(config: RunConfig, card: Card, smallest: int, without_head
         card: that it does not fit.
         smallest: peak in bytes of the smallest plan.
         without_head: the same with a frozen head, None if that is not known.
+        recipe: changes that together make it fit, as `find_recipe` formats them; empty if none is known.
     """
+    each = " on each" if card.gpus > 1 else ""
     found = (
-        f"{card.name} has room for {usable_memory(card) / GIB:.1f} GiB, and this takes {smallest / GIB:.1f} GiB at the "
-        "least."
+        f"{card.label} has room for {usable_memory(card) / GIB:.1f} GiB{each}, and this takes {smallest / GIB:.1f} GiB "
+        "at the least."
     )
     # one change that is enough is better than a list of changes that may be
     if config.train_head and without_head is not None and without_head <= usable_memory(card):
         found += f" With a frozen head (train_head=false) it takes {without_head / GIB:.1f} GiB, which fits."
         return f"{found} `qlora plan` shows each part."
+    if recipe:
+        return f"{found} {recipe} `qlora plan` shows each part."
     return f"{found} Take {_list_remedies(config)}. `qlora plan` shows each part."
 
 
@@ -250,7 +287,7 @@ def _list_remedies(config: RunConfig) -> str:
 # What memory depends on: a pass that ran out says something about runs that are equal in these.
 _MEMORY_FIELDS = ("model", "quantize", "quant_type", "train_head", "lora_r", "lora_targets", "compute_dtype",
                   "optimizer", "keep_expanded", "gradient_checkpointing", "kept_layers", "offload_activations",
-                  "attention_kernel", "fused_layers", "liger")  # fmt: skip
+                  "attention_kernel", "fused_layers", "liger", "shard")  # fmt: skip
 
 
 def learn(config: RunConfig, tokens: int) -> None:
@@ -326,7 +363,8 @@ def trainable_text(shape: Shape, config: RunConfig) -> str:
 def fit_text(plan: MemoryPlan, card: Card) -> str:
     """Format the memory that a card has for tensors, and whether the plan fits into it, as a sentence."""
     verdict = "fits" if plan.fits(card) else "DOES NOT FIT"
-    return f"room on {card.name}: {usable_memory(card) / GIB:.2f} GiB; the plan {verdict}"
+    each = " each" if card.gpus > 1 else ""
+    return f"room on {card.label}: {usable_memory(card) / GIB:.2f} GiB{each}; the plan {verdict}"
 
 
 def plot_plan(plans: Mapping[str, MemoryPlan], ax: Axes, card: Card | None = None) -> Figure:
@@ -334,6 +372,9 @@ def plot_plan(plans: Mapping[str, MemoryPlan], ax: Axes, card: Card | None = Non
     for position, plan in enumerate(plans.values()):
         left = 0.0
         for number, name in enumerate(PARTS):
+            # layers are gathered only where a model is split
+            if name not in plan.parts:
+                continue
             size = plan.parts[name] / GIB
             # once is enough for the legend
             label = name if position == 0 else None
@@ -344,7 +385,7 @@ def plot_plan(plans: Mapping[str, MemoryPlan], ax: Axes, card: Card | None = Non
         end = max(left, plan.peak / GIB)
         ax.annotate(f" {plan.peak / GIB:.1f} GiB", (end, position), va="center", fontsize="small")
     if card is not None:
-        ax.axvline(usable_memory(card) / GIB, color="black", linestyle="--", label=f"room on {card.name}")
+        ax.axvline(usable_memory(card) / GIB, color="black", linestyle="--", label=f"room on {card.label}")
     ax.set_yticks(range(len(plans)), list(plans))
     ax.invert_yaxis()
     ax.margins(x=0.12)

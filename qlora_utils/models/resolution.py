@@ -23,9 +23,11 @@ from qlora_utils.models.hardware import (
     main_memory,
     precision,
     this_card,
+    use_gpus,
 )
 from qlora_utils.models.memory import (
     MemoryPlan,
+    count_share,
     explain_too_large,
     fit_text,
     offloaded_bytes,
@@ -52,6 +54,9 @@ OPEN = ("compute_dtype", "attention_kernel", "liger", "cuda_graphs", "keep_expan
 _PLANNED = ("keep_expanded", "gradient_checkpointing", "micro_batch_tokens", "optimizer")
 _BY_HARDWARE = {"compute_dtype": precision, "attention_kernel": attention_kernel, "liger": liger_kernels,
                 "cuda_graphs": cuda_graphs}  # fmt: skip
+# What a split model cannot have: weights that stay dequantized would have to be whole, graphs capture no other
+# process, and copies to main memory would wait for the layers that are gathered.
+SWITCHED_OFF = {"keep_expanded": False, "cuda_graphs": False, "offload_activations": False}
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,9 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
     card = card or this_card()
     if card is not None and config.memory_gib is not None:
         card = limit_memory(card, config.memory_gib)
-    if not any(is_open(config, name) for name in OPEN):
+    card = use_gpus(card, config) if card is not None else None
+    together = card is not None and card.gpus > 1
+    if not together and not any(is_open(config, name) for name in OPEN):
         return Resolved(config, given, architecture, _advise_on_head(config, card, shape))
 
     # precision and kernels follow from the hardware alone, and the plan depends on them
@@ -121,6 +128,9 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
         if is_open(config, name):
             values[name], reasons[name] = choose(config, card, architecture)
     config = config.model_copy(update=values)
+    if card is not None and together:
+        config, shared = _share_gpus(config, card, shape)
+        reasons |= shared
     # where all else is given, nothing is planned, and so nothing refused
     if not any(is_open(config, name) for name in _PLANNED):
         config = _fill_open(config, {"kept_layers": 0, "offload_activations": False})
@@ -150,6 +160,44 @@ def resolve_auto(config: RunConfig, card: Card | None = None, shape: Shape | Non
                 f"{planned:,} were planned, but more than this ran out of memory here before"
             )
     return Resolved(chosen, given, architecture, reasons | _advise_on_head(chosen, card, shape))
+
+
+def _share_gpus(config: RunConfig, card: Card, shape: Shape | None) -> tuple[RunConfig, dict[str, str]]:
+    """Decide whether several GPUs hold a model each or share one, and what follows from that; with reasons.
+
+    They share one only where a copy of it would not even leave space for the smallest pass: layers that travel between
+    GPUs cost time.
+    """
+    config, reasons = config.model_copy(update={"gpus": card.gpus}), {}
+    if config.shard is None:
+        try:
+            needs_split = not _fits_whole(config, card, shape or shapes.read(config.model))
+        except ModelError:
+            needs_split = False
+        config = config.model_copy(update={"shard": needs_split})
+        reasons["shard"] = f"each of the {card.gpus} GPUs has room for the whole model and a pass"
+        if needs_split:
+            reasons["shard"] = f"no GPU has room for the whole model and a pass: each of {card.gpus} holds its part"
+    if not config.shard:
+        return config, reasons
+    # Longer passes gather the layers less often, and recomputing leaves room for them.
+    recompute = {"gradient_checkpointing": True, "kept_layers": 0}
+    values = SWITCHED_OFF | {name: value for name, value in recompute.items() if is_open(config, name)}
+    why = f"the model is split over {card.gpus} GPUs"
+    reasons |= {name: why for name, value in values.items() if getattr(config, name) != value}
+    return config.model_copy(update=values), reasons
+
+
+def _fits_whole(config: RunConfig, card: Card, shape: Shape) -> bool:
+    """Return whether a card holds the whole model with some choice of what is open, or the model cannot be split."""
+    reads_whole_layers = config.lora_init in ("eva", "loftq") or (config.quantize and config.quant_type == "int8")
+    if shape.architecture != "causal" or reads_whole_layers:
+        return True
+    host = main_memory() // card.gpus
+    for candidate in candidates(config.model_copy(update={"shard": False}), shape):
+        if predict(shape, candidate).fits(card) and _fits_host(candidate, shape, host):
+            return True
+    return False
 
 
 def _refuse_for_pairs(config: RunConfig, architecture: Architecture) -> None:
@@ -222,6 +270,8 @@ def _explain_choices(chosen: RunConfig, card: Card, shape: Shape) -> dict[str, s
     unit = "conversations" if shape.architecture == "causal" else "examples"
     space = f"{usable_memory(card) / GIB:.1f} GiB of {card.name}"
     step = f"a step of {chosen.batch_size} {unit}"
+    if card.gpus > 1:
+        step = f"a GPU's share of {count_share(chosen)} of {chosen.batch_size} {unit} in a step"
     reasons = {"micro_batch_tokens": f"enough for {step}, or close to it; {peak()} of the {space}"}
     if chosen.keep_expanded:
         reasons["keep_expanded"] = f"saves dequantizing every weight in every pass, and {peak()} fit into the {space}"
@@ -294,7 +344,7 @@ def candidates(config: RunConfig, shape: Shape) -> Iterator[RunConfig]:
     useful = config.quantize and config.fused_layers and not config.dora
     # a pass is no smaller than an example, and hardly larger than a step can be
     longest = shape.longest_example(config)
-    sizes = tuple(tokens for tokens in PASS_TOKENS if longest <= tokens < 1.5 * config.batch_size * longest)
+    sizes = tuple(tokens for tokens in PASS_TOKENS if longest <= tokens < 1.5 * count_share(config) * longest)
     choices: dict[str, tuple[Any, ...]] = {
         "optimizer": ("adamw_torch_fused", "adamw_8bit"),
         "keep_expanded": (False, True) if useful else (False,),
@@ -342,13 +392,15 @@ def choose_fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
     plans = [(candidate, predict(shape, candidate)) for candidate in candidates(config, shape)]
     fitting = [(candidate, plan) for candidate, plan in plans if plan.fits(card)]
     if is_open(config, "offload_activations"):
-        host = main_memory()
+        # Each GPU has a process of its own.
+        host = main_memory() // card.gpus
         fitting = [(candidate, plan) for candidate, plan in fitting if _fits_host(candidate, shape, host)]
     if not fitting:
         smallest = min(plan.peak for _, plan in plans)
         frozen = [candidate.model_copy(update={"train_head": False}) for candidate, _ in plans]
         without_head = min(predict(shape, candidate).peak for candidate in frozen)
-        raise ConfigError(explain_too_large(config, card, smallest, without_head))
+        recipe = find_recipe(config, card, shape) if card.gpus > 1 else ""
+        raise ConfigError(explain_too_large(config, card, smallest, without_head, recipe))
     if is_open(config, "kept_layers"):
         most = [keep_most_layers(candidate, card, shape) for candidate, _ in fitting]
         fitting = [(candidate, predict(shape, candidate)) for candidate in most]
@@ -359,6 +411,42 @@ def choose_fastest(config: RunConfig, card: Card, shape: Shape) -> RunConfig:
     return min(
         fast, key=lambda pair: ("8bit" in pair[0].optimizer, bool(pair[0].gradient_checkpointing), pair[1].peak)
     )[0]
+
+
+# What to change where several GPUs are too small, one after the other, the least loss first.
+_SMALLER = (("train_head", False), ("max_seq_len", 1024), ("lora_r", 32), ("lora_r", 16), ("max_seq_len", 512),
+            ("lora_r", 8))  # fmt: skip
+
+
+def find_recipe(config: RunConfig, card: Card, shape: Shape) -> str:
+    """Find changes that together make a config fit, and format them; empty if there are none.
+
+    Args:
+        config: the run, as `choose_fastest` takes it.
+        card: that it does not fit.
+        shape: of the base model.
+    """
+
+    def peak(changes: Mapping[str, Any]) -> int:
+        changed = config.model_copy(update=changes)
+        return min(predict(shape, candidate).peak for candidate in candidates(changed, shape))
+
+    changes: dict[str, Any] = {}
+    for name, value in _SMALLER:
+        # only downwards from what is given
+        if getattr(config, name) <= value:
+            continue
+        changes[name] = value
+        if peak(changes) > usable_memory(card):
+            continue
+        # what was tried first may not be needed beside what came later
+        for tried in list(changes):
+            fewer = {other: changes[other] for other in changes if other != tried}
+            if peak(fewer) <= usable_memory(card):
+                changes = fewer
+        options = " ".join(f"-p {other}={str(changes[other]).lower()}" for other in changes)
+        return f"With {options} it takes {peak(changes) / GIB:.1f} GiB, which fits."
+    return ""
 
 
 def _fits_host(config: RunConfig, shape: Shape, memory: int) -> bool:
@@ -378,7 +466,7 @@ def step_seconds(shape: Shape, config: RunConfig, card: Card, *, mean_tokens: in
         card: that it runs on.
         mean_tokens: of a conversation.
     """
-    tokens = int(shape.padding * config.batch_size * min(mean_tokens, config.max_seq_len))
+    tokens = int(shape.padding * count_share(config) * min(mean_tokens, config.max_seq_len))
     largest = max(config.micro_batch_tokens or tokens, shape.longest_example(config))
     # half a pass more, since steps differ in length and packs are not quite full
     passes = max(1.0, tokens / largest + 0.5)
@@ -426,7 +514,7 @@ def overview(config: RunConfig, cards: Sequence[Card], shape: Shape) -> DataFram
     from pandas import DataFrame, Index
 
     rows = []
-    for card in cards:
+    for card in (use_gpus(card, config) for card in cards):
         row: dict[str, Any] = {"room (GiB)": round(usable_memory(card) / GIB, 1)}
         try:
             resolved, plan = plan_for(config, card, shape)

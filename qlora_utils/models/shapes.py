@@ -31,6 +31,10 @@ LLAMA_2_7B: dict[str, Any] = {
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
+LLAMA_2_70B = {
+    **LLAMA_2_7B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}  # fmt: skip
 FLAN_T5_LARGE: dict[str, Any] = {
     "model_type": "t5", "vocab_size": 32128, "d_model": 1024, "d_ff": 2816, "d_kv": 64, "num_layers": 24,
     "num_decoder_layers": 24, "num_heads": 16, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0,
@@ -61,7 +65,8 @@ LLAMA_3_1_8B: dict[str, Any] = {
     }, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "tie_word_embeddings": False,
 }  # fmt: skip
 STORED = {
-    "llama-2-7b-hf": LLAMA_2_7B, "llama-2-7b": LLAMA_2_7B, "flan-t5-large": FLAN_T5_LARGE, "qwen3-1.7b": QWEN3_1_7B,
+    "llama-2-7b-hf": LLAMA_2_7B, "llama-2-7b": LLAMA_2_7B, "llama-2-70b-hf": LLAMA_2_70B, "llama-2-70b": LLAMA_2_70B,
+    "flan-t5-large": FLAN_T5_LARGE, "qwen3-1.7b": QWEN3_1_7B,
     "qwen3-4b": QWEN3_4B, "llama-3.1-8b-instruct": LLAMA_3_1_8B, "meta-llama-3.1-8b-instruct": LLAMA_3_1_8B,
     "smollm2-135m-instruct": SMOLLM2_135M,
 }  # fmt: skip

@@ -47,6 +47,28 @@ def test_on_the_command_line(capsys):
     assert "gradient_checkpointing=true" in capsys.readouterr().err
 
 
+def test_a_plan_for_several_gpus_is_one_for_each(capsys):
+    assert main(["plan", "--preset", "llama2-70b", "--gpu", "A6000", "--gpus", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "llama2-70b on 2xA6000, on each: meta-llama/Llama-2-70b-hf" in printed
+    assert re.search(r"shard +True +no GPU has room for the whole model", printed)
+    assert re.search(r"gathered layers +0\.8", printed)
+    assert re.search(r"room on 2xA6000: 44\.\d+ GiB each; the plan fits", printed)
+    assert main(["plan", "--preset", "llama2-70b", "--gpu", "4090", "--gpus", "2", "-p", "liger=true"]) == 2
+    refused = capsys.readouterr().err
+    assert "2x4090 has room for 21.7 GiB on each, and this takes 34.6 GiB at the least. With -p train_head=f" in refused
+    assert main(["plan", "--gpu", "T4", "--gpus", "0"]) == 2
+    assert "gpus" in capsys.readouterr().err
+
+
+def test_a_plan_for_one_gpu_says_nothing_of_several(capsys):
+    assert main(["plan", "--gpu", "T4"]) == 0
+    alone = capsys.readouterr().out
+    assert main(["plan", "--gpu", "T4", "--gpus", "1"]) == 0
+    assert capsys.readouterr().out == alone
+    assert "shard" not in alone and "on each" not in alone
+
+
 # Counted by hand: Llama-2-7b has 32 layers of 4,096 with a feed-forward of 11,008, and a vocabulary of 32,000.
 @pytest.mark.parametrize(
     ("arguments", "trained"),

@@ -161,3 +161,15 @@ def test_passes_are_captured_where_nothing_but_tensors_tells_one_from_another(ca
     captured, reason = hardware.cuda_graphs(config, CARDS[card] if card else None)
     assert captured == (why is None)
     assert why is None or why in reason
+
+
+def test_a_launched_process_counts_the_gpus_of_all(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties("Tesla T4", 14 * GIB, 7, 5))
+    monkeypatch.setenv("WORLD_SIZE", "4")  # two hosts
+    card = hardware.this_card()
+    assert (card.gpus, card.label) == (4, "4xTesla T4")
+    assert hardware.use_gpus(card, POCKET.model_copy(update={"gpus": 1})) == hardware.Card(
+        card.name, card.memory, card.capability, card.matrix_rate, card.bandwidth
+    )

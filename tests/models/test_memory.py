@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ from qlora_utils.kernels import attention
 from qlora_utils.kernels.loss import last_hidden_state
 from qlora_utils.models import shapes
 from qlora_utils.models.hardware import CARDS, GIB
-from qlora_utils.models.memory import predict, trainable_text
+from qlora_utils.models.memory import (
+    EXCHANGE_BYTES,
+    count_share,
+    fit_text,
+    plan_table,
+    plot_plan,
+    predict,
+    trainable_text,
+    usable_memory,
+)
 from qlora_utils.models.resolution import OPEN, plan_for, resolve_auto
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.tokens.formats import IGNORED, Encoded
@@ -203,3 +213,69 @@ def test_predictions_hold_on_this_gpu(tmp_path, billion, prepared, head, checkpo
     trainer.train()
     predicted = predict(shapes.read(str(billion)), config, pass_tokens=tokens)
     assert predicted.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+
+
+# ---------------------------------------------------------------------------------------------- several GPUs
+
+LLAMA_2_70B = shapes.read("meta-llama/Llama-2-70b-hf")
+SPLIT = RunConfig.from_preset(
+    "llama2-70b", liger=True, shard=True, gpus=2, compute_dtype="bfloat16", attention_kernel="varlen",
+    gradient_checkpointing=True, kept_layers=0, keep_expanded=False, offload_activations=False, cuda_graphs=False,
+    optimizer="adamw_8bit", micro_batch_tokens=2048,
+)  # fmt: skip
+
+
+def test_the_shape_of_llama_2_70b_gives_its_known_numbers():
+    # 80 layers: q and o of 8,192 x 8,192, k and v of 8 heads of 128, three of 8,192 x 28,672
+    assert LLAMA_2_70B.linear_parameters == 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28_672)
+    assert LLAMA_2_70B.linear_parameters + 2 * 32_000 * 8192 + 161 * 8192 == 68_976_648_192
+    assert LLAMA_2_70B.lora_parameters(SPLIT) == 828_375_040
+
+
+def test_a_split_model_holds_its_part_of_the_layers_and_all_else_whole():
+    one, two = predict(LLAMA_2_70B, changed(SPLIT, gpus=1)), predict(LLAMA_2_70B, SPLIT)
+    # 34,225,520,640 bytes of NF4 and 161 norms of 8,192 in bf16; embeddings of 32,000 x 8,192
+    layers = 68_451_041_280 // 2 + 161 * 8192 * 2
+    assert one.parts["weights"] == layers + 32_000 * 8192 * 2
+    assert two.parts["weights"] == layers // 2 + 32_000 * 8192 * 2
+    assert two.parts["gathered layers"] == 2 * (layers // 80)
+    assert "gathered layers" not in one.parts
+    for name in one.parts.keys() - {"weights"}:
+        assert two.parts[name] == one.parts[name]
+    # while a layer is computed again, two are whole
+    assert one.peak - two.peak == layers // 2 - 2 * (layers // 80)
+
+
+def test_copies_of_a_model_take_what_one_takes():
+    whole = changed(SPLIT, shard=False)
+    assert predict(LLAMA_2_70B, whole) == predict(LLAMA_2_70B, changed(whole, gpus=1))
+
+
+@pytest.mark.parametrize("change", [{}, {"lora_r": 8, "train_head": False}, {"quantize": False}], ids=str)
+def test_more_gpus_never_need_more_of_each(change):
+    peaks = [predict(LLAMA_2_70B, changed(SPLIT, gpus=gpus, **change)).peak for gpus in (2, 3, 4, 5, 8, 16)]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_gpus_that_train_together_leave_room_for_their_exchange():
+    alone, together = CARDS["L4"], replace(CARDS["L4"], gpus=2)
+    assert usable_memory(alone) - usable_memory(together) == EXCHANGE_BYTES
+    assert "room on 2xL4" in fit_text(predict(LLAMA_2_70B, SPLIT), together)
+
+
+@pytest.mark.parametrize(
+    ("conversations", "gpus", "share"), [(16, 2, 8), (16, 3, 6), (3, 8, 1), (1, 2, 1), (4, None, 4)]
+)
+def test_the_largest_share_of_a_step_is_planned_for(conversations, gpus, share):
+    assert count_share(changed(SPLIT, batch_size=conversations, gpus=gpus)) == share
+
+
+def test_a_split_plan_is_drawn_with_the_layers_that_are_gathered():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, ax = pyplot.subplots()
+    plot_plan({"one": predict(LLAMA_2_70B, changed(SPLIT, gpus=1))}, ax)
+    assert "gathered layers" not in ax.get_legend_handles_labels()[1]
+    plot_plan({"two": predict(LLAMA_2_70B, SPLIT)}, ax)
+    assert "gathered layers" in ax.get_legend_handles_labels()[1]
+    assert "gathered layers" in plan_table(predict(LLAMA_2_70B, SPLIT)).index
+    pyplot.close(figure)
