@@ -148,9 +148,6 @@ class StopOnSignal(TrainerCallback):
     A second signal stops it at once. Several processes stop after the same step, whichever of them was asked: a process
     that stops by itself would leave the others waiting for its gradients.
 
-    Args:
-        processes: of the training.
-
     Attributes:
         received: number of the signal that was received, None if there was none.
         agreed: whether all processes know that one of them was asked to stop.

@@ -109,9 +109,11 @@ def test_a_model_on_a_cpu_stays_where_it_is(tuned_model):
 @pytest.mark.gpu
 def test_a_model_leaves_the_gpu_and_comes_back_as_it_was(config, tuned_model):
     prompt = torch.arange(1, 9, device="cuda")[None]
+    weights = sum(weight.nbytes for weight in tuned_model.parameters())
     before, held = tuned_model(prompt).logits, torch.cuda.memory_allocated()
     with launch.off_the_gpu(tuned_model):
-        assert torch.cuda.memory_allocated() < 0.2 * held
+        # What else is there is a workspace of products, some 30 MB.
+        assert held - torch.cuda.memory_allocated() >= weights
     assert torch.equal(tuned_model(prompt).logits, before)
 
 
