@@ -307,7 +307,9 @@ def product_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     if state is None:
         scales = getattr(layer.weight, "SCB", None)
         return layer.weight.to(dtype) if scales is None else expand_int8(layer.weight, scales, dtype)
-    packed = layer.weight.data.view(torch.uint8)
+    packed = layer.weight.data
+    if packed.dtype is not torch.uint8:
+        packed = packed.view(torch.uint8)
     if packed.is_cuda and _has_triton():
         from qlora_utils.kernels.dequantization import can_expand, expand
 

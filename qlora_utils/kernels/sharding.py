@@ -63,24 +63,11 @@ def load_split(
     Raises:
         ModelError: the model has no layers that transformers could recompute.
     """
-    from accelerate import init_empty_weights
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
-    from transformers.quantizers.auto import AutoHfQuantizer
 
-    # Modules without memory for their weights; buffers, such as those of positions, are computed and not read.
-    loader = choose_loader("causal")
-    with init_empty_weights(include_buffers=False), quietly():
-        model: PreTrainedModel = loader.from_config(model_config, dtype=dtype, trust_remote_code=False, **options)
-    # A head that is the matrix of embeddings is read once, under their name.
-    model.tie_weights()
-    quantizer: Any = None
-    if quantization_config is not None:
-        quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
-        quantizer.preprocess_model(model, device_map=None)
-        model.hf_quantizer = quantizer  # type: ignore[assignment]
-
+    model = _build_empty(model_config, dtype, quantization_config, options)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
@@ -112,10 +99,35 @@ def load_split(
     # What holds all layers tells them which one comes next.
     decoder: Any = model.base_model
     fully_shard(decoder, mesh=mesh, ignored_params={weight for weight in decoder.parameters() if not _is_part(weight)})
-    if quantizer is not None:
+    if quantization_config is not None:
+        quantizer: Any = model.hf_quantizer
         quantizer.postprocess_model(model)
     setattr(model, _MARK, True)
     return model.eval()
+
+
+def _build_empty(
+    model_config: PreTrainedConfig, dtype: torch.dtype, quantization_config: Any, options: dict[str, Any]
+) -> PreTrainedModel:
+    """Build a model without memory for its weights, with quantized layers where it is to have them.
+
+    Args: see `load_split`.
+    """
+    from accelerate import init_empty_weights
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    # Buffers, such as those of positions, are in no file: they are computed.
+    with init_empty_weights(include_buffers=False), quietly():
+        model: PreTrainedModel = choose_loader("causal").from_config(
+            model_config, dtype=dtype, trust_remote_code=False, **options
+        )
+    # A head that is the matrix of embeddings is read once, under their name.
+    model.tie_weights()
+    if quantization_config is not None:
+        quantizer: Any = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
+        quantizer.preprocess_model(model, device_map=None)
+        model.hf_quantizer = quantizer
+    return model
 
 
 def _is_part(weight: torch.Tensor) -> bool:

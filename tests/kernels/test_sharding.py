@@ -123,10 +123,15 @@ def test_what_a_split_model_cannot_have_is_switched_off(config, group):
     assert "split" in resolved.reasons["keep_expanded"]
 
 
-def test_an_encoder_decoder_is_not_split(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("preset_name", "changes", "obstacle"),
+    [("pocket-t5", {}, "pocket-t5/model is an encoder-decoder"), ("pocket", {"quant_type": "int8"}, "quant_type=int8"),
+     ("pocket", {"lora_init": "eva"}, "lora_init=eva reads whole layers")],
+)  # fmt: skip
+def test_what_needs_whole_layers_is_not_split(tmp_path, monkeypatch, preset_name, changes, obstacle):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    config = short_run("pocket-t5", tmp_path).model_copy(update={"shard": True})
-    with pytest.raises(ConfigError, match=r"is an encoder-decoder, so the model cannot be split.*-p shard=false"):
+    config = short_run(preset_name, tmp_path).model_copy(update={"shard": True, **changes})
+    with pytest.raises(ConfigError, match=f"shard: .*{obstacle}.*cannot be split over GPUs. Take -p shard=false"):
         quantization.load(config)
 
 

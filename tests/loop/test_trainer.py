@@ -11,6 +11,7 @@ from qlora_utils import lora, quantization
 from qlora_utils.kernels import loss
 from qlora_utils.kernels.cuda_graphs import PassGraphs
 from qlora_utils.loop import interruptions
+from qlora_utils.loop import trainer as trainer_module
 from qlora_utils.loop.trainer import StepTrainer
 from qlora_utils.models.hardware import OutOfMemoryError
 from qlora_utils.models.memory import within_learned
@@ -110,6 +111,18 @@ def test_out_of_memory_makes_passes_smaller_and_changes_nothing(config, tokenize
     resolved = resolve_auto(bounded).config
     assert within_learned(resolved, 250) < 250
     assert within_learned(changed(resolved, lora_r=4), 250) == 250
+
+
+def test_out_of_memory_ends_a_training_whose_model_is_split_and_makes_the_next_one_smaller(
+    config, tokenizer, prepared, monkeypatch
+):
+    """No process can repeat a pass alone: the others would wait at another layer."""
+    monkeypatch.setattr(trainer_module, "is_split", lambda model: True)
+    OutOfMemory(monkeypatch, {2})
+    bounded = changed(config, micro_batch_tokens=250)
+    with pytest.raises(OutOfMemoryError, match=r"at step 2 .*share one model.*fewer than [0-9]+ tokens in a pass"):
+        train(bounded, tokenizer, prepared)
+    assert within_learned(resolve_auto(bounded).config, 250) < 250
 
 
 @pytest.mark.slow
