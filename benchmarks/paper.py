@@ -27,7 +27,7 @@ MODELS = {"pocket": "pocket Llama", "smollm2": "SmolLM2-135M"}
 NOTE = (
     "Trainings ran side by side, several on one device at a time: their seconds are not those of one alone. A value "
     "with low and high is a mean over seeds with its 95 % interval; where `is_difference` is 1, loss and exact match "
-    "are differences from the base, seed by seed."
+    "are differences from the base, seed by seed. memory_gib was 6 (pocket) or 8."
 )
 
 
