@@ -179,6 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "date": result["date"],
             "note": NOTE,
         }
+        if preset == "pocket":
+            sweeps.plot_all(result, with_loss=True).savefig(given.page.with_suffix(".png"), dpi=90, bbox_inches="tight")
         for name, error in result["failed"].items():
             print(f"{path}: {name} failed and is left out: {error}")
     store(given.out, values, runs, recorded=recorded)

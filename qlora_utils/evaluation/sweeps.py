@@ -566,10 +566,14 @@ def plot_all(stored: Mapping[str, Any], *, with_loss: bool = False) -> Figure:
 
     names = list(variants_of(stored))
     rows = 2 if with_loss else 1
-    width = 14 if len(names) > 2 else 4.5 * len(names)
+    # Many panels are as wide as their values need, whose names then lean.
+    counts = [len(values) + 0.5 for values in variants_of(stored).values()]
+    is_long = len(names) > 4
+    width = 0.8 * sum(counts) if is_long else 14 if len(names) > 2 else 4.5 * len(names)
     figure, axes = plt.subplots(
-        rows, len(names), figsize=(width, 3.6 * rows), layout="constrained", sharey="row", squeeze=False
-    )
+        rows, len(names), figsize=(width, 3.6 * rows), layout="constrained", sharey="row", squeeze=False,
+        width_ratios=counts if is_long else None,
+    )  # fmt: skip
     for column, name in enumerate(names):
         plot(stored, name, axes[0][column])
         if with_loss:
@@ -579,6 +583,8 @@ def plot_all(stored: Mapping[str, Any], *, with_loss: bool = False) -> Figure:
         # The values stand below each panel, since those of the rows may differ.
         if ax is not axes[0][0] and ax not in axes[:, 0]:
             ax.set_ylabel("")
+        if is_long:
+            plt.setp(ax.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
     axes[0][0].legend(frameon=False, loc="lower left")
     seeds = len({line["seed"] for line in stored["lines"]})
     title = "What each ingredient does" if not stored.get("title") else in_figure(cut(stored["title"], 80))
