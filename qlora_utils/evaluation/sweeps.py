@@ -142,7 +142,7 @@ def gather(
 
 def _own_values(listed: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that the config of a sweep has of the fields that vary, in the order of these."""
-    own = {}
+    own: dict[str, Any] = {}
     for values in listed["variants"].values():
         for changed in values.values():
             own |= {field: listed["config"][field] for field in changed}

@@ -155,7 +155,7 @@ def test_an_effect_is_the_mean_difference_over_all_else_and_its_interval_is_over
 
 
 def test_the_config_as_it_is_stands_among_values_that_no_score_depends_on(tmp_path):
-    """Of eval_steps, keep_expanded and the like `about` says nothing: the config as it is was missing from the table."""
+    """`about` says nothing of eval_steps and the like, and so the config as it is was missing from the table."""
     config = RunConfig.from_preset("pocket", output_dir=str(tmp_path), run_name="s", eval_steps=7)
     variants = {"measured": {"often": {"eval_steps": 7}, "seldom": {"eval_steps": 9}}}
     listed = make_list(config, variants, [0, 1], title="t", grid=False)
