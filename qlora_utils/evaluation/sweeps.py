@@ -374,6 +374,9 @@ def table(stored: Mapping[str, Any], measures: Mapping[str, Measure] | None = No
 def _score(lines: Mapping[tuple[int, str], Line], measure: Measure) -> tuple[float, float, float]:
     """Return the mean of some measurements, and its interval; a share stays within [0, 1]."""
     mean, low, high = mean_and_interval(_by_seed({key: measure(line) for key, line in lines.items()}))
+    # Of NaN and a number, max and min return the number, which would be the end of no interval.
+    if math.isnan(low):
+        return mean, low, high
     # Only losses and perplexities exceed 1.
     return mean, max(0.0, low), min(1.0, high) if mean <= 1 else high
 

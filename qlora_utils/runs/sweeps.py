@@ -204,7 +204,10 @@ def split_values(name: str, text: str) -> list[str]:
     except csv.Error:
         values = []
     if not values or not all(value.strip() for value in values):
-        raise ConfigError(f"{name}={text}: expected values with commas between, as in -p lora_r=4,16,64.")
+        raise ConfigError(
+            f"{name}={text}: expected values with commas between, as in -p lora_r=4,16,64. One that holds commas "
+            "stands in double quotes, and quotes within these are doubled."
+        )
     return [value.strip() for value in values]
 
 
