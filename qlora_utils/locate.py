@@ -138,6 +138,11 @@ def model_advice(source: str, error: Exception) -> str:
             f"model: {source} brings Python code of its own (auto_map in its config.json), which is never run here. "
             "Take a model that transformers knows by itself."
         )
+    if "OutOfMemoryError" in names:
+        return (
+            f"model: {source} does not fit whole into this GPU. Several can split it, without notebooks: qlora run "
+            "--only 01, then qlora train (docs/models.md); or take a smaller model. `qlora plan` shows what it takes."
+        )
     if Path(source).is_file():
         return f"model: {source} is a file. Expected a folder with config.json, tokenizer and *.safetensors."
     if Path(source).is_dir():

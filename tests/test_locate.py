@@ -19,6 +19,7 @@ from qlora_utils.locate import is_path, is_url, locate, model_advice, outputs_of
         (OSError("You are trying to access a gated repo."), "licence"),
         (type("RepositoryNotFoundError", (Exception,), {})("404"), "Check the name"),
         (OSError("We couldn't connect"), "give a local folder"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), "Several can split it"),
         (ValueError("`tiktoken` is required to read a `tiktoken` file."), "pip install sentencepiece protobuf"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any
 from qlora_utils.commands.options import run_options, run_path
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.runs.directory import RunDirectory, require_adapter
+from qlora_utils.runs.files import read_json
 from qlora_utils.runs.locks import LockedError, hold_lock
 from qlora_utils.style import on_terminal
 
@@ -85,7 +86,7 @@ def _check_options(options: argparse.Namespace, run: RunDirectory, config: RunCo
     """Refuse options before anything is read or loaded.
 
     Raises:
-        ConfigError: a value is not allowed, or vLLM cannot answer.
+        ConfigError: a value is not allowed, or vLLM cannot answer, or with another adapter than the run's.
     """
     limits = [
         ("--temperature", options.temperature, 0 <= options.temperature < float("inf"), "0 or more"),
@@ -104,10 +105,16 @@ def _check_options(options: argparse.Namespace, run: RunDirectory, config: RunCo
         raise ConfigError("--with vllm asks the merged model, which is the tuned one; leave out --base and --both.")
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("--with vllm: vLLM is not installed; pip install vllm, or leave out --with.")
-    if not (run.merged / "config.json").is_file():
+    if not (run.merged / "merge.json").is_file():
         raise ConfigError(
             f"--with vllm: {run.path.name} has no merged model; make it with qlora merge --run {run.path.name}, or "
             "leave out --with."
+        )
+    merge, trained = read_json(run.merged / "merge.json"), run.known_metrics().get("train", {})
+    if merge.get("adapter_step") != trained.get("kept_step"):
+        raise ConfigError(
+            f"--with vllm: {run.merged} holds the adapter of step {merge.get('adapter_step')}, and the run has that of "
+            f"step {trained.get('kept_step')} now; merge again: qlora merge --run {run.path.name} --force"
         )
     from qlora_utils.models.shapes import architecture_of
 
@@ -186,12 +193,16 @@ def _record(job: Any, run: RunDirectory, config: RunConfig, rows: int, digest: s
         adapter = hashlib.file_digest(weights, "sha256").hexdigest()
     # Where nothing is drawn, these two change nothing.
     drawn = {"top_p": job.top_p, "seed": job.seed} if job.temperature > 0 else {}
+    # The record of a merge says what was merged into what, so that weights of 14 GB needn't be read.
+    merge = run.merged / "merge.json"
+    merged = {"merged": hashlib.sha256(merge.read_bytes()).hexdigest()} if job.engine == "vllm" else {}
     return {
         "rows": rows,
         "questions": digest,
         "run": config.run_name,
         "model": config.model,
         "adapter": adapter,
+        **merged,
         "asked": " and ".join(job.models),
         "with": job.engine,
         "max_new_tokens": job.max_new_tokens,

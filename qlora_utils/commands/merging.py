@@ -154,7 +154,7 @@ def _choose_base(config: RunConfig, base: str | None) -> str:
 
     Raises:
         ConfigError: an unknown key, `quantized` for a run whose base model was not quantized, or
-            `original` for one that was stored in 4 bits.
+            `original` for one that was stored in 4 bits or begun by LoftQ.
     """
     if base not in (None, *BASES):
         raise ConfigError(f"base: {base!r} is not allowed; expected one of {', '.join(BASES)}.")
@@ -164,6 +164,12 @@ def _choose_base(config: RunConfig, base: str | None) -> str:
         raise ConfigError(
             f"base: {config.model} is stored in {stored}, so there are no weights from before quantization; leave "
             "--base away, or say --base quantized."
+        )
+    # The adapter holds what quantization took off the weights, which the original ones still have.
+    if config.lora_init == "loftq" and base == "original":
+        raise ConfigError(
+            f"base: the adapter of {config.run_name} began by LoftQ with what quantization took off the weights; added "
+            "to the original ones that would count twice. Leave --base away, or say --base quantized."
         )
     if config.quantize or stored:
         return base or "quantized"

@@ -45,6 +45,9 @@ from qlora_utils.runs.files import write_json
 
 # The error that a training raises when it was stopped and has saved, see `loop.interruptions`.
 INTERRUPTED = "Interrupted"
+# Seconds that a kernel may take until it first answers, and how often one that never did is replaced by another. Its
+# ports are chosen before it listens: where many kernels start at once, another process may take one of them.
+START_S, STARTS = 600, 3
 
 
 class SeriesError(RuntimeError):
@@ -357,7 +360,7 @@ def _execute_notebook(path: Path, run: RunDirectory, config: RunConfig, paramete
     """Execute one notebook and write the executed copy into the run directory.
 
     Raises:
-        SeriesError: the notebook failed, or its kernel died.
+        SeriesError: the notebook failed, or its kernel died or never started.
         Stopped: a signal arrived.
     """
     import papermill
@@ -380,11 +383,18 @@ def _execute_notebook(path: Path, run: RunDirectory, config: RunConfig, paramete
             coalesce_streams=True,
             # Otherwise the kernel may log the interrupt that ends it.
             extra_arguments=["--log-level=CRITICAL"],
+            start_timeout=START_S,
             config=kernel_config(),
         )
 
     with catch_stop_signals() as (signals, forward):
-        failure = run_in_thread(execute, forward)
+        for _ in range(STARTS):
+            failure = run_in_thread(execute, forward)
+            # Of all that can go wrong jupyter_client raises this very class if a kernel has never answered.
+            has_begun = type(failure) is not RuntimeError
+            if has_begun or signals:
+                break
+            print(f"{path.stem}: its kernel did not start ({failure})", file=sys.stderr, flush=True)
     lines.end()
     resume = _resume_command(config, parameters, path)
     # A signal comes first: it may be the cause of the error that ended the notebook.
@@ -401,6 +411,11 @@ def _execute_notebook(path: Path, run: RunDirectory, config: RunConfig, paramete
         raise SeriesError(
             f"{path.stem}: its kernel died ({failure}); out of memory? See {copy}\n"
             f"To go on from what it saved: {resume}"
+        ) from None
+    if not has_begun:
+        raise SeriesError(
+            f"{path.stem}: none of {STARTS} kernels started ({failure}); is memory short, or is too much at work?\n"
+            f"To try again: {resume}"
         ) from None
     if failure is not None:
         raise failure

@@ -27,6 +27,7 @@ from qlora_utils.runs.sweeps import (
     make_list,
     read_list,
     read_sweep_file,
+    refuse_fixed,
     split_values,
     with_fields,
     write_list,
@@ -176,8 +177,7 @@ def _config(options: argparse.Namespace, single: dict[str, str], described: dict
     default_name = Path(options.sweep).stem if options.sweep else f"{varied}-sweep"
     folder = str(Path(fields.pop("output_dir", options.output_dir)).expanduser().resolve())
     place = {"output_dir": folder, "run_name": options.name or default_name}
-    if fields.pop("run_name", None):
-        raise ConfigError("run_name: each run of a sweep has a name of its own; --name names the sweep.")
+    refuse_fixed([name for name in fields if name in ("run_name", "fresh")])
     template = RunConfig.from_file(options.config) if options.config else RunConfig.from_preset(preset, **place)
     return with_fields(template, {**fields, **place})
 
@@ -197,7 +197,7 @@ def _seeds(
     if options.seeds is not None and ("seed" in several or "seed" in single):
         raise ConfigError("--seeds and -p seed: each says which seeds; give one of them.")
     if "seed" in several:
-        return [with_fields(config, {"seed": seed}).seed for seed in dict.fromkeys(several["seed"])]
+        return [*dict.fromkeys(with_fields(config, {"seed": seed}).seed for seed in several["seed"])]
     if "seed" in single:
         return [config.seed]
     count = options.seeds if options.seeds is not None else described["seeds"] if described else 0

@@ -86,7 +86,8 @@ class Child:
     def error(self) -> str | None:
         """Return why the job has failed, as its last error says; None if it has not."""
         status = self.status()
-        if status == 0:
+        # A process that found the run at work ends with an error, and the run may have come to its end since.
+        if status == 0 or is_done(self.job):
             return None
         with self.log.open("rb") as log:
             log.seek(self.log_start)

@@ -58,7 +58,10 @@ def begin_or_resume(answers: Path, job: Mapping[str, Any]) -> int:
         answers.touch()
         return 0
     if not record.is_file():
-        raise ConfigError(f"{answers}: is there already, and no {record.name} beside it says what was asked. {anew}")
+        # Whatever that file is, it is not ours to be removed.
+        raise ConfigError(
+            f"{answers}: is there already, and no {record.name} beside it says what was asked. Give another --out."
+        )
     if differences := describe_differences(read_json(record), job):
         raise ConfigError(f"{answers}: holds answers of another job: {differences}. {anew}")
 

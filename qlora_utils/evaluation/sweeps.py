@@ -107,7 +107,8 @@ def gather(
         pruned: names of the runs that were stopped early.
 
     Returns:
-        `title`, `grid`, `variants`; `about`, `commit` and `date`; `base`: the base model's scores;
+        `title`, `grid`, `variants`; `own`: the config's values of the fields that vary; `about`,
+        `commit` and `date`; `base`: the base model's scores;
         `lines`: for each run its `changes`, `seed` and results; `failed` and `pruned`; `unequal`:
         what of the runs' versions and hardware differs.
 
@@ -132,11 +133,20 @@ def gather(
     unequal = [part for part in parts if any(origin.get(part) != first.get(part) for origin in origins)]
     now = about(RunConfig.build(listed["config"]))
     return {
-        "title": listed["title"], "grid": listed["grid"], "variants": listed["variants"],
+        "title": listed["title"], "grid": listed["grid"], "variants": listed["variants"], "own": _own_values(listed),
         "about": {**now, **{part: first.get(part) for part in parts}},
         "commit": first.get("git_commit") or git_commit(), "date": date.today().isoformat(),
         "base": _mean_of(bases), "lines": lines, "failed": dict(failed), "pruned": list(pruned), "unequal": unequal,
     }  # fmt: skip
+
+
+def _own_values(listed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that the config of a sweep has of the fields that vary, in the order of these."""
+    own: dict[str, Any] = {}
+    for values in listed["variants"].values():
+        for changed in values.values():
+            own |= {field: listed["config"][field] for field in changed}
+    return own
 
 
 def read_line(run: RunDirectory) -> dict[str, Any]:
@@ -239,6 +249,11 @@ def variants_of(stored: Mapping[str, Any]) -> Variants:
     return type_variants(config, read_sweep_file("ingredients")["variants"])
 
 
+def _config_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config that was varied, with all fields that vary: `about` lacks those that no score depends on."""
+    return {**stored["about"]["config"], **stored.get("own", {})}
+
+
 def _lines_by_value(stored: Mapping[str, Any], name: str) -> dict[str, dict[tuple[int, str], Line]]:
     """Return the lines of each value of an ingredient.
 
@@ -246,7 +261,7 @@ def _lines_by_value(stored: Mapping[str, Any], name: str) -> dict[str, dict[tupl
     values of all others.
     """
     values = variants_of(stored)[name]
-    own = stored["about"]["config"]
+    own = _config_of(stored)
     fields = {field for changed in values.values() for field in changed}
     found: dict[str, dict[tuple[int, str], Line]] = {value: {} for value in values}
     for line in stored["lines"]:
@@ -266,7 +281,7 @@ def _reference(stored: Mapping[str, Any], name: str, measured: Mapping[str, Any]
 
     It is the config's own, and in a grid, where there may be none, the first.
     """
-    own = stored["about"]["config"]
+    own = _config_of(stored)
     if not stored.get("grid"):
         for value, changed in variants_of(stored)[name].items():
             if value in measured and all(own.get(field) == wanted for field, wanted in changed.items()):
@@ -359,6 +374,9 @@ def table(stored: Mapping[str, Any], measures: Mapping[str, Measure] | None = No
 def _score(lines: Mapping[tuple[int, str], Line], measure: Measure) -> tuple[float, float, float]:
     """Return the mean of some measurements, and its interval; a share stays within [0, 1]."""
     mean, low, high = mean_and_interval(_by_seed({key: measure(line) for key, line in lines.items()}))
+    # Of NaN and a number, max and min return the number, which would be the end of no interval.
+    if math.isnan(low):
+        return mean, low, high
     # Only losses and perplexities exceed 1.
     return mean, max(0.0, low), min(1.0, high) if mean <= 1 else high
 

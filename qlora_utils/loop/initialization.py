@@ -80,12 +80,14 @@ def initialize_loftq(tuned_model: PeftModel, original: Callable[[str, torch.Tens
             if hasattr(base, "compute_dtype"):
                 before = original(f"{path}.weight", base.weight).to(base.weight.device).float()
                 lost = before - product_weight(base, torch.float32).float()
-                a, singular = principal_directions(lost, layer.r[name])
+                count = min(layer.r[name], *lost.shape)
+                a, singular = principal_directions(lost, count)
                 # B A times the scale of the adapter is what was lost; each takes the root of the singular value
                 root = singular.sqrt().clamp(min=1e-30)
                 scale = abs(layer.scaling[name]) ** 0.5
-                layer.lora_A[name].weight.copy_(a * root.unsqueeze(1) / scale)
-                layer.lora_B[name].weight.copy_(lost.double() @ a.T / root / scale)
+                # of a rank beyond the layer's own the rest stays as it was drawn, and its B at 0
+                layer.lora_A[name].weight[:count] = a * root.unsqueeze(1) / scale
+                layer.lora_B[name].weight[:, :count] = lost.double() @ a.T / root / scale
             bar.update()
 
 

@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,13 @@ NOTEBOOKS = ("01_data", "04_training", "06_answers")
 UNCHANGED = "as it is"
 # Fields one value of which may hold a comma.
 _WITH_COMMAS = ("lora_targets", "instruction")
+# Fields that cannot vary, with the reason and what to do instead.
+_FIXED = {
+    **dict.fromkeys(("run_name", "output_dir"), "each run of a sweep has a name of its own; --name names the sweep"),
+    "preset": "a sweep varies one preset, --preset; vary model and dataset, or begin a sweep for each",
+    "fresh": "a sweep repeats nothing that is done; give it another --name to make all of it anew",
+    "seed": "its values are given by --seeds 3 or -p seed=3,7, in a sweep file by seeds = 3",
+}
 # Keys of a sweep file that are no ingredient.
 _SETTINGS = {"title": str, "preset": str, "seeds": int, "base": dict}
 
@@ -168,7 +175,7 @@ def write_list(sweep_dir: Path, wanted: Mapping[str, Any]) -> None:
         ignored = PLACE_FIELDS if name == "config" else ()
         if _without(stored.get(name), ignored) != _without(value, ignored):
             raise ConfigError(
-                f"{sweep_dir} holds another sweep: its {name} differs. Give this one another --name, or go on with "
+                f"{sweep_dir} holds another sweep, of other {name}. Give this one another --name, or go on with "
                 f"that one: {sweep_command(sweep_dir)}"
             )
 
@@ -193,11 +200,14 @@ def split_values(name: str, text: str) -> list[str]:
             f"into double quotes: -p '{name}=\"{text}\",all-linear'"
         )
     try:
-        values = next(csv.reader([text], strict=True), [])
+        values = next(csv.reader([text], strict=True, skipinitialspace=True), [])
     except csv.Error:
         values = []
     if not values or not all(value.strip() for value in values):
-        raise ConfigError(f"{name}={text}: expected values with commas between, as in -p lora_r=4,16,64.")
+        raise ConfigError(
+            f"{name}={text}: expected values with commas between, as in -p lora_r=4,16,64. One that holds commas "
+            "stands in double quotes, and quotes within these are doubled."
+        )
     return [value.strip() for value in values]
 
 
@@ -303,12 +313,24 @@ def typed(config: RunConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of some fields as the config takes them.
 
     Raises:
-        ConfigError: one is unknown or not allowed.
+        ConfigError: one is unknown, not allowed, or cannot vary.
     """
+    refuse_fixed(fields)
     values = with_fields(config, fields)
     # Epochs take precedence over steps, wherever they were given.
     names = [*fields, "epochs"] if "steps" in fields else list(fields)
     return {name: getattr(values, name) for name in dict.fromkeys(names)}
+
+
+def refuse_fixed(names: Iterable[str]) -> None:
+    """Refuse fields that a sweep has an option for, or none.
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    for name in names:
+        if name in _FIXED:
+            raise ConfigError(f"{name}: {_FIXED[name]}.")
 
 
 def type_variants(config: RunConfig, variants: Variants) -> Variants:

@@ -15,7 +15,11 @@ from batched import answering, ask, check_whole, lines_of, small_windows, write_
 from conftest import ROOT
 
 from qlora_utils.commands import answer
+from qlora_utils.commands.answering import AnswerJob
+from qlora_utils.config import RunConfig
 from qlora_utils.evaluation import batch
+from qlora_utils.runs.directory import RunDirectory
+from qlora_utils.runs.files import write_json
 
 
 def test_every_row_has_a_line_at_its_place_and_bad_ones_say_why(answering, tmp_path, small_windows, capsys):  # noqa: F811
@@ -103,6 +107,33 @@ def test_options_are_refused_before_anything_is_written(answering, tmp_path, wor
     assert ask(questions, answering, tmp_path / "a.jsonl", *words) == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]
+
+
+def test_vllm_is_not_asked_with_another_adapter_than_the_runs(answering, tmp_path, monkeypatch, capsys):  # noqa: F811
+    questions, out = write_questions(tmp_path / "q.jsonl", 1), tmp_path / "a.jsonl"
+    monkeypatch.setattr(answer.importlib.util, "find_spec", lambda name: True)
+    assert ask(questions, answering, out, "--with", "vllm") == 2
+    assert "has no merged model; make it with qlora merge" in capsys.readouterr().err
+    write_json(answering / "merged" / "merge.json", {"adapter_step": 3})
+    assert ask(questions, answering, out, "--with", "vllm") == 2
+    assert "holds the adapter of step 3, and the run has that of step None now; merge again" in capsys.readouterr().err
+    # What another merge answers does not go on in the same file.
+    run, config = RunDirectory(answering), RunConfig.continue_run(answering)
+    job = AnswerJob(answering, ("tuned",), "vllm", max_new_tokens=3, temperature=0.0, top_p=1.0, seed=0)
+    before = answer._record(job, run, config, 1, "")
+    write_json(answering / "merged" / "merge.json", {"adapter_step": 3, "base": "original"})
+    after = answer._record(job, run, config, 1, "")
+    assert batch.describe_differences(before, after) == "the merged model changed"
+
+
+def test_no_file_of_others_is_touched_or_advised_to_be_removed(answering, tmp_path, capsys):  # noqa: F811
+    """The questions themselves, as --out by mistake."""
+    questions = write_questions(tmp_path / "q.jsonl", 1)
+    before = questions.read_bytes()
+    assert ask(questions, answering, questions) == 2
+    said = capsys.readouterr().err
+    assert "is there already" in said and "rm " not in said
+    assert questions.read_bytes() == before
 
 
 def test_two_jobs_do_not_write_one_file(answering, tmp_path, capsys):  # noqa: F811

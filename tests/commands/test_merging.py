@@ -194,6 +194,13 @@ def test_the_original_weights_may_be_merged_into(tuned, tmp_path):
     torch.testing.assert_close(original[Q_PROJ].float(), magnitude[:, None] * unit, rtol=2**-8, atol=0)
 
 
+def test_what_loftq_began_with_is_not_added_to_weights_that_still_have_it():
+    config = RunConfig.from_preset("pocket", lora_init="loftq")
+    assert merging._choose_base(config, None) == "quantized"
+    with pytest.raises(ConfigError, match="would count twice"):
+        merging._choose_base(config, "original")
+
+
 def test_a_run_without_quantization_has_one_base(tuned):
     config, _ = tuned(quantize=False)
     assert merging.merge(config, questions=0)["base"] == "original"

@@ -370,6 +370,28 @@ def test_a_notebook_runs_in_a_folder_of_any_name(name, tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("deaf", [1, runner.STARTS])
+def test_a_kernel_that_never_answers_is_replaced(deaf, tmp_path, monkeypatch, capsys):
+    """Of many kernels that start at once one may find its port taken; a sweep of 95 runs lost one by that."""
+    started = []
+
+    def execute(*_, start_timeout, **__):
+        started.append(start_timeout)
+        if len(started) <= deaf:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    config = RunConfig.from_preset("pocket", output_dir=str(tmp_path))
+    given = (runner.series()[0], RunDirectory(config.run_dir), config, {})
+    if deaf < runner.STARTS:
+        runner._execute_notebook(*given)
+    else:
+        with pytest.raises(runner.SeriesError, match=r"none of 3 kernels started \(Kernel died.*\n.*qlora run"):
+            runner._execute_notebook(*given)
+    assert started == [600] * min(deaf + 1, runner.STARTS)
+    assert capsys.readouterr().err.count("its kernel did not start") == deaf
+
+
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_a_stdout_that_is_not_utf_8_ends_no_command(encoding, errors, tmp_path, monkeypatch):

@@ -78,7 +78,8 @@ def undrawn(monkeypatch):
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_failed_run_is_listed_and_tried_again(tmp_path, computed, capsys):
-    words = ["-p", "lora_r=4,5", "-p", "seed=3,4", "--name", "a"]
+    # A seed written twice is one.
+    words = ["-p", "lora_r=4,5", "-p", "seed=3,4,03", "--name", "a"]
     assert qlora(tmp_path, *words) == 1
     out = capsys.readouterr().out
     assert "lora_r-5.seed-3: failed: out of memory" in out
@@ -129,6 +130,10 @@ def test_seeds_alone_are_a_sweep(tmp_path, computed, capsys):
         (["-p", "seed=1,2", "--seeds", "3"], "--seeds and -p seed: each says which seeds"),
         (["-p", "lora_r=4,8", "--jobs", "0"], "--jobs: 0 is not allowed"),
         (["-p", "lora_r=4,8", "-p", "run_name=a"], "--name names the sweep"),
+        (["-p", "run_name=a,b"], "--name names the sweep"),
+        (["-p", "output_dir=a,b"], "--name names the sweep"),
+        (["-p", "preset=pocket,smollm2"], "a sweep varies one preset"),
+        (["-p", "lora_r=4,8", "-p", "fresh=true"], "a sweep repeats nothing that is done"),
         (["-p", "lora_r=4,8", "--name", "a/b"], "run_name: 'a/b' is not allowed"),
         (["-p", "lora_r=4,8", "--sweep", "ingredients"], "lora_r: the sweep file says what varies"),
         (["--sweep", "ingredient"], "no such file or directory; expected a .toml file, or one of ingredients"),

@@ -134,6 +134,14 @@ def test_what_a_killed_sweep_left_running_is_waited_for(tmp_path):
     thread.join()
 
 
+def test_a_run_that_another_process_has_ended_meanwhile_has_not_failed(tmp_path):
+    """Of two at the same run the second is refused, perhaps just before the first is done."""
+    finish(tmp_path / "other")
+    script = f"import shutil, sys; shutil.copytree({str(tmp_path / 'other')!r}, {str(tmp_path / 'a')!r}); sys.exit(1)"
+    refused = job(tmp_path, "a", script)
+    assert run(tmp_path, [refused]) == [("a", None)]
+
+
 def test_a_run_ends_with_its_sweep(monkeypatch):
     monkeypatch.setenv(stopping.PARENT, str(os.getppid()))
     with stopping.catch_stop_signals(list) as (signals, forward):

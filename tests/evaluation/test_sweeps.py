@@ -154,6 +154,21 @@ def test_an_effect_is_the_mean_difference_over_all_else_and_its_interval_is_over
     assert table.loc[("lora_r", "4"), "exact match"].to_list() == [0.25, 0.0, 1.0]
 
 
+def test_the_config_as_it_is_stands_among_values_that_no_score_depends_on(tmp_path):
+    """`about` says nothing of eval_steps and the like, and so the config as it is was missing from the table."""
+    config = RunConfig.from_preset("pocket", output_dir=str(tmp_path), run_name="s", eval_steps=7)
+    variants = {"measured": {"often": {"eval_steps": 7}, "seldom": {"eval_steps": 9}}}
+    listed = make_list(config, variants, [0, 1], title="t", grid=False)
+    for run in listed["runs"]:
+        loss = 1.0 + run["seed"] + len(run["values"])
+        leave(config.run_dir / run["name"], config, loss=loss)
+    stored = sweeps.gather(listed, config.run_dir, failed={})
+    table = sweeps.table(stored, {"loss": lambda line: line["held_out_loss"]})
+    assert table.index.to_list() == [("measured", "often"), ("measured", "seldom")]
+    assert table["what"].to_list() == ["score", "difference"]
+    assert table["loss", "mean"].to_list() == [1.5, 1.0]
+
+
 def test_a_run_that_is_missing_leaves_the_pairs_that_are_there(grid):
     listed, folder = grid
     missing = listed["runs"][0]["name"]
@@ -193,7 +208,8 @@ def test_one_seed_has_the_interval_of_its_questions_and_no_effect_has_one(grid):
     one = {**listed, "runs": [run for run in listed["runs"] if run["seed"] == 0]}
     stored = sweeps.gather(one, folder, failed={})
     assert sweeps.combination_table(stored)["exact match"].iloc[0] == "0.250 [0.100, 3.200]"
-    assert math.isnan(sweeps.table(stored).loc[("lora_r", "16"), ("a", "low")])
+    for value in ("4", "16"):
+        assert all(map(math.isnan, sweeps.table(stored).loc[("lora_r", value), "a"].to_list()[1:]))
     assert "whether a difference is more than chance cannot be said" in sweeps.summary(stored, folder)
 
 

@@ -42,6 +42,18 @@ def test_loftq_gives_back_the_most_that_its_rank_can(config, changes):
         assert float(left) == pytest.approx(float(beyond.norm()), rel=1e-3)
 
 
+def test_loftq_of_a_rank_beyond_a_layers_gives_all_of_it_back(config):
+    config = changed(config, lora_init="loftq", lora_r=200)
+    model = attached(config)
+    original = quantization.unquantized_weights(config, model.get_base_model())
+    initialize_loftq(model, original)
+    path, adapted = next(iter(adapted_layers(model).items()))
+    weight = adapted.get_base_layer().weight
+    lost = original(f"{path}.weight", weight).float() - quantization.dequantize(weight).float()
+    assert min(lost.shape) < 200
+    torch.testing.assert_close(adapted.get_delta_weight("default").detach(), lost, rtol=0, atol=1e-5)
+
+
 def test_eva_finds_what_the_answers_vary_in(config, prepared, tokenizer):
     config = changed(config, lora_init="eva", lora_r=8)
     model = attached(config)

@@ -122,7 +122,7 @@ def test_the_list_is_written_once(pocket, tmp_path):
         (listed(pocket, seeds=[0]), "seeds"),
         (listed(moved.model_copy(update={"steps": 3})), "config"),
     ):
-        with pytest.raises(ConfigError, match=f"holds another sweep: its {part} differs. .*qlora sweep --name moved"):
+        with pytest.raises(ConfigError, match=f"holds another sweep, of other {part}. .*qlora sweep --name moved"):
             sweeps.write_list(tmp_path / "moved", other)
 
 
@@ -137,6 +137,7 @@ def test_local_paths_are_made_absolute(pocket, tmp_path, monkeypatch):
     [
         ("lora_r", "4, 16,64", ["4", "16", "64"]),
         ("lora_targets", '"q,v",all-linear', ["q,v", "all-linear"]),
+        ("lora_targets", 'all-linear, "q, v"', ["all-linear", "q, v"]),
         ("lora_targets", "all-linear", ["all-linear"]),
         ("instruction", '"Answer, please: {question}"', ["Answer, please: {question}"]),
     ],
@@ -186,6 +187,9 @@ def test_what_cannot_be_listed_is_refused(pocket):
     # Each alone would be allowed.
     with pytest.raises(ConfigError, match="does not divide batch_size"):
         listed(pocket, grid(batch_size=["4", "6"], micro_batch_size=["2", "4"]))
+    for name in ("run_name", "output_dir", "preset", "fresh", "seed"):
+        with pytest.raises(ConfigError, match=rf"^{name}: .*--"):
+            listed(pocket, grid(**{name: ["1", "2"]}))
     with pytest.raises(FileNotFoundError, match=r"s/sweep\.json: no such sweep\. To begin one: qlora sweep --name s"):
         sweeps.jobs_of(pocket.run_dir)
     write_json(pocket.run_dir / "sweep.json", {"a": 1})
