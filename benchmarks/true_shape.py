@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from qlora_utils import quantization
 from qlora_utils.config import RunConfig
+from qlora_utils.kernels import attention, sharding
 from qlora_utils.models import shapes
+from qlora_utils.models.resolution import Resolved
 from qlora_utils.rows.conversations import parse_rows
 from qlora_utils.rows.files import read_source
 
@@ -108,6 +112,37 @@ def build(preset: str, folder: Path, tokenizer: Path | str | Any, *, layers: int
     model.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
+
+
+def load_split(described: Any, config: RunConfig) -> Any:
+    """Draw the weights of a causal model layer by layer, and load this process's part of it in NF4.
+
+    The weights follow from their names, so that all processes draw the same.
+
+    Args:
+        described: transformers' config of the model.
+        config: the run, with nothing left open.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = getattr(torch, config.compute_dtype)
+
+    def draw(name: str, parameter: torch.Tensor) -> torch.Tensor:
+        if "norm" in name:
+            return torch.ones(parameter.shape, device=device, dtype=dtype)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        return torch.randn(parameter.shape, device=device, dtype=dtype, generator=generator).mul_(0.02)
+
+    attention.register()
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=sharding.STORAGE,
+    )
+    kernel = quantization.KERNELS[config.attention_kernel]
+    model = sharding.load_split(described, draw, dtype=dtype, quantization_config=nf4, attn_implementation=kernel)
+    return quantization.prepare_loaded(model, Resolved(config, config, "causal", {}))
 
 
 def store_nf4(source: Path, folder: Path) -> None:

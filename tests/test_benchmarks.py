@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,6 +26,7 @@ import compare  # noqa: E402
 import measure  # noqa: E402
 import meter as meters  # noqa: E402
 import pocket_llama  # noqa: E402
+import splitting  # noqa: E402
 import table  # noqa: E402
 
 TINY = measure.Shape(layers=2, hidden=4, intermediate=8, query=4, key=2, vocabulary=10)
@@ -539,3 +541,99 @@ def test_answers_in_batches_and_in_slots_are_equally_long(tmp_path, capsys):
     assert [run["contender"] for run in stored["runs"]] == ["batches", "slots", "alone"]
     assert all(run["tokens_per_s"] > 0 for run in stored["runs"])
     assert stored["values"]["pocket.expected.batches.times_batches"] == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------- split models
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """A group of one process, which takes itself for one of two."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_each_byte_of_a_gathered_layer_is_compared(config, group):
+    from qlora_utils import quantization
+
+    split = quantization.load(config.model_copy(update={"shard": True}))
+    whole = quantization.load(config.model_copy(update={"shard": False}))
+    held = splitting.held(split)
+    assert held == splitting.held(whole)  # in a group of one; two processes are among the slow tests
+    assert held["trained_mb"] == 0 < held["constants_mb"] < held["layers_mb"] < held["embeddings_head_mb"]
+    found = splitting.compare_bytes(split, whole)
+    layers = sum(weight.nbytes for weight in whole.base_model.layers.parameters())
+    assert found["changed"] == 0 and found["compared"] == layers and found["nan_in_bf16"] > 100
+    last = list(whole.base_model.layers.parameters())[-1].data
+    last.flatten().view(torch.uint8)[-1] ^= 1
+    assert splitting.compare_bytes(split, whole) == {**found, "changed": 1}
+
+
+def test_a_split_training_is_compared_step_by_step():
+    whole = {"loss": [3.0, 2.0], "eval_loss": [2.5], "grad_norm": [1.0, 0.5], "held": {"layers_mb": 0.9}}
+    other = {
+        **whole,
+        "loss": [3.25, 2.0],
+        "grad_norm": [1.0, 0.0],
+        "held": {"layers_mb": 0.45},
+        "bytes": {"changed": 0},
+    }
+    assert splitting.small_values(whole, other, other) == {
+        "loss_difference": 0.25, "eval_loss_difference": 0, "grad_norm_difference": 0.5, "steps": 2,
+        "bytes": {"changed": 0}, "whole": {"layers_mb": 0.9}, "each": {"layers_mb": 0.45},
+    }  # fmt: skip
+
+
+def test_moments_are_added_to_the_passes_that_had_none():
+    first, later = (
+        {"loss": 1.0, "step_s": s, "allocated_gb": 6.0, "peak_gb": gb} for s, gb in ((9.0, 10.0), (3.0, 12.0))
+    )
+    rank = {"rank": 0, "backend": "gloo", "processes": 2, "steps": [first, later], "moments_gb": 2.0, "peak_gb": 12.0}
+    found = splitting.large_values([{**rank, "planned_gb": 15.0, "peak_gb": 11.0}, {**rank, "planned_gb": 15.0}])
+    assert found == {
+        "processes": 2, "steps": 2, "first_step_s": 9.0, "moments_gb": 2.0, "peak_gb": 12.0, "planned_gb": 15.0,
+        "first_pass_peak_gb": 10.0, "later_expected_gb": 12.0, "off": 0.25, "off_expected": 0.25,
+    }  # fmt: skip
+    without_gpu = {**rank, "steps": [{**first, "peak_gb": None}], "peak_gb": None, "planned_gb": 15.0}
+    assert splitting.large_values([without_gpu]).keys().isdisjoint({"off", "later_expected_gb"})
+
+
+def test_the_stored_plan_of_a_split_model_is_that_of_today(monkeypatch, tmp_path):
+    """And what the plan counts of its parts is what each process was measured to hold."""
+    from qlora_utils.models import memory, shapes
+
+    stored = json.loads((BENCHMARKS / "results" / "splitting.json").read_text())["values"]
+    monkeypatch.setattr(splitting, "on_gpu", lambda: True)
+    options = argparse.Namespace(processes=2, steps=None, width=8192, layers=80)
+    config, described = splitting.describe_large(tmp_path / "70b", options)
+    assert shapes.LLAMA_2_70B.items() <= described.to_dict().items()
+    plan = memory.predict(shapes.count_shape(described), config)
+    assert plan.peak / 1e9 == pytest.approx(stored["70b.planned_gb"], abs=5e-4)
+    assert plan.parts["optimizer"] / 1e9 == pytest.approx(stored["70b.moments_gb"], abs=5e-4)
+    held = (stored[f"70b.held.{part}_mb"] for part in ("layers", "embeddings_head"))
+    weights = plan.parts["weights"] + 2 * described.vocab_size * described.hidden_size  # and the frozen head
+    assert sum(held) == pytest.approx(weights / 1e6, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_split_both_models(tmp_path):
+    results = tmp_path / "splitting.json"
+    command = [sys.executable, str(BENCHMARKS / "splitting.py"), "small", "70b", "--layers", "2", "--width", "256"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--steps", "2", "--results", str(results)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    stored = json.loads(results.read_text())
+    values = stored["values"]
+    assert [run["backend"] for run in stored["runs"]] == [None, *["gloo"] * 4]
+    for key in splitting.LOSSES:
+        assert values[f"small.{key}_difference"] < 1e-5
+    assert values["small.bytes.changed"] == 0 < values["small.bytes.nan_in_bf16"]
+    assert values["small.each.layers_mb"] == pytest.approx(values["small.whole.layers_mb"] / 2, abs=0.01)
+    assert values["small.each.trained_mb"] == values["small.whole.trained_mb"]
+    losses = [[step["loss"] for step in run["steps"]] for run in stored["runs"] if run["part"] == "70b"]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    assert values["70b.moments_gb"] == pytest.approx(2 * values["70b.held.trained_mb"] / 1e3, abs=1e-3)
