@@ -188,14 +188,14 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def launch(part: str, number: int, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure a part in so many processes of this script, and return what each of them found."""
+    """Measure a part in so many processes of this machine, and return what each of them found."""
     command = [sys.executable]
     if number > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     command += [str(Path(__file__).resolve()), part, "--in-folder", str(folder / f"{part}-{number}")]
     for name in ("processes", "layers", "width", "steps"):
         command += [f"--{name}={getattr(options, name)}"] if getattr(options, name) else []
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env={"GLOO_SOCKET_IFNAME": "lo", **os.environ})
     return [read_json(folder / f"{part}-{number}.{rank}.json") for rank in range(number)]
 
 
