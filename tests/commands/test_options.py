@@ -33,5 +33,5 @@ def test_a_run_is_named_or_its_directory_given(tmp_path):
 
 def test_every_command_shows_the_traceback_if_asked():
     (commands,) = [a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    assert len(commands.choices) == 11
+    assert len(commands.choices) == 13
     assert all("--debug" in parser.format_help() for parser in commands.choices.values())
