@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -569,8 +570,10 @@ def _passes_for_eva(trainer: StepTrainer) -> Iterator[Any]:
     rows: Any = trainer.train_dataset
     order = random.Random(trainer.config.seed).sample(range(len(rows)), len(rows))
     size, found = trainer.config.batch_size, 0
+    # Whole steps: each of several processes reads the same rows, those that one process would.
+    cut_whole = replace(trainer.step_collator, rank=0, processes=1)
     for first in range(0, len(order), size):
-        step = trainer.data_collator([rows[index] for index in order[first : first + size]])
+        step = cut_whole([rows[index] for index in order[first : first + size]])
         for batch in step["passes"]:
             yield trainer._prepare_inputs(batch)
             found += len(batch["answer_positions"])

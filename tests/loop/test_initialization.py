@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import layer
@@ -10,7 +12,7 @@ from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.loop.initialization import adapted_layers, initialize_eva, initialize_loftq, principal_directions
 from qlora_utils.models.resolution import resolve_auto
 from qlora_utils.tokens.formats import format_of
-from qlora_utils.tokens.packing import make_collator
+from qlora_utils.tokens.packing import StepCollator, make_collator
 
 
 def attached(config):
@@ -40,6 +42,22 @@ def test_loftq_gives_back_the_most_that_its_rank_can(config, changes):
         # Eckart and Young: what the best update of this rank leaves is made of the singular values beyond it
         beyond = torch.linalg.svdvals(lost)[config.lora_r :]
         assert float(left) == pytest.approx(float(beyond.norm()), rel=1e-3)
+
+
+def test_eva_reads_in_each_of_several_processes_what_one_would(config, prepared, tokenizer):
+    """With fewer examples in a step than processes, some take none."""
+    config = changed(config, batch_size=1)
+    examples = format_of(tokenizer, config).examples(prepared.train, training=True)
+
+    def passes(rank, processes):
+        cut = StepCollator(make_collator(tokenizer, config), 512, None, rank, processes)
+        trainer = SimpleNamespace(train_dataset=examples, config=config, step_collator=cut, _prepare_inputs=dict)
+        return [*training._passes_for_eva(trainer)]
+
+    alone, second = passes(0, 1), passes(1, 2)
+    assert len(alone) == len(second) > 1
+    for one, other in zip(alone, second, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
 
 
 def test_eva_finds_what_the_answers_vary_in(config, prepared, tokenizer):
