@@ -153,10 +153,12 @@ def _command(config: RunConfig, run: RunDirectory, number: int) -> list[str]:
     command = [sys.executable, "-m", "qlora_utils.loop.launch", "--standalone", "--nproc_per_node", str(number)]
     command += ["-m", "qlora_utils.cli", "train", str(run.path.resolve())]
     stored = RunConfig.continue_run(run.path)
-    for name in RunConfig.model_fields:
-        value = getattr(config, name)
-        if name not in ("run_name", "output_dir") and value != getattr(stored, name):
-            command += ["-p", f"{name}={as_given(value)}"]
+    changed = {name for name in RunConfig.model_fields if getattr(config, name) != getattr(stored, name)}
+    # Steps that are given alone would take the place of epochs.
+    if "steps" in changed:
+        changed.add("epochs")
+    for name in sorted(changed - {"run_name", "output_dir"}):
+        command += ["-p", f"{name}={as_given(getattr(config, name))}"]
     return command
 
 

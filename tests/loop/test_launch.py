@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import torch
 from conftest import short_run
 
 from qlora_utils import data, lora, quantization, training
+from qlora_utils.commands.options import parse_parameters
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.loop import launch
 from qlora_utils.loop.interruptions import Interrupted, StopOnSignal
@@ -192,6 +194,20 @@ def test_the_processes_get_the_values_that_differ_from_the_stored_ones(config, r
     assert words[words.index("--nproc_per_node") + 1] == "3"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"instruction": 'Say "{question}"\n it\'s = x '}, {"learning_rate": 1.2345678901234e-7}, {"group_by": None},
+     {"steps": 11}, {"epochs": 1.0}, {"steps": 5, "epochs": 3.0}, {"shard": False, "gpus": 2}, {"fresh": True}],
+)  # fmt: skip
+@pytest.mark.parametrize("epochs", [None, 3.0])
+def test_the_processes_read_what_was_given(config, run, changes, epochs):
+    run.begin(config.model_copy(update={"epochs": epochs}))
+    given = config.model_copy(update={"epochs": epochs, **changes})
+    words = launch._command(given, run, 2)
+    pairs = [word for before, word in pairwise(words) if before == "-p"]
+    assert RunConfig.continue_run(run.path, **parse_parameters(pairs)) == given
+
+
 def test_how_far_it_is_is_read_from_the_history():
     lines = [{"step": 0, "eval_loss": 2.0}, {"step": 4, "loss": 1.5, "tokens": 400, "tokens_per_s": 50.0},
              {"step": 4, "eval_loss": 1.2}]  # fmt: skip
@@ -363,6 +379,36 @@ def test_asked_to_stop_all_processes_save_and_stop_after_the_same_step(tmp_path,
     assert caught.value.saved
     assert 3 < caught.value.step < 400
     assert (run.checkpoints / f"checkpoint-{caught.value.step}").is_dir()
+
+
+def stop_once_loading():
+    """Ask this process to stop as soon as processes that train load what they need."""
+
+    def wait():
+        while not [child for child in psutil.Process().children(recursive=True) if "qlora_utils.cli" in name_of(child)]:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def name_of(process):
+    """The words of the command of a process, none if it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.mark.slow
+def test_asked_to_stop_while_the_model_is_loaded_it_stops_at_once(tmp_path, in_two):
+    config, run = prepared_run(tmp_path, "loading")
+    model = torch.nn.Linear(1, 1)
+    stop_once_loading()
+    with pytest.raises(KeyboardInterrupt, match="stopped, as asked, before the training in .* could save"):
+        training._train_elsewhere(config, model, run, 2, 8)
+    assert not hasattr(model, training.BEGUN)
+    assert not [child for child in psutil.Process().children(recursive=True) if "qlora_utils.cli" in name_of(child)]
 
 
 @pytest.mark.slow
