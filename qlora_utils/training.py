@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,11 +263,33 @@ def train(
                 return _train_from(start, config, tuned_model, tokenizer, prepared, run)
 
     # The processes have the model in copies of their own; the one here gets what they have trained.
-    with launch.off_the_gpu(tuned_model):
-        launch.train_in_processes(config, run, number, total_steps(config, prepared, tokenizer))
+    _train_elsewhere(config, tuned_model, run, number, total_steps(config, prepared, tokenizer))
     setattr(tuned_model, BEGUN, str(run.path))
     _load_weights(tuned_model, run.adapter)
     return summary_of(run)
+
+
+def _train_elsewhere(config: RunConfig, tuned_model: PeftModel, run: RunDirectory, number: int, steps: int) -> None:
+    """Train in processes of their own, and note at the model here that they have begun.
+
+    Args: see `launch.train_in_processes`.
+    """
+    # They cannot see that note: with `fresh` they would start over what this model has begun.
+    if getattr(tuned_model, BEGUN, None) == str(run.path):
+        config = config.model_copy(update={"fresh": False})
+    before = _written_at(run.history)
+    try:
+        with launch.off_the_gpu(tuned_model):
+            launch.train_in_processes(config, run, number, steps)
+    finally:
+        # A training that has saved nothing yet begins anew, with the weights that the model here still has.
+        if _written_at(run.history) != before and any(run.checkpoints.glob("checkpoint-*")):
+            setattr(tuned_model, BEGUN, str(run.path))
+
+
+def _written_at(path: Path) -> int | None:
+    """Return the time at which a file was last written, in nanoseconds; None if it is not there."""
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def summary_of(run: RunDirectory) -> TrainingSummary:
@@ -569,8 +592,10 @@ def _passes_for_eva(trainer: StepTrainer) -> Iterator[Any]:
     rows: Any = trainer.train_dataset
     order = random.Random(trainer.config.seed).sample(range(len(rows)), len(rows))
     size, found = trainer.config.batch_size, 0
+    # Whole steps: each of several processes reads the same rows, those that one process would.
+    cut_whole = replace(trainer.step_collator, rank=0, processes=1)
     for first in range(0, len(order), size):
-        step = trainer.data_collator([rows[index] for index in order[first : first + size]])
+        step = cut_whole([rows[index] for index in order[first : first + size]])
         for batch in step["passes"]:
             yield trainer._prepare_inputs(batch)
             found += len(batch["answer_positions"])
@@ -658,6 +683,8 @@ def _run_trainer(trainer: StepTrainer, run: RunDirectory, last: Path | None) -> 
     # A signal during the last step changes nothing: the training is finished.
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if stopper.stops and step < steps:
+        # The first process that leaves ends all others, were one still writing the checkpoint.
+        processes.wait()
         newest = checkpoints.find_newest(run.checkpoints, contents=False, upto=step)
         is_saved = _step_or_zero(newest) == step
         raise interruptions.Interrupted(step, steps, newest, saved=is_saved)

@@ -52,7 +52,9 @@ def test_the_commands_in_each_file_are_such_that_accelerate_takes(path):
         words[1] = str(path)
         options, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
         assert (options.module, options.training_script) == (True, "qlora_utils.cli")
-        assert options.training_script_args == ["train", "NAME"]
+        # Without a launcher's processes a training would start its own, on all GPUs.
+        alone = ["-p", "gpus=1"] if path.stem == "gpus_1" else []
+        assert options.training_script_args == ["train", "NAME", *alone]
         assert options.num_processes == PROCESSES[path.stem]
         assert int(options.machine_rank) == number
 

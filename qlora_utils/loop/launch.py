@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from qlora_utils.locate import first_line
 from qlora_utils.loop import processes
 from qlora_utils.loop.checkpoints import DiskError
 from qlora_utils.loop.interruptions import DivergedError, Interrupted, StopOnSignal
-from qlora_utils.loop.live import LogView, Moment, view_here
+from qlora_utils.loop.live import LogView, Moment, View, view_here
 from qlora_utils.models.hardware import OutOfMemoryError, free_memory
 from qlora_utils.rows.files import DataError
 from qlora_utils.runs.directory import RunDirectory
@@ -46,13 +47,13 @@ _REST_S = 0.2
 def count_processes(config: RunConfig) -> int:
     """Return in how many processes a training is to run from here: one for each GPU, on a CPU one.
 
-    In a process that a launcher has started it is one.
+    In a process that a launcher has started it is one, also if that has started no other.
 
     Raises:
         ConfigError: `gpus` asks for more than are visible.
     """
     visible = torch.cuda.device_count()
-    if processes.count() > 1 or not visible:
+    if processes.count() > 1 or torch.distributed.is_torchelastic_launched() or not visible:
         return 1
     if config.gpus is not None and config.gpus > visible:
         raise ConfigError(
@@ -72,6 +73,7 @@ def train_in_processes(config: RunConfig, run: RunDirectory, number: int, steps:
 
     Raises:
         Interrupted: the training was stopped, and has saved.
+        KeyboardInterrupt: it was stopped before it had begun, or before it could save.
         RuntimeError: a process was killed, or failed outside of the training.
         Others: as `training.train`.
     """
@@ -94,7 +96,7 @@ def train_in_processes(config: RunConfig, run: RunDirectory, number: int, steps:
             finally:
                 _kill(child)
         if child.returncode:
-            raise _read_error(scratch, child.returncode, run)
+            raise _read_error(scratch, child.returncode, run, is_asked=stopper.received is not None)
 
 
 def write_error(error: BaseException) -> None:
@@ -136,11 +138,14 @@ def off_the_gpu(model: nn.Module) -> Iterator[None]:
             keep_expanded(model)
 
 
-def _move(weight: torch.Tensor, place: torch.device) -> None:
+def _move(weight: Any, place: torch.device) -> None:
     """Move a weight, and the constants by which it was quantized."""
     weight.data = weight.data.to(place)
     if (state := getattr(weight, "quant_state", None)) is not None:
         state.to(place)
+    # bitsandbytes' 8-bit weights name their own numbers a second time.
+    if getattr(weight, "CB", None) is not None:
+        weight.CB = weight.data
 
 
 def _command(config: RunConfig, run: RunDirectory, number: int) -> list[str]:
@@ -148,10 +153,12 @@ def _command(config: RunConfig, run: RunDirectory, number: int) -> list[str]:
     command = [sys.executable, "-m", "qlora_utils.loop.launch", "--standalone", "--nproc_per_node", str(number)]
     command += ["-m", "qlora_utils.cli", "train", str(run.path.resolve())]
     stored = RunConfig.continue_run(run.path)
-    for name in RunConfig.model_fields:
-        value = getattr(config, name)
-        if name not in ("run_name", "output_dir") and value != getattr(stored, name):
-            command += ["-p", f"{name}={as_given(value)}"]
+    changed = {name for name in RunConfig.model_fields if getattr(config, name) != getattr(stored, name)}
+    # Steps that are given alone would take the place of epochs.
+    if "steps" in changed:
+        changed.add("epochs")
+    for name in sorted(changed - {"run_name", "output_dir"}):
+        command += ["-p", f"{name}={as_given(getattr(config, name))}"]
     return command
 
 
@@ -163,23 +170,38 @@ def _environment(scratch: Path) -> dict[str, str]:
 
 def _watch(child: subprocess.Popen[bytes], run: RunDirectory, steps: int, stopper: StopOnSignal) -> None:
     """Show the training until its processes have ended; hand on a request to stop."""
-    view, began, wall = view_here(), time.monotonic(), time.time()
+    began, wall = time.monotonic(), time.time()
     shown_at, known, is_asked = -1e9, 0, False
+    view: View | None = None
+    with _at_worst_unseen():
+        view = view_here()
     while child.poll() is None:
         time.sleep(_REST_S)
         now = time.monotonic()
         if stopper.received is not None and not is_asked:
-            is_asked = _ask_to_stop(run)
+            is_asked = True
+            _ask_to_stop(child, run)
         # A history that is older belongs to an earlier training.
         lines = _read_history(run.history, since=wall)
         measured = sum("eval_loss" in line for line in lines)
-        if now - shown_at >= (view.news_s if measured > known else view.every_s):
-            view.show(_moment(lines, steps, now - began))
+        if view is not None and now - shown_at >= (view.news_s if measured > known else view.every_s):
+            with _at_worst_unseen():
+                view.show(_moment(lines, steps, now - began))
             shown_at, known = now, measured
     lines = _read_history(run.history, since=wall)
     phase = "done" if child.returncode == 0 else "stopped" if stopper.received else "failed"
-    if lines or not isinstance(view, LogView):
-        view.close(_moment(lines, steps, time.monotonic() - began, phase))
+    if view is not None and (lines or not isinstance(view, LogView)):
+        with _at_worst_unseen():
+            view.close(_moment(lines, steps, time.monotonic() - began, phase))
+
+
+@contextmanager
+def _at_worst_unseen() -> Iterator[None]:
+    """Warn of an error in showing a training: it must not end the training, which may take hours."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"the training goes on unseen: it cannot be shown ({first_line(error)})", stacklevel=3)
 
 
 def _moment(lines: list[dict[str, Any]], steps: int, elapsed_s: float, phase: str = "training") -> Moment:
@@ -208,17 +230,22 @@ def _read_history(path: Path, *, since: float) -> list[dict[str, Any]]:
         return []
 
 
-def _ask_to_stop(run: RunDirectory) -> bool:
-    """Ask the first process to stop, which tells the others; return whether it is there to be asked.
+def _ask_to_stop(child: subprocess.Popen[bytes], run: RunDirectory) -> None:
+    """Ask the first process to stop, which tells the others.
 
-    The launcher, asked instead, would kill all of them after half a minute.
+    The launcher would kill all of them after half a minute. It is asked where the first process does not train yet.
     """
+    import psutil
+
     try:
         first = int(json.loads((run.path / ".training.lock").read_text(encoding="utf-8"))["pid"])
-        os.kill(first, signal.SIGTERM)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return True
+        # The lock may be that of another training, for which these processes wait.
+        if first in [process.pid for process in psutil.Process(child.pid).children(recursive=True)]:
+            os.kill(first, signal.SIGTERM)
+            return
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        pass
+    child.terminate()
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
@@ -228,8 +255,15 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _read_error(scratch: Path, status: int, run: RunDirectory) -> BaseException:
-    """Return the error that ended the processes."""
+def _read_error(scratch: Path, status: int, run: RunDirectory, *, is_asked: bool = False) -> BaseException:
+    """Return the error that ended the processes.
+
+    Args:
+        scratch: folder with what they have left.
+        status: of the launcher.
+        run: the run directory.
+        is_asked: whether they were asked to stop.
+    """
     try:
         said = json.loads((scratch / "error.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -240,9 +274,16 @@ def _read_error(scratch: Path, status: int, run: RunDirectory) -> BaseException:
         return Interrupted(said["step"], said["steps"], checkpoint, saved=said["saved"])
     if kind in _ERRORS:
         return _ERRORS[kind](message)
-    # The launcher names the process that was killed; what the others say then is that they lost it.
+    if is_asked:
+        return KeyboardInterrupt(
+            f"stopped, as asked, before the training in {run.path} could save; its earlier checkpoints, if there are "
+            "any, are whole. Run the same again to go on."
+        )
+    # The launcher names the process that ended first, and how: what others say then is that they lost it, and one that
+    # waits for it on a GPU is killed in the end.
     output = (scratch / "output").read_text(encoding="utf-8", errors="replace")
-    killed = [line.strip() for line in output.splitlines() if "Signal " in line and "SIGTERM" not in line]
+    first_failure = output.rpartition("Root Cause")[2]
+    killed = [line.strip() for line in first_failure.splitlines() if "Signal " in line and "SIGTERM" not in line]
     reason = killed[-1] if killed else f"{kind}: {first_line(message)}" if kind else f"exit status {status}"
     return RuntimeError(
         f"one of the processes that train in {run.path} has ended ({reason}), and with it all others. Run the same "

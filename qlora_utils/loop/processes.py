@@ -18,12 +18,20 @@ T = TypeVar("T")
 
 def count() -> int:
     """Return the number of processes of this launch, 1 without a launcher."""
-    return max(1, int(os.environ.get("WORLD_SIZE") or 1))
+    return max(1, _number("WORLD_SIZE"))
 
 
 def rank() -> int:
     """Return the number of this process, from 0."""
-    return max(0, int(os.environ.get("RANK") or 0))
+    return max(0, _number("RANK"))
+
+
+def _number(name: str) -> int:
+    """Return a variable of the environment; 0 if it is not set, or no number, which `check_launcher` refuses."""
+    try:
+        return int(os.environ[name])
+    except (KeyError, ValueError):
+        return 0
 
 
 def is_first() -> bool:

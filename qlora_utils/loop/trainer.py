@@ -236,6 +236,9 @@ class StepTrainer(Trainer):
         if self.args.world_size > 1:
             self.gradients.match_first_process()
             self._seed_process()
+            # In fp16 the scale exists from the first loss on, and a share without examples has none.
+            if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
+                scaler.scale(torch.zeros((), device=self.args.device))
         if self.config.cuda_graphs and self.args.device.type == "cuda" and self.graphs is None:
             longest = max(self.config.max_seq_len, LONGEST_PADDING)
 
@@ -254,7 +257,7 @@ class StepTrainer(Trainer):
         recomputation = getattr(model.get_base_model(), "recomputation", None)
         if recomputation is None or recomputation.parts < 2:
             return
-        tokens = padded_length(max(self._step_collator.tokens, self.config.max_seq_len))
+        tokens = padded_length(max(self.step_collator.tokens, self.config.max_seq_len))
         width, dtype = model.config.hidden_size, getattr(torch, self.config.compute_dtype)
         try:
             recomputation.store = ActivationStore(recomputation.parts, tokens, width, dtype, self.args.device)
@@ -328,17 +331,17 @@ class StepTrainer(Trainer):
         self._has_begun = False
 
     @property
-    def _step_collator(self) -> Any:
+    def step_collator(self) -> Any:
         """Return the `packing.StepCollator`; the Trainer's annotations know only a function."""
         return self.data_collator
 
     def _bounds(self) -> tuple[int, int | None]:
         """Return how many tokens and how many conversations a pass may hold now."""
-        return self._step_collator.tokens, self._step_collator.conversations
+        return self.step_collator.tokens, self.step_collator.conversations
 
     def _cut_again(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return the same step, cut into passes by the present bounds."""
-        return self._step_collator(inputs["examples"])  # type: ignore[no-any-return]
+        return self.step_collator(inputs["examples"])  # type: ignore[no-any-return]
 
     def _cut_smaller(self, model: nn.Module, inputs: dict[str, Any], reason: str) -> dict[str, Any]:
         """Return the same step in smaller passes, and discard the gradients of the failed attempt.
@@ -351,7 +354,7 @@ class StepTrainer(Trainer):
         Raises:
             OutOfMemoryError: each pass holds one example already.
         """
-        collator = self._step_collator
+        collator = self.step_collator
         before, step = len(inputs["passes"]), self.state.global_step + 1
         largest = max(self._collator().padded_tokens(batch) for batch in inputs["passes"])
         if not collator.halve(inputs):
@@ -528,7 +531,7 @@ class StepTrainer(Trainer):
 
     def _collator(self) -> Any:
         """Return the collator of a single pass."""
-        return self._step_collator.collator
+        return self.step_collator.collator
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: counting would walk all parameters at every step for a number nobody reads."""
@@ -703,7 +706,7 @@ class StepTrainer(Trainer):
         mine = processes.share(rows)
         # Processes that share one model measure as many rows each; one that some measure too many does not count.
         most = math.ceil(len(rows) / processes.count()) if self.is_split else len(mine)
-        padded = [*mine, *[rows[0]] * (most - len(mine))]
+        padded = [*mine, *rows[:1] * (most - len(mine))]
         at_start = self.before_first_step if self.state.global_step == 0 else None
         with at_start(self.model) if at_start else nullcontext():
             losses, counts = row_losses(self.model, padded, self._collator(), batch_size=size)

@@ -143,8 +143,10 @@ def this_card() -> Card | None:
 
     similar = min(CARDS.values(), key=distance)
     rates = similar.matrix_rate, similar.bandwidth
-    launched = int(os.environ.get("WORLD_SIZE") or 1)
-    gpus = launched if launched > 1 else torch.cuda.device_count()
+    world = os.environ.get("WORLD_SIZE", "")
+    launched = int(world) if world.isdigit() else 1
+    is_launched = launched > 1 or torch.distributed.is_torchelastic_launched()
+    gpus = launched if is_launched else torch.cuda.device_count()
     return Card(properties.name, properties.total_memory, capability, *rates, gpus=gpus)
 
 

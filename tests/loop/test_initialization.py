@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import layer
@@ -10,7 +12,7 @@ from qlora_utils.config import ConfigError, ModelError, RunConfig
 from qlora_utils.loop.initialization import adapted_layers, initialize_eva, initialize_loftq, principal_directions
 from qlora_utils.models.resolution import resolve_auto
 from qlora_utils.tokens.formats import format_of
-from qlora_utils.tokens.packing import make_collator
+from qlora_utils.tokens.packing import StepCollator, make_collator
 
 
 def attached(config):
@@ -42,6 +44,7 @@ def test_loftq_gives_back_the_most_that_its_rank_can(config, changes):
         assert float(left) == pytest.approx(float(beyond.norm()), rel=1e-3)
 
 
+<<<<<<< HEAD
 def test_loftq_of_a_rank_beyond_a_layers_gives_all_of_it_back(config):
     config = changed(config, lora_init="loftq", lora_r=200)
     model = attached(config)
@@ -52,6 +55,22 @@ def test_loftq_of_a_rank_beyond_a_layers_gives_all_of_it_back(config):
     lost = original(f"{path}.weight", weight).float() - quantization.dequantize(weight).float()
     assert min(lost.shape) < 200
     torch.testing.assert_close(adapted.get_delta_weight("default").detach(), lost, rtol=0, atol=1e-5)
+=======
+def test_eva_reads_in_each_of_several_processes_what_one_would(config, prepared, tokenizer):
+    """With fewer examples in a step than processes, some take none."""
+    config = changed(config, batch_size=1)
+    examples = format_of(tokenizer, config).examples(prepared.train, training=True)
+
+    def passes(rank, processes):
+        cut = StepCollator(make_collator(tokenizer, config), 512, None, rank, processes)
+        trainer = SimpleNamespace(train_dataset=examples, config=config, step_collator=cut, _prepare_inputs=dict)
+        return [*training._passes_for_eva(trainer)]
+
+    alone, second = passes(0, 1), passes(1, 2)
+    assert len(alone) == len(second) > 1
+    for one, other in zip(alone, second, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+>>>>>>> w22-review1
 
 
 def test_eva_finds_what_the_answers_vary_in(config, prepared, tokenizer):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,9 +20,10 @@ import torch
 from conftest import short_run
 
 from qlora_utils import data, lora, quantization, training
+from qlora_utils.commands.options import parse_parameters
 from qlora_utils.config import ConfigError, RunConfig
 from qlora_utils.loop import launch
-from qlora_utils.loop.interruptions import Interrupted
+from qlora_utils.loop.interruptions import Interrupted, StopOnSignal
 from qlora_utils.models.hardware import OutOfMemoryError
 from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json, read_jsonl
@@ -39,6 +44,13 @@ def test_a_training_takes_all_gpus_unless_it_is_told_otherwise(monkeypatch, conf
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setenv("WORLD_SIZE", world)
     assert launch.count_processes(config.model_copy(update={"gpus": gpus})) == number
+
+
+def test_a_process_that_torchrun_started_alone_trains_alone(monkeypatch, config):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    assert launch.count_processes(config) == 1
 
 
 def test_more_gpus_than_there_are_is_an_error(monkeypatch, config):
@@ -71,6 +83,106 @@ def test_a_process_that_was_killed_leaves_its_last_words(tmp_path, run):
     assert "Run the same again to go on from the last checkpoint" in str(error)
 
 
+def test_what_ended_first_is_told_and_not_who_was_killed_for_waiting(tmp_path, monkeypatch, run):
+    monkeypatch.setenv(launch.ERROR_FILE, str(tmp_path / "error.json"))
+    launch.write_error(ValueError("a row of 3 columns"))
+    (tmp_path / "output").write_text(
+        "Failures:\n[1]:\n  traceback : Signal 9 (SIGKILL) received by PID 8\n"
+        "Root Cause (first observed failure):\n[0]:\n  exitcode  : 1 (pid: 7)\n"
+    )
+    assert "has ended (ValueError: a row of 3 columns)" in str(launch._read_error(tmp_path, 1, run))
+
+
+def test_a_training_that_is_stopped_while_it_loads_is_an_interruption(tmp_path, run):
+    (tmp_path / "output").write_text("Root Cause (first observed failure):\n  Signal 15 (SIGTERM) received by PID 7\n")
+    error = launch._read_error(tmp_path, 1, run, is_asked=True)
+    assert isinstance(error, KeyboardInterrupt)
+    assert "could save" in str(error)
+
+
+def start_family(folder, code):
+    """Start a process with a child, whose number it writes; return the process and that number."""
+    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}, {str(folder)!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", command])
+    while not (folder / "pid").is_file() or not (folder / "pid").read_text():
+        time.sleep(0.05)
+    return parent, int((folder / "pid").read_text())
+
+
+# It writes its number, waits to be told to stop, and leaves a word when that happens.
+ASKED = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: (folder / "asked").touch() or sys.exit())
+(folder / "pid").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("whose", ["this training's", "another's", "nobody's"])
+def test_only_a_process_of_this_training_is_asked_to_stop(tmp_path, run, whose):
+    parent, first = start_family(tmp_path, ASKED)
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock = run.path / ".training.lock"
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    if whose != "nobody's":
+        lock.write_text(json.dumps({"pid": first if whose == "this training's" else other.pid}))
+    launch._ask_to_stop(parent, run)
+    status = parent.wait(timeout=20)
+    assert (status, other.poll()) == (0 if whose == "this training's" else -signal.SIGTERM, None)
+    assert (tmp_path / "asked").exists() == (whose == "this training's")
+    for left in (other.pid, first):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(left, signal.SIGKILL)
+    other.wait()
+
+
+def test_a_view_that_fails_ends_no_training(monkeypatch, run):
+    class Broken:
+        every_s = news_s = 0.0
+
+        def show(self, moment):
+            raise BrokenPipeError("nobody reads this")
+
+        close = show
+
+    monkeypatch.setattr(launch, "view_here", Broken)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
+    with pytest.warns(UserWarning, match="goes on unseen.*nobody reads this"):
+        launch._watch(child, run, 8, StopOnSignal())
+    assert child.returncode == 0
+
+
+def test_an_eight_bit_weight_leaves_no_copy_where_it_was():
+    weight = SimpleNamespace(data=torch.ones(4, dtype=torch.int8))
+    weight.CB = weight.data
+    launch._move(weight, torch.device("meta"))
+    assert weight.data.is_meta
+    assert weight.CB is weight.data
+
+
+def test_what_a_fresh_training_has_saved_is_not_started_over(config, run, monkeypatch):
+    """The same cell again, `fresh = True` still above it; the processes don't know the model of the notebook."""
+    given = []
+
+    def fail(config, run, number, steps):
+        given.append(config.fresh)
+        if len(given) == 2:
+            (run.checkpoints / "checkpoint-4").mkdir(parents=True)
+            run.history.write_text("{}\n")
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(launch, "train_in_processes", fail)
+    model, fresh = torch.nn.Linear(1, 1), config.model_copy(update={"fresh": True})
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.history.write_text("")
+    os.utime(run.history, (1, 1))
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="killed"):
+            training._train_elsewhere(fresh, model, run, 2, 8)
+    assert given == [True, True, False]
+
+
 def test_the_processes_get_the_values_that_differ_from_the_stored_ones(config, run):
     run.begin(config)
     given = config.model_copy(update={"steps": 77, "epochs": None, "fresh": True, "micro_batch_tokens": None})
@@ -80,6 +192,20 @@ def test_the_processes_get_the_values_that_differ_from_the_stored_ones(config, r
     assert "micro_batch_tokens=none" in words
     assert not [word for word in words if word.startswith(("seed=", "run_name=", "output_dir="))]
     assert words[words.index("--nproc_per_node") + 1] == "3"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"instruction": 'Say "{question}"\n it\'s = x '}, {"learning_rate": 1.2345678901234e-7}, {"group_by": None},
+     {"steps": 11}, {"epochs": 1.0}, {"steps": 5, "epochs": 3.0}, {"shard": False, "gpus": 2}, {"fresh": True}],
+)  # fmt: skip
+@pytest.mark.parametrize("epochs", [None, 3.0])
+def test_the_processes_read_what_was_given(config, run, changes, epochs):
+    run.begin(config.model_copy(update={"epochs": epochs}))
+    given = config.model_copy(update={"epochs": epochs, **changes})
+    words = launch._command(given, run, 2)
+    pairs = [word for before, word in pairwise(words) if before == "-p"]
+    assert RunConfig.continue_run(run.path, **parse_parameters(pairs)) == given
 
 
 def test_how_far_it_is_is_read_from_the_history():
@@ -142,6 +268,28 @@ def train_in(number, run, *parameters):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+# A training whose checkpoints take two seconds, and whose second process is asked to stop after two steps.
+STOPPED_WHILE_SAVING = """
+import signal, sys, time
+from qlora_utils import cli
+from qlora_utils.loop import checkpoints, interruptions, processes
+
+write, end_step = checkpoints.write, interruptions.StopOnSignal.on_step_end
+
+def write_slowly(*arguments):
+    time.sleep(2)
+    return write(*arguments)
+
+def end_step_asked(self, args, state, control, **rest):
+    if processes.rank() == 1 and state.global_step == 2:
+        signal.raise_signal(signal.SIGTERM)
+    end_step(self, args, state, control, **rest)
+
+checkpoints.write, interruptions.StopOnSignal.on_step_end = write_slowly, end_step_asked
+sys.exit(cli.main())
+"""
 
 
 def losses(run):
@@ -231,6 +379,50 @@ def test_asked_to_stop_all_processes_save_and_stop_after_the_same_step(tmp_path,
     assert caught.value.saved
     assert 3 < caught.value.step < 400
     assert (run.checkpoints / f"checkpoint-{caught.value.step}").is_dir()
+
+
+def stop_once_loading():
+    """Ask this process to stop as soon as processes that train load what they need."""
+
+    def wait():
+        while not [child for child in psutil.Process().children(recursive=True) if "qlora_utils.cli" in name_of(child)]:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def name_of(process):
+    """The words of the command of a process, none if it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.mark.slow
+def test_asked_to_stop_while_the_model_is_loaded_it_stops_at_once(tmp_path, in_two):
+    config, run = prepared_run(tmp_path, "loading")
+    model = torch.nn.Linear(1, 1)
+    stop_once_loading()
+    with pytest.raises(KeyboardInterrupt, match="stopped, as asked, before the training in .* could save"):
+        training._train_elsewhere(config, model, run, 2, 8)
+    assert not hasattr(model, training.BEGUN)
+    assert not [child for child in psutil.Process().children(recursive=True) if "qlora_utils.cli" in name_of(child)]
+
+
+@pytest.mark.slow
+def test_no_process_leaves_before_the_checkpoint_of_a_stop_is_written(tmp_path):
+    """The first that leaves ends all others, were one of them still writing."""
+    _, run = prepared_run(tmp_path, "slow-disk", steps=50, eval_steps=50, save_steps=50)
+    script = tmp_path / "script.py"
+    script.write_text(STOPPED_WHILE_SAVING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "train", str(run.path)], env=environment, capture_output=True, text=True,
+                          timeout=300, check=False)  # fmt: skip
+    assert (run.checkpoints / "checkpoint-3").is_dir(), done.stderr
+    assert done.stderr.count("stopped after step 3 of 50, as asked, and saved in") == 2
 
 
 @pytest.mark.slow

@@ -27,6 +27,12 @@ def test_each_of_several_takes_one_in_so_many(second_of_three):
     assert processes.share("a") == []
 
 
+def test_what_is_no_number_is_left_to_the_check_of_the_launcher(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    monkeypatch.setenv("RANK", "")
+    assert (processes.count(), processes.rank()) == (1, 0)
+
+
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 9])
 def test_what_was_shared_comes_back_in_order(second_of_three, monkeypatch, number):
     items = list(range(number))

@@ -1,21 +1,24 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import BOTH, BOTH_T5_SLOW
 from test_training import Spoil, changed, losses, train, trained_weights
 
-from qlora_utils import lora, quantization
+from qlora_utils import lora, quantization, training
 from qlora_utils.kernels import loss
 from qlora_utils.kernels.cuda_graphs import PassGraphs
+from qlora_utils.kernels.gradients import FlatGradients
 from qlora_utils.loop import interruptions
 from qlora_utils.loop import trainer as trainer_module
 from qlora_utils.loop.trainer import StepTrainer
 from qlora_utils.models.hardware import OutOfMemoryError
 from qlora_utils.models.memory import within_learned
 from qlora_utils.models.resolution import resolve_auto
+from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_json
 from qlora_utils.tokens.formats import format_of
 from qlora_utils.tokens.packing import make_collator
@@ -111,6 +114,30 @@ def test_out_of_memory_makes_passes_smaller_and_changes_nothing(config, tokenize
     resolved = resolve_auto(bounded).config
     assert within_learned(resolved, 250) < 250
     assert within_learned(changed(resolved, lora_r=4), 250) == 250
+
+
+def test_in_fp16_a_process_without_examples_has_a_scale_too(config, monkeypatch):
+    """It sees no loss before the optimizer's first step, from which a scaler learns its device."""
+    monkeypatch.setattr(FlatGradients, "match_first_process", lambda self: None)
+    model, scaler = torch.nn.Linear(2, 1), torch.amp.GradScaler("cpu")
+    stand_in = SimpleNamespace(
+        config=changed(config, compute_dtype="float16", cuda_graphs=False),
+        args=SimpleNamespace(world_size=2, device=torch.device("cpu")),
+        accelerator=SimpleNamespace(scaler=scaler),
+        gradients=None, graphs=None, _store_activations=lambda model: None, _seed_process=lambda: None,
+    )  # fmt: skip
+    StepTrainer._begin(stand_in, model)
+    stand_in.gradients.clear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_without_held_out_rows_the_loss_is_no_number(config, tokenizer, prepared, tmp_path):
+    model = lora.attach(quantization.load(config), config)
+    trainer = training.make_trainer(config, model, tokenizer, prepared, RunDirectory(tmp_path))
+    assert math.isnan(trainer.evaluate(eval_dataset=[])["eval_loss"])
 
 
 def test_out_of_memory_ends_a_training_whose_model_is_split_and_makes_the_next_one_smaller(

@@ -167,6 +167,12 @@ def test_a_launched_process_counts_the_gpus_of_all(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties("Tesla T4", 14 * GIB, 7, 5))
+    monkeypatch.setenv("WORLD_SIZE", "two")  # left by mistake: refused where a training begins
+    assert hardware.this_card().gpus == 2
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert hardware.this_card().gpus == 2
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # torchrun has started this process, and no other
+    assert hardware.this_card().gpus == 1
     monkeypatch.setenv("WORLD_SIZE", "4")  # two hosts
     card = hardware.this_card()
     assert (card.gpus, card.label) == (4, "4xTesla T4")
