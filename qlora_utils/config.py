@@ -383,12 +383,17 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _initialisation_reads_whole_layers(self) -> Self:
-        """Reject initialisations from whole weights or from what layers read where a process holds parts of layers."""
+    def _split_layers_are_enough(self) -> Self:
+        """Reject what needs whole layers where each process holds a part of them."""
         if self.lora_init in ("eva", "loftq") and self.shard:
             raise ValueError(
                 f"lora_init={self.lora_init} and shard=true: it needs whole layers, and each process would hold a part "
                 "of them. Leave one of them out"
+            )
+        if self.quantize and self.quant_type == "int8" and self.shard:
+            raise ValueError(
+                "quant_type=int8 and shard=true: 8 bits have a scale for each row, which no process would have whole. "
+                "Leave one of them out"
             )
         return self
 

@@ -117,9 +117,8 @@ def _resolve_split(resolved: Resolved, stored: str | None) -> Resolved:
     """
     config = resolved.config
     obstacle = None
-    if resolved.architecture != "causal":
-        obstacle = f"{config.model} is an encoder-decoder"
-    elif stored:
+    # An encoder-decoder was refused when the config was resolved.
+    if stored:
         obstacle = f"{config.model} is stored in {stored}, and parts are quantized here"
     elif config.quantize and config.quant_type == "int8":
         obstacle = "quant_type=int8 has a scale for each row"

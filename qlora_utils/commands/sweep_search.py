@@ -126,8 +126,8 @@ def search(
         say: called with a line about each run that has ended.
 
     Returns:
-        All runs so far, as `sweep.json` has those of a list; the errors of runs that failed, by
-        name; the names of those that were pruned.
+        All runs so far, as `sweep.json` has those of a list; the errors of runs that failed this
+        time, by name; the names of those that were pruned.
 
     Raises:
         Stopped: a signal arrived.
@@ -136,15 +136,15 @@ def search(
 
     study = open_study(sweep, listed["config"]["seed"])
     searcher = Searcher(sweep, listed, study, say)
-    done = len([trial for trial in study.trials if trial.state.is_finished()])
+    done = searcher.count_finished()
     total = listed["search"]["trials"]
     say(f"{sweep.path}: {total} runs, {done} of them done, {count} at a time; output in {sweep.logs}")
     run_jobs(searcher.take, searcher.end, count=count, logs=sweep.logs, is_hopeless=searcher.is_hopeless)
     runs, failed, pruned = [], {}, []
     for trial in study.trials:
         name = trial.user_attrs.get(_RUN)
-        # One whose sweep was killed before it had values.
-        if name is None:
+        # One whose sweep was killed before it had values, or one that another run has replaced.
+        if name is None or trial.number in searcher.replaced:
             continue
         runs.append({"name": name, "values": dict(trial.params), "seed": listed["config"]["seed"]})
         if trial.state == TrialState.PRUNED:
@@ -166,6 +166,8 @@ class Searcher:
         # Trials that a killed sweep left: their runs are resumed, each with the values that it has.
         left = [trial for trial in study.trials if trial.state == TrialState.RUNNING]
         self.left = [Trial(study, trial._trial_id) for trial in left]
+        # What has failed before may have failed for want of memory or disk: another run takes its place.
+        self.replaced = {trial.number for trial in study.trials if trial.state == TrialState.FAIL}
         self.trials: dict[str, Trial] = {}
         self.reported: dict[str, set[int]] = {}
         self.pruned: set[str] = set()
@@ -173,11 +175,15 @@ class Searcher:
         self.began = time.monotonic()
         self.ended = 0
 
+    def count_finished(self) -> int:
+        """Return the number of trials that have ended, those that are replaced left out."""
+        return len([trial for trial in self.study.trials if trial.state.is_finished()]) - len(self.replaced)
+
     def take(self) -> Job | None:
         """Return the job of the next trial, None after the last."""
         if self.left:
             trial = self.left.pop(0)
-        elif len(self.study.trials) < self.listed["search"]["trials"]:
+        elif len(self.study.trials) - len(self.replaced) < self.listed["search"]["trials"]:
             trial = self.study.ask()
         else:
             return None
@@ -229,7 +235,7 @@ class Searcher:
             self.study.tell(trial, loss)
             text = f"held-out loss {loss:.4f}"
         self.ended += 1
-        finished = len([trial for trial in self.study.trials if trial.state.is_finished()])
+        finished = self.count_finished()
         total = self.listed["search"]["trials"]
         left = describe_left(self.began, self.ended, total - finished)
         self.say(f"[{finished}/{total}] {job.name}: {text}{left}")

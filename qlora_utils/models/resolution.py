@@ -212,6 +212,10 @@ def _refuse_for_pairs(config: RunConfig, architecture: Architecture) -> None:
         named = f"neftune_noise_alpha: {config.neftune_noise_alpha:g}"
     elif config.lora_init == "eva":
         named = "lora_init: eva"
+    elif config.shard:
+        raise ConfigError(
+            f"shard: {config.model} is an encoder-decoder, so the model cannot be split over GPUs. Take -p shard=false."
+        )
     else:
         return
     raise ConfigError(f"{named} is for causal models, and {config.model} is an encoder-decoder. Leave it out.")

@@ -138,7 +138,7 @@ def test_a_search_goes_on_with_the_runs_and_values_that_it_has(optuna, pocket, m
     assert len(second.computed) == 3
 
 
-def test_a_run_that_fails_counts_and_is_listed(optuna, pocket, monkeypatch):
+def test_a_run_that_fails_is_listed_and_replaced_by_the_next_attempt(optuna, pocket, monkeypatch):
     def run(take, end, **_):
         end(take(), "out of memory")
         # Its training came to no held-out loss.
@@ -147,9 +147,16 @@ def test_a_run_that_fails_counts_and_is_listed(optuna, pocket, monkeypatch):
         end(job, None)
 
     monkeypatch.setattr(sweep_search, "run_jobs", run)
-    runs, failed, pruned = search(pocket, listed(pocket, trials=2))
+    wanted = listed(pocket, trials=2)
+    runs, failed, pruned = search(pocket, wanted)
     assert list(failed.values()) == ["out of memory", "no held-out loss"]
     assert (len(runs), pruned) == (2, [])
+    # The next attempt makes up for both, and a third has nothing to do.
+    made, said = Runs(monkeypatch, pocket), []
+    runs, failed, _ = search(pocket, wanted, said)
+    assert "2 runs, 0 of them done" in said[0] and said[-1].startswith("[2/2] trial-003")
+    assert ([run["name"] for run in runs], failed) == (made.computed, {})
+    assert (search(pocket, wanted)[0], len(made.computed)) == (runs, 2)
 
 
 def test_a_finished_training_is_not_stopped_any_more(optuna, pocket, monkeypatch):

@@ -133,6 +133,7 @@ def test_without_weights_from_before_loftq_is_refused(config, monkeypatch):
     ({"lora_init": "loftq", "quantize": False}, "nothing is quantized"),
     ({"lora_init": "loftq", "dora": True}, "which LoftQ changes"),
     ({"lora_init": "eva", "shard": True}, "it needs whole layers"),
+    ({"quant_type": "int8", "shard": True}, "have a scale for each row"),
 ])  # fmt: skip
 def test_what_cannot_be_right_is_refused_with_its_reason(config, changes, reason):
     with pytest.raises(ConfigError, match=reason):

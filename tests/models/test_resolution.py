@@ -29,6 +29,13 @@ def test_a_plan_in_fp16_is_refused_for_t5():
         plan_for(flan, CARDS["T4"], FLAN_T5_LARGE)
 
 
+def test_a_plan_for_a_split_encoder_decoder_is_refused():
+    """Its loading was refused, and before that the plan said that it fits."""
+    flan = RunConfig.from_preset("flan-t5-large", shard=True, gpus=2)
+    with pytest.raises(ConfigError, match=r"shard: .*flan-t5-large is an encoder-decoder, so the model cannot"):
+        plan_for(flan, CARDS["T4"], FLAN_T5_LARGE)
+
+
 @pytest.mark.parametrize("card", [CARDS["T4"], CARDS["H100"]], ids=lambda card: card.name)
 def test_fp16_is_refused_for_t5_whatever_else_is_given(card):
     """Also where nothing is left open, and where the model is only to be loaded."""
