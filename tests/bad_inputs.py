@@ -114,7 +114,7 @@ VALUES = [
     value("rewordings", "-1", r"rewordings: '-1' is not allowed.*greater than or equal to 0"),
     value("rewordings", "1000", r"rewordings: '1000' is not allowed.*less than or equal to 100"),
     value("rewordings", "all", r"rewordings: 'all' is not allowed.*integer"),
-    value("lora_targets", "", r"lora_targets: '' is not allowed.*all-linear, attention-linear, or names of layers", "empty"),
+    value("lora_targets", "", r"lora_targets: '' is not allowed.*attention-linear, or names of layers", "empty"),
     value("lora_targets", "q v", r"lora_targets: 'q v' is not allowed.*commas between"),
     value("lora_targets", "q_proj,lm_head", r"lora_targets: .*lm_head gets no LoRA; train_head trains it"),
     value("warmup_ratio", "1.5", r"warmup_ratio: '1.5' is not allowed.*less than 1"),

@@ -44,7 +44,6 @@ def test_loftq_gives_back_the_most_that_its_rank_can(config, changes):
         assert float(left) == pytest.approx(float(beyond.norm()), rel=1e-3)
 
 
-<<<<<<< HEAD
 def test_loftq_of_a_rank_beyond_a_layers_gives_all_of_it_back(config):
     config = changed(config, lora_init="loftq", lora_r=200)
     model = attached(config)
@@ -55,7 +54,8 @@ def test_loftq_of_a_rank_beyond_a_layers_gives_all_of_it_back(config):
     lost = original(f"{path}.weight", weight).float() - quantization.dequantize(weight).float()
     assert min(lost.shape) < 200
     torch.testing.assert_close(adapted.get_delta_weight("default").detach(), lost, rtol=0, atol=1e-5)
-=======
+
+
 def test_eva_reads_in_each_of_several_processes_what_one_would(config, prepared, tokenizer):
     """With fewer examples in a step than processes, some take none."""
     config = changed(config, batch_size=1)
@@ -70,7 +70,6 @@ def test_eva_reads_in_each_of_several_processes_what_one_would(config, prepared,
     assert len(alone) == len(second) > 1
     for one, other in zip(alone, second, strict=True):
         assert torch.equal(one["input_ids"], other["input_ids"])
->>>>>>> w22-review1
 
 
 def test_eva_finds_what_the_answers_vary_in(config, prepared, tokenizer):
