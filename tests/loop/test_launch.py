@@ -405,7 +405,7 @@ def test_asked_to_stop_while_the_model_is_loaded_it_stops_at_once(tmp_path, in_t
     config, run = prepared_run(tmp_path, "loading")
     model = torch.nn.Linear(1, 1)
     stop_once_loading()
-    with pytest.raises(KeyboardInterrupt, match="stopped, as asked, before the training in .* could save"):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped, as asked, before the training in .* could save"):
         training._train_elsewhere(config, model, run, 2, 8)
     assert not hasattr(model, training.BEGUN)
     assert not [child for child in psutil.Process().children(recursive=True) if "qlora_utils.cli" in name_of(child)]
