@@ -247,6 +247,7 @@ def train(
     """
     run.path.mkdir(parents=True, exist_ok=True)
     check_launcher()
+    processes.join()
     number = launch.count_processes(config)
     # If several processes train together, the first of them locks the run and cleans up.
     is_first = processes.is_first()

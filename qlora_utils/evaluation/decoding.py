@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from qlora_utils.kernels import attention
 from qlora_utils.kernels.cuda_graphs import capture
 from qlora_utils.kernels.lora_layers import keep_expanded, quantized_layers
+from qlora_utils.kernels.sharding import is_split
 from qlora_utils.locate import first_line
 from qlora_utils.models.hardware import graph_pool_bytes, is_out_of_memory
 
@@ -266,7 +267,8 @@ class _Decoder:
         self.starts = (each, each * length)
         # Steps recorded as CUDA graphs, by the keys that they read; they share their memory.
         self.graphs: dict[int, Any] = {}
-        self.records = self.on_gpu
+        # A graph cannot gather the layers of a model that several processes split.
+        self.records = self.on_gpu and not is_split(self.model)
         self.pool = torch.cuda.graph_pool_handle() if self.records else None
         self.expanded: list[Any] | None = None
 
@@ -413,9 +415,10 @@ def _free_memory() -> int:
 def _expandable(model: nn.Module, free: int) -> list[Any]:
     """Return the layers whose dequantized weights are worth saving, and take at most half of `free` bytes; else none.
 
-    Otherwise every step dequantizes all weights again, which takes longer than the products with them.
+    Otherwise every step dequantizes all weights again, which takes longer than the products with them. Of a model that
+    several processes split none has whole weights to save.
     """
-    layers = quantized_layers(model)
+    layers = [] if is_split(model) else quantized_layers(model)
     # Without an adapter bitsandbytes computes the products, and reads nothing that is saved.
     is_fused = any(hasattr(module, "layer_group") for module in model.modules())
     size = 0

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from qlora_utils.config import RunConfig
 from qlora_utils.evaluation.decoding import can_decode, choose_tokens, decode
+from qlora_utils.kernels.sharding import is_split
 from qlora_utils.locate import first_line
 from qlora_utils.models.hardware import OutOfMemoryError, free_memory, is_out_of_memory
 from qlora_utils.rows.conversations import Conversation, Turn, restored
@@ -201,7 +202,8 @@ def answer_all(
                 drawn_by = None if seeds is None else [seeds[index] for index in asked]
                 answer(model, form, asked, sampling, size, keep, drawn_by)
             except Exception as error:
-                if not is_out_of_memory(error):
+                # Processes that share one model run the same passes.
+                if not is_out_of_memory(error) or is_split(model):
                     raise
                 too_large = first_line(error)
             waiting = [index for index in waiting if index not in answers]

@@ -150,6 +150,8 @@ class StepTrainer(Trainer):
         # loaded model inside it are in evaluation mode.
         if not self._has_begun:
             self._begin(model)
+        if self.args.world_size > 1:
+            self._seed_process()
 
         # The data loader cut this step ahead of time, perhaps before memory ran out.
         if inputs["bounds"] != self._bounds():
@@ -235,7 +237,6 @@ class StepTrainer(Trainer):
             self._trained = model
         if self.args.world_size > 1:
             self.gradients.match_first_process()
-            self._seed_process()
             # In fp16 the scale exists from the first loss on, and a share without examples has none.
             if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
                 scaler.scale(torch.zeros((), device=self.args.device))
@@ -517,11 +518,14 @@ class StepTrainer(Trainer):
         return prepare_data_loader(whole, self.args.device, num_processes=1, process_index=0, **options)
 
     def _seed_process(self) -> None:
-        """Seed what is drawn at random from this step on, in each process otherwise: no two drop the same."""
+        """Seed what is drawn at random in this step, in each process otherwise: no two drop the same.
+
+        A step of several processes then needs no random state of the one before, which each would have to save.
+        """
         set_seed((self.config.seed + 7919 * self.state.global_step + 104729 * self.args.process_index) % 2**32)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore the random state of a training in one process; several draw anew, by seed, step and process."""
+        """Restore the random state of a training in one process; several seed each step by itself."""
         if checkpoint is None or self.args.world_size > 1:
             return
         if (Path(checkpoint) / RANDOM_STATE).is_file():

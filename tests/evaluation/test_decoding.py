@@ -132,6 +132,9 @@ def test_keys_and_values_are_freed_at_once(adapted, prompts, monkeypatch):
 def test_weights_stay_dequantized_for_the_answers_alone_and_where_there_is_room(adapted):
     assert decoding._expandable(adapted, free=10**6) == []
     assert decoding._expandable(adapted.get_base_model().model.embed_tokens, free=10**12) == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "is_split", lambda model: True)
+        assert decoding._expandable(adapted, free=10**12) == []
     layers = decoding._expandable(adapted, free=10**12)
     assert len(layers) == 7 * adapted.config.num_hidden_layers
     # What the run itself has saved stays.

@@ -141,6 +141,15 @@ def test_out_of_memory_halves_the_questions_at_a_time_and_loses_none(
     assert "out of memory with 6 questions at a time; going on with 3" in capsys.readouterr().out
 
 
+def test_out_of_memory_ends_the_answers_of_a_split_model(config, tuned_model, tokenizer, monkeypatch):
+    """Its other processes would wait for passes that this one takes no more."""
+    monkeypatch.setattr(generation, "is_split", lambda model: True)
+    little = Little(monkeypatch, tuned_model, 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        answer_all(tuned_model, tokenizer, QUESTIONS * 4, config, sampling=Sampling(max_new_tokens=6), batch_size=4)
+    assert little.sizes == [4]
+
+
 def test_out_of_memory_with_one_question_says_what_takes_less(config, tuned_model, tokenizer, monkeypatch):
     Little(monkeypatch, tuned_model, 0)
     with pytest.raises(OutOfMemoryError, match=r"one question at a time, of \d+ tokens.*max_new_tokens=3"):

@@ -328,6 +328,16 @@ def test_fewer_examples_than_processes_are_right_too(tmp_path):
     assert losses(runs["two"]) == pytest.approx(losses(runs["one"]), abs=1e-4)
 
 
+@pytest.mark.slow
+def test_two_processes_that_were_stopped_draw_at_random_what_they_would_have_drawn(tmp_path):
+    values = {"steps": 4, "lora_dropout": 0.5, "eval_rows": 1}
+    runs = {name: prepared_run(tmp_path, name, **values)[1] for name in ("whole", "stopped")}
+    train_in(2, runs["whole"])
+    train_in(2, runs["stopped"], "steps=2")
+    train_in(2, runs["stopped"], "steps=4")
+    assert losses(runs["stopped"]) == losses(runs["whole"])
+
+
 @pytest.fixture
 def in_two(monkeypatch):
     monkeypatch.setattr(launch, "count_processes", lambda config: 2)

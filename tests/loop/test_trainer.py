@@ -124,7 +124,7 @@ def test_in_fp16_a_process_without_examples_has_a_scale_too(config, monkeypatch)
         config=changed(config, compute_dtype="float16", cuda_graphs=False),
         args=SimpleNamespace(world_size=2, device=torch.device("cpu")),
         accelerator=SimpleNamespace(scaler=scaler),
-        gradients=None, graphs=None, _store_activations=lambda model: None, _seed_process=lambda: None,
+        gradients=None, graphs=None, _store_activations=lambda model: None,
     )  # fmt: skip
     StepTrainer._begin(stand_in, model)
     stand_in.gradients.clear()
