@@ -112,6 +112,8 @@ def begin(options: argparse.Namespace) -> SweepDirectory:
     config, wanted = make_wanted(options)
     sweep = SweepDirectory(config.run_dir)
     check_folder("output_dir", sweep.path)
+    if (sweep.path / "config.json").is_file():
+        raise ConfigError(f"--name: {sweep.path} is the directory of a run. Give the sweep another name.")
     with hold_lock(sweep.path / ".sweep.lock", "qlora sweep"):
         write_list(sweep.path, wanted)
     return sweep

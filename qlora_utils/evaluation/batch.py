@@ -26,7 +26,7 @@ from qlora_utils.tokens.formats import Format
 
 # The fields of a record that hold digests, in words.
 _DIGESTS = {"questions": "the questions", "adapter": "the adapter", "merged": "the merged model"}
-# Questions whose answers are written at once, at least, and for each of those that are answered at a time.
+# A window has at least so many questions, and so many times those that are answered at a time.
 SMALLEST_WINDOW, ROUNDS = 256, 16
 
 

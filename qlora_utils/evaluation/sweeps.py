@@ -511,7 +511,8 @@ def _effect_blocks(stored: Mapping[str, Any], seeds: int) -> list[str]:
     blocks = [
         _fenced(table_text(effects, digits=4)),
         f"A difference is from the line marked `score` above it, seed by seed{others}; its 95 % interval, by Student's "
-        "t, is over the seeds alone. One that contains 0 shows no difference; of twenty without any, one would not.",
+        "t, is over the seeds alone. One that contains 0 shows no difference. Of twenty comparisons without any "
+        "difference one is expected to show one.",
     ]
     if seeds < 2:
         blocks.append("One seed has no such interval: whether a difference is more than chance cannot be said.")

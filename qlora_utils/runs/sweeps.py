@@ -162,10 +162,11 @@ def write_list(sweep_dir: Path, wanted: Mapping[str, Any]) -> None:
     """Write a sweep's list, unless it is there already.
 
     Raises:
-        ConfigError: another list is there.
+        ConfigError: another list is there, or none and a run of one of its names with other values.
     """
     path = SweepDirectory(sweep_dir).list
     if not path.is_file():
+        _refuse_other_runs(sweep_dir, wanted)
         write_json(path, wanted)
         return
     stored = read_list(sweep_dir)
@@ -177,6 +178,25 @@ def write_list(sweep_dir: Path, wanted: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{sweep_dir} holds another sweep, of other {name}. Give this one another --name, or go on with "
                 f"that one: {sweep_command(sweep_dir)}"
+            )
+
+
+def _refuse_other_runs(sweep_dir: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse runs that another list has left: names tell what varies alone, and they would count as done.
+
+    Raises:
+        ConfigError: the first that has other values.
+    """
+    config = RunConfig.build(wanted["config"])
+    for run in wanted["runs"]:
+        folder = sweep_dir / run["name"]
+        if not (folder / "config.json").is_file():
+            continue
+        expected = with_fields(config, {**run["values"], "seed": run["seed"]})
+        if differences := expected.describe_differences(RunConfig.continue_run(folder).model_dump(), ()):
+            raise ConfigError(
+                f"{folder} holds a run of another sweep ({'; '.join(differences)[:200]}). Give this one another "
+                "--name, or remove that folder."
             )
 
 

@@ -149,6 +149,28 @@ def test_what_is_wrongly_asked_for_exits_2_and_writes_nothing(tmp_path, capsys, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_runs_that_another_list_has_left_do_not_count_as_done(tmp_path, computed, capsys):
+    """The names of both are the same; the list alone says how many steps they have."""
+    words = ["-p", "lora_r=4,16", "--name", "a"]
+    assert qlora(tmp_path, *words) == 0
+    (tmp_path / "a" / "sweep.json").unlink()
+    assert qlora(tmp_path, *words, "-p", "steps=9") == 2
+    assert "lora_r-4.seed-0 holds a run of another sweep (steps: it has" in capsys.readouterr().err
+    # With the same values it is the same sweep.
+    assert qlora(tmp_path, *words) == 0
+    assert len(computed) == 2
+
+
+def test_a_sweep_does_not_lie_in_a_run(tmp_path, computed, capsys):
+    config = RunConfig.from_preset("pocket", output_dir=str(tmp_path), run_name="mine")
+    leave(config.run_dir, config)
+    before = sorted(config.run_dir.iterdir())
+    assert qlora(tmp_path, "--name", "mine", "--seeds", "2") == 2
+    assert "mine is the directory of a run. Give the sweep another name." in capsys.readouterr().err
+    assert (sorted(config.run_dir.iterdir()), computed) == (before, [])
+
+
 def test_a_sweep_that_is_not_there_or_at_work_is_refused(tmp_path, computed, capsys):
     assert qlora(tmp_path, "--name", "a") == 1
     assert "a/sweep.json: no such sweep. To begin one: qlora sweep --name a" in capsys.readouterr().err
