@@ -93,7 +93,7 @@ MUTATIONS = [
     ),
     Mutation(
         "passes without fused layers are not weighted by their answer tokens",
-        "loop/trainer.py",
+        "loop/passes.py",
         ".loss * (answered / answers)",
         ".loss",
         "tests/test_training.py -k faster_or_smaller",
