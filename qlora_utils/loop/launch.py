@@ -31,9 +31,11 @@ from qlora_utils.loop.live import LogView, Moment, View, view_here
 from qlora_utils.models.hardware import OutOfMemoryError, free_memory
 from qlora_utils.rows.files import DataError
 from qlora_utils.runs.directory import RunDirectory
-from qlora_utils.runs.files import DamagedError
+from qlora_utils.runs.files import DamagedError, write_text
 from qlora_utils.runs.locks import LockedError
 
+# What the processes printed, in the run directory, after an error that nobody foresaw.
+OUTPUT = "processes.log"
 # Where a process writes the error that ended it, for the one that started it.
 ERROR_FILE = "QLORA_ERROR_FILE"
 _ERRORS = {kind.__name__: kind for kind in (ConfigError, ModelError, DataError, DamagedError, DivergedError,
@@ -285,9 +287,11 @@ def _read_error(scratch: Path, status: int, run: RunDirectory, *, is_asked: bool
     first_failure = output.rpartition("Root Cause")[2]
     killed = [line.strip() for line in first_failure.splitlines() if "Signal " in line and "SIGTERM" not in line]
     reason = killed[-1] if killed else f"{kind}: {first_line(message)}" if kind else f"exit status {status}"
+    # Tracebacks are of use to whoever mends it.
+    write_text(run.path / OUTPUT, output)
     return RuntimeError(
-        f"one of the processes that train in {run.path} has ended ({reason}), and with it all others. Run the same "
-        "again to go on from the last checkpoint; -p gpus=1 trains on one GPU."
+        f"one of the processes that train in {run.path} has ended ({reason}), and with it all others; {OUTPUT} there "
+        "holds what they printed. Run the same again to go on from the last checkpoint; -p gpus=1 trains on one GPU."
     )
 
 

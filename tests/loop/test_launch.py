@@ -81,6 +81,7 @@ def test_a_process_that_was_killed_leaves_its_last_words(tmp_path, run):
     error = launch._read_error(tmp_path, 1, run)
     assert "Signal 9 (SIGKILL)" in str(error)
     assert "Run the same again to go on from the last checkpoint" in str(error)
+    assert "SIGKILL" in (run.path / launch.OUTPUT).read_text()
 
 
 def test_what_ended_first_is_told_and_not_who_was_killed_for_waiting(tmp_path, monkeypatch, run):
