@@ -117,11 +117,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--logging-steps", type=int, default=1, help="each of them waits for the GPU once")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="1 among them")
+    parser.add_argument("--batch-size", type=int, help="conversations of a step, in place of the preset's")
     parser.add_argument("--per-process", type=int, help="conversations of a step for each process")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS / "scaling.json")
     options = parser.parse_args()
-    whole = RunConfig.from_preset(options.preset).batch_size
+    whole = options.batch_size or RunConfig.from_preset(options.preset).batch_size
     sizes = {number: options.per_process * number if options.per_process else whole for number in options.processes}
     runs = []
     with tempfile.TemporaryDirectory() as folder:
