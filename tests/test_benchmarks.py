@@ -617,7 +617,7 @@ def test_the_stored_plan_of_a_split_model_is_that_of_today(monkeypatch, tmp_path
     assert sum(held) == pytest.approx(weights / 1e6, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.gpu
 def test_two_processes_split_both_models(tmp_path):
     results = tmp_path / "splitting.json"
     command = [sys.executable, str(BENCHMARKS / "splitting.py"), "small", "70b", "--layers", "2", "--width", "256"]

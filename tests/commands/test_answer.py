@@ -146,14 +146,14 @@ def test_two_jobs_do_not_write_one_file(answering, tmp_path, capsys):  # noqa: F
 
 
 @pytest.mark.slow
-def test_ten_thousand_questions_killed_once_in_flat_memory(answering, tmp_path):  # noqa: F811
-    """`pytest -s` prints what was measured."""
-    count = 10_000
+def test_thousands_of_questions_killed_once_in_flat_memory(answering, tmp_path):  # noqa: F811
+    """`QLORA_QUESTIONS=10000 pytest -s` asks ten thousand, and prints what was measured."""
+    count = int(os.environ.get("QLORA_QUESTIONS", "4000"))
     questions, out = write_questions(tmp_path / "q.jsonl", count), tmp_path / "a.jsonl"
     command = [sys.executable, "-m", "qlora_utils.cli", "answer", str(questions), "--run", str(answering)]
     command += ["--out", str(out), "--max-new-tokens", "4"]
     samples, seconds = [], []
-    for kill_at in (4_000, None):
+    for kill_at in (count * 2 // 5, None):
         began, taken = time.monotonic(), []
         before = out.stat().st_size if out.exists() else 0
         job = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
