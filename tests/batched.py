@@ -6,8 +6,7 @@ import json
 import random
 
 import pytest
-import torch
-from conftest import ROOT, short_run
+from conftest import ROOT, change_adapter, short_run
 
 from qlora_utils import cli, lora, quantization, training
 from qlora_utils.config import RunConfig
@@ -25,11 +24,7 @@ def answering(tmp_path_factory, tokenizer):
     run = RunDirectory(config.run_dir)
     run.record(config)
     model = lora.attach(quantization.load(config), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn_like(parameter))
+    change_adapter(model)
     training.save_adapter(model, tokenizer, run.adapter)
     return run.path
 

@@ -94,6 +94,28 @@ def tensors(rows, tokenizer, config):
     return make_collator(tokenizer, config)(format_of(tokenizer, config).examples(rows, training=False))
 
 
+def change_adapter(model, by=0.02):
+    """Let an untrained adapter, head included, say something."""
+    import torch
+
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(by * torch.randn_like(parameter))
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """A group of one process, which takes itself for one of two: it gathers what it holds."""
+    import torch
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def layer(model, name):
     """The first layer of that name, as `q_proj` or `q`."""
     return next(module for path, module in model.named_modules() if path.endswith(f".{name}"))

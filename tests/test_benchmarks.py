@@ -546,15 +546,6 @@ def test_answers_in_batches_and_in_slots_are_equally_long(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------- split models
 
 
-@pytest.fixture
-def group(monkeypatch):
-    """A group of one process, which takes itself for one of two."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_each_byte_of_a_gathered_layer_is_compared(config, group):
     from qlora_utils import quantization
 

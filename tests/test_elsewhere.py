@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, change_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from qlora_utils import lora, quantization, training
@@ -143,11 +143,7 @@ def leave(base, place, rows, **changes):
     tokenizer = load_tokenizer(config)
     form = format_of(tokenizer, config)
     model = lora.attach(quantization.load(config), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    change_adapter(model, 0.05)
     training.save_adapter(model, tokenizer, run.adapter, form.chat_template)
     merging.merge(config, dtype="float32", questions=0)
 

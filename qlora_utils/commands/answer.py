@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import os
 import sys
 from contextlib import closing
 from itertools import islice, takewhile
@@ -219,6 +218,8 @@ def _devices(options: argparse.Namespace, config: RunConfig) -> list[str | None]
     """
     import torch
 
+    from qlora_utils.models.hardware import list_gpus
+
     count = torch.cuda.device_count()
     if count == 0:
         if options.gpus is not None:
@@ -229,7 +230,4 @@ def _devices(options: argparse.Namespace, config: RunConfig) -> list[str | None]
     wanted = options.gpus or min(config.gpus or count, count)
     if wanted > count:
         raise ConfigError(f"--gpus {wanted}: {count} are visible.")
-    # Someone may have chosen some of them, by number or by name.
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(count)]
-    return [*names[:wanted]]
+    return [*list_gpus()[:wanted]]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_utils.commands.stopping import PARENT, Stopped, catch_stop_signals
+from qlora_utils.models.hardware import list_gpus
 from qlora_utils.runs.locks import is_at_work
 from qlora_utils.runs.sweeps import Job, is_done, sweep_command
 from qlora_utils.style import duration
@@ -184,13 +185,3 @@ def share_of_machine(place: int, count: int) -> dict[str, str]:
         own = gpus[place::count] if count <= len(gpus) else [gpus[place % len(gpus)]]
         share["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     return share
-
-
-def list_gpus() -> list[str]:
-    """Return the visible GPUs as `CUDA_VISIBLE_DEVICES` names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
-    import torch
-
-    return [str(index) for index in range(torch.cuda.device_count())]

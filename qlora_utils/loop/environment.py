@@ -36,7 +36,7 @@ def check_launcher() -> None:
     Raises:
         ConfigError: some are set and others missing, or one is no number; names all of them.
     """
-    numbers = {name: _whole_number(name) for name in (*LAUNCHER[:3], *_MPI_SIZES)}
+    numbers = {name: whole_number(name) for name in (*LAUNCHER[:3], *_MPI_SIZES)}
     wrong = [name for name, number in numbers.items() if number is None and name in os.environ]
     several = [name for name in _MPI_SIZES if (numbers[name] or 0) > 1 and not torch.cuda.is_available()]
     rank, local_rank, processes = (numbers[name] for name in LAUNCHER[:3])
@@ -56,7 +56,7 @@ def check_launcher() -> None:
     )
 
 
-def _whole_number(name: str) -> int | None:
+def whole_number(name: str) -> int | None:
     """Return a variable as a whole number; None if it is not set, or is no number."""
     try:
         return int(os.environ[name])

@@ -31,8 +31,8 @@ from qlora_utils.loop.live import LogView, Moment, View, view_here
 from qlora_utils.models.hardware import OutOfMemoryError, free_memory
 from qlora_utils.rows.files import DataError
 from qlora_utils.runs.directory import RunDirectory
-from qlora_utils.runs.files import DamagedError, write_text
-from qlora_utils.runs.locks import LockedError
+from qlora_utils.runs.files import DamagedError, read_jsonl, write_text
+from qlora_utils.runs.locks import LockedError, end_with_parent
 
 # What the processes printed, in the run directory, after an error that nobody foresaw.
 OUTPUT = "processes.log"
@@ -40,8 +40,6 @@ OUTPUT = "processes.log"
 ERROR_FILE = "QLORA_ERROR_FILE"
 _ERRORS = {kind.__name__: kind for kind in (ConfigError, ModelError, DataError, DamagedError, DivergedError,
                                             OutOfMemoryError, DiskError, LockedError)}  # fmt: skip
-# An option of Linux's `prctl`: the signal that this process gets when its parent ends.
-_PR_SET_PDEATHSIG = 1
 # Seconds between two looks at the processes.
 _REST_S = 0.2
 
@@ -174,6 +172,8 @@ def _watch(child: subprocess.Popen[bytes], run: RunDirectory, steps: int, stoppe
     """Show the training until its processes have ended; hand on a request to stop."""
     began, wall = time.monotonic(), time.time()
     shown_at, known, is_asked = -1e9, 0, False
+    lines: list[dict[str, Any]] = []
+    size = 0
     view: View | None = None
     with _at_worst_unseen():
         view = view_here()
@@ -183,8 +183,10 @@ def _watch(child: subprocess.Popen[bytes], run: RunDirectory, steps: int, stoppe
         if stopper.received is not None and not is_asked:
             is_asked = True
             _ask_to_stop(child, run)
-        # A history that is older belongs to an earlier training.
-        lines = _read_history(run.history, since=wall)
+        # A long history is read only when it has grown; one that is older belongs to an earlier training.
+        grown = run.history.stat().st_size if run.history.is_file() else 0
+        if grown != size:
+            lines, size = _read_history(run.history, since=wall), grown
         measured = sum("eval_loss" in line for line in lines)
         if view is not None and now - shown_at >= (view.news_s if measured > known else view.every_s):
             with _at_worst_unseen():
@@ -225,10 +227,9 @@ def _moment(lines: list[dict[str, Any]], steps: int, elapsed_s: float, phase: st
 def _read_history(path: Path, *, since: float) -> list[dict[str, Any]]:
     """Return the whole lines of a history that another process is writing; none of one that is older."""
     try:
-        if path.stat().st_mtime < since:
-            return []
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
-    except (FileNotFoundError, ValueError):
+        return read_jsonl(path) if path.stat().st_mtime >= since else []
+    # It is about to be written, or written over.
+    except (FileNotFoundError, DamagedError):
         return []
 
 
@@ -299,10 +300,7 @@ def _launch() -> None:
     """Be `torchrun`, and end with the process that has started this one, however that ends (on Linux)."""
     from torch.distributed.run import main
 
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
     main()
 
 

@@ -7,31 +7,24 @@ first process alone writes files.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
+
+from qlora_utils.loop.environment import whole_number
 
 T = TypeVar("T")
 
 
 def count() -> int:
     """Return the number of processes of this launch, 1 without a launcher."""
-    return max(1, _number("WORLD_SIZE"))
+    return max(1, whole_number("WORLD_SIZE") or 0)
 
 
 def rank() -> int:
     """Return the number of this process, from 0."""
-    return max(0, _number("RANK"))
-
-
-def _number(name: str) -> int:
-    """Return a variable of the environment; 0 if it is not set, or no number, which `check_launcher` refuses."""
-    try:
-        return int(os.environ[name])
-    except (KeyError, ValueError):
-        return 0
+    return max(0, whole_number("RANK") or 0)
 
 
 def is_first() -> bool:

@@ -150,6 +150,16 @@ def this_card() -> Card | None:
     return Card(properties.name, properties.total_memory, capability, *rates, gpus=gpus)
 
 
+def list_gpus() -> list[str]:
+    """Return the visible GPUs as `CUDA_VISIBLE_DEVICES` names them: by number, or as someone has chosen them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
 def precision(config: RunConfig, card: Card | None, architecture: Architecture = "causal") -> tuple[str, str]:
     """Choose the dtype of matrix products; return its name and a reason.
 

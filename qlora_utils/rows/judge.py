@@ -5,7 +5,6 @@ To judge a row is to decide whether it can be trained on, and to measure it for 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import multiprocessing
@@ -14,7 +13,7 @@ import os
 import pickle
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -31,6 +30,7 @@ from qlora_utils.rows.messages import NOT_READ
 from qlora_utils.rows.probe import refuse_probe
 from qlora_utils.rows.readers import Row, UnusableRowError
 from qlora_utils.rows.statistics import REPORTED, measure, question_keys
+from qlora_utils.runs import locks
 from qlora_utils.runs.progress import follow_count, progress_bar
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ LIST = 100
 BATCH = 1000
 # Rows are read in one process before they are judged, so that more processes than this save little.
 MOST_PROCESSES = 8
-# An option of Linux's `prctl`: the signal that this process gets when its parent ends.
-_PR_SET_PDEATHSIG = 1
 
 
 class WorkerError(RuntimeError):
@@ -222,10 +220,8 @@ def _run_worker(shard: Dataset, form: Format, followed: str | None, path: Path, 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    # Let Linux kill this process when its parent is killed; other systems lack the call. The parent
-    # may have ended before the call.
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The parent may have ended before the call.
+    locks.end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     # Memory that the parent has filled stays shared as long as the garbage collector doesn't touch it.

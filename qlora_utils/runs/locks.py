@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,15 @@ def _is_another(process: int, since: float) -> bool:
     # refusal.
     except (psutil.Error, OSError):
         return False
+
+
+def end_with_parent(number: int) -> None:
+    """Let Linux send this process a signal when its parent ends, however that ends; other systems lack the call."""
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 def is_at_work(path: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BOTH, on_its_device, tensors
+from conftest import BOTH, change_adapter, on_its_device, tensors
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -44,11 +44,7 @@ def tuned(config, tokenizer, prepared):
         run.record(changed)
         prepared.save(run)
         model = lora.attach(quantization.load(changed), changed)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.02 * torch.randn_like(parameter))
+        change_adapter(model)
         training.save_adapter(model, tokenizer, run.adapter)
         return changed, model.eval()
 

@@ -18,15 +18,6 @@ from qlora_utils.runs.directory import RunDirectory
 from qlora_utils.runs.files import read_jsonl
 
 
-@pytest.fixture
-def group(monkeypatch):
-    """A group of one process, which takes itself for one of two: it gathers what it holds."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("changes", [{}, {"quantize": False}, {"fused_layers": False}, {"train_head": False}])
 def test_losses_and_gradients_are_those_of_a_whole_model(config, tokenizer, prepared, group, changes):
     config = config.model_copy(update={"shard": False, "gradient_checkpointing": True, **changes})
